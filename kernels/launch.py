@@ -1,0 +1,100 @@
+"""What every launcher shares: the limits of the device it launches on, and small integer helpers.
+
+Launch policy (tile sizes, warps, stages) is decided from :func:`device_limits`, never by asking the driver elsewhere, so that the same
+decision can be taken, printed and compiled on a machine without a GPU: see :func:`assume_arch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+# A grid's second and third dimensions are limited by CUDA; the first may go up to 2^31 - 1.
+MAX_GRID_YZ = 65535
+
+# Triton's default for this changes between releases; the kernels are written, and their SASS is gated, with fused multiply-add on.
+COMMON_OPTIONS = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What launch policy may depend on.
+
+    Attributes:
+        arch: compute capability as major * 10 + minor, e.g. 90.
+        num_sms: streaming multiprocessors.
+        shared_memory: largest dynamic shared memory of one block, in bytes.
+    """
+
+    arch: int
+    num_sms: int
+    shared_memory: int
+
+
+# Figures of the CUDA programming guide (opt-in shared memory per block) with the SM count of a common part of each family.
+_NOMINAL = {
+    80: DeviceLimits(80, 108, 166912),
+    86: DeviceLimits(86, 84, 101376),
+    89: DeviceLimits(89, 142, 101376),
+    90: DeviceLimits(90, 132, 232448),
+    100: DeviceLimits(100, 148, 232448),
+    120: DeviceLimits(120, 170, 101376),
+}
+_assumed: DeviceLimits | None = None
+
+
+@functools.cache
+def _query(index: int) -> DeviceLimits:
+    properties = torch.cuda.get_device_properties(index)
+    arch = properties.major * 10 + properties.minor
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", None) or _NOMINAL[80].shared_memory
+    return DeviceLimits(arch, properties.multi_processor_count, shared_memory)
+
+
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Limits of ``device``; a tensor on the CPU (interpreter, compile gate) is served as if it were on an sm_90 part."""
+    if _assumed is not None:
+        return _assumed
+    if device.type != "cuda":
+        return _NOMINAL[90]
+    return _query(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@contextlib.contextmanager
+def assume_arch(arch: int) -> Iterator[DeviceLimits]:
+    """Inside, launch policy answers for a GPU of compute capability ``arch`` (80, 86, 89, 90, 100 or 120), whatever is there."""
+    global _assumed
+    if arch not in _NOMINAL:
+        raise ValueError(f"arch must be one of {sorted(_NOMINAL)}, got {arch}")
+    before, _assumed = _assumed, replace(_NOMINAL[arch])
+    try:
+        yield _assumed
+    finally:
+        _assumed = before
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` was set before they were imported)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one, as Triton launches on the current device; does nothing on a CPU."""
+    if tensor.is_cuda and torch.cuda.device_count() > 1:
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Ceiling division of non-negative integers."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(value: int) -> int:
+    """Smallest power of two that is not below ``value`` (1 for 0)."""
+    return 1 << max(value - 1, 0).bit_length()

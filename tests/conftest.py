@@ -1,0 +1,46 @@
+"""Where kernels run in the tests: on a GPU if there is one, else in Triton's interpreter, hardened.
+
+Interpreting and compiling do not mix in one process: ``PYTRANSFORMER_TEST_COMPILE=1`` marks the process that compiles (tests/compile).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+COMPILING = os.environ.get("PYTRANSFORMER_TEST_COMPILE") == "1"
+INTERPRETING = not COMPILING and not torch.cuda.is_available()
+if INTERPRETING:
+    os.environ["TRITON_INTERPRET"] = "1"
+    from pytransformer import triton_interpreter
+
+    triton_interpreter.install()
+
+# One thread per test process: the shapes are small, and results do not change with the number of cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device under test: the same tests run on "cuda" where there is a GPU and on "cpu" elsewhere."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison_empty():
+    """Uninitialised memory is NaN (or the largest integer) in the test, so an element that a kernel forgets to write is seen."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
