@@ -1,0 +1,71 @@
+"""Fused GPU kernels for transformers, in Triton and CUDA C++, and a thin PyTorch model on top of them.
+
+Everything is loaded on first use: ``import pytransformer`` costs next to nothing beyond ``import torch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "attention": "pytransformer.ops.attention",
+    "decode_attention": "pytransformer.ops.decode_attention",
+    "rope": "pytransformer.ops.rope",
+    "rope_tables": "pytransformer.ops.rope",
+    "layer_norm": "pytransformer.ops.norm",
+    "rms_norm": "pytransformer.ops.norm",
+    "kv_append": "pytransformer.ops.kv_append",
+    "linear_cross_entropy": "pytransformer.ops.linear_cross_entropy",
+    "use_backend": "pytransformer.ops.backend",
+    "backends": "pytransformer.ops.overview",
+    "TransformerConfig": "pytransformer.model.config",
+    "Transformer": "pytransformer.model.transformer",
+    "load": "pytransformer.model.checkpoint",
+    "save": "pytransformer.model.checkpoint",
+}
+
+__all__ = [
+    "Transformer",
+    "TransformerConfig",
+    "attention",
+    "backends",
+    "decode_attention",
+    "kv_append",
+    "layer_norm",
+    "linear_cross_entropy",
+    "load",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "save",
+    "use_backend",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from pytransformer.model.checkpoint import load, save
+    from pytransformer.model.config import TransformerConfig
+    from pytransformer.model.transformer import Transformer
+    from pytransformer.ops.attention import attention
+    from pytransformer.ops.backend import use_backend
+    from pytransformer.ops.decode_attention import decode_attention
+    from pytransformer.ops.kv_append import kv_append
+    from pytransformer.ops.linear_cross_entropy import linear_cross_entropy
+    from pytransformer.ops.norm import layer_norm, rms_norm
+    from pytransformer.ops.overview import backends
+    from pytransformer.ops.rope import rope, rope_tables
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'pytransformer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

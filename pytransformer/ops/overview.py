@@ -1,0 +1,33 @@
+"""What serves what on this machine: the table behind ``pytransformer info``."""
+
+from __future__ import annotations
+
+import torch
+
+from pytransformer.ops import attention, decode_attention, kv_append, linear_cross_entropy, norm, rope
+from pytransformer.ops.backend import BackendChoice
+
+CHOICES: tuple[BackendChoice, ...] = (
+    attention.CHOICE,
+    decode_attention.CHOICE,
+    rope.CHOICE,
+    norm.LAYER_NORM_CHOICE,
+    norm.RMS_NORM_CHOICE,
+    kv_append.CHOICE,
+    linear_cross_entropy.CHOICE,
+)
+
+
+def backends(device: str | torch.device | None = None) -> dict[str, dict[str, str]]:
+    """For each op and backend: "serves", "serves, except …", or the reason why it serves nothing here.
+
+    Args:
+        device: the kind of device asked about; by default "cuda" where a GPU is usable, else "cpu".
+
+    Returns:
+        ``{op: {backend: text}}``, ops in the order of the documentation, backends best first.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device_type = torch.device(device).type
+    return {choice.op: choice.report(device_type) for choice in CHOICES}
