@@ -1,0 +1,22 @@
+"""The naive implementation of every operation: plain PyTorch, obvious, slow, any dtype. It is the specification.
+
+Each function takes the arguments of the public operation of the same name (less ``backend`` and ``deterministic``) and computes
+in the dtype of its inputs: given float64 it is the golden result that kernels are compared with; given bfloat16 it is the
+plain low-precision implementation whose error a kernel may not exceed by much. Only norms and RoPE are defined as float32
+arithmetic with one rounding at the end. Nothing here imports the rest of the package.
+"""
+
+from .attention import attention, decode_attention, standard_alibi_slopes
+from .norm import layer_norm, rms_norm
+from .rope import rope, rope_frequencies, rope_tables
+
+__all__ = [
+    "attention",
+    "decode_attention",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rope_tables",
+    "standard_alibi_slopes",
+]
