@@ -30,6 +30,7 @@ _EXPORTS = {
 __all__ = [
     "Transformer",
     "TransformerConfig",
+    "__version__",
     "attention",
     "backends",
     "decode_attention",
@@ -42,7 +43,6 @@ __all__ = [
     "rope_tables",
     "save",
     "use_backend",
-    "__version__",
 ]
 
 if TYPE_CHECKING:
