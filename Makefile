@@ -1,0 +1,62 @@
+# Everything a person does here. Each target creates what it needs: `make demo` and `make test` work in a fresh clone with Python >= 3.10.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+RUN ?= runs/demo
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
+# One thread for each test process: they share the cores.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
+
+.PHONY: help demo test test-all lint types gpu bench clean venv
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
+
+$(VENV)/.run: requirements/constraints.txt pyproject.toml setup.py
+	@echo "Setting up $(VENV) (once; one to two minutes, PyTorch is the largest part) …"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch triton
+	@$(PIP) --editable '.[model,plot]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "Adding the development tools …"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.dev ## the virtual environment with the development tools
+
+demo: $(VENV)/.run ## verify the kernels, train a small model on real text, draw, generate (≤ 10 minutes on 2 cores)
+	@PATH="$$PWD/$(BIN):$$PATH" RUN=$(RUN) bash tools/demo.sh
+
+test: $(VENV)/.dev ## the tests, without a GPU (≤ 10 minutes on 2 cores)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/compile --cov --cov-report=term:skip-covered --cov-report=xml:.coverage.xml
+	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 $(BIN)/python -m pytest tests/compile -m "not slow"
+
+test-all: test ## all of it: the slow tests, and the kernels under the oldest supported Triton
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --ignore=tests/compile
+	bash tools/test_oldest_triton.sh
+
+lint: $(VENV)/.dev ## ruff (lint and format), and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.dev ## mypy --strict on pytransformer/
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## smoke run of the benchmarks on this machine (the real grid is `make gpu`)
+	PYTHONPATH=. $(BIN)/python -m pytest benchmarks/test_ops.py --benchmark-only
+
+gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; results in $$OUT
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+
+clean: ## removes what was built, not the virtual environment
+	rm -rf build dist *.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks .coverage .coverage.xml gpu-results
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
