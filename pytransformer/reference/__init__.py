@@ -7,13 +7,17 @@ arithmetic with one rounding at the end. Nothing here imports the rest of the pa
 """
 
 from .attention import attention, decode_attention, standard_alibi_slopes
+from .kv_cache import kv_append
+from .loss import linear_cross_entropy
 from .norm import layer_norm, rms_norm
 from .rope import rope, rope_frequencies, rope_tables
 
 __all__ = [
     "attention",
     "decode_attention",
+    "kv_append",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
     "rope",
     "rope_frequencies",
