@@ -11,8 +11,10 @@ from .kv_cache import kv_append
 from .loss import linear_cross_entropy
 from .norm import layer_norm, rms_norm
 from .rope import rope, rope_frequencies, rope_tables
+from .transformer import Transformer, sinusoidal_positions
 
 __all__ = [
+    "Transformer",
     "attention",
     "decode_attention",
     "kv_append",
@@ -22,5 +24,6 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "rope_tables",
+    "sinusoidal_positions",
     "standard_alibi_slopes",
 ]
