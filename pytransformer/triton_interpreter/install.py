@@ -247,17 +247,18 @@ def _install_memory(active: _Interpreter) -> None:
     rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
 
     def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
-        pointers = check(ptrs, mask.data, Access.LOAD)
-        if other is None and active.options.poison and not mask.data.all():
+        lanes = _lanes(mask)
+        pointers = check(ptrs, lanes, Access.LOAD)
+        if other is None and active.options.poison and not lanes.all():
             other = _poison(pointers)
         return load(self, pointers, mask, other, *args, **kwargs)
 
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        return store(self, check(ptrs, mask.data, Access.STORE), value, mask, *args, **kwargs)
+        return store(self, check(ptrs, _lanes(mask), Access.STORE), value, mask, *args, **kwargs)
 
     def create_atomic_rmw(self: Any, rmwOp: Any, ptr: Any, val: Any, mask: Any, *args: Any) -> Any:
         _refuse_bfloat16(ptr)
-        return rmw(self, rmwOp, check(ptr, mask.data, Access.ATOMIC), val, mask, *args)
+        return rmw(self, rmwOp, check(ptr, _lanes(mask), Access.ATOMIC), val, mask, *args)
 
     def create_atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, *args: Any) -> Any:
         _refuse_bfloat16(ptr)
@@ -279,6 +280,11 @@ def _install_memory(active: _Interpreter) -> None:
     for name in ("create_atomic_load", "create_atomic_store", "create_atomic_poll"):
         if hasattr(builder, name):
             active.replace(builder, name, atomically(getattr(builder, name)))
+
+
+def _lanes(mask: Any) -> Any:
+    """The mask as an array; Triton 3.6 passes a bare array, whose ``data`` is a buffer, for tensor descriptors."""
+    return np.asarray(mask.data)
 
 
 def _poison(pointers: Any) -> Any:
