@@ -1,0 +1,1 @@
+"""The model: one configuration, one set of blocks, checkpoints."""

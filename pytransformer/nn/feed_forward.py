@@ -1,0 +1,68 @@
+"""The position-wise feed-forward network, plain or gated."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import Linear
+
+
+class FeedForward(nn.Module):
+    """``down(act(up(x)))``, or gated ``down(act(gate(x)) · up(x))`` (Shazeer 2020) with gate and up in one projection.
+
+    Args:
+        hidden_size, intermediate_size: widths outside and inside.
+        activation: "relu", "gelu", "gelu_tanh", "swiglu", "geglu" or "geglu_tanh".
+        bias: on both projections.
+        dropout: rate after the activation, in training.
+
+    Weights: ``up_proj`` (intermediate, hidden), or ``gate_up_proj`` (2 · intermediate, hidden) with rows [gate; up]; ``down_proj``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "gelu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dropout = dropout
+        if activation in ("swiglu", "geglu", "geglu_tanh"):
+            self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias, device=device, dtype=dtype)
+        elif activation in ("relu", "gelu", "gelu_tanh"):
+            self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype)
+        else:
+            raise ValueError(
+                f"activation must be 'relu', 'gelu', 'gelu_tanh', 'swiglu', 'geglu' or 'geglu_tanh', got {activation!r}"
+            )
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, hidden) -> (…, hidden)."""
+        inner = self._inner(x)
+        if self.training and self.dropout > 0.0:
+            inner = F.dropout(inner, self.dropout)
+        return self.down_proj(inner)  # type: ignore[no-any-return]
+
+    def _inner(self, x: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return F.relu(self.up_proj(x))
+        if self.activation == "gelu":
+            return F.gelu(self.up_proj(x))
+        if self.activation == "gelu_tanh":
+            return F.gelu(self.up_proj(x), approximate="tanh")
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        if self.activation == "swiglu":
+            return F.silu(gate) * up
+        return F.gelu(gate, approximate="tanh" if self.activation == "geglu_tanh" else "none") * up
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, dropout={self.dropout}"
