@@ -69,9 +69,19 @@ def requested_backend(argument: str | None) -> str | None:
     return None
 
 
-@functools.cache
+def _constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile runs ``function`` while tracing and keeps its result: what torch.compiler.assume_constant_result does, without
+    importing the compiler for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_is_triton_installed = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
+
+
+@_constant_under_compile
 def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _is_triton_installed()
 
 
 def _interpreting() -> bool:
@@ -169,10 +179,15 @@ class BackendChoice:
         return report
 
 
-@functools.cache
+_given_warnings: set[str] = set()
+
+
+@_constant_under_compile
 def warn_once(message: str) -> None:
-    """Warns (RuntimeWarning) the first time a message is given in this process."""
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    """Warns (RuntimeWarning) the first time a message is given in this process; under torch.compile, while tracing."""
+    if message not in _given_warnings:
+        _given_warnings.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:

@@ -1,0 +1,198 @@
+"""Attention by ``torch.nn.functional.scaled_dot_product_attention``: the path of machines without a GPU, and of options Triton lacks.
+
+Its gradient is torch's own. Everything that hides a key or is added to a score goes into one ``attn_mask``, built at the smallest shape
+that broadcasts. A row with nothing to attend to is first allowed to see everything and then erased, so that no fused kernel's own idea of
+softmax over nothing (NaN in some) reaches the output or the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pytransformer.ops.attention_checks import AttentionCall
+from pytransformer.ops.checks import readable, short
+
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
+def why_not(call: AttentionCall) -> str | None:
+    """What of this call scaled_dot_product_attention cannot do, or ``None``."""
+    if call.softcap > 0:
+        return "scaled_dot_product_attention has no softcap"
+    if call.sinks is not None:
+        return "scaled_dot_product_attention has no sinks"
+    if call.return_lse:
+        return "scaled_dot_product_attention does not return lse (return_lse=True)"
+    if call.dropout_p > 0:
+        return "scaled_dot_product_attention's dropout (dropout_p > 0) cannot reproduce the mask of dropout_seed"
+    if call.q.is_cuda:
+        return _why_not_on_a_gpu(call)
+    return None
+
+
+def _why_not_on_a_gpu(call: AttentionCall) -> str | None:
+    if call.packed:
+        return "the lengths in cu_seqlens cannot be read back from the GPU without synchronising"
+    if call.deterministic and not torch.are_deterministic_algorithms_enabled():
+        return "scaled_dot_product_attention is deterministic by torch.use_deterministic_algorithms(True) only"
+    if call.q.dtype in SIXTEEN_BIT:
+        if call.alibi_slopes is not None:
+            return f"its fused kernels would round alibi_slopes' bias to q's dtype ({short(call.q.dtype)})"
+        if call.bias is not None and call.bias.dtype != call.q.dtype:
+            return (
+                f"its fused kernels take a bias of q's dtype ({short(call.q.dtype)}) only, got {short(call.bias.dtype)}"
+            )
+    return None
+
+
+def attend(call: AttentionCall) -> Tensor:
+    """Output of a checked call that :func:`why_not` has nothing against, differentiable by autograd."""
+    return _attend_packed(call) if call.packed else _attend_dense(call)
+
+
+def _attend_packed(call: AttentionCall) -> Tensor:
+    """One sequence after another; the lengths are read, which costs nothing on a CPU."""
+    assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
+    starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    outputs = []
+    for sequence in range(call.batch):
+        rows_q = slice(starts_q[sequence], starts_q[sequence + 1])
+        rows_k = slice(starts_k[sequence], starts_k[sequence + 1])
+        seqlen_q, seqlen_k = rows_q.stop - rows_q.start, rows_k.stop - rows_k.start
+        if seqlen_q == 0:
+            continue
+        if seqlen_k == 0:
+            outputs.append(call.q.new_zeros(seqlen_q, call.q.shape[1], call.v.shape[-1]))
+            continue
+        one = call._replace(
+            q=call.q[rows_q][None],
+            k=call.k[rows_k][None],
+            v=call.v[rows_k][None],
+            mask=_part(call.mask, sequence, seqlen_q, seqlen_k),
+            bias=_part(call.bias, sequence, seqlen_q, seqlen_k),
+            key_padding_mask=None
+            if call.key_padding_mask is None
+            else call.key_padding_mask[sequence, None, :seqlen_k],
+            alibi_slopes=_slopes_of(call.alibi_slopes, sequence),
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+        )
+        outputs.append(_attend_dense(one)[0])
+    return torch.cat(outputs)
+
+
+def _part(tensor: Tensor | None, sequence: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
+    """One sequence's part of a mask or bias in local indices, (1, heads or 1, rows or 1, columns or 1)."""
+    if tensor is None:
+        return None
+    tensor = _four_dims(tensor)
+    index = sequence if tensor.shape[0] > 1 else 0
+    return tensor[index, None, :, :seqlen_q, :seqlen_k]
+
+
+def _slopes_of(alibi_slopes: Tensor | None, sequence: int) -> Tensor | None:
+    return alibi_slopes[sequence] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
+
+
+def _four_dims(tensor: Tensor) -> Tensor:
+    return tensor.reshape((1,) * (4 - tensor.ndim) + tuple(tensor.shape))
+
+
+def _attend_dense(call: AttentionCall) -> Tensor:
+    seqlen_q, seqlen_k = call.q.shape[1], call.k.shape[1]
+    left, right = _effective_window(call)
+    has_data = call.mask is not None or call.bias is not None or call.key_padding_mask is not None
+    if left < 0 and right == 0 and seqlen_q == seqlen_k and not has_data and call.alibi_slopes is None:
+        return _sdpa(call, None, is_causal=True)
+    visible = _visible(call, left, right)
+    if call.bias is None and call.alibi_slopes is None:
+        if visible is None:
+            return _sdpa(call, None)
+        # Rows that a window leaves empty are the first ones, and only of more queries than keys: no need to look at values.
+        may_be_empty = has_data or (right >= 0 and seqlen_q - seqlen_k > right)
+        if not may_be_empty:
+            return _sdpa(call, visible)
+        empty = ~visible.any(dim=-1, keepdim=True)
+        return _erase(_sdpa(call, visible | empty), empty)
+    attn_mask = _added_scores(call, visible)
+    empty = (attn_mask == -math.inf).all(dim=-1, keepdim=True)
+    return _erase(_sdpa(call, attn_mask.masked_fill(empty, 0.0)), empty)
+
+
+def _effective_window(call: AttentionCall) -> tuple[int, int]:
+    """(left, right) with causality folded in, -1 where no score is cut."""
+    left, right = call.window
+    seqlen_q, seqlen_k = call.q.shape[1], call.k.shape[1]
+    if left >= 0 and left >= seqlen_k - 1:
+        left = -1
+    if call.causal:
+        right = 0
+    # A single query stands at the last key: nothing lies to its right.
+    return left, (-1 if right >= 0 and right >= seqlen_q - 1 else right)
+
+
+def _visible(call: AttentionCall, left: int, right: int) -> Tensor | None:
+    """Boolean, broadcastable to (batch, num_heads, seqlen_q, seqlen_k); None if everything is visible."""
+    parts = []
+    if left >= 0 or right >= 0:
+        distance = _distance(call)
+        if right >= 0:
+            parts.append(distance >= -right)
+        if left >= 0:
+            parts.append(distance <= left)
+    if call.mask is not None:
+        parts.append(_four_dims(call.mask))
+    if call.key_padding_mask is not None:
+        parts.append(call.key_padding_mask[:, None, None, :])
+    visible = None
+    for part in parts:
+        visible = part if visible is None else visible & part
+    return visible if visible is None else _four_dims(visible)
+
+
+def _distance(call: AttentionCall) -> Tensor:
+    seqlen_q, seqlen_k = call.q.shape[1], call.k.shape[1]
+    rows = torch.arange(seqlen_q, device=call.q.device) + (seqlen_k - seqlen_q)
+    return rows[:, None] - torch.arange(seqlen_k, device=call.q.device)[None, :]
+
+
+def _added_scores(call: AttentionCall, visible: Tensor | None) -> Tensor:
+    """bias + ALiBi, -inf where hidden, in the dtype scaled_dot_product_attention takes beside q: q's or float32."""
+    added = None if call.bias is None else _four_dims(call.bias)
+    if call.alibi_slopes is not None:
+        slopes = call.alibi_slopes.to(torch.promote_types(call.q.dtype, torch.float32))
+        alibi = -slopes.reshape(-1, call.q.shape[2], 1, 1) * _distance(call).abs()
+        added = alibi if added is None else added + alibi
+    assert added is not None
+    if added.dtype != call.q.dtype:
+        added = added.to(torch.promote_types(call.q.dtype, torch.float32))
+    return added if visible is None else added.masked_fill(~visible, -math.inf)
+
+
+def _erase(out: Tensor, empty: Tensor) -> Tensor:
+    """0 in the rows that see nothing, and therefore gradient 0 from them. ``empty``: (batch or 1, heads or 1, rows or 1, 1)."""
+    if readable(empty) and not bool(empty.any()):
+        return out
+    return out.masked_fill(empty.transpose(1, 2), 0.0)
+
+
+def _sdpa(call: AttentionCall, attn_mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    q, k, v = call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
+    head_dim, value_dim, heads_per_kv = q.shape[-1], v.shape[-1], q.shape[1] // k.shape[1]
+    # On a CPU the fused kernel wants one head_dim; without it the score matrix would be materialised. Zero features change no product.
+    padded = head_dim != value_dim and not q.is_cuda
+    if padded:
+        width = max(head_dim, value_dim)
+        q, k, v = (F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in (q, k, v))
+    if heads_per_kv > 1 and q.is_cuda and (attn_mask is not None or q.dtype not in SIXTEEN_BIT):
+        # On a GPU only the 16-bit kernel without a mask shares key heads; the others get copies, or they would materialise scores.
+        k, v = (tensor.repeat_interleave(heads_per_kv, dim=1) for tensor in (k, v))
+        heads_per_kv = 1
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=call.softmax_scale, enable_gqa=heads_per_kv > 1
+    )
+    return (out[..., :value_dim] if padded else out).transpose(1, 2)

@@ -1,0 +1,36 @@
+"""What the differentiable ops share: a loop as vmap rule, and a clear refusal of double backward."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def vmap_by_loop(function: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """A vmap rule for a ``torch.autograd.Function``: applies it to one slice after another and stacks the results.
+
+    Returns:
+        The stacked outputs and their batch dimensions (all 0), as the ``vmap`` staticmethod of a Function must.
+    """
+    results = []
+    for index in range(info.batch_size):
+        sliced = [arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims)]
+        results.append(function.apply(*sliced))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(outputs) for outputs in zip(*results)), (0,) * len(results[0])
+
+
+def refuse_double_backward(op: str) -> NoReturn:
+    """RuntimeError: the gradient of ``op`` was asked for a gradient of its own."""
+    raise RuntimeError(
+        f"{op} has no double backward: its gradient was computed by a fused kernel; use backend='reference' (or 'torch') "
+        "where second derivatives are needed"
+    )
+
+
+def records_backward() -> bool:
+    """Whether a backward pass is itself being recorded (create_graph=True, functorch); the compiler differentiates once only."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
