@@ -1,0 +1,458 @@
+"""Attention backward: dq, dk, dv (and the gradients of bias and sinks) from the saved output and log-sum-exp, scores recomputed.
+
+Two kernels, each looping over what its own tile meets, so nothing is added atomically and every run gives the same bits:
+
+1. per query tile: ``delta = rowsum(dout ∘ out) - dlse`` (kept for the second kernel), ``ds = p ∘ (dp - delta)`` with ``dp = dout vᵀ``,
+   ``dq = scale · ds k``;
+2. per key tile, for every query head of its GQA group: ``dv = pᵀ dout``, ``dk = scale · dsᵀ q``.
+
+Cost: 7 matrix products against the forward's 2 (s and dp are formed in both kernels), i.e. 14 · batch · heads · Lq · Lk · d FLOP, half if causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import attention_common as common
+from .attention_common import LOG2E
+from .attention_forward import slots_per_group
+from .launch import COMMON_OPTIONS, device_limits, on_device
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Tiles of the dq kernel (``q_*``: owns q_block_m queries) and of the dk/dv kernel (``kv_*``: owns kv_block_n keys)."""
+
+    q_block_m: int
+    q_block_n: int
+    q_num_warps: int
+    q_num_stages: int
+    kv_block_m: int
+    kv_block_n: int
+    kv_num_warps: int
+    kv_num_stages: int
+
+
+def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> BackwardConfig:
+    """Launch policy: a dk/dv program holds two accumulators of kv_block_n · d and two score tiles, a dq program one and two."""
+    width = max(common.block_dim(head_dim), common.block_dim(value_dim))
+    if dtype == torch.float32:
+        return BackwardConfig(32, 32, 4, 1, 32, 32, 4, 1) if width <= 64 else BackwardConfig(16, 16, 4, 1, 16, 16, 4, 1)
+    if width <= 64:
+        return BackwardConfig(128, 64, 8, 2, 64, 128, 8, 2)
+    if width <= 128:
+        return BackwardConfig(128, 64, 8, 2, 64, 128, 8, 2)
+    return BackwardConfig(64, 64, 8, 1, 32, 64, 8, 1)
+
+
+@triton.jit
+def attention_backward_dq_kernel(
+    dout_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head,
+    q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
+    k_ptr, stride_k_batch, stride_k_seq, stride_k_head,
+    v_ptr, stride_v_batch, stride_v_seq, stride_v_head,
+    out_ptr, stride_out_batch, stride_out_seq, stride_out_head,
+    dq_ptr, stride_dq_batch, stride_dq_seq, stride_dq_head,
+    lse_ptr, dlse_ptr, delta_ptr, stride_lse_batch, stride_lse_head,
+    dbias_ptr, stride_dbias_batch, stride_dbias_head, stride_dbias_row,
+    dsinks_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    bias_ptr, stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_col,
+    mask_ptr, stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_col,
+    padding_ptr, stride_padding_batch, stride_padding_col,
+    alibi_ptr, stride_alibi_batch, stride_alibi_head,
+    sinks_ptr, dropout_seed_ptr,
+    batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
+    softmax_scale, softcap, window_left, window_right, dropout_last_out, dropout_scale,
+    HEADS_PER_KV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SCALE_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+
+    # Which queries, of which head, of which sequence.
+    tile_m, slot = common.program_tile(num_tiles, num_slots, slots_per_group, HAS_RIGHT)
+    if sinks_ptr is not None:
+        dsinks_ptr += slot.to(tl.int64) * num_tiles + tile_m
+    if cu_seqlens_q_ptr is not None:
+        head = slot
+        sequence, tile_m, first_q, seqlen_q, first_k, seqlen_k = common.packed_tile(
+            cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k, tile_m, BLOCK_M
+        )
+    else:
+        head = slot % num_heads
+        sequence = slot // num_heads
+        first_q = 0
+        first_k = 0
+    start_m = tile_m * BLOCK_M
+    if start_m >= seqlen_q:
+        return
+    sequence = sequence.to(tl.int64)
+    head = head.to(tl.int64)
+    kv_head = head // HEADS_PER_KV
+    first_row = (first_q + start_m).to(tl.int64)
+    dout_ptr += sequence * stride_dout_batch + first_row * stride_dout_seq + head * stride_dout_head
+    q_ptr += sequence * stride_q_batch + first_row * stride_q_seq + head * stride_q_head
+    out_ptr += sequence * stride_out_batch + first_row * stride_out_seq + head * stride_out_head
+    dq_ptr += sequence * stride_dq_batch + first_row * stride_dq_seq + head * stride_dq_head
+    first_statistic = sequence * stride_lse_batch + head * stride_lse_head + first_row
+    first_key = tl.cast(first_k, tl.int64)
+    k_ptr += sequence * stride_k_batch + first_key * stride_k_seq + kv_head * stride_k_head
+    v_ptr += sequence * stride_v_batch + first_key * stride_v_seq + kv_head * stride_v_head
+    sequence = tl.minimum(sequence, batch - 1)  # rows of no sequence see nothing, but must not read past the options
+    alibi_slope = None
+    if bias_ptr is not None:
+        bias_ptr += sequence * stride_bias_batch + head * stride_bias_head
+    if dbias_ptr is not None:
+        dbias_ptr += sequence * stride_dbias_batch + head * stride_dbias_head
+    if mask_ptr is not None:
+        mask_ptr += sequence * stride_mask_batch + head * stride_mask_head
+    if padding_ptr is not None:
+        padding_ptr += sequence * stride_padding_batch
+    if alibi_ptr is not None:
+        alibi_slope = tl.load(alibi_ptr + sequence * stride_alibi_batch + head * stride_alibi_head).to(tl.float32)
+    if dropout_seed_ptr is not None:
+        seed = tl.load(dropout_seed_ptr)
+        offset = tl.load(dropout_seed_ptr + 1)
+
+    # delta and lse of the rows; a row that saw nothing gets p = 0 from lse = inf, and no gradient whatever flows into its lse (a merge of
+    # two partial results may well send NaN).
+    offs_m = common.tile_offsets(BLOCK_M, WIDE)
+    offs_n = common.tile_offsets(BLOCK_N, WIDE)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    rows_left = seqlen_q - start_m
+    row_exists = offs_m < rows_left
+    dout = common.load_tile(dout_ptr, stride_dout_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, True)
+    out = common.load_tile(out_ptr, stride_out_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, True)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + first_statistic + offs_m, mask=row_exists, other=float("-inf"))
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + first_statistic + offs_m, mask=row_exists, other=0.0)
+    delta = tl.where(lse == float("-inf"), 0.0, delta)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    tl.store(delta_ptr + first_statistic + offs_m, delta, mask=row_exists)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        tl.store(dsinks_ptr, -tl.sum(tl.exp2(sink - lse) * delta, 0))
+
+    q = common.load_tile(q_ptr, stride_q_seq, rows_left, offs_m, offs_d, HEAD_DIM, BLOCK_D, True)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    factor = LOG2E
+    if not SCALE_FIRST:
+        factor = softmax_scale * LOG2E
+    bounds = common.tile_ranges(
+        start_m, tl.minimum(start_m + BLOCK_M, seqlen_q) - 1, seqlen_k - seqlen_q - window_left, seqlen_k - seqlen_q + window_right,
+        seqlen_k, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+    )  # fmt: skip
+    for run in tl.static_range(0 if HAS_LEFT else 1, 3):
+        for tile_n in range(bounds[run], bounds[run + 1]):
+            start_n = tile_n * BLOCK_N
+            first_key = tl.cast(start_n, tl.int64)
+            keys_left = seqlen_k - start_n
+            k = common.load_tile(
+                k_ptr + first_key * stride_k_seq, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, run != 1
+            )
+            v = common.load_tile(
+                v_ptr + first_key * stride_v_seq,
+                stride_v_seq,
+                keys_left,
+                offs_n,
+                offs_dv,
+                VALUE_DIM,
+                BLOCK_DV,
+                run != 1,
+            )
+            capped = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            capped = common.scaled_scores(capped, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
+            scores = common.score_terms(
+                capped, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k, bias_ptr, stride_bias_row, stride_bias_col,
+                mask_ptr, stride_mask_row, stride_mask_col, padding_ptr, stride_padding_col, alibi_slope, window_left, window_right,
+                run != 1, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            p = tl.exp2(scores * factor - lse[:, None])
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            if dropout_seed_ptr is not None:
+                keep = common.dropout_keep(
+                    seed, offset, sequence * num_heads + head, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N
+                )
+                dp = tl.where(keep, dp * dropout_scale, 0.0)
+            ds = p * (dp - delta[:, None])
+            if dbias_ptr is not None:
+                dbias_ptrs = (
+                    dbias_ptr
+                    + (start_m + offs_m)[:, None].to(tl.int64) * stride_dbias_row
+                    + (start_n + offs_n)[None, :]
+                )
+                tl.store(
+                    dbias_ptrs,
+                    ds.to(dbias_ptr.dtype.element_ty),
+                    mask=row_exists[:, None] & (offs_n[None, :] < keys_left),
+                )
+            if HAS_SOFTCAP:
+                ds = ds * common.softcap_slope(capped, softcap)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    common.store_tile(dq_ptr, stride_dq_seq, rows_left, offs_m, offs_d, dq * softmax_scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def attention_backward_dkv_kernel(
+    dout_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head,
+    q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
+    k_ptr, stride_k_batch, stride_k_seq, stride_k_head,
+    v_ptr, stride_v_batch, stride_v_seq, stride_v_head,
+    dk_ptr, stride_dk_batch, stride_dk_seq, stride_dk_head,
+    dv_ptr, stride_dv_batch, stride_dv_seq, stride_dv_head,
+    lse_ptr, delta_ptr, stride_lse_batch, stride_lse_head,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    bias_ptr, stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_col,
+    mask_ptr, stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_col,
+    padding_ptr, stride_padding_batch, stride_padding_col,
+    alibi_ptr, stride_alibi_batch, stride_alibi_head,
+    sinks_ptr, dropout_seed_ptr,
+    batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
+    softmax_scale, softcap, window_left, window_right, dropout_last_out, dropout_scale,
+    HEADS_PER_KV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SCALE_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+
+    # Which keys, of which key head, of which sequence. The first tile of a causal call meets most queries and goes first.
+    tile_n, slot = common.program_tile(num_tiles, num_slots, slots_per_group, False)
+    if cu_seqlens_q_ptr is not None:
+        kv_head = slot
+        sequence, tile_n, first_k, seqlen_k, first_q, seqlen_q = common.packed_tile(
+            cu_seqlens_k_ptr, cu_seqlens_q_ptr, batch, seqlen_k, seqlen_q, tile_n, BLOCK_N
+        )
+    else:
+        kv_head = slot % (num_heads // HEADS_PER_KV)
+        sequence = slot // (num_heads // HEADS_PER_KV)
+        first_q = 0
+        first_k = 0
+    start_n = tile_n * BLOCK_N
+    if start_n >= seqlen_k:
+        return
+    sequence = sequence.to(tl.int64)
+    kv_head = kv_head.to(tl.int64)
+    first_key = (first_k + start_n).to(tl.int64)
+    first_row = tl.cast(first_q, tl.int64)
+    k_ptr += sequence * stride_k_batch + first_key * stride_k_seq + kv_head * stride_k_head
+    v_ptr += sequence * stride_v_batch + first_key * stride_v_seq + kv_head * stride_v_head
+    dk_ptr += sequence * stride_dk_batch + first_key * stride_dk_seq + kv_head * stride_dk_head
+    dv_ptr += sequence * stride_dv_batch + first_key * stride_dv_seq + kv_head * stride_dv_head
+    dout_ptr += sequence * stride_dout_batch + first_row * stride_dout_seq
+    q_ptr += sequence * stride_q_batch + first_row * stride_q_seq
+    first_statistic = sequence * stride_lse_batch + first_row
+    sequence = tl.minimum(sequence, batch - 1)  # keys of no sequence meet no query, but must not read past the options
+    if dropout_seed_ptr is not None:
+        seed = tl.load(dropout_seed_ptr)
+        offset = tl.load(dropout_seed_ptr + 1)
+
+    offs_m = common.tile_offsets(BLOCK_M, WIDE)
+    offs_n = common.tile_offsets(BLOCK_N, WIDE)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    keys_left = seqlen_k - start_n
+    k = common.load_tile(k_ptr, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, True)
+    v = common.load_tile(v_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    factor = LOG2E
+    if not SCALE_FIRST:
+        factor = softmax_scale * LOG2E
+    bounds = common.tile_ranges(
+        start_n, tl.minimum(start_n + BLOCK_N, seqlen_k) - 1, seqlen_q - seqlen_k - window_right, seqlen_q - seqlen_k + window_left,
+        seqlen_q, BLOCK_M, HAS_RIGHT, HAS_LEFT,
+    )  # fmt: skip
+    for head in range(kv_head * HEADS_PER_KV, (kv_head + 1) * HEADS_PER_KV):
+        dout_head_ptr = dout_ptr + head * stride_dout_head
+        q_head_ptr = q_ptr + head * stride_q_head
+        head_statistic = first_statistic + head * stride_lse_head
+        bias_head_ptr = None
+        mask_head_ptr = None
+        padding_row_ptr = None
+        alibi_slope = None
+        if bias_ptr is not None:
+            bias_head_ptr = bias_ptr + sequence * stride_bias_batch + head * stride_bias_head
+        if mask_ptr is not None:
+            mask_head_ptr = mask_ptr + sequence * stride_mask_batch + head * stride_mask_head
+        if padding_ptr is not None:
+            padding_row_ptr = padding_ptr + sequence * stride_padding_batch
+        if alibi_ptr is not None:
+            alibi_slope = tl.load(alibi_ptr + sequence * stride_alibi_batch + head * stride_alibi_head).to(tl.float32)
+        for run in tl.static_range(0 if HAS_RIGHT else 1, 3):
+            for tile_m in range(bounds[run], bounds[run + 1]):
+                start_m = tile_m * BLOCK_M
+                first_row = tl.cast(start_m, tl.int64)
+                rows_left = seqlen_q - start_m
+                q = common.load_tile(
+                    q_head_ptr + first_row * stride_q_seq,
+                    stride_q_seq,
+                    rows_left,
+                    offs_m,
+                    offs_d,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    run != 1,
+                )
+                dout = common.load_tile(
+                    dout_head_ptr + first_row * stride_dout_seq,
+                    stride_dout_seq,
+                    rows_left,
+                    offs_m,
+                    offs_dv,
+                    VALUE_DIM,
+                    BLOCK_DV,
+                    run != 1,
+                )
+                lse = tl.load(lse_ptr + head_statistic + start_m + offs_m, mask=offs_m < rows_left, other=float("-inf"))
+                delta = tl.load(delta_ptr + head_statistic + start_m + offs_m, mask=offs_m < rows_left, other=0.0)
+                lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+                capped = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: (BLOCK_N, BLOCK_M)
+                capped = common.scaled_scores(capped, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
+                scores = common.score_terms(
+                    capped, (start_m + offs_m)[None, :], (start_n + offs_n)[:, None], seqlen_q, seqlen_k,
+                    bias_head_ptr, stride_bias_row, stride_bias_col, mask_head_ptr, stride_mask_row, stride_mask_col,
+                    padding_row_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
+                )  # fmt: skip
+                p = tl.exp2(scores * factor - lse[None, :])
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                kept = p
+                if dropout_seed_ptr is not None:
+                    slot = sequence * num_heads + head
+                    keep = tl.trans(
+                        common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
+                    )
+                    kept = tl.where(keep, p * dropout_scale, 0.0)
+                    dp = tl.where(keep, dp * dropout_scale, 0.0)
+                dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                ds = p * (dp - delta[None, :])
+                if HAS_SOFTCAP:
+                    ds = ds * common.softcap_slope(capped, softcap)
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    common.store_tile(dk_ptr, stride_dk_seq, keys_left, offs_n, offs_d, dk * softmax_scale, HEAD_DIM, BLOCK_D)
+    common.store_tile(dv_ptr, stride_dv_seq, keys_left, offs_n, offs_dv, dv, VALUE_DIM, BLOCK_DV)
+
+
+def unsupported(**options: object) -> str | None:
+    """Why the backward kernels cannot serve a call with these options (names as in ``attention_backward``), or None."""
+    if options.get("bias") is not None:
+        return "the gradient of a bias is not served by Triton yet"
+    return None
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    allow_tf32: bool = False,
+    config: BackwardConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Runs both kernels on checked tensors: the arguments of ``attention_forward``, what it returned, and the gradients of that.
+
+    Args:
+        dout: gradient of out, any strides.
+        out, lse: what ``attention_forward`` returned for the same arguments.
+        dlse: gradient of lse, or None for 0.
+
+    Returns:
+        dq, dk, dv, contiguous, in the dtypes of q, k, v; dbias shaped like bias or None without bias; dsinks or None without sinks.
+    """
+    shape = common.geometry(q, k, v, cu_seqlens_q)
+    dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
+    if config is None:
+        config = backward_config(shape.head_dim, shape.value_dim, q.dtype, device_limits(q.device).arch)
+    options = common.score_options(
+        shape,
+        causal,
+        window,
+        softmax_scale,
+        softcap,
+        mask,
+        bias,
+        key_padding_mask,
+        alibi_slopes,
+        sinks,
+        dropout_p,
+        dropout_seed,
+        q.dtype,
+        allow_tf32,
+    )
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    out = out if out.stride(-1) == 1 else out.contiguous()
+    lse = lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    delta = torch.empty_like(lse)
+    num_tiles_q, num_slots_q = shape.tiles(shape.seqlen_q, config.q_block_m), shape.slots(shape.num_heads)
+    num_tiles_k, num_slots_k = shape.tiles(shape.seqlen_k, config.kv_block_n), shape.slots(shape.num_kv_heads)
+    dbias = None if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    dsinks = None if sinks is None else torch.zeros(num_slots_q, num_tiles_q, dtype=torch.float32, device=q.device)
+    inputs = (
+        dout,
+        *common.row_strides(dout),
+        q,
+        *common.row_strides(q),
+        k,
+        *common.row_strides(k),
+        v,
+        *common.row_strides(v),
+    )
+    packing = (cu_seqlens_q, cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens_q)
+    sizes = (shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k)
+    wide = common.needs_wide_offsets(256, dout, q, k, v, out, dq, dk, dv)
+    with on_device(q):
+        if dq.numel() > 0:
+            attention_backward_dq_kernel[(num_tiles_q * num_slots_q,)](
+                *inputs,
+                out, *common.row_strides(out),
+                dq, *common.row_strides(dq),
+                lse, dlse, delta, *common.statistic_strides(lse),
+                dbias, *(dbias.stride()[:3] if dbias is not None else (0, 0, 0)),
+                dsinks,
+                *packing, *options.tensors,
+                *sizes, num_tiles_q, num_slots_q, slots_per_group(shape, k, v),
+                *options.scalars, **options.constexprs,
+                BLOCK_M=config.q_block_m, BLOCK_N=config.q_block_n, WIDE=wide,
+                num_warps=config.q_num_warps, num_stages=config.q_num_stages, **COMMON_OPTIONS,
+            )  # fmt: skip
+        if dk.numel() + dv.numel() > 0:
+            attention_backward_dkv_kernel[(num_tiles_k * num_slots_k,)](
+                *inputs,
+                dk, *common.row_strides(dk),
+                dv, *common.row_strides(dv),
+                lse, delta, *common.statistic_strides(lse),
+                *packing, *options.tensors,
+                *sizes, num_tiles_k, num_slots_k, num_slots_k,
+                *options.scalars, **options.constexprs,
+                BLOCK_M=config.kv_block_m, BLOCK_N=config.kv_block_n, WIDE=wide,
+                num_warps=config.kv_num_warps, num_stages=config.kv_num_stages, **COMMON_OPTIONS,
+            )  # fmt: skip
+    if dsinks is not None:
+        dsinks = dsinks.view(-1, shape.num_heads, num_tiles_q).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dbias, dsinks

@@ -1,0 +1,390 @@
+"""What the attention kernels share: where a program works, how a tile is loaded, which keys a query sees, what is added to a score.
+
+Positions are local to a sequence. With ``distance = i + seqlen_k - seqlen_q - j``, query ``i`` sees key ``j`` iff
+``-window_right <= distance <= window_left`` (a causal call is ``window_right = 0``). Scores are handed about in *natural* units times a factor:
+``exp2(scores * factor - row_max)`` costs one fused multiply-add and one ex2 per score, whatever the options. Without softcap, bias and ALiBi
+the factor is ``softmax_scale * log2(e)`` and the scores are the plain products; else it is ``log2(e)`` and the scale is applied first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import cdiv, next_power_of_2
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Host side: the call, normalised once for all three kernels.
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a call. Dense: ``seqlen_*`` are lengths; packed: they are the totals, and each sequence's length comes from cu_seqlens."""
+
+    packed: bool
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    value_dim: int
+
+    def tiles(self, seqlen: int, block: int) -> int:
+        """Tiles of ``block`` rows that cover every sequence whatever its length, and, packed, the rows past the last sequence.
+
+        Sequence b starts at tile ``cu_seqlens[b] // block + b``: enough for its rows, found again by a search, with nothing read back.
+        """
+        return seqlen // block + self.batch + 1 if self.packed else cdiv(seqlen, block)
+
+    def slots(self, heads: int) -> int:
+        """Independent rows of tiles: a packed tile knows its sequence, a dense one is told."""
+        return heads if self.packed else self.batch * heads
+
+
+def geometry(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> Geometry:
+    packed = cu_seqlens_q is not None
+    return Geometry(
+        packed=packed,
+        batch=cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0],
+        num_heads=q.shape[-2],
+        num_kv_heads=k.shape[-2],
+        seqlen_q=q.shape[-3],
+        seqlen_k=k.shape[-3],
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+    )
+
+
+def row_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """(batch, seqlen, head) strides; packed tensors have no batch to step over."""
+    return (0, tensor.stride(0), tensor.stride(1)) if tensor.dim() == 3 else tensor.stride()[:3]
+
+
+def statistic_strides(lse: torch.Tensor) -> tuple[int, int]:
+    """(batch, head) strides of lse-like tensors: (batch, heads, seqlen_q) or (heads, total_q), last dimension contiguous."""
+    return (0, lse.stride(0)) if lse.dim() == 2 else lse.stride()[:2]
+
+
+def block_dim(dim: int) -> int:
+    """Features are padded to a power of two of at least 16, the least that the tensor cores take as depth."""
+    return max(16, next_power_of_2(dim))
+
+
+def window_limits(causal: bool, window: tuple[int, int]) -> tuple[int, int]:
+    """Window with causality folded in; negative means unlimited."""
+    left, right = window
+    return left, (0 if causal else right)
+
+
+def needs_wide_offsets(block: int, *tensors: torch.Tensor | None) -> bool:
+    """Whether an offset *inside* a tile can pass 2^31 (between tiles they are 64-bit always)."""
+    strides = [abs(stride) for tensor in tensors if tensor is not None for stride in tensor.stride()]
+    return max(strides, default=0) * block >= 2**31
+
+
+def dot_precision(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """Only float32 has a choice: exact products, or tf32 where torch allows it."""
+    return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Kernel arguments that say what a score is, the same for the forward and the backward kernels, in the order of their signatures."""
+
+    tensors: tuple[Any, ...]
+    scalars: tuple[Any, ...]
+    constexprs: dict[str, Any]
+
+
+def score_options(
+    shape: Geometry,
+    causal: bool,
+    window: tuple[int, int],
+    softmax_scale: float,
+    softcap: float,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+) -> ScoreOptions:
+    """Folds causality into the window, the scale into the exponent where it may be, and broadcasting into strides of 0."""
+    left, right = window_limits(causal, window)
+    if dropout_p > 0.0 and dropout_seed is None:
+        raise ValueError("dropout_seed must be an int64[2] tensor when dropout_p > 0")
+    return ScoreOptions(
+        tensors=(
+            *_with_strides(bias, 4),
+            *_with_strides(_as_bytes(mask), 4),
+            *_with_strides(_as_bytes(key_padding_mask), 2),
+            *_with_strides(alibi_slopes, 2),
+            sinks,
+            dropout_seed if dropout_p > 0.0 else None,
+        ),
+        scalars=(
+            softmax_scale,
+            softcap,
+            left,
+            right,
+            math.ceil(dropout_p * 2**32) - 1,
+            1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
+        ),
+        constexprs=dict(
+            HEADS_PER_KV=shape.num_heads // shape.num_kv_heads,
+            HAS_LEFT=left >= 0,
+            HAS_RIGHT=right >= 0,
+            # Folding the scale into the exponent's multiply-add needs max(scale * s) = scale * max(s).
+            SCALE_FIRST=softcap > 0.0 or bias is not None or alibi_slopes is not None or softmax_scale <= 0.0,
+            HAS_SOFTCAP=softcap > 0.0,
+            HEAD_DIM=shape.head_dim,
+            VALUE_DIM=shape.value_dim,
+            BLOCK_D=block_dim(shape.head_dim),
+            BLOCK_DV=block_dim(shape.value_dim),
+            PRECISION=dot_precision(dtype, allow_tf32),
+        ),
+    )
+
+
+def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+
+
+def _with_strides(tensor: torch.Tensor | None, dims: int) -> tuple[Any, ...]:
+    """The tensor and its strides after broadcasting to ``dims`` dimensions: 0 where it is repeated, so that nothing is expanded."""
+    if tensor is None:
+        return (None,) + (0,) * dims
+    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return (tensor, *([0] * (dims - tensor.dim())), *strides)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Device side.
+
+
+@triton.jit
+def program_tile(num_tiles, num_slots, slots_per_group, REVERSED: tl.constexpr):
+    """This program's (tile, slot). Slots come in groups whose keys and values fit the L2 cache together; inside a group the slot runs fastest,
+    so all heads work on the same tile, the longest first (``REVERSED`` where the last tile sees most)."""
+    pid = tl.program_id(0)
+    group = pid // (slots_per_group * num_tiles)
+    first_slot = group * slots_per_group
+    slots_here = tl.minimum(slots_per_group, num_slots - first_slot)
+    within = pid - first_slot * num_tiles
+    tile = within // slots_here
+    if REVERSED:
+        tile = num_tiles - 1 - tile
+    return tile, first_slot + within % slots_here
+
+
+@triton.jit
+def find_sequence(cu_seqlens_ptr, batch, tile, BLOCK: tl.constexpr):
+    """The sequence a packed tile belongs to: the last b in [0, batch] with ``cu_seqlens[b] // BLOCK + b <= tile``; ``batch`` = past the end."""
+    low = 0
+    high = batch + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def packed_tile(cu_seqlens_ptr, other_cu_seqlens_ptr, batch, total, other_total, tile, BLOCK: tl.constexpr):
+    """(sequence, tile in it, its start and length, start and length of the same sequence in the other tensor). The rows that belong to no
+    sequence form one that meets nothing; its index is ``batch``."""
+    sequence = find_sequence(cu_seqlens_ptr, batch, tile, BLOCK)
+    real = sequence < batch
+    start = tl.load(cu_seqlens_ptr + sequence)
+    end = tl.load(cu_seqlens_ptr + sequence + 1, mask=real, other=total)
+    other_start = tl.load(other_cu_seqlens_ptr + sequence)
+    other_end = tl.load(other_cu_seqlens_ptr + sequence + 1, mask=real, other=other_start)
+    tile -= start // BLOCK + sequence
+    return (
+        sequence,
+        tile,
+        start,
+        tl.minimum(end, total) - start,
+        other_start,
+        tl.minimum(other_end, other_total) - other_start,
+    )
+
+
+@triton.jit
+def tile_offsets(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    if WIDE:
+        offsets = offsets.to(tl.int64)
+    return offsets
+
+
+@triton.jit
+def load_tile(
+    tile_ptr,
+    stride_row,
+    rows_left,
+    offs_row,
+    offs_dim,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    """Rows of features from ``tile_ptr`` on; rows from ``rows_left`` on and features from DIM on are 0. A tensor descriptor would go here."""
+    ptrs = tile_ptr + offs_row[:, None] * stride_row + offs_dim[None, :]
+    if MASK_ROWS:
+        if DIM != BLOCK_DIM:
+            tile = tl.load(ptrs, mask=(offs_row[:, None] < rows_left) & (offs_dim[None, :] < DIM), other=0.0)
+        else:
+            tile = tl.load(ptrs, mask=offs_row[:, None] < rows_left, other=0.0)
+    elif DIM != BLOCK_DIM:
+        tile = tl.load(ptrs, mask=offs_dim[None, :] < DIM, other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def store_tile(tile_ptr, stride_row, rows_left, offs_row, offs_dim, value, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    ptrs = tile_ptr + offs_row[:, None] * stride_row + offs_dim[None, :]
+    mask = offs_row[:, None] < rows_left
+    if DIM != BLOCK_DIM:
+        mask = mask & (offs_dim[None, :] < DIM)
+    tl.store(ptrs, value.to(tile_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tile_ranges(
+    first, last, low_shift, high_shift, length, BLOCK: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr
+):
+    """The four bounds of three runs over the tiles of the other axis, of which row r, ``first <= r <= last``, meets the positions
+    ``r + low_shift .. r + high_shift`` within ``0 .. length - 1``: tiles cut by the low edge; tiles that every row meets whole, which need no
+    mask; tiles cut by the high edge or by the end. Tiles that no row meets are in none of them."""
+    begin = 0
+    inside_begin = 0
+    end_position = length
+    inside_end_position = length
+    if HAS_LOW:
+        begin = tl.maximum(first + low_shift, 0) // BLOCK
+        inside_begin = (tl.maximum(last + low_shift, 0) + BLOCK - 1) // BLOCK
+    if HAS_HIGH:
+        end_position = tl.minimum(length, last + high_shift + 1)
+        inside_end_position = tl.minimum(length, first + high_shift + 1)
+    end = tl.maximum(begin, (tl.maximum(end_position, 0) + BLOCK - 1) // BLOCK)
+    inside_begin = tl.minimum(inside_begin, end)
+    inside_end = tl.minimum(tl.maximum(tl.maximum(inside_end_position, 0) // BLOCK, inside_begin), end)
+    return begin, inside_begin, inside_end, end
+
+
+@triton.jit
+def visible(rows, cols, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Which of the scores at (rows, cols), two index tensors that broadcast against each other, exist at all."""
+    keep = (cols < seqlen_k) & (rows >= 0)
+    if HAS_LEFT or HAS_RIGHT:
+        distance = rows + (seqlen_k - seqlen_q) - cols
+        if HAS_LEFT:
+            keep = keep & (distance <= window_left)
+        if HAS_RIGHT:
+            keep = keep & (distance >= -window_right)
+    return keep
+
+
+@triton.jit
+def scaled_scores(
+    products, softmax_scale, softcap, SCALE_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT_TANH: tl.constexpr
+):
+    """q·k turned into scores, before anything is added to them."""
+    scores = products
+    if SCALE_FIRST:
+        scores = scores * softmax_scale
+    if HAS_SOFTCAP:
+        scores = softcap * tanh(scores / softcap, EXACT_TANH)
+    return scores
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
+    """tanh by exp2; near 0, where 1 - 2 / (1 + exp(2x)) cancels, by Cephes' polynomial for float32 inputs (16-bit ones do not see it)."""
+    result = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    if EXACT:
+        z = x * x
+        series = -5.70498872745e-3 * z + 2.06390887954e-2
+        series = (series * z - 5.37397155531e-2) * z + 1.33314422036e-1
+        series = (series * z - 3.33332819422e-1) * z * x + x
+        result = tl.where(z < 0.390625, series, result)
+    return result
+
+
+@triton.jit
+def score_terms(
+    scores, rows, cols, seqlen_q, seqlen_k,
+    bias_ptr, stride_bias_row, stride_bias_col,
+    mask_ptr, stride_mask_row, stride_mask_col,
+    padding_ptr, stride_padding_col,
+    alibi_slope, window_left, window_right,
+    MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Adds bias and ALiBi and hides what may not be seen. ``rows`` and ``cols`` are index tensors that broadcast against each other; the pointers
+    belong to this batch and head already and are None where the option is not used. ``MASKED``: the window or the end of the keys cuts the tile."""
+    if alibi_slope is not None:
+        scores -= alibi_slope * tl.abs(rows + (seqlen_k - seqlen_q) - cols).to(tl.float32)
+    inside = (rows < seqlen_q) & (cols < seqlen_k)
+    if bias_ptr is not None:
+        bias = tl.load(
+            bias_ptr + rows.to(tl.int64) * stride_bias_row + cols.to(tl.int64) * stride_bias_col, mask=inside, other=0.0
+        )
+        scores += bias.to(tl.float32)
+    if mask_ptr is not None:
+        attend = tl.load(
+            mask_ptr + rows.to(tl.int64) * stride_mask_row + cols.to(tl.int64) * stride_mask_col, mask=inside, other=0
+        )
+        scores = tl.where(attend != 0, scores, float("-inf"))
+    if padding_ptr is not None:
+        attend = tl.load(padding_ptr + cols.to(tl.int64) * stride_padding_col, mask=cols < seqlen_k, other=0)
+        scores = tl.where(attend != 0, scores, float("-inf"))
+    if MASKED:
+        scores = tl.where(
+            visible(rows, cols, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT),
+            scores,
+            float("-inf"),
+        )
+    return scores
+
+
+@triton.jit
+def softcap_slope(capped, softcap):
+    """d softcap(s) / ds from the capped score: 1 - tanh²."""
+    ratio = capped / softcap
+    return 1.0 - ratio * ratio
+
+
+@triton.jit
+def dropout_keep(seed, offset, slot, start_m, start_n, last_kept_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights of the (BLOCK_M, BLOCK_N) tile at (start_m, start_n) stay: philox(seed, offset, slot = batch · num_heads + head, i, j) is
+    above ``last_kept_out``. One evaluation gives the words of four neighbouring keys, so BLOCK_N and start_n are multiples of 4."""
+    rows = start_m + tl.arange(0, BLOCK_M)[:, None]
+    quads = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.uint32)
+    word_0, word_1, word_2, word_3 = tl.philox(
+        seed,
+        zero + quads.to(tl.uint32),
+        zero + rows.to(tl.uint32),
+        zero + slot.to(tl.uint32),
+        zero + offset.to(tl.uint32),
+    )
+    words = tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [BLOCK_M, BLOCK_N])
+    return words > last_kept_out.to(tl.uint32)

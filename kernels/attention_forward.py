@@ -1,0 +1,308 @@
+"""Attention forward: ``out = softmax(q kᵀ · softmax_scale + …) v`` and the log-sum-exp of each row, the score matrix never in memory.
+
+One program owns BLOCK_M queries of one head and walks over the key tiles they may see, keeping the running maximum, the running sum and the
+unnormalised output of each row (Milakov & Gimelshein 2018; Dao et al. 2022). Cost: 4 · batch · heads · Lq · Lk · d FLOP (half if causal),
+q, k, v read and out, lse written once as far as L2 serves the other programs' reads of k and v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import attention_common as common
+from .attention_common import LN2, LOG2E
+from .launch import COMMON_OPTIONS, assume_arch, cdiv, device_limits, on_device
+
+# Keys and values of the heads that run at the same time should stay in L2 (60 MB on an H200, part of it for everything else).
+L2_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Tile sizes and pipeline of the forward kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> ForwardConfig:
+    """Launch policy, from registers and shared memory: q takes block_m · d, each stage block_n · (d + dv) elements of shared memory."""
+    width = max(common.block_dim(head_dim), common.block_dim(value_dim))
+    if dtype == torch.float32:
+        # Exact products run on the FMA units from registers: small tiles, or they spill.
+        return ForwardConfig(32, 32, 4, 1) if width <= 128 else ForwardConfig(16, 32, 4, 1)
+    if width <= 64:
+        return ForwardConfig(128, 64, 4, 3)
+    if width <= 128:
+        # sm_90: 161 KB and about 200 registers; 4 warps spill. sm_80 has mma.sync only and 163 KB: a smaller key tile.
+        return ForwardConfig(128, 128, 8, 2) if arch >= 90 else ForwardConfig(128, 64, 8, 2)
+    # The output tile alone is 128 registers a thread at 128 rows and 8 warps.
+    return ForwardConfig(128, 64, 8, 2) if arch >= 90 else ForwardConfig(64, 64, 8, 1)
+
+
+@triton.jit
+def attention_forward_kernel(
+    q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
+    k_ptr, stride_k_batch, stride_k_seq, stride_k_head,
+    v_ptr, stride_v_batch, stride_v_seq, stride_v_head,
+    out_ptr, stride_out_batch, stride_out_seq, stride_out_head,
+    lse_ptr, stride_lse_batch, stride_lse_head,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    bias_ptr, stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_col,
+    mask_ptr, stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_col,
+    padding_ptr, stride_padding_batch, stride_padding_col,
+    alibi_ptr, stride_alibi_batch, stride_alibi_head,
+    sinks_ptr, dropout_seed_ptr,
+    batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
+    softmax_scale, softcap, window_left, window_right, dropout_last_out, dropout_scale,
+    HEADS_PER_KV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SCALE_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    HAS_DATA_MASK: tl.constexpr = (bias_ptr is not None) or (mask_ptr is not None) or (padding_ptr is not None)
+
+    # Which queries, of which head, of which sequence.
+    tile_m, slot = common.program_tile(num_tiles, num_slots, slots_per_group, HAS_RIGHT)
+    if cu_seqlens_q_ptr is not None:
+        head = slot
+        sequence, tile_m, first_q, seqlen_q, first_k, seqlen_k = common.packed_tile(
+            cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k, tile_m, BLOCK_M
+        )
+    else:
+        head = slot % num_heads
+        sequence = slot // num_heads
+        first_q = 0
+        first_k = 0
+    start_m = tile_m * BLOCK_M
+    if start_m >= seqlen_q:
+        return
+    sequence = sequence.to(tl.int64)
+    head = head.to(tl.int64)
+    kv_head = head // HEADS_PER_KV
+    first_row = (first_q + start_m).to(tl.int64)
+    q_ptr += sequence * stride_q_batch + first_row * stride_q_seq + head * stride_q_head
+    out_ptr += sequence * stride_out_batch + first_row * stride_out_seq + head * stride_out_head
+    lse_ptr += sequence * stride_lse_batch + head * stride_lse_head + first_row
+    first_key = tl.cast(first_k, tl.int64)
+    k_ptr += sequence * stride_k_batch + first_key * stride_k_seq + kv_head * stride_k_head
+    v_ptr += sequence * stride_v_batch + first_key * stride_v_seq + kv_head * stride_v_head
+    sequence = tl.minimum(sequence, batch - 1)  # rows of no sequence see nothing, but must not read past the options
+    alibi_slope = None
+    if bias_ptr is not None:
+        bias_ptr += sequence * stride_bias_batch + head * stride_bias_head
+    if mask_ptr is not None:
+        mask_ptr += sequence * stride_mask_batch + head * stride_mask_head
+    if padding_ptr is not None:
+        padding_ptr += sequence * stride_padding_batch
+    if alibi_ptr is not None:
+        alibi_slope = tl.load(alibi_ptr + sequence * stride_alibi_batch + head * stride_alibi_head).to(tl.float32)
+    if dropout_seed_ptr is not None:
+        seed = tl.load(dropout_seed_ptr)
+        offset = tl.load(dropout_seed_ptr + 1)
+
+    offs_m = common.tile_offsets(BLOCK_M, WIDE)
+    offs_n = common.tile_offsets(BLOCK_N, WIDE)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    rows_left = seqlen_q - start_m
+    q = common.load_tile(q_ptr, stride_q_seq, rows_left, offs_m, offs_d, HEAD_DIM, BLOCK_D, True)
+    factor = LOG2E
+    if not SCALE_FIRST:
+        factor = softmax_scale * LOG2E
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:  # a logit that every row has seen already
+        row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+
+    bounds = common.tile_ranges(
+        start_m, tl.minimum(start_m + BLOCK_M, seqlen_q) - 1, seqlen_k - seqlen_q - window_left, seqlen_k - seqlen_q + window_right,
+        seqlen_k, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+    )  # fmt: skip
+    for run in tl.static_range(0 if HAS_LEFT else 1, 3):
+        for tile_n in range(bounds[run], bounds[run + 1]):
+            start_n = tile_n * BLOCK_N
+            first_key = tl.cast(start_n, tl.int64)
+            k = common.load_tile(
+                k_ptr + first_key * stride_k_seq,
+                stride_k_seq,
+                seqlen_k - start_n,
+                offs_n,
+                offs_d,
+                HEAD_DIM,
+                BLOCK_D,
+                run != 1,
+            )
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            scores = common.scaled_scores(scores, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
+            scores = common.score_terms(
+                scores, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k, bias_ptr, stride_bias_row, stride_bias_col,
+                mask_ptr, stride_mask_row, stride_mask_col, padding_ptr, stride_padding_col, alibi_slope, window_left, window_right,
+                run != 1, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+            shift = new_max
+            if HAS_DATA_MASK or run != 1:  # a row may have seen nothing yet
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(scores * factor - shift[:, None])
+            rescale = tl.exp2(row_max - shift)
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            if dropout_seed_ptr is not None:
+                p = tl.where(
+                    common.dropout_keep(
+                        seed, offset, sequence * num_heads + head, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N
+                    ),
+                    p,
+                    0.0,
+                )
+            acc = acc * rescale[:, None]
+            v = common.load_tile(
+                v_ptr + first_key * stride_v_seq,
+                stride_v_seq,
+                seqlen_k - start_n,
+                offs_n,
+                offs_dv,
+                VALUE_DIM,
+                BLOCK_DV,
+                run != 1,
+            )
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            row_max = new_max
+
+    empty = row_sum == 0.0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    tl.store(lse_ptr + offs_m, lse, mask=offs_m < rows_left)
+    acc = acc / row_sum[:, None]
+    if dropout_seed_ptr is not None:
+        acc = acc * dropout_scale
+    common.store_tile(out_ptr, stride_out_seq, rows_left, offs_m, offs_dv, acc, VALUE_DIM, BLOCK_DV)
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    allow_tf32: bool = False,
+    config: ForwardConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the kernel on checked tensors.
+
+    Args:
+        q, k, v: (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim) with cu_seqlens; last dimension contiguous.
+        mask, bias: broadcastable to (batch, num_heads, seqlen_q, seqlen_k), of four dimensions or fewer; never expanded in memory.
+        max_seqlen_q, max_seqlen_k: accepted and not needed.
+        allow_tf32: whether float32 products may be rounded to tf32.
+        config: replaces the launch policy (tests use small tiles).
+
+    The other arguments mean what they mean in ``pytransformer.ops.attention``.
+
+    Returns:
+        out like q with v's head_dim, and lse, float32, (batch, num_heads, seqlen_q) or packed (num_heads, total_q).
+    """
+    shape = common.geometry(q, k, v, cu_seqlens_q)
+    out = torch.empty(*q.shape[:-1], shape.value_dim, dtype=q.dtype, device=q.device)
+    lse_shape = (shape.num_heads, shape.seqlen_q) if shape.packed else (shape.batch, shape.num_heads, shape.seqlen_q)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    if lse.numel() == 0:
+        return out, lse
+    if config is None:
+        config = forward_config(shape.head_dim, shape.value_dim, q.dtype, device_limits(q.device).arch)
+    options = common.score_options(
+        shape,
+        causal,
+        window,
+        softmax_scale,
+        softcap,
+        mask,
+        bias,
+        key_padding_mask,
+        alibi_slopes,
+        sinks,
+        dropout_p,
+        dropout_seed,
+        q.dtype,
+        allow_tf32,
+    )
+    num_tiles = shape.tiles(shape.seqlen_q, config.block_m)
+    num_slots = shape.slots(shape.num_heads)
+    with on_device(q):
+        attention_forward_kernel[(num_tiles * num_slots,)](
+            q, *common.row_strides(q),
+            k, *common.row_strides(k),
+            v, *common.row_strides(v),
+            out, *common.row_strides(out),
+            lse, *common.statistic_strides(lse),
+            cu_seqlens_q, cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens_q,
+            *options.tensors,
+            shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k, num_tiles, num_slots, slots_per_group(shape, k, v),
+            *options.scalars,
+            **options.constexprs,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            WIDE=common.needs_wide_offsets(max(config.block_m, config.block_n), q, k, v, out),
+            num_warps=config.num_warps, num_stages=config.num_stages, **COMMON_OPTIONS,
+        )  # fmt: skip
+    return out, lse
+
+
+def unsupported(**options: object) -> str | None:
+    """Why the forward kernel cannot serve a call with these options (names as in ``attention_forward``), or None: it serves all of them."""
+    return None
+
+
+def slots_per_group(shape: common.Geometry, k: torch.Tensor, v: torch.Tensor) -> int:
+    """Heads that share the L2 cache: whole GQA groups, as many as their keys and values fit."""
+    heads_per_kv = shape.num_heads // shape.num_kv_heads
+    bytes_per_kv_head = shape.seqlen_k * (shape.head_dim + shape.value_dim) * k.element_size()
+    return heads_per_kv * max(1, L2_BYTES // max(bytes_per_kv_head, 1))
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Launches that together use every shipped configuration and option, on CPU tensors; nothing of their values matters."""
+
+    def case(
+        head_dim: int, value_dim: int, dtype: torch.dtype, packed: bool = False, heads: int = 4, **options: object
+    ) -> Callable[[], object]:
+        shape = (256,) if packed else (1, 256)
+        if packed:
+            options["cu_seqlens_q"] = options["cu_seqlens_k"] = torch.tensor([0, 100, 256], dtype=torch.int32)
+
+        def launch() -> object:
+            q, k = torch.empty(*shape, heads, head_dim, dtype=dtype), torch.empty(*shape, 2, head_dim, dtype=dtype)
+            v = torch.empty(*shape, 2, value_dim, dtype=dtype)
+            return attention_forward(q, k, v, **{"softmax_scale": 0.1, "causal": True, **options})  # type: ignore[arg-type]
+
+        return launch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for head_dim in (64, 128, 256):
+            yield f"{dtype}-d{head_dim}-causal", case(head_dim, head_dim, dtype)
+    yield "float16-d128-full", case(128, 128, torch.float16, causal=False)
+    yield "bfloat16-d128-window-packed", case(128, 128, torch.bfloat16, packed=True, window=(64, 0))
+    yield "bfloat16-d80-dv40", case(80, 40, torch.bfloat16)
+    yield "float32-d64-tf32", case(64, 64, torch.float32, allow_tf32=True)
