@@ -1,0 +1,42 @@
+"""Kernels are compiled here, which does not mix with interpreting them: only with PYTRANSFORMER_TEST_COMPILE=1, in a run of its own."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from tests.conftest import COMPILING
+
+collect_ignore_glob = [] if COMPILING else ["test_*.py"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    from tests.support import compile_gate
+
+    if "module_name" in metafunc.fixturenames:
+        metafunc.parametrize("module_name", compile_gate.kernel_modules())
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", _cases_of_importable_modules(), ids=str)
+
+
+def _cases_of_importable_modules() -> list[object]:
+    """A module that cannot be imported, or offers no cases, fails a test of its own and not the collection of all."""
+    from tests.support import compile_gate
+
+    found: list[object] = []
+    for name in compile_gate.kernel_modules():
+        try:
+            found += compile_gate.cases(importlib.import_module(f"pytransformer.kernels.{name}"))
+        except Exception:
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def reports(request: pytest.FixtureRequest):
+    """Reports of all cases that were chosen for this run: compiled together, so that all cores have work."""
+    from tests.support import compile_gate
+
+    chosen = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
+    return compile_gate.run_cases([case for case in chosen if case is not None])

@@ -1,0 +1,148 @@
+"""Which launches of the shipped kernels must compile, for which architectures, and what is a reason to fail."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from pytransformer.kernels.launch import assume_arch
+from tests.support.launch_recorder import Launch, record
+from tests.support.sass import TENSOR_MEMORY_MMA, WARP_GROUP_MMA, Statistics, compile_launches
+
+ARCHITECTURES = (80, 90, 100)
+MAX_SPILL_BYTES = 16
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher, as its module's ``compile_cases()`` offers it, for one architecture.
+
+    Attributes:
+        module: name of the file in kernels/.
+        name: of the case within the module.
+        call: launches.
+        arch: compute capability that launch policy and compiler are asked for.
+        wgmma_kernels: names of the kernels that must use the matrix instructions of sm_90 or sm_100, there.
+    """
+
+    module: str
+    name: str
+    call: Callable[[], object]
+    arch: int
+    wgmma_kernels: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return f"{self.module}-{self.name}-sm_{self.arch}"
+
+
+def launched_kernels(path: Path) -> set[str]:
+    """Names of the kernels that a file launches, that is of ``name`` in each ``name[grid](...)``."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    subscripts = (node.func.value for node in calls if isinstance(node.func, ast.Subscript))
+    return {node.id for node in subscripts if isinstance(node, ast.Name)}
+
+
+def kernel_modules() -> list[str]:
+    """Names of the files in kernels/ that launch something."""
+    return sorted(path.stem for path in KERNELS.glob("*.py") if launched_kernels(path))
+
+
+def cases(module: ModuleType, architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Case]:
+    """The cases of a kernel module for each architecture.
+
+    A module provides ``compile_cases()``, which yields names and calls, and may provide ``wgmma_kernels(case_name)``: the kernels of that
+    case that are too slow without warp-group matrix instructions where there are any.
+    """
+    name = module.__name__.rpartition(".")[2]
+    wgmma_kernels: Callable[[str], Collection[str]] = getattr(module, "wgmma_kernels", lambda case_name: ())
+    for arch in architectures:
+        # Asked anew for each architecture, and under it: which configurations ship may depend on it.
+        with assume_arch(arch):
+            for case_name, call in module.compile_cases():
+                case_name = str(case_name).replace("torch.", "")
+                yield Case(name, case_name, call, arch, frozenset(wgmma_kernels(case_name)))
+
+
+def all_cases(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Case]:
+    """The cases of all kernel modules that have some."""
+    for name in kernel_modules():
+        module = importlib.import_module(f"pytransformer.kernels.{name}")
+        if hasattr(module, "compile_cases"):
+            yield from cases(module, architectures)
+
+
+def complaints(case: Case, launch: Launch, statistics: Statistics) -> list[str]:
+    """What is wrong with what came of compiling a launch of a case; nothing if it may ship."""
+    if statistics.error is not None:
+        return [f"does not compile: {statistics.error}"]
+    found = [f"ptxas warns: {line}" for line in statistics.warnings]
+    if statistics.spill_bytes > MAX_SPILL_BYTES:
+        found.append(f"spills {statistics.spill_bytes} bytes per thread, {MAX_SPILL_BYTES} are allowed")
+    with assume_arch(case.arch) as limits:
+        if statistics.shared_memory > limits.shared_memory:
+            found.append(
+                f"needs {statistics.shared_memory} bytes of shared memory per block, "
+                f"sm_{case.arch} has {limits.shared_memory}"
+            )
+    if launch.name in case.wgmma_kernels:
+        if case.arch == 90 and not statistics.count(WARP_GROUP_MMA):
+            found.append("does not use wgmma, as it should")
+        if case.arch == 100 and not statistics.count(TENSOR_MEMORY_MMA):
+            found.append("does not use tcgen05.mma, as it should")
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A launch of a case, what came of compiling it, and what is wrong with that."""
+
+    launch: Launch
+    statistics: Statistics
+    complaints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a case: its launches, or the error that its launcher raised before launching all of them."""
+
+    case: Case
+    outcomes: tuple[Outcome, ...]
+    error: str | None = None
+
+    @property
+    def complaints(self) -> list[str]:
+        """All that is wrong; nothing if the case may ship."""
+        if self.error is not None:
+            return [f"the launcher raised {self.error}"]
+        if not self.outcomes:
+            return ["launches nothing"]
+        return [f"{outcome.launch.name}: {text}" for outcome in self.outcomes for text in outcome.complaints]
+
+
+def _record(case: Case) -> list[Launch] | str:
+    try:
+        return record(case.call, case.arch)
+    except Exception as error:  # belongs into the report of this case, and must not keep the others from theirs
+        return f"{type(error).__name__}: {error}"
+
+
+def run_cases(chosen: Sequence[Case], processes: int | None = None) -> dict[str, Report]:
+    """Records and compiles the cases, equal launches once; reports by the case's text."""
+    recorded = [(case, _record(case)) for case in chosen]
+    launches = [launch for _, group in recorded if not isinstance(group, str) for launch in group]
+    statistics = compile_launches(launches, processes)
+    reports = {}
+    for case, group in recorded:
+        if isinstance(group, str):
+            reports[str(case)] = Report(case, (), group)
+            continue
+        results = ((launch, statistics[launch.key]) for launch in group)
+        outcomes = tuple(Outcome(launch, got, tuple(complaints(case, launch, got))) for launch, got in results)
+        reports[str(case)] = Report(case, outcomes)
+    return reports

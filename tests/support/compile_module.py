@@ -1,0 +1,47 @@
+"""Compiles the cases of one kernel module and prints what came of it.
+
+python -m tests.support.compile_module norm
+python -m tests.support.compile_module attention_forward --arch 90 --match d128
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+
+from tests.support.compile_gate import ARCHITECTURES, cases, run_cases
+from tests.support.sass import MATRIX_INSTRUCTION
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints a line per case, architecture and kernel; returns 1 if any has a complaint."""
+    parser = argparse.ArgumentParser(prog="python -m tests.support.compile_module", description=__doc__)
+    parser.add_argument("module", help="file in kernels/, without .py")
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), help="compute capabilities")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--processes", type=int, default=None, help="compile this many at a time (default: all cores)")
+    options = parser.parse_args(arguments)
+
+    module = importlib.import_module(f"pytransformer.kernels.{options.module}")
+    chosen = [case for case in cases(module, options.arch) if options.match in case.name]
+    begin = time.perf_counter()
+    reports = run_cases(chosen, options.processes)
+    width = max((len(name) for name in reports), default=0)
+    print(f"{'case':{width}}  {'kernel':32} {'regs':>4} {'spill':>5} {'shared':>6} {'warps':>5} {'mma':>5} {'s':>5}")
+    for name, report in reports.items():
+        for outcome in report.outcomes:
+            got = outcome.statistics
+            matrix = got.count(MATRIX_INSTRUCTION)
+            numbers = f"{got.registers:4} {got.spill_bytes:5} {got.shared_memory:6} {got.num_warps:5} {matrix:5}"
+            print(f"{name:{width}}  {outcome.launch.name:32} {numbers} {got.seconds:5.1f}")
+        for complaint in report.complaints:
+            print(f"{name:{width}}  FAIL: {complaint}")
+    failed = sum(bool(report.complaints) for report in reports.values())
+    print(f"{len(chosen)} cases, {failed} failed, {time.perf_counter() - begin:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
