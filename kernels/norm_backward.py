@@ -1,0 +1,337 @@
+"""LayerNorm and RMSNorm, backward. The forward pass, the symbols and the walk over rows are in norm.py.
+
+    g  = dy · (weight + weight_offset)
+    dx = rstd · (g - xhat · mean(g · xhat) - mean(g)) + ds             the last mean only in LayerNorm; ds: gradient of the returned s
+    dweight = Σ_rows dy · xhat,  dbias = Σ_rows dy
+
+Bound by memory: about 15 FLOP and 3b bytes per element of b bytes (4b with ds); rows too wide for one program's registers are read a
+second time: by a kernel for the row sums first, then by one that takes column blocks.
+
+Gradients of weight and bias are summed in registers over the rows of a fixed number of programs, then over the programs in a fixed
+order: no atomics, the same bits each run. dx of a row does not depend on how many rows there are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pytransformer.kernels.launch import COMMON_OPTIONS, cdiv, device_limits, next_power_of_2, on_device
+from pytransformer.kernels.norm import NormConfig, norm_cases, row_layout, row_offsets
+
+# ------------------------------------------------------------------------------------------------------------------ launch policy
+
+
+def backward_config(num_cols: int) -> NormConfig:
+    """Tile of the backward kernel. It also holds the running dweight and dbias, hence half the forward kernel's widest row."""
+    block_cols = next_power_of_2(num_cols)
+    if block_cols <= 512:
+        # Rows of a head's size: the per-row values are replicated over the threads of a row, so 8 elements a thread need up to 96
+        # registers, with which five programs run on an SM.
+        return NormConfig(1024 // block_cols, block_cols, num_warps=4, programs_per_sm=5, num_stages=2)
+    if block_cols <= 8192:
+        # 16 elements a thread of s, dy, weight, dweight, dbias and the result fit 128 registers, so 16 warps fit an SM. The programs
+        # are just as many as run at once: each more would write partial sums, and a second wave of them would be a short one.
+        # Two stages: the next tile's loads are in flight while this one is reduced.
+        block_rows, num_warps = max(1, 2048 // block_cols), max(4, block_cols // 512)
+        return NormConfig(block_rows, block_cols, num_warps, programs_per_sm=16 // num_warps, num_stages=2)
+    # Column blocks of a row whose sums are known: nothing is reduced inside the loop, and 8 elements a thread let 32 warps run.
+    return NormConfig(1, 2048, num_warps=8, programs_per_sm=4, num_stages=2)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ kernels
+
+
+@triton.jit
+def norm_row_sums_kernel(
+    dy_ptr,
+    stride_dy_group,
+    stride_dy_row,
+    s_ptr,
+    stride_s_group,
+    stride_s_row,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    g_xhat_mean_ptr,
+    g_mean_ptr,
+    rows_per_group,
+    weight_offset,
+    NUM_COLS: tl.constexpr,
+    IS_RMS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """mean(g · xhat) and mean(g) of one wide row per program."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK_COLS)
+    dy_row = dy_ptr + row_offsets(row, rows_per_group, stride_dy_group, stride_dy_row, GROUPED, ALIGNMENT)
+    s_row = s_ptr + row_offsets(row, rows_per_group, stride_s_group, stride_s_row, GROUPED, ALIGNMENT)
+    rstd = tl.load(rstd_ptr + row)
+    mean = 0.0
+    if not IS_RMS:
+        mean = tl.load(mean_ptr + row)
+    g_xhat_sum = tl.zeros([BLOCK_COLS], dtype=tl.float32)
+    g_sum = tl.zeros([BLOCK_COLS], dtype=tl.float32)
+    for start in range(0, NUM_COLS, BLOCK_COLS):
+        cols = start + lanes
+        mask = cols < NUM_COLS
+        g = tl.load(dy_row + cols, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(s_row + cols, mask=mask, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            g *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) + weight_offset
+        # g is 0 in lanes past the end, so xhat needs no mask there.
+        g_xhat_sum += g * ((s - mean) * rstd)
+        g_sum += g
+    tl.store(g_xhat_mean_ptr + row, tl.sum(g_xhat_sum, axis=0) / NUM_COLS)
+    if not IS_RMS:
+        tl.store(g_mean_ptr + row, tl.sum(g_sum, axis=0) / NUM_COLS)
+
+
+@triton.jit
+def norm_backward_kernel(
+    dy_ptr,
+    stride_dy_group,
+    stride_dy_row,
+    ds_ptr,
+    stride_ds_group,
+    stride_ds_row,
+    s_ptr,
+    stride_s_group,
+    stride_s_row,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    g_xhat_mean_ptr,
+    g_mean_ptr,
+    dx_ptr,
+    dweight_partial_ptr,
+    dbias_partial_ptr,
+    num_rows,
+    rows_per_group,
+    weight_offset,
+    NUM_COLS: tl.constexpr,
+    IS_RMS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr,
+    NEED_DBIAS: tl.constexpr,
+    SUMS_GIVEN: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """dx of every num_programs(0)-th tile of rows, and this program's sums of dweight and dbias over them.
+
+    SUMS_GIVEN: program_id(1) selects a block of columns, and the row's means come from norm_row_sums_kernel; else rows are whole.
+    dx is contiguous, the partial sums are (num_programs(0), NUM_COLS).
+    """
+    cols = (tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
+    col_mask = cols < NUM_COLS
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32) + weight_offset
+    # One running sum per tile element: the rows of a tile are added up once, after the loop.
+    dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
+
+    num_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=NUM_STAGES):
+        rows = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        row_mask = rows < num_rows
+        mask = row_mask[:, None] & col_mask
+        dy_offsets = row_offsets(rows, rows_per_group, stride_dy_group, stride_dy_row, GROUPED, ALIGNMENT)
+        s_offsets = row_offsets(rows, rows_per_group, stride_s_group, stride_s_row, GROUPED, ALIGNMENT)
+        dy = tl.load(dy_ptr + dy_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(s_ptr + s_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None]
+        xhat = s * rstd
+        if not IS_RMS:
+            mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)[:, None]
+            xhat = (s - mean) * rstd
+        if NEED_DWEIGHT:
+            dweight += dy * xhat
+        if NEED_DBIAS:
+            dbias += dy
+        # dy, and so g, is 0 in masked lanes: they add nothing to the sums.
+        g = dy
+        if HAS_WEIGHT:
+            g = dy * weight
+        if SUMS_GIVEN:
+            g_xhat_mean = tl.load(g_xhat_mean_ptr + rows, mask=row_mask, other=0.0)
+        else:
+            g_xhat_mean = tl.sum(g * xhat, axis=1) / NUM_COLS
+        dx = g - xhat * g_xhat_mean[:, None]
+        if not IS_RMS:
+            if SUMS_GIVEN:
+                g_mean = tl.load(g_mean_ptr + rows, mask=row_mask, other=0.0)
+            else:
+                g_mean = tl.sum(g, axis=1) / NUM_COLS
+            dx -= g_mean[:, None]
+        dx *= rstd
+        if HAS_DS:
+            ds_offsets = row_offsets(rows, rows_per_group, stride_ds_group, stride_ds_row, GROUPED, ALIGNMENT)
+            dx += tl.load(ds_ptr + ds_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + rows[:, None] * NUM_COLS + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    partial = tl.program_id(0).to(tl.int64) * NUM_COLS + (tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS))
+    partial_mask = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS) < NUM_COLS
+    if NEED_DWEIGHT:
+        tl.store(dweight_partial_ptr + partial, tl.sum(dweight, axis=0), mask=partial_mask)
+    if NEED_DBIAS:
+        tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=0), mask=partial_mask)
+
+
+@triton.jit
+def norm_reduce_partials_kernel(
+    dweight_partial_ptr,
+    dbias_partial_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    num_partials,
+    NUM_COLS: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr,
+    NEED_DBIAS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Sums of the partial rows, always in the same order."""
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    col_mask = cols < NUM_COLS
+    dweight = tl.zeros([BLOCK_PARTIALS, BLOCK_COLS], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_PARTIALS, BLOCK_COLS], dtype=tl.float32)
+    for start in range(0, num_partials, BLOCK_PARTIALS):
+        rows = start + tl.arange(0, BLOCK_PARTIALS)
+        mask = (rows < num_partials)[:, None] & col_mask[None, :]
+        offsets = rows[:, None].to(tl.int64) * NUM_COLS + cols[None, :]
+        if NEED_DWEIGHT:
+            dweight += tl.load(dweight_partial_ptr + offsets, mask=mask, other=0.0)
+        if NEED_DBIAS:
+            dbias += tl.load(dbias_partial_ptr + offsets, mask=mask, other=0.0)
+    if NEED_DWEIGHT:
+        tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=col_mask)
+    if NEED_DBIAS:
+        tl.store(dbias_ptr + cols, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=col_mask)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- launcher
+
+
+def norm_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    weight_offset: float = 0.0,
+    need_dweight: bool = True,
+    dbias_dtype: torch.dtype | None = None,
+    config: NormConfig | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Launches the backward kernels.
+
+    Args:
+        dy: gradient of y, any strides.
+        ds: gradient of the returned sum, or None.
+        s: what was normalised: x, or the returned sum.
+        weight: (num_cols) or None.
+        mean, rstd: as saved by the forward pass; ``mean=None`` means RMSNorm.
+        need_dweight: whether dweight is wanted (never without weight).
+        dbias_dtype: dtype of the bias whose gradient is wanted, or None.
+        config: overrides the launch policy, for tests.
+
+    Returns:
+        ds + dx in s's dtype (the gradient of x and of residual), dweight (weight's dtype) and dbias, or None where not wanted.
+    """
+    num_cols = s.shape[-1]
+    need_dweight = need_dweight and weight is not None
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dweight = (
+        torch.empty(num_cols, dtype=weight.dtype, device=s.device) if need_dweight and weight is not None else None
+    )
+    dbias = None if dbias_dtype is None else torch.empty(num_cols, dtype=dbias_dtype, device=s.device)
+    if s.numel() == 0:
+        return dx, dweight if dweight is None else dweight.zero_(), dbias if dbias is None else dbias.zero_()
+    walked, layout = row_layout([dy, s] if ds is None else [dy, s, ds])
+    dy_row, s_row = ((tensor, *strides) for tensor, strides in zip(walked[:2], layout.strides))
+    ds_row = (None, 0, 0) if ds is None else (walked[2], *layout.strides[2])
+    config = config or backward_config(num_cols)
+    flags = {
+        "NUM_COLS": num_cols,
+        "IS_RMS": mean is None,
+        "HAS_WEIGHT": weight is not None,
+        "GROUPED": layout.grouped,
+        "ALIGNMENT": layout.alignment,
+        **COMMON_OPTIONS,
+    }
+    with on_device(s):
+        sums: tuple[Tensor | None, Tensor | None] = (None, None)
+        if config.block_cols < num_cols:
+            sums = (torch.empty_like(rstd), None if mean is None else torch.empty_like(rstd))
+            norm_row_sums_kernel[(layout.num_rows,)](
+                *(*dy_row, *s_row, weight, mean, rstd, *sums, layout.rows_per_group, weight_offset),
+                **flags,
+                BLOCK_COLS=max(4096, config.block_cols) if num_cols > 4096 else config.block_cols,
+                num_warps=8,
+            )
+        programs, col_blocks = _backward_grid(layout.num_rows, num_cols, config, s.device)
+        partial_shape = (programs, num_cols)
+        dweight_partial = torch.empty(partial_shape, dtype=torch.float32, device=s.device) if need_dweight else None
+        dbias_partial = None if dbias is None else torch.empty(partial_shape, dtype=torch.float32, device=s.device)
+        norm_backward_kernel[(programs, col_blocks)](
+            *(*dy_row, *ds_row, *s_row, weight, mean, rstd, *sums, dx, dweight_partial, dbias_partial),
+            *(layout.num_rows, layout.rows_per_group, weight_offset),
+            **flags,
+            HAS_DS=ds is not None,
+            NEED_DWEIGHT=need_dweight,
+            NEED_DBIAS=dbias is not None,
+            SUMS_GIVEN=config.block_cols < num_cols,
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_COLS=config.block_cols,
+            NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+        if need_dweight or dbias is not None:
+            # At least 128 bytes of each partial row per program, and enough programs to fill the GPU from 4k columns on.
+            reduce_cols = 32 if num_cols <= 8192 else 128
+            norm_reduce_partials_kernel[(cdiv(num_cols, reduce_cols),)](
+                *(dweight_partial, dbias_partial, dweight, dbias, programs),
+                NUM_COLS=num_cols,
+                NEED_DWEIGHT=need_dweight,
+                NEED_DBIAS=dbias is not None,
+                BLOCK_PARTIALS=32,
+                BLOCK_COLS=reduce_cols,
+                num_warps=4,
+                **COMMON_OPTIONS,
+            )
+    return dx, dweight, dbias
+
+
+def _backward_grid(num_rows: int, num_cols: int, config: NormConfig, device: torch.device) -> tuple[int, int]:
+    """(programs that share the rows, column blocks); the first is fixed by the device and the width unless there are fewer tiles."""
+    col_blocks = cdiv(num_cols, config.block_cols)
+    programs = max(1, device_limits(device).num_sms * config.programs_per_sm // col_blocks)
+    return min(programs, cdiv(num_rows, config.block_rows)), col_blocks
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and launch of every shipped configuration, for the compile gate."""
+
+    def backward(num_cols: int, dtype: torch.dtype, is_rms: bool, with_ds: bool, weight_dtype: torch.dtype) -> object:
+        x, weight = torch.empty(4, num_cols, dtype=dtype), torch.empty(num_cols, dtype=weight_dtype)
+        rstd = torch.empty(4)
+        mean, dbias_dtype = (None, None) if is_rms else (rstd, weight_dtype)
+        return norm_backward(x, x if with_ds else None, x, weight, mean, rstd, dbias_dtype=dbias_dtype)
+
+    for case in norm_cases():
+        yield f"backward-{case[0]}", functools.partial(backward, *case[1:])

@@ -1,0 +1,363 @@
+"""Rotary position embedding of q and k in one launch, out of place or in place; its gradient is the same with the angle reversed.
+
+    (x1, x2) -> (x1 · cos - x2 · sin, x2 · cos + x1 · sin)             for each pair of the first rotary_dim features
+    half layout: x1 = x[i], x2 = x[i + rotary_dim / 2];  interleaved: x1 = x[2i], x2 = x[2i + 1]
+
+Bound by memory: 3 FLOP per element; 2b bytes per element of b bytes of q and k, plus 4 · rotary_dim bytes of cos and sin per token,
+which a program reads once for all heads of its tokens. Arithmetic in float32, one rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pytransformer.kernels.launch import COMMON_OPTIONS, cdiv, next_power_of_2, on_device
+
+# ------------------------------------------------------------------------------------------------------------------ launch policy
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Tile and launch shape of the RoPE kernel.
+
+    Attributes:
+        block_tokens: tokens per program.
+        block_heads: heads of q per tile; a program loops over the rest.
+        block_kv_heads: heads of k per tile.
+        num_warps: warps per program.
+    """
+
+    block_tokens: int
+    block_heads: int
+    block_kv_heads: int
+    num_warps: int
+
+
+def rope_config(rotary_dim: int, num_heads: int, num_kv_heads: int) -> RopeConfig:
+    """Tiles of 2048 pairs over 4 warps: 16 pairs a thread, two 128-bit loads of each half of a pair in 16-bit data.
+
+    Few heads are made up for by more tokens, so that the loads stay wide: with one token and 8 heads of 128 features a thread would
+    hold four pairs, 64 bits.
+    """
+    half = next_power_of_2(rotary_dim // 2)
+    block_heads = min(next_power_of_2(num_heads), max(1, 1024 // half))
+    block_kv_heads = min(next_power_of_2(num_kv_heads), max(1, 1024 // half))
+    block_tokens = max(1, min(2048 // (half * block_heads), 16))
+    return RopeConfig(block_tokens, block_heads, block_kv_heads, num_warps=4)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ kernels
+
+
+@triton.jit
+def rotate_heads(
+    x_ptr,
+    token_offsets,
+    stride_head,
+    out_ptr,
+    out_token_offsets,
+    stride_out_head,
+    token_mask,
+    num_heads,
+    cos,
+    sin,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    COPY_REST: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Rotates all heads of BLOCK_TOKENS tokens. cos and sin: (BLOCK_TOKENS, 1, BLOCK_HALF)."""
+    for first_head in range(0, num_heads, BLOCK_HEADS):
+        heads = first_head + tl.arange(0, BLOCK_HEADS)
+        head_mask = token_mask[:, None, None] & (heads < num_heads)[None, :, None]
+        rows = token_offsets[:, None, None] + tl.multiple_of(heads.to(tl.int64) * stride_head, ALIGNMENT)[None, :, None]
+        out_rows = (
+            out_token_offsets[:, None, None]
+            + tl.multiple_of(heads.to(tl.int64) * stride_out_head, ALIGNMENT)[None, :, None]
+        )
+        if INTERLEAVED:
+            # Both of a pair come with one load, as neighbours, and are taken apart in registers.
+            cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+            mask = head_mask & (cols < 2 * HALF)
+            pairs = tl.load(x_ptr + rows + cols, mask=mask, other=0.0).to(tl.float32)
+            x1, x2 = tl.split(tl.reshape(pairs, [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF, 2]))
+            rotated = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+            rotated = tl.reshape(rotated, [BLOCK_TOKENS, BLOCK_HEADS, 2 * BLOCK_HALF])
+            tl.store(out_ptr + out_rows + cols, rotated.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+            mask = head_mask & (cols < HALF)
+            x1 = tl.load(x_ptr + rows + cols, mask=mask, other=0.0).to(tl.float32)
+            x2 = tl.load(x_ptr + rows + (cols + HALF), mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + out_rows + cols, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + out_rows + (cols + HALF), (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+        if COPY_REST:
+            cols = 2 * HALF + tl.arange(0, BLOCK_REST)[None, None, :]
+            mask = head_mask & (cols < HEAD_DIM)
+            tl.store(out_ptr + out_rows + cols, tl.load(x_ptr + rows + cols, mask=mask, other=0.0), mask=mask)
+
+
+# Integers that differ from call to call of one model must not make Triton compile again.
+@triton.jit(do_not_specialize=["num_tokens", "seqlen", "offset", "num_sequences", "table_length"])
+def rope_kernel(
+    q_ptr,
+    stride_q_batch,
+    stride_q_seqlen,
+    stride_q_head,
+    k_ptr,
+    stride_k_batch,
+    stride_k_seqlen,
+    stride_k_head,
+    q_out_ptr,
+    stride_q_out_batch,
+    stride_q_out_seqlen,
+    stride_q_out_head,
+    k_out_ptr,
+    stride_k_out_batch,
+    stride_k_out_seqlen,
+    stride_k_out_head,
+    cos_ptr,
+    stride_cos_position,
+    sin_ptr,
+    stride_sin_position,
+    positions_ptr,
+    stride_positions_batch,
+    stride_positions_seqlen,
+    offsets_ptr,
+    stride_offsets,
+    cu_seqlens_ptr,
+    num_tokens,
+    seqlen,
+    num_heads,
+    num_kv_heads,
+    offset,
+    num_sequences,
+    table_length,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_K: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    COPY_REST: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KV_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr,
+):
+    """BLOCK_TOKENS tokens of the flattened (batch, seqlen), all their heads. Packed sequences are one batch of num_tokens."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    token_mask = tokens < num_tokens
+    batch = tokens // seqlen
+    index = tokens % seqlen
+
+    if HAS_POSITIONS:
+        positions = tl.load(
+            positions_ptr + batch * stride_positions_batch + index * stride_positions_seqlen, mask=token_mask, other=0
+        ).to(tl.int64)
+    else:
+        sequence = batch
+        start = tl.zeros([BLOCK_TOKENS], dtype=tl.int64)
+        if IS_PACKED:
+            # The sequence of a token is the last one that starts at or before it: count the starts, keep the largest.
+            # No binary search: its steps would wait for each other, these loads do not.
+            count = tl.zeros([BLOCK_TOKENS], dtype=tl.int32)
+            for first in range(0, num_sequences, BLOCK_SEQUENCES):
+                entries = first + tl.arange(0, BLOCK_SEQUENCES)
+                starts = tl.load(cu_seqlens_ptr + entries, mask=entries < num_sequences, other=0x7FFFFFFF).to(tl.int64)
+                begun = starts[None, :] <= index[:, None]
+                count += tl.sum(begun.to(tl.int32), axis=1)
+                start = tl.maximum(start, tl.max(tl.where(begun, starts[None, :], 0), axis=1))
+            sequence = tl.maximum(count - 1, 0).to(tl.int64)
+        positions = index - start + offset
+        if HAS_OFFSETS:
+            positions += tl.load(offsets_ptr + sequence * stride_offsets, mask=token_mask, other=0).to(tl.int64)
+    # A position outside of the table is an error that the host may not have seen: it must at least not read outside.
+    positions = tl.minimum(tl.maximum(positions, 0), table_length - 1)
+
+    cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+    table_mask = token_mask[:, None, None] & (cols < HALF)
+    cos = tl.load(cos_ptr + (positions * stride_cos_position)[:, None, None] + cols, mask=table_mask, other=0.0)
+    sin = tl.load(sin_ptr + (positions * stride_sin_position)[:, None, None] + cols, mask=table_mask, other=0.0)
+    if REVERSE:
+        sin = -sin
+
+    rotate_heads(
+        q_ptr,
+        tl.multiple_of(batch * stride_q_batch + index * stride_q_seqlen, ALIGNMENT),
+        stride_q_head,
+        q_out_ptr,
+        tl.multiple_of(batch * stride_q_out_batch + index * stride_q_out_seqlen, ALIGNMENT),
+        stride_q_out_head,
+        token_mask,
+        num_heads,
+        cos,
+        sin,
+        HEAD_DIM=HEAD_DIM,
+        HALF=HALF,
+        INTERLEAVED=INTERLEAVED,
+        COPY_REST=COPY_REST,
+        ALIGNMENT=ALIGNMENT,
+        BLOCK_TOKENS=BLOCK_TOKENS,
+        BLOCK_HEADS=BLOCK_HEADS,
+        BLOCK_HALF=BLOCK_HALF,
+        BLOCK_REST=BLOCK_REST,
+    )
+    if HAS_K:
+        rotate_heads(
+            k_ptr,
+            tl.multiple_of(batch * stride_k_batch + index * stride_k_seqlen, ALIGNMENT),
+            stride_k_head,
+            k_out_ptr,
+            tl.multiple_of(batch * stride_k_out_batch + index * stride_k_out_seqlen, ALIGNMENT),
+            stride_k_out_head,
+            token_mask,
+            num_kv_heads,
+            cos,
+            sin,
+            HEAD_DIM=HEAD_DIM,
+            HALF=HALF,
+            INTERLEAVED=INTERLEAVED,
+            COPY_REST=COPY_REST,
+            ALIGNMENT=ALIGNMENT,
+            BLOCK_TOKENS=BLOCK_TOKENS,
+            BLOCK_HEADS=BLOCK_KV_HEADS,
+            BLOCK_HALF=BLOCK_HALF,
+            BLOCK_REST=BLOCK_REST,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------- launcher
+
+
+def rope_rotate(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    reverse: bool = False,
+    config: RopeConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launches the kernel.
+
+    Args:
+        q: (batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim), float32 or 16-bit, last dimension contiguous.
+        k: as q with num_kv_heads, or None. Its dtype may differ.
+        cos, sin: float32 (length, rotary_dim / 2), last dimension contiguous.
+        positions: int32 or int64, (seqlen) or (batch, seqlen); packed (total).
+        offsets: int, or int32 or int64 (batch): position of each sequence's first token; unused with ``positions``.
+        cu_seqlens: int32 (batch + 1), packed only.
+        interleaved: pairs (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
+        inplace: write into q and k.
+        reverse: rotate by the opposite angle, which is the gradient.
+        config: overrides the launch policy, for tests.
+
+    Returns:
+        (q, k): new contiguous tensors, or the inputs if ``inplace``.
+    """
+    batch, seqlen = (1, q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[1])
+    head_dim, half = q.shape[-1], cos.shape[-1]
+    q_out = q if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = k if inplace or k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    num_heads, num_kv_heads = q.shape[-2], 0 if k is None else k.shape[-2]
+    if batch * seqlen * head_dim * (num_heads + num_kv_heads) == 0:
+        return q_out, k_out
+    rows = [_token_and_head_strides(tensor) for tensor in (q, k, q_out, k_out)]
+    alignment = math.gcd(16, *(stride for strides in rows for stride in strides))
+    position_strides = (0, 0)
+    if positions is not None:
+        position_strides = (positions.stride(0) if positions.dim() == 2 else 0, positions.stride(-1))
+    offset_tensor = offsets if isinstance(offsets, Tensor) and positions is None else None
+    num_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    config = config or rope_config(2 * half, num_heads, num_kv_heads)
+    with on_device(q):
+        rope_kernel[(cdiv(batch * seqlen, config.block_tokens),)](
+            *(q, *rows[0], k, *rows[1], q_out, *rows[2], k_out, *rows[3]),
+            *(cos, cos.stride(0), sin, sin.stride(0), positions, *position_strides),
+            *(offset_tensor, 0 if offset_tensor is None else offset_tensor.stride(0), cu_seqlens),
+            *(batch * seqlen, seqlen, num_heads, num_kv_heads),
+            *(0 if isinstance(offsets, Tensor) else offsets, num_sequences, cos.shape[0]),
+            HEAD_DIM=head_dim,
+            HALF=half,
+            HAS_K=k is not None,
+            HAS_POSITIONS=positions is not None,
+            HAS_OFFSETS=offset_tensor is not None,
+            IS_PACKED=cu_seqlens is not None and positions is None,
+            INTERLEAVED=interleaved,
+            REVERSE=reverse,
+            COPY_REST=not inplace and head_dim > 2 * half,
+            ALIGNMENT=alignment,
+            BLOCK_TOKENS=config.block_tokens,
+            BLOCK_HEADS=config.block_heads,
+            BLOCK_KV_HEADS=config.block_kv_heads,
+            BLOCK_HALF=next_power_of_2(half),
+            BLOCK_REST=next_power_of_2(head_dim - 2 * half),
+            BLOCK_SEQUENCES=min(next_power_of_2(num_sequences), 256),
+            num_warps=config.num_warps,
+            **COMMON_OPTIONS,
+        )
+    return q_out, k_out
+
+
+def _token_and_head_strides(x: Tensor | None) -> tuple[int, int, int]:
+    """(batch, seqlen, head) strides; a packed tensor is one batch."""
+    if x is None:
+        return 0, 0, 0
+    return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and launch of every shipped configuration, for the compile gate."""
+
+    def rotate(dtype: torch.dtype, heads: tuple[int, int], head_dim: int, rotary_dim: int, **options: object) -> object:
+        q, k = (torch.empty(2, 8, count, head_dim, dtype=dtype) if count else None for count in heads)
+        table = torch.empty(64, rotary_dim // 2)
+        return rope_rotate(q, k, table, table, **options)  # type: ignore[arg-type]
+
+    def packed() -> object:
+        q, table = torch.empty(16, 32, 128, dtype=torch.bfloat16), torch.empty(64, 64)
+        bounds = torch.zeros(3, dtype=torch.int32)
+        return rope_rotate(q, q[:, :8].clone(), table, table, cu_seqlens=bounds, offsets=bounds[:2])
+
+    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
+    case = functools.partial
+    yield "half-32/8x128-bfloat16", case(rotate, bfloat16, (32, 8), 128, 128)
+    yield "half-32/8x128-bfloat16-reverse", case(rotate, bfloat16, (32, 8), 128, 128, reverse=True)
+    yield "half-32/8x128-bfloat16-inplace", case(rotate, bfloat16, (32, 8), 128, 128, inplace=True)
+    yield "interleaved-32/8x128-bfloat16", case(rotate, bfloat16, (32, 8), 128, 128, interleaved=True)
+    yield "half-12/12x64-float16", case(rotate, float16, (12, 12), 64, 64)
+    yield "interleaved-12/12x64-float16", case(rotate, float16, (12, 12), 64, 64, interleaved=True)
+    yield "half-32/8x128-float32", case(rotate, float32, (32, 8), 128, 128)
+    yield "half-16/8x256-bfloat16", case(rotate, bfloat16, (16, 8), 256, 256)
+    yield "half-32/32x80-bfloat16-partial", case(rotate, bfloat16, (32, 32), 80, 32)
+    yield "half-32/32x96-bfloat16", case(rotate, bfloat16, (32, 32), 96, 96)
+    yield "half-16/0x64-bfloat16", case(rotate, bfloat16, (16, 0), 64, 64)
+    yield (
+        "half-32/8x128-bfloat16-positions",
+        case(rotate, bfloat16, (32, 8), 128, 128, positions=torch.zeros(2, 8, dtype=torch.int64)),
+    )
+    yield "half-32/8x128-bfloat16-packed", packed
