@@ -435,7 +435,8 @@ def decode_attention_forward(
         "BLOCK_DIM": block_dim(head_dim),
     }
     if configs is None:
-        configs = decode_configs(head_dim, value_dim, k_view.element_size(), q.device, block_table is not None)
+        masked = mask is not None or bias is not None
+        configs = decode_configs(head_dim, value_dim, k_view.element_size(), q.device, block_table is not None, masked)
     with on_device(q):
         for config in _row_classes(configs, seqlen_q * call.group, packed, capacity, num_splits):
             one_page = page_size % config.block_n == 0 and cache_leftpad is None

@@ -63,21 +63,24 @@ class DecodeConfig:
 
 
 def decode_configs(
-    head_dim: int, value_dim: int, itemsize: int, device: torch.device, paged: bool = False
+    head_dim: int, value_dim: int, itemsize: int, device: torch.device, paged: bool = False, masked: bool = False
 ) -> tuple[DecodeConfig, ...]:
     """The three row classes, narrow to wide. Which class serves a sequence depends on its own rows only; likewise every tile size.
 
     Args:
         itemsize: bytes of an element of the cache.
         paged: a step first loads page numbers, so the pipeline is one stage deeper. Stages do not change results.
+        masked: a mask or bias is read for every score.
     """
     limits = device_limits(device)
     row_bytes = (block_dim(head_dim) + block_dim(value_dim)) * itemsize
     # 32 KB per stage (64 keys at head_dim 128, 16-bit) on two blocks per SM: HBM3's latency asks for ~40 KB per SM in flight.
     block_n = 64 if row_bytes <= 512 else 32
     stages = max(1, min(3, (limits.shared_memory // 2 - 8192) // (block_n * row_bytes)))
-    # float32 products without tensor cores keep their operands in registers: 64 rows of 128 features and more would spill.
-    block_m = 32 if itemsize == 4 and row_bytes > 512 else 64
+    # float32 products without tensor cores keep their operands in registers, and a mask or bias its 64-bit addresses: 64 rows spill.
+    block_m = 64
+    if masked or (itemsize == 4 and row_bytes > 512):
+        block_m = 16 if itemsize == 4 and row_bytes > 1024 else 32
     # 4 warps hold 64 rows of 128 features in 249 registers, and with options on top they spill.
     wide = (block_m, block_n, 4 if row_bytes <= 256 else 8, min(stages, 2) + paged)
     return (
