@@ -1,0 +1,7 @@
+"""``python -m pytransformer``."""
+
+import sys
+
+from pytransformer.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,159 @@
+"""``pytransformer generate``: continue a prompt, character by character as the tokens come."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytransformer.cli.train import DEFAULT_FOLDER
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytransformer.model.transformer import Transformer
+    from pytransformer.training.tokenizer import TextTokenizer
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Registers the subcommand."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a prompt with a trained model",
+        description="Continues a prompt, printing characters as they come. Facts about the run go to standard error.",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=DEFAULT_FOLDER,
+        metavar="FOLDER",
+        help=f"a training run or a model's folder (default {DEFAULT_FOLDER})",
+    )
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="at most this many tokens (default 200)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="randomness; 0 = always the most probable token (default 0.8)",
+    )
+    parser.add_argument("--top-k", type=int, metavar="N", help="choose among the N most probable tokens only")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="choose among the most probable tokens that together have probability X",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="the same seed gives the same text (default: another each time)"
+    )
+    parser.add_argument(
+        "--top", type=int, metavar="N", help="print the N most probable next tokens instead of generating"
+    )
+    parser.add_argument(
+        "--no-cache", action="store_true", help="compute the whole sequence again for each token, for comparison"
+    )
+    parser.add_argument("--device", help='"cuda" or "cpu" (default: a GPU if there is one)')
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the prompt and its continuation, or the most probable next tokens."""
+    if not arguments.prompt:
+        raise ValueError("--prompt is empty: generation needs a token to start from")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, but is {arguments.max_new_tokens}")
+    if arguments.top is not None and arguments.top < 1:
+        raise ValueError(f"--top must be at least 1, but is {arguments.top}")
+
+    import torch
+
+    from pytransformer.cli.model_folder import load_model
+
+    model, tokenizer = load_model(arguments.model, arguments.device)
+    ids = tokenizer.encode(arguments.prompt)
+    limit = model.config.max_seqlen
+    if len(ids) > limit or (len(ids) == limit and arguments.top is None):
+        raise ValueError(
+            f"--prompt has {len(ids)} tokens, but the model's context is {limit}: there is no room for a new one"
+        )
+    prompt = torch.tensor([ids], device=model.lm_head.weight.device)
+    if arguments.top is not None:
+        print_most_probable(model, tokenizer, prompt, arguments.top)
+    else:
+        print_continuation(model, tokenizer, prompt, arguments)
+    return 0
+
+
+def print_most_probable(model: Transformer, tokenizer: TextTokenizer, prompt: torch.Tensor, count: int) -> None:
+    """A table of the most probable tokens after the prompt."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Most probable next tokens", title_justify="left")
+    table.add_column("rank", justify="right")
+    table.add_column("token")
+    table.add_column("id", justify="right")
+    table.add_column("probability", justify="right")
+    for rank, (token_id, probability) in enumerate(most_probable(model, prompt, count), start=1):
+        label = tokenizer.label(token_id) if token_id < tokenizer.vocab_size else "(unused)"
+        table.add_row(str(rank), Text(label), str(token_id), f"{probability:.4f}")
+    Console(highlight=False).print(table)
+
+
+def most_probable(model: Transformer, prompt: torch.Tensor, count: int) -> list[tuple[int, float]]:
+    """Ids and probabilities of the ``count`` most probable tokens after ``prompt`` (1, seqlen), the best first."""
+    import torch
+
+    with torch.no_grad():
+        logits = model.lm_head(model.model(prompt)[:, -1])[0]
+    values, ids = logits.float().softmax(-1).topk(min(count, logits.shape[-1]))
+    return list(zip(ids.tolist(), values.tolist()))
+
+
+def print_continuation(
+    model: Transformer, tokenizer: TextTokenizer, prompt: torch.Tensor, arguments: argparse.Namespace
+) -> None:
+    """Streams the text to standard output, then says on standard error why it ended."""
+    from pytransformer.training.tokenizer import CharacterStream
+
+    characters = CharacterStream(tokenizer)
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def arrived(tokens: torch.Tensor) -> None:
+        show(characters.push(int(tokens[0])))
+
+    show(arguments.prompt)
+    started = time.perf_counter()
+    ids = model.generate(
+        prompt,
+        arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        use_cache=not arguments.no_cache,
+        callback=arrived,
+    )
+    seconds = time.perf_counter() - started
+    show(characters.finish() + "\n")
+    new = ids[0, prompt.shape[1] :].tolist()
+    speed = f"{len(new)} tokens, {len(new) / seconds:,.1f} tokens/s"
+    print(f"[{speed}; {why_it_ended(new, ids.shape[1], model, arguments.max_new_tokens)}]", file=sys.stderr)
+
+
+def why_it_ended(new: list[int], length: int, model: Transformer, max_new_tokens: int) -> str:
+    if new and new[-1] in model.config.eos_token_ids:
+        return "stopped at the end-of-text token"
+    if len(new) < max_new_tokens and length >= model.config.max_seqlen:
+        return f"stopped at the context limit of {model.config.max_seqlen} tokens"
+    return f"stopped after --max-new-tokens {max_new_tokens}"

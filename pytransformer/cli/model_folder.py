@@ -1,0 +1,61 @@
+"""Finds the model that a folder holds, whichever way it got there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytransformer.model.transformer import Transformer
+    from pytransformer.training.tokenizer import TextTokenizer
+
+
+def find_model(folder: Path) -> Path:
+    """The folder with the model itself: the newest checkpoint of a training run, or ``folder`` if it holds a model directly.
+
+    Raises:
+        FileNotFoundError: there is no model, with what is missing.
+        ValueError: the newest checkpoint is damaged.
+    """
+    from pytransformer.training.checkpoint import CheckpointStore
+    from pytransformer.training.run import CHECKPOINTS, has_run
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder {folder}: train one with `pytransformer train --out {folder}`")
+    if has_run(folder):
+        checkpoint = CheckpointStore(folder / CHECKPOINTS).latest()
+        if checkpoint is None:
+            raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
+        return checkpoint
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds neither a training run (run.json) nor a model (config.json)")
+    return folder
+
+
+def load_model(folder: Path, device: str | None) -> tuple[Transformer, TextTokenizer]:
+    """Model, in evaluation mode, and tokenizer.
+
+    Args:
+        folder: a training run or a model's own folder.
+        device: by default "cuda" where there is a GPU, else "cpu".
+
+    Raises:
+        FileNotFoundError: there is no model or no tokenizer.
+        ValueError: a file is damaged, they don't fit each other, or the device isn't there.
+    """
+    import torch
+
+    from pytransformer.model.checkpoint import load
+    from pytransformer.training.run import TOKENIZER_FILE
+    from pytransformer.training.tokenizer import TextTokenizer
+
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device} was asked for, but torch sees no GPU on this machine")
+    place = find_model(folder)
+    tokenizer = TextTokenizer.load(place / TOKENIZER_FILE)
+    model = load(place, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{place}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {model.config.vocab_size}"
+        )
+    return model, tokenizer
