@@ -1,4 +1,5 @@
-"""Compiles the cases of one kernel module and prints what came of it.
+"""Compiles the cases of one kernel module and prints what came of it: registers and bytes of spills per thread, bytes of shared memory per
+block, warps, matrix instructions, how many of the loads and stores of global memory move 128 bits, and seconds.
 
 python -m tests.support.compile_module norm
 python -m tests.support.compile_module attention_forward --arch 90 --match d128
@@ -12,12 +13,14 @@ import sys
 import time
 
 from tests.support.compile_gate import ARCHITECTURES, cases, run_cases
-from tests.support.sass import MATRIX_INSTRUCTION
+from tests.support.sass import GLOBAL_128_BIT, GLOBAL_ACCESS, MATRIX_INSTRUCTION
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints a line per case, architecture and kernel; returns 1 if any has a complaint."""
-    parser = argparse.ArgumentParser(prog="python -m tests.support.compile_module", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.compile_module", description="Compiles the cases of one kernel module."
+    )
     parser.add_argument("module", help="file in kernels/, without .py")
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), help="compute capabilities")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
@@ -29,12 +32,17 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.perf_counter()
     reports = run_cases(chosen, options.processes)
     width = max((len(name) for name in reports), default=0)
-    print(f"{'case':{width}}  {'kernel':32} {'regs':>4} {'spill':>5} {'shared':>6} {'warps':>5} {'mma':>5} {'s':>5}")
+    print(
+        f"{'case':{width}}  {'kernel':32} {'regs':>4} {'spill':>5} {'shared':>6} {'warps':>5} {'mma':>5} {'128-bit':>8} {'s':>5}"
+    )
     for name, report in reports.items():
         for outcome in report.outcomes:
             got = outcome.statistics
             matrix = got.count(MATRIX_INSTRUCTION)
-            numbers = f"{got.registers:4} {got.spill_bytes:5} {got.shared_memory:6} {got.num_warps:5} {matrix:5}"
+            wide = f"{got.count(GLOBAL_128_BIT)}/{got.count(GLOBAL_ACCESS)}"
+            numbers = (
+                f"{got.registers:4} {got.spill_bytes:5} {got.shared_memory:6} {got.num_warps:5} {matrix:5} {wide:>8}"
+            )
             print(f"{name:{width}}  {outcome.launch.name:32} {numbers} {got.seconds:5.1f}")
         for complaint in report.complaints:
             print(f"{name:{width}}  FAIL: {complaint}")

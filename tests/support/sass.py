@@ -42,6 +42,9 @@ _WARNING = re.compile(r"^.*\bC751[0-8]\b.*$", re.MULTILINE)
 WARP_GROUP_MMA = re.compile(r"HGMMA|IGMMA|QGMMA")
 TENSOR_MEMORY_MMA = re.compile(r"UTC\w*MMA")
 MATRIX_INSTRUCTION = re.compile(r"[DHIQO]MMA|[HIQ]GMMA|UTC\w*MMA")
+# Loads and stores of global memory by registers (not cp.async or TMA).
+GLOBAL_ACCESS = re.compile(r"(LDG|STG)\.")
+GLOBAL_128_BIT = re.compile(r"(LDG|STG)\..*\.128")
 
 
 @dataclasses.dataclass(frozen=True)
