@@ -43,8 +43,9 @@ class AppendConfig:
 def append_config(tokens: int, num_kv_heads: int, head_dim: int, itemsize: int, device: torch.device) -> AppendConfig:
     """Rows per program from the size of a row, tokens per program from the number of tokens."""
     row_bytes = next_power_of_2(head_dim) * itemsize
-    # 8 KB in flight per program of 4 warps: four 128-bit loads per thread, enough to cover latency at 8 blocks per SM.
-    rows = max(1, 8192 // row_bytes)
+    # 4 KB per program of 4 warps is two 128-bit loads per thread, and as many again for the pairs' partners, cos and sin: with 8 blocks
+    # per SM that covers the latency. With 8 KB the interleaved layout spills.
+    rows = max(1, 4096 // row_bytes)
     block_heads = min(next_power_of_2(num_kv_heads), 8, rows)
     # A decode step has fewer tokens than SMs: one token per program spreads it; there is no bandwidth to win.
     few = tokens <= 4 * device_limits(device).num_sms
@@ -245,9 +246,9 @@ def _kv_append_kernel(
         position = tl.minimum(tl.maximum(position, 0), table_length - 1)
 
     if head_block < Q_BLOCKS:
-        head = head_block * BLOCK_HEADS + rows % BLOCK_HEADS
+        head = (head_block * BLOCK_HEADS + rows % BLOCK_HEADS).to(tl.int64)
         mask = exists & (head < NUM_HEADS)
-        q_rows_ptr = q_ptr + row * stride_q_batch + column * stride_q_token + head.to(tl.int64) * stride_q_head
+        q_rows_ptr = q_ptr + row * stride_q_batch + column * stride_q_token + head * stride_q_head
         x = _transform(
             q_rows_ptr, mask, position, q_weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_cos,
             DIM, BLOCK_DIM, ROTARY_DIM, INTERLEAVED,
@@ -256,8 +257,7 @@ def _kv_append_kernel(
         new_rows_ptr = new_q_ptr + (token * NUM_HEADS + head) * DIM
         tl.store(new_rows_ptr[:, None] + dims[None, :], x, mask=mask[:, None] & (dims < DIM)[None, :])
     else:
-        head = (head_block - Q_BLOCKS) * BLOCK_HEADS + rows % BLOCK_HEADS
-        head = head.to(tl.int64)
+        head = ((head_block - Q_BLOCKS) * BLOCK_HEADS + rows % BLOCK_HEADS).to(tl.int64)
         mask = has_place & (head < NUM_KV_HEADS)
         k_rows_ptr = k_ptr + row * stride_k_batch + column * stride_k_token + head * stride_k_head
         k = _transform(
