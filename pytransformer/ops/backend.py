@@ -162,7 +162,7 @@ class BackendChoice:
         for candidate in self.candidates:
             if candidate.backend == backend:
                 return unavailable(backend, device_type) or candidate.can_serve(call)
-        return f"there is no {backend} implementation of {self.op}"
+        return f"there is no {backend} implementation of {self.op} yet"
 
     def report(self, device_type: str) -> dict[str, str]:
         """For each backend: "serves", what it leaves out, or why it serves nothing here."""
@@ -171,7 +171,7 @@ class BackendChoice:
             found = [candidate for candidate in self.candidates if candidate.backend == backend]
             if not found:
                 report[backend] = (
-                    unavailable(backend, device_type) or f"there is no {backend} implementation of {self.op}"
+                    unavailable(backend, device_type) or f"there is no {backend} implementation of {self.op} yet"
                 )
                 continue
             reason = unavailable(backend, device_type)
