@@ -1,0 +1,258 @@
+"""The generation loop: the prompts in parallel (prefill), then one token per step and sequence (decode).
+
+Prompts of different lengths run side by side, right-padded: each sequence has its own length in the cache and sees its own tokens only,
+so every prompt gets the continuation it gets alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytransformer.model.transformer import Transformer
+
+from .cache import KVCache
+from .prepare import prepare_for_decoding
+from .sampling import Sampler
+
+STOP_REASONS = ("eos", "length", "context")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of each sequence, as the callback sees it.
+
+    Attributes:
+        index: 0 for the first new token.
+        tokens: per sequence, or ``None`` for one that had ended before.
+        logits: (batch, vocab_size) that the tokens were chosen from; rows of ended sequences mean nothing.
+        stop_reasons: per sequence, ``None`` while it goes on; set in the step of its last token.
+    """
+
+    index: int
+    tokens: list[int | None]
+    logits: Tensor
+    stop_reasons: list[str | None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated.
+
+    Attributes:
+        token_ids: prompts and new tokens, in the form of the prompts: (seqlen), (batch, seqlen) filled up with the padding token where
+            a sequence ended early, or a list of 1-D tensors. An end token that was produced is included.
+        stop_reasons: per sequence "eos" (an end token was produced), "length" (max_new_tokens) or "context" (the model's max_seqlen).
+        prompt_lengths, new_tokens: per sequence, in tokens.
+    """
+
+    token_ids: Tensor | list[Tensor]
+    stop_reasons: list[str]
+    prompt_lengths: list[int]
+    new_tokens: list[int]
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: Tensor | Sequence[Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    use_cache: bool = True,
+    callback: Callable[[Step], object] | None = None,
+) -> Generation:
+    """Continues each prompt until an end token, ``max_new_tokens``, or the model's context limit.
+
+    The model runs in evaluation mode and is put back afterwards. On a CPU its linear layers are packed first: see
+    :func:`prepare_for_decoding`.
+
+    Args:
+        prompts: (batch, seqlen) or (seqlen) ids, or a list of 1-D tensors of any lengths of at least 1.
+        max_new_tokens: at least 0.
+        temperature, top_k, top_p, seed: see :class:`Sampler`; the default is greedy.
+        eos_token_id: one or several end tokens; ``None`` = the configuration's, an empty sequence = none.
+        pad_token_id: fills up sequences that ended early in a tensor of results; ``None`` = the configuration's, else the end token.
+        use_cache: ``False`` computes the whole sequence again for every token: slow, for comparison.
+        callback: called after each step; what it raises ends the generation.
+
+    Raises:
+        TypeError, ValueError: prompts that are empty, longer than the context, or not token ids; options out of range.
+    """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens must be an int, got {max_new_tokens!r}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    rows = _prompt_rows(prompts, model)
+    eos_token_ids = _end_tokens(eos_token_id, model)
+    sampler = Sampler(len(rows), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    run = _Run(model, rows, max_new_tokens, eos_token_ids, callback)
+    training = model.training
+    model.eval()
+    try:
+        (run.with_cache if use_cache else run.without_cache)(sampler)
+    finally:
+        model.train(training)
+    padding = model.config.pad_token_id if pad_token_id is None else pad_token_id
+    return run.result(prompts, padding if padding is not None else (eos_token_ids or (0,))[0])
+
+
+class _Run:
+    """The state of one call: each sequence's new tokens and why it stopped, on the host."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        rows: list[Tensor],
+        max_new_tokens: int,
+        eos_token_ids: tuple[int, ...],
+        callback: Callable[[Step], object] | None,
+    ) -> None:
+        self.model = model
+        self.device = model.model.embed_tokens.weight.device
+        self.rows = [row.to(self.device) for row in rows]
+        self.prompt_lengths = [len(row) for row in rows]
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.callback = callback
+        self.new_tokens: list[list[int]] = [[] for _ in rows]
+        self.stop_reasons: list[str | None] = [None] * len(rows)
+        # The most tokens each sequence may get, and what it will have run into then.
+        self.limits = []
+        for length in self.prompt_lengths:
+            room = model.config.max_seqlen - length
+            self.limits.append((max_new_tokens, "length") if max_new_tokens <= room else (room, "context"))
+        for index, (limit, reason) in enumerate(self.limits):
+            if limit == 0:
+                self.stop_reasons[index] = reason
+
+    @property
+    def finished(self) -> bool:
+        return all(reason is not None for reason in self.stop_reasons)
+
+    def with_cache(self, sampler: Sampler) -> None:
+        if self.finished:
+            return
+        model, batch = self.model, len(self.rows)
+        prepare_for_decoding(model, batch)
+        capacity = max(length + limit for length, (limit, _) in zip(self.prompt_lengths, self.limits))
+        # The last token that is chosen is not fed again; a prompt alone must fit nevertheless.
+        capacity = max(capacity - 1, *self.prompt_lengths)
+        weight = model.model.embed_tokens.weight
+        cache = KVCache(model.config, batch, capacity, device=self.device, dtype=weight.dtype)
+        ids, lengths = self._padded([row.tolist() for row in self.rows])
+        hidden = model.model(ids, cache=cache)
+        cache.advance(lengths, max(self.prompt_lengths))
+        # Logits of the last position of each prompt only: the head is the largest layer of a small model.
+        logits = model.lm_head(hidden[torch.arange(batch, device=self.device), lengths - 1])
+        dropped = [False] * batch
+        while True:
+            tokens = sampler.choose(logits)
+            self._record(tokens, logits)
+            if self.finished:
+                return
+            ended = [reason is not None for reason in self.stop_reasons]
+            if ended != dropped:
+                cache.drop(torch.tensor(ended, device=self.device))
+                dropped = ended
+            hidden = model.model(tokens[:, None], cache=cache)
+            cache.advance(1, self._longest())
+            logits = model.lm_head(hidden[:, 0])
+
+    def without_cache(self, sampler: Sampler) -> None:
+        while not self.finished:
+            ids, lengths = self._padded([row.tolist() + new for row, new in zip(self.rows, self.new_tokens)])
+            hidden = self.model.model(ids)
+            logits = self.model.lm_head(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
+            self._record(sampler.choose(logits), logits)
+
+    def _longest(self) -> int:
+        """Tokens in the cache of the longest sequence that goes on (its newest token has just been fed)."""
+        going_on = (index for index, reason in enumerate(self.stop_reasons) if reason is None)
+        return max(self.prompt_lengths[index] + len(self.new_tokens[index]) for index in going_on)
+
+    def _record(self, tokens: Tensor, logits: Tensor) -> None:
+        """Takes in a step's tokens and finds which sequences end with them."""
+        chosen: list[int | None] = list(tokens.tolist())
+        before = list(self.stop_reasons)
+        for index, token in enumerate(chosen):
+            if before[index] is not None:
+                chosen[index] = None
+                continue
+            assert token is not None
+            new = self.new_tokens[index]
+            new.append(token)
+            limit, reason = self.limits[index]
+            if token in self.eos_token_ids:
+                self.stop_reasons[index] = "eos"
+            elif len(new) == limit:
+                self.stop_reasons[index] = reason
+        if self.callback is not None:
+            step = max(len(new) for new in self.new_tokens) - 1
+            self.callback(Step(step, chosen, logits, list(self.stop_reasons)))
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids (batch, longest), padded on the right with token 0, which nothing sees, and lengths (batch)."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        return ids, torch.tensor([len(row) for row in rows], device=self.device)
+
+    def result(self, prompts: Tensor | Sequence[Tensor], padding: int) -> Generation:
+        sequences = [
+            torch.cat([row, torch.tensor(new, dtype=row.dtype, device=row.device)])
+            for row, new in zip(self.rows, self.new_tokens)
+        ]
+        token_ids: Tensor | list[Tensor] = sequences
+        if isinstance(prompts, Tensor):
+            token_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=padding)
+            if prompts.ndim == 1:
+                token_ids = token_ids[0]
+        reasons = [reason for reason in self.stop_reasons if reason is not None]
+        return Generation(token_ids, reasons, self.prompt_lengths, [len(new) for new in self.new_tokens])
+
+
+def _prompt_rows(prompts: Any, model: Transformer) -> list[Tensor]:
+    """One 1-D tensor of ids per prompt, checked."""
+    if isinstance(prompts, Tensor):
+        if prompts.ndim not in (1, 2):
+            raise ValueError(f"prompts must have shape (seqlen) or (batch, seqlen), got {tuple(prompts.shape)}")
+        rows = list(prompts if prompts.ndim == 2 else prompts[None])
+    elif isinstance(prompts, Sequence) and all(isinstance(row, Tensor) and row.ndim == 1 for row in prompts):
+        rows = list(prompts)
+    else:
+        raise TypeError("prompts must be a tensor of ids (batch, seqlen) or (seqlen), or a list of 1-D tensors")
+    if not rows:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    vocab_size, max_seqlen = model.config.vocab_size, model.config.max_seqlen
+    for index, row in enumerate(rows):
+        if row.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"prompts must hold int64 or int32 ids, got {row.dtype} in prompt {index}")
+        if len(row) == 0:
+            raise ValueError(f"prompt {index} is empty; give it at least one token, such as the model's bos token")
+        if len(row) > max_seqlen:
+            raise ValueError(f"prompt {index} has {len(row)} tokens, more than the model's context of {max_seqlen}")
+        low, high = int(row.min()), int(row.max())
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"prompt {index} holds token id {bad}, allowed are 0 to {vocab_size - 1}")
+    return rows
+
+
+def _end_tokens(eos_token_id: Any, model: Transformer) -> tuple[int, ...]:
+    if eos_token_id is None:
+        return model.config.eos_token_ids
+    tokens = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"eos_token_id must be an int or a sequence of ints, got {eos_token_id!r}")
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(f"eos_token_id must be from 0 to {model.config.vocab_size - 1}, got {token}")
+    return tokens
