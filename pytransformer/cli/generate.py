@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--top-p",
         type=float,
+        default=1.0,
         metavar="X",
         help="choose among the most probable tokens that together have probability X",
     )
@@ -121,6 +123,7 @@ def print_continuation(
     model: Transformer, tokenizer: TextTokenizer, prompt: torch.Tensor, arguments: argparse.Namespace
 ) -> None:
     """Streams the text to standard output, then says on standard error why it ended."""
+    from pytransformer.generation import Step, generate
     from pytransformer.training.tokenizer import CharacterStream
 
     characters = CharacterStream(tokenizer)
@@ -129,31 +132,32 @@ def print_continuation(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    def arrived(tokens: torch.Tensor) -> None:
-        show(characters.push(int(tokens[0])))
+    def arrived(step: Step) -> None:
+        token_id = step.tokens[0]
+        assert token_id is not None  # the only sequence goes on until generate returns
+        show(characters.push(token_id))
 
+    seed = random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed
     show(arguments.prompt)
     started = time.perf_counter()
-    ids = model.generate(
+    result = generate(
+        model,
         prompt,
         arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
-        seed=arguments.seed,
+        seed=seed,
         use_cache=not arguments.no_cache,
         callback=arrived,
     )
     seconds = time.perf_counter() - started
     show(characters.finish() + "\n")
-    new = ids[0, prompt.shape[1] :].tolist()
-    speed = f"{len(new)} tokens, {len(new) / seconds:,.1f} tokens/s"
-    print(f"[{speed}; {why_it_ended(new, ids.shape[1], model, arguments.max_new_tokens)}]", file=sys.stderr)
-
-
-def why_it_ended(new: list[int], length: int, model: Transformer, max_new_tokens: int) -> str:
-    if new and new[-1] in model.config.eos_token_ids:
-        return "stopped at the end-of-text token"
-    if len(new) < max_new_tokens and length >= model.config.max_seqlen:
-        return f"stopped at the context limit of {model.config.max_seqlen} tokens"
-    return f"stopped after --max-new-tokens {max_new_tokens}"
+    reason = {
+        "eos": "stopped at the end-of-text token",
+        "length": f"stopped after --max-new-tokens {arguments.max_new_tokens}",
+        "context": f"stopped at the model's context limit of {model.config.max_seqlen} tokens",
+    }[result.stop_reasons[0]]
+    count = result.new_tokens[0]
+    chance = f"; seed {seed}" if arguments.temperature else ""
+    print(f"[{count} tokens, {count / seconds:,.1f} tokens/s; {reason}{chance}]", file=sys.stderr)

@@ -134,6 +134,8 @@ def seconds_per_token(model: Transformer, ids: list[int], count: int, *, use_cac
     """How long each token after the first took (the first is the prompt's), greedily, without stopping at end tokens."""
     import torch
 
+    from pytransformer.generation import generate
+
     device = model.lm_head.weight.device
     prompt = torch.tensor([ids], device=device)
     times: list[float] = []
@@ -143,6 +145,6 @@ def seconds_per_token(model: Transformer, ids: list[int], count: int, *, use_cac
             torch.cuda.synchronize(device)
         times.append(time.perf_counter())
 
-    model.generate(prompt, min(count, 4), eos_token_id=(), use_cache=use_cache)  # warm-up
-    model.generate(prompt, count, eos_token_id=(), use_cache=use_cache, callback=arrived)
+    generate(model, prompt, min(count, 4), eos_token_id=(), use_cache=use_cache)  # warm-up
+    generate(model, prompt, count, eos_token_id=(), use_cache=use_cache, callback=arrived)
     return [later - earlier for earlier, later in itertools.pairwise(times)]

@@ -207,7 +207,7 @@ def differences(saved: dict[str, object], given: dict[str, object]) -> list[str]
     return [
         f"{name}: {_show(saved, name)} in the checkpoint, {_show(given, name)} now"
         for name in sorted(saved.keys() | given.keys())
-        if name not in _FREE_ON_RESUME and saved.get(name) != given.get(name)
+        if name not in _FREE_ON_RESUME and _show(saved, name) != _show(given, name)
     ]
 
 
