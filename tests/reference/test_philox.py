@@ -114,3 +114,9 @@ def test_kept_fraction_is_one_minus_p(device):
     deviation = (0.3 * 0.7 / keep.numel()) ** 0.5
     assert abs(keep.mean().item() - 0.7) < 4 * deviation
     assert (keep.mean(dim=(1, 2)) - 0.7).abs().max().item() < 4 * deviation * 2
+
+
+def test_a_word_equal_to_the_threshold_is_kept(device):
+    word = int(philox_words(11, 0, 1, 4, 4, device)[0, 2, 3])
+    assert dropout_keep(word / 2**32, 11, 0, 1, 4, 4, device)[0, 2, 3]
+    assert not dropout_keep((word + 1) / 2**32, 11, 0, 1, 4, 4, device)[0, 2, 3]
