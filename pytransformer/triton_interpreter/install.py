@@ -52,6 +52,7 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "_patch_lang": ("fn",),
     "_patch_lang_tensor": ("tensor", "scope"),
     "_implicit_cvt": ("arg",),
+    "_get_np_dtype": ("tt_dtype",),
 }
 
 
@@ -145,6 +146,8 @@ def install(
         _install_arithmetic(active)
         _install_memory(active)
         _install_launch(active)
+        _install_grid(active)
+        _install_language(active)
     except BaseException:
         active.restore()
         raise
@@ -301,11 +304,8 @@ def _refuse_bfloat16(pointers: Any) -> None:
 
 
 def _install_launch(active: _Interpreter) -> None:
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    init_args, call_grid = executor._init_args_hst, executor.__call__
-    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
-    implicit_cvt, patch_lang_tensor = interpreter._implicit_cvt, interpreter._patch_lang_tensor
-    patch_lang = interpreter._patch_lang
+    executor = interpreter.GridExecutor
+    init_args, call_grid, implicit_cvt = executor._init_args_hst, executor.__call__, interpreter._implicit_cvt
 
     def _init_args_hst(self: Any, args_dev: Any, kwargs: Any) -> Any:
         args, keywords = init_args(self, args_dev, kwargs)
@@ -317,6 +317,12 @@ def _install_launch(active: _Interpreter) -> None:
             ]
             active.launch.memory = LaunchMemory(tensors, bounds=active.options.bounds, races=active.options.races)
         return args, keywords
+
+    def tagged_cvt(arg: Any) -> Any:
+        converted = implicit_cvt(arg)
+        if active.launch.memory is not None and hasattr(arg, "data_ptr"):
+            converted.handle.data += np.uint64(active.launch.memory.tag(getattr(arg, "base", arg)))
+        return converted
 
     def call(self: Any, *args_dev: Any, **kwargs: Any) -> None:
         outer, active.launch = active.launch, _Launch()
@@ -333,6 +339,15 @@ def _install_launch(active: _Interpreter) -> None:
         finally:
             active.launch = outer
 
+    active.replace(executor, "_init_args_hst", _init_args_hst)
+    active.replace(executor, "__call__", call)
+    active.replace(interpreter, "_implicit_cvt", tagged_cvt)
+
+
+def _install_grid(active: _Interpreter) -> None:
+    builder = interpreter.InterpreterBuilder
+    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
+
     def limited_grid_dim(self: Any, nx: int, ny: int, nz: int) -> None:
         for axis, length, limit in zip("xyz", (nx, ny, nz), _MAX_GRID, strict=True):
             if length > limit:
@@ -347,11 +362,15 @@ def _install_launch(active: _Interpreter) -> None:
             x, y, z = number // (grid_y * grid_z), number // grid_z % grid_y, number % grid_z
         set_grid_idx(self, x, y, z)
 
-    def tagged_cvt(arg: Any) -> Any:
-        converted = implicit_cvt(arg)
-        if active.launch.memory is not None and hasattr(arg, "data_ptr"):
-            converted.handle.data += np.uint64(active.launch.memory.tag(getattr(arg, "base", arg)))
-        return converted
+    active.replace(builder, "set_grid_dim", limited_grid_dim)
+    active.replace(builder, "set_grid_idx", shuffled_grid_idx)
+
+
+def _install_language(active: _Interpreter) -> None:
+    """One repair (loaded integers as loop bounds) and two savings of time, which together pay for all the checks."""
+    patch_lang_tensor, patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+    get_np_dtype = interpreter._get_np_dtype
+    np_dtypes: dict[str, Any] = {}
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         patch_lang_tensor(tensor, scope)
@@ -359,22 +378,23 @@ def _install_launch(active: _Interpreter) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def patch_lang_once(fn: Any) -> Any:
-        """The stock interpreter points the language at itself anew in every call of a device function; once per
-        launch is enough.
-        """
+        # The stock interpreter points the language at itself anew in every call of a device function.
         modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
         if modules and modules in active.launch.patched:
             return None
         active.launch.patched.add(modules)
         return patch_lang(fn)
 
-    active.replace(executor, "_init_args_hst", _init_args_hst)
-    active.replace(executor, "__call__", call)
-    active.replace(builder, "set_grid_dim", limited_grid_dim)
-    active.replace(builder, "set_grid_idx", shuffled_grid_idx)
-    active.replace(interpreter, "_implicit_cvt", tagged_cvt)
+    def cached_np_dtype(tt_dtype: Any) -> Any:
+        # The stock function builds its table of all types in every call, several times in every operation.
+        found = np_dtypes.get(tt_dtype.name)
+        if found is None:
+            found = np_dtypes[tt_dtype.name] = get_np_dtype(tt_dtype)
+        return found
+
     active.replace(interpreter, "_patch_lang_tensor", patch_tensor)
     active.replace(interpreter, "_patch_lang", patch_lang_once)
+    active.replace(interpreter, "_get_np_dtype", cached_np_dtype)
 
 
 def _fault_within(error: BaseException | None) -> KernelFault | None:
