@@ -332,6 +332,16 @@ def test_partial_and_interleaved_rope_change_the_model(device):
         assert not torch.allclose(other(ids), plain(ids)), change
 
 
+def test_weight_offset_applies_to_every_norm(device):
+    """Weights stored as differences from 1 give the model that has the sums as its weights, QK-norm included."""
+    plain = randomise(Transformer(make_config(qk_norm=True))).double().to(device)
+    offset = Transformer(make_config(qk_norm=True, norm_weight_offset=1.0)).double().to(device)
+    state = plain.state_dict()
+    offset.load_state_dict({name: value - 1 if "norm" in name else value for name, value in state.items()})
+    ids = make_ids(device)
+    assert_close(offset(ids), plain(ids))
+
+
 def test_logit_softcap(device):
     plain = randomise(Transformer(make_config())).double().to(device)
     capped = Transformer(make_config(logit_softcap=2.0)).double().to(device)
