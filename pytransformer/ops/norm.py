@@ -1,0 +1,448 @@
+"""LayerNorm and RMSNorm over the last dimension, optionally of the sum with a residual. Float32 arithmetic, one rounding at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pytransformer import reference
+from pytransformer.ops import checks
+from pytransformer.ops.autograd import records_backward, refuse_double_backward, vmap_by_loop
+from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, serves_all
+
+NormResult = Tensor | tuple[Tensor, Tensor]
+
+
+class NormCall(NamedTuple):
+    """A checked call of either op.
+
+    Attributes:
+        x, weight, bias, residual: the tensors, or None.
+        eps: added to the variance or mean square.
+        weight_offset: added to the weight.
+        is_rms: RMSNorm, else LayerNorm.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    eps: float
+    weight_offset: float
+    is_rms: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.weight, self.bias, self.residual
+
+
+def _triton_can_serve(call: NormCall) -> str | None:
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in call.tensors):
+        return "float64 is served by torch and reference only"
+    return None
+
+
+_CANDIDATES = (
+    Candidate("triton", _triton_can_serve, limits="float64"),
+    Candidate("torch", serves_all),
+    Candidate("reference", serves_all),
+)
+LAYER_NORM_CHOICE = BackendChoice("layer_norm", _CANDIDATES)
+RMS_NORM_CHOICE = BackendChoice("rms_norm", _CANDIDATES)
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
+    eps: float = ..., residual: None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
+    eps: float = ..., residual: Tensor, backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
+    eps: float = ..., residual: Tensor | None, backend: str | None = ...,
+) -> NormResult: ...  # fmt: skip
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> NormResult:
+    """``(s - mean(s)) / sqrt(var(s) + eps) · weight + bias`` over the last dimension, of s = x or x + residual (Ba et al. 2016).
+
+    The sum s is rounded to residual's dtype before it is normalised, so that the next block adds to exactly what this one has normalised.
+    The variance divides by the width, not width - 1, and is taken from centred values. Differentiable once with the Triton backend;
+    keeps its dtype under autocast.
+
+    Args:
+        x: (..., width), float32, float16 or bfloat16 (or float64), any strides, at least one dimension. With width 0 or no rows the result
+            is empty and the gradients of weight and bias are 0.
+        weight, bias: (width), each of any of these dtypes; None = 1 and 0. Float32 weights with a 16-bit x are usual.
+        eps: at least 0, added to the variance.
+        residual: shape of x, any of these dtypes.
+        backend: "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
+            PYTRANSFORMER_BACKEND says otherwise.
+
+    Returns:
+        y in x's shape and dtype; with a residual (y, s), s in residual's dtype.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, eps negative or not finite.
+        NotImplementedError: the named backend cannot serve this call; the message says why.
+    """
+    call = _check(x, weight, bias, eps=eps, weight_offset=0.0, residual=residual, is_rms=False)
+    return _norm(call, LAYER_NORM_CHOICE.select(call, x.device.type, backend))
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = ..., *,
+    eps: float = ..., weight_offset: float = ..., residual: None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = ..., *,
+    eps: float = ..., weight_offset: float = ..., residual: Tensor, backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = ..., *,
+    eps: float = ..., weight_offset: float = ..., residual: Tensor | None, backend: str | None = ...,
+) -> NormResult: ...  # fmt: skip
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> NormResult:
+    """``s / sqrt(mean(s²) + eps) · (weight + weight_offset)`` over the last dimension, of s = x or x + residual (Zhang, Sennrich 2019).
+
+    The sum s is rounded to residual's dtype before it is normalised. The product with the weight is taken in float32, before the only
+    rounding. Differentiable once with the Triton backend; keeps its dtype under autocast.
+
+    Args:
+        x: (..., width), float32, float16 or bfloat16 (or float64), any strides, at least one dimension. For QK-norm
+            (..., num_heads, head_dim). With width 0 or no rows the result is empty and the gradient of weight is 0.
+        weight: (width), any of these dtypes; None = no multiplication (then ``weight_offset`` has no effect).
+        eps: at least 0, added to the mean square.
+        weight_offset: added to the weight in float32: 1.0 for Gemma, whose weights are stored as differences from 1.
+        residual: shape of x, any of these dtypes.
+        backend: "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
+            PYTRANSFORMER_BACKEND says otherwise.
+
+    Returns:
+        y in x's shape and dtype; with a residual (y, s), s in residual's dtype.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, eps negative, eps or weight_offset not finite.
+        NotImplementedError: the named backend cannot serve this call; the message says why.
+    """
+    call = _check(x, weight, None, eps=eps, weight_offset=weight_offset, residual=residual, is_rms=True)
+    return _norm(call, RMS_NORM_CHOICE.select(call, x.device.type, backend))
+
+
+def _check(x: Any, weight: Any, bias: Any, *, eps: Any, weight_offset: Any, residual: Any, is_rms: bool) -> NormCall:
+    dtypes = checks.FLOAT_DTYPES_AND_DOUBLE
+    checks.check_tensor("x", x, dtypes=dtypes)
+    if x.ndim == 0:
+        raise ValueError("x must have at least 1 dimension: (..., width), got shape ()")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            checks.check_tensor(name, vector, ndim=1, dtypes=dtypes, device=x.device, layout="(width)")
+            checks.check_shape(name, vector, x.shape[-1:], "(width,), the last dimension of x,")
+    if residual is not None:
+        checks.check_tensor("residual", residual, dtypes=dtypes, device=x.device)
+        checks.check_shape("residual", residual, x.shape, "of x")
+    eps = checks.check_float("eps", eps, minimum=0.0)
+    weight_offset = checks.check_float("weight_offset", weight_offset)
+    return NormCall(x, weight, bias, residual, float(eps), float(weight_offset), is_rms)
+
+
+def _norm(call: NormCall, backend: str) -> NormResult:
+    if backend == "triton":
+        return _triton_norm(call)
+    # Autocast would turn the result of torch's norms to float32.
+    off = torch.autocast(call.x.device.type, enabled=False)
+    with off if torch.is_autocast_enabled(call.x.device.type) else contextlib.nullcontext():
+        if backend == "torch":
+            return _torch_norm(call)
+        if call.is_rms:
+            options = {"eps": call.eps, "weight_offset": call.weight_offset, "residual": call.residual}
+            return reference.rms_norm(call.x, call.weight, **options)  # type: ignore[arg-type]
+        return reference.layer_norm(call.x, call.weight, call.bias, eps=call.eps, residual=call.residual)
+
+
+# --- torch: its own norms on operands of one dtype, which compute in float32 and round once ---------------------------------------------
+
+
+def _torch_norm(call: NormCall) -> NormResult:
+    x, weight, bias, residual = call.tensors
+    assert x is not None
+    # 16-bit sums are computed in float32 and rounded once by torch itself.
+    s = x if residual is None else (x + residual).to(residual.dtype)
+    if weight is not None and call.weight_offset != 0.0:
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + call.weight_offset
+    present = [tensor for tensor in (s, weight, bias) if tensor is not None]
+    if any(tensor.dtype != x.dtype for tensor in present):
+        wide = functools.reduce(torch.promote_types, (tensor.dtype for tensor in present), torch.float32)
+        weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
+        y = _torch_plain_norm(call, s.to(wide), weight, bias).to(x.dtype)
+    else:
+        y = _torch_plain_norm(call, s, weight, bias)
+    return y if residual is None else (y, s)
+
+
+def _torch_plain_norm(call: NormCall, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    width = s.shape[-1:]
+    if not call.is_rms:
+        return F.layer_norm(s, width, weight, bias, call.eps)
+    trains = torch.is_grad_enabled() and (s.requires_grad or (weight is not None and weight.requires_grad))
+    if trains and s.device.type == "cpu" and s.numel() > 0 and is_plain(s, weight):
+        y: Tensor = _CpuRmsNorm.apply(s, weight, call.eps)[0]  # type: ignore[no-untyped-call]
+        return y
+    return F.rms_norm(s, width, weight, call.eps)
+
+
+class _CpuRmsNorm(torch.autograd.Function):
+    """RMSNorm for training on a CPU, where torch has no fused one: its composite takes about twice as long forward and backward."""
+
+    @staticmethod
+    def forward(s: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        wide = s.to(torch.promote_types(s.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(s.shape[-1]).add_(eps).rsqrt_()
+        y = wide * rstd
+        if weight is not None:
+            y.mul_(weight)
+        return y.to(s.dtype), rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        s, weight, ctx.eps = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(s, weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        s, weight, rstd = ctx.saved_tensors
+        if records_backward():
+            # A derivative of the gradient is wanted: torch's own composite has one.
+            wanted = [tensor for tensor in (s, weight) if tensor is not None and tensor.requires_grad]
+            gradients = iter(
+                torch.autograd.grad(F.rms_norm(s, s.shape[-1:], weight, ctx.eps), wanted, dy, create_graph=True)
+            )
+            needed = [tensor is not None and tensor.requires_grad for tensor in (s, weight)]
+            ds, dweight = (next(gradients) if need else None for need in needed)
+            return ds, dweight, None
+        width = s.shape[-1]
+        xhat = (s * rstd).reshape(-1, width)
+        dy = dy.to(xhat.dtype).reshape(-1, width)
+        weighted = dy * xhat
+        dweight = weighted.sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, dweight, None
+        # g · xhat summed over each row, with g = dy · weight
+        row_sums = weighted.sum(dim=1) if weight is None else torch.mv(weighted, weight.to(weighted.dtype))
+        g = dy if weight is None else dy * weight
+        ds = torch.addcmul(g, xhat, row_sums.div_(width)[:, None], value=-1).mul_(rstd.view(-1, 1))
+        return ds.view(s.shape).to(s.dtype), dweight, None
+
+
+# --- Triton: registered functional ops under one autograd.Function ----------------------------------------------------------------------
+
+torch.library.define(
+    "pytransformer::norm_forward",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, float weight_offset, bool is_rms)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "pytransformer::norm_backward",
+    "(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, float weight_offset, bool is_rms, bool want_dweight, "
+    "ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@functools.cache
+def _launchers() -> tuple[Any, Any]:
+    # Triton is imported when the first kernel is wanted, not with the package.
+    from pytransformer.kernels.norm import norm_forward
+    from pytransformer.kernels.norm_backward import norm_backward
+
+    return norm_forward, norm_backward
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    is_rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, s, mean, rstd); what there is none of is an empty tensor, as an op returns a fixed number of tensors."""
+    y, s, mean, rstd = _launchers()[0](x, weight, bias, residual, eps=eps, weight_offset=weight_offset, is_rms=is_rms)
+    return y, rstd.new_empty(0) if s is None else s, rstd.new_empty(0) if mean is None else mean, rstd
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    is_rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    s = rstd.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    mean = rstd.new_empty(0) if is_rms else torch.empty_like(rstd)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), s, mean, rstd
+
+
+def _backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    is_rms: bool,
+    want_dweight: bool,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of s, dweight, dbias), the last two empty where not wanted."""
+    dx, dweight, dbias = _launchers()[1](
+        *(dy, ds, s, weight, None if is_rms else mean, rstd),
+        weight_offset=weight_offset,
+        need_dweight=want_dweight,
+        dbias_dtype=dbias_dtype,
+    )
+    return dx, rstd.new_empty(0) if dweight is None else dweight, rstd.new_empty(0) if dbias is None else dbias
+
+
+def _fake_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    is_rms: bool,
+    want_dweight: bool,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = s.shape[-1]
+    none = rstd.new_empty(0)
+    dweight = none if weight is None or not want_dweight else rstd.new_empty(width, dtype=weight.dtype)
+    dbias = rstd.new_empty(0) if dbias_dtype is None else rstd.new_empty(width, dtype=dbias_dtype)
+    return torch.empty(s.shape, dtype=s.dtype, device=s.device), dweight, dbias
+
+
+for _name, _implementation, _fake in (
+    ("norm_forward", _forward, _fake_forward),
+    ("norm_backward", _backward, _fake_backward),
+):
+    torch.library.impl(f"pytransformer::{_name}", "CompositeExplicitAutograd", _implementation)
+    torch.library.register_fake(f"pytransformer::{_name}", _fake)
+
+
+def _triton_norm(call: NormCall) -> NormResult:
+    plain = is_plain(*call.tensors)
+    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in call.tensors)
+    # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked.
+    y, s, *_ = _forward(*call) if plain and not needs_grad else _TritonNorm.apply(*call)  # type: ignore[no-untyped-call]
+    return y if call.residual is None else (y, s)
+
+
+class _TritonNorm(torch.autograd.Function):
+    """(y, s, mean, rstd) with the gradient of y and s."""
+
+    @staticmethod
+    def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        if is_plain(x, *args[:3]):
+            return _forward(x, *args)
+        results: tuple[Tensor, ...] = torch.ops.pytransformer.norm_forward(x, *args)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, residual, _, ctx.weight_offset, ctx.is_rms = inputs
+        _, s, mean, rstd = output
+        if residual is None:
+            ctx.mark_non_differentiable(s, mean, rstd)
+        else:
+            ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
+        ctx.x_dtype, ctx.has_residual = x.dtype, residual is not None
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, ds: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        s, weight, mean, rstd = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
+        args = (
+            *(dy, ds if ctx.has_residual else None, s, weight, mean, rstd, ctx.weight_offset, ctx.is_rms),
+            *(wants_weight, ctx.bias_dtype if wants_bias else None),
+        )
+        results = _TritonNormBackward.apply(*args) if records_backward() else _run_backward(*args)  # type: ignore[no-untyped-call]
+        dtotal, dweight, dbias = results
+        return (
+            dtotal.to(ctx.x_dtype) if wants_x else None,
+            dweight if wants_weight else None,
+            dbias if wants_bias else None,
+            dtotal if wants_residual else None,
+            *(None, None, None),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_by_loop(_TritonNorm, info, in_dims, *args)
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    if is_plain(*args[:6]):
+        return _backward(*args)
+    results: tuple[Tensor, ...] = torch.ops.pytransformer.norm_backward(*args)
+    return results
+
+
+class _TritonNormBackward(torch.autograd.Function):
+    """The backward pass where it is itself recorded: a second derivative is refused rather than wrong."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _run_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        refuse_double_backward("layer_norm and rms_norm")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_by_loop(_TritonNormBackward, info, in_dims, *args)

@@ -1,0 +1,451 @@
+"""Rotary position embedding of q and k, and the tables of cosines and sines it takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pytransformer import reference
+from pytransformer.ops import checks
+from pytransformer.ops.autograd import records_backward, vmap_by_loop
+from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, serves_all
+
+INTEGERS = (torch.int32, torch.int64)
+_LAYOUT = "(batch, seqlen, num_heads, head_dim) or packed (total, num_heads, head_dim)"
+
+
+class RopeCall(NamedTuple):
+    """A checked call, without ``inplace``. ``offsets`` is split in a tensor (or None) and an int."""
+
+    q: Tensor
+    k: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None
+    sequence_offsets: Tensor | None
+    offset: int
+    cu_seqlens: Tensor | None
+    interleaved: bool
+    reverse: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.cos, self.sin, self.positions, self.sequence_offsets, self.cu_seqlens
+
+
+def _triton_can_serve(call: RopeCall) -> str | None:
+    return "float64 is served by torch and reference only" if call.q.dtype == torch.float64 else None
+
+
+CHOICE = BackendChoice(
+    "rope",
+    (
+        Candidate("triton", _triton_can_serve, limits="float64"),
+        Candidate("torch", serves_all),
+        Candidate("reference", serves_all),
+    ),
+)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotates the first rotary_dim features of q and k by position-dependent angles (Su et al. 2021), q and k in one launch.
+
+    Each pair (x1, x2) becomes (x1 · cos - x2 · sin, x2 · cos + x1 · sin), computed in float32 and rounded once. Linear in q and k, so
+    differentiable any number of times with respect to them; cos and sin are constants. Keeps its dtype under autocast.
+
+    Args:
+        q: (batch, seqlen, num_heads, head_dim), or packed (total, num_heads, head_dim); without ``cu_seqlens`` a packed tensor is one
+            sequence. float32, float16 or bfloat16 (or float64); last dimension contiguous.
+        k: as q, with num_kv_heads; or None, which is returned as None.
+        cos, sin: float32 (length, rotary_dim / 2) from :func:`rope_tables`; rotary_dim ≤ head_dim, the other features pass unchanged.
+        positions: int32 or int64, (seqlen) or (batch, seqlen), packed (total); from 0 to length - 1. If None, the position of a token is
+            its sequence's offset plus its index in the sequence.
+        offsets: position of each sequence's first token, at least 0: an int, or int32 or int64 (batch). Not with ``positions``.
+        cu_seqlens: int32 (batch + 1), starts of the packed sequences and the total.
+        interleaved: True rotates adjacent pairs (x[2i], x[2i + 1]) as GPT-J and the paper do; False rotates (x[i], x[i + rotary_dim / 2])
+            as Llama does.
+        inplace: write into q and k and return them. Where a gradient is needed (grad mode on and q or k requires it) the result is
+            computed out of place all the same.
+        backend: "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
+            PYTRANSFORMER_BACKEND says otherwise.
+
+    Returns:
+        (q, k): new contiguous tensors in the dtype of q, or the inputs.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or strides that do not fit; positions outside of the table. Positions that live on a GPU are not
+            read back: there, those outside are clamped to the table, and PYTRANSFORMER_DEBUG=1 makes them raise.
+        NotImplementedError: cos or sin requires grad, or the named backend cannot serve this call; the message says why.
+    """
+    call = _check(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
+    chosen = CHOICE.select(call, q.device.type, backend)
+    plain = is_plain(*call.tensors)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
+    if inplace and not needs_grad:
+        _rotate_inplace(call, chosen, plain)
+        return q, k
+    if chosen == "reference":
+        rotated_q, rotated_k = _reference_rotate(call)
+    elif plain and not needs_grad:
+        rotated_q, rotated_k = _rotate(call, chosen)
+    else:
+        # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked.
+        rotated_q, rotated_k = _apply(call, chosen)
+    return rotated_q, rotated_k
+
+
+def rope_tables(
+    rotary_dim: int,
+    length: int,
+    *,
+    base: float = 10000.0,
+    scaling: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of ``position · base^(-2i / rotary_dim)``, times the attention factor of the scaling method.
+
+    Angles are computed in float64 on the host, the same on every device, and only the results are rounded.
+
+    Args:
+        rotary_dim: number of features that rotate, positive and even.
+        length: number of positions, at least 0. The methods "dynamic" and "longrope" choose frequencies for a context of this length.
+        base: positive. ``scaling["rope_theta"]``, where present, takes its place.
+        scaling: None, or a mapping as in the ``rope_scaling`` / ``rope_parameters`` of Hugging Face configurations: "rope_type" is
+            "default", "linear", "ntk", "dynamic", "yarn", "llama3" or "longrope"; the keys of each are listed at
+            :func:`pytransformer.reference.rope_frequencies`.
+        device: where the tables are wanted; None = CPU.
+
+    Returns:
+        cos, sin: float32 (length, rotary_dim / 2).
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, an unknown method, a missing key or a key's value out of range.
+    """
+    checks.check_int("rotary_dim", rotary_dim, minimum=2)
+    if rotary_dim % 2:
+        raise ValueError(f"rotary_dim must be even (features rotate in pairs), got {rotary_dim}")
+    checks.check_int("length", length, minimum=0)
+    _check_positive("base", base)
+    if scaling is not None:
+        _check_scaling(scaling, rotary_dim)
+    return reference.rope_tables(rotary_dim, length, base=base, scaling=scaling, device=device)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if checks.check_float(name, value) <= 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+
+
+def _check_scaling(scaling: Any, rotary_dim: int) -> None:
+    if not isinstance(scaling, Mapping):
+        raise TypeError(f"scaling must be a mapping or None, got {checks.describe(scaling)}")
+    positive = (
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "max_position_embeddings",
+        "attention_factor",
+    )
+    for key in (*positive, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        if scaling.get(key) is not None:
+            _check_positive(f"scaling[{key!r}]", scaling[key])
+    for key in ("short_factor", "long_factor"):
+        for index, factor in enumerate(scaling.get(key) or ()):
+            _check_positive(f"scaling[{key!r}][{index}]", factor)
+    method = scaling.get("rope_type", scaling.get("type", "default"))
+    if method in ("ntk", "dynamic") and rotary_dim == 2:
+        raise ValueError(f"scaling: rope_type {method!r} needs a rotary_dim of at least 4, got 2")
+    low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"scaling: low_freq_factor must be below high_freq_factor, got {low} and {high}")
+
+
+def _check(
+    q: Any, k: Any, cos: Any, sin: Any, positions: Any, offsets: Any, cu_seqlens: Any, interleaved: Any, inplace: Any
+) -> RopeCall:
+    checks.check_bool("interleaved", interleaved)
+    checks.check_bool("inplace", inplace)
+    checks.check_tensor("q", q, ndim=(3, 4), dtypes=checks.FLOAT_DTYPES_AND_DOUBLE, layout=_LAYOUT)
+    checks.check_last_dim_contiguous("q", q)
+    if k is not None:
+        checks.check_tensor("k", k, ndim=q.ndim, dtypes=checks.FLOAT_DTYPES_AND_DOUBLE, device=q.device, layout=_LAYOUT)
+        checks.check_same_dtype("k", k, "q", q)
+        checks.check_shape("k", k, (*q.shape[:-2], None, q.shape[-1]), "of q, except in the number of heads,")
+        checks.check_last_dim_contiguous("k", k)
+    _check_tables(q, cos, sin)
+    if inplace:
+        for name, tensor in (("q", q), ("k", k)):
+            if tensor is not None and any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride())):
+                raise ValueError(
+                    f"{name} must not be expanded for inplace=True: elements share memory (strides {tuple(tensor.stride())})"
+                )
+    if cu_seqlens is not None:
+        if q.ndim != 3:
+            raise ValueError(
+                f"cu_seqlens needs packed q and k (total, num_heads, head_dim), got q of shape {tuple(q.shape)}"
+            )
+        checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], q.device)
+    if positions is not None:
+        _check_positions(q, cos.shape[0], positions, offsets)
+        return RopeCall(q, k, cos, sin, positions, None, 0, None, interleaved, False)
+    sequence_offsets, offset = _check_offsets(q, cos.shape[0], offsets, cu_seqlens)
+    return RopeCall(q, k, cos, sin, None, sequence_offsets, offset, cu_seqlens, interleaved, False)
+
+
+def _check_tables(q: Tensor, cos: Any, sin: Any) -> None:
+    # The tables of a float64 q may be float64, which is what a golden result wants.
+    dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+    for name, table in (("cos", cos), ("sin", sin)):
+        checks.check_tensor(name, table, ndim=2, dtypes=dtypes, device=q.device, layout="(length, rotary_dim / 2)")
+        checks.check_last_dim_contiguous(name, table)
+        if torch.is_grad_enabled() and table.requires_grad:
+            raise NotImplementedError(f"rope has no gradient for {name}, which requires grad; pass {name}.detach()")
+    checks.check_shape("sin", sin, cos.shape, "of cos")
+    if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
+        raise ValueError(
+            "cos must have shape (length, rotary_dim / 2) with rotary_dim from 2 to q's head_dim "
+            f"({q.shape[-1]}), got {tuple(cos.shape)}, that is rotary_dim {2 * cos.shape[1]}"
+        )
+
+
+def _check_positions(q: Tensor, length: int, positions: Any, offsets: Any) -> None:
+    if isinstance(offsets, Tensor) or offsets != 0:
+        raise ValueError(f"offsets must not be given together with positions, got {checks.describe(offsets)}")
+    checks.check_tensor("positions", positions, dtypes=INTEGERS, device=q.device)
+    allowed = [q.shape[:1]] if q.ndim == 3 else [q.shape[1:2], q.shape[:2]]
+    if not any(positions.shape == shape for shape in allowed):
+        layouts = "(total)" if q.ndim == 3 else "(seqlen) or (batch, seqlen)"
+        wanted = " or ".join(str(tuple(shape)) for shape in allowed)
+        raise ValueError(f"positions must have shape {layouts} = {wanted}, got {tuple(positions.shape)}")
+    checks.check_values("positions", positions, 0, length - 1, "rows of cos and sin")
+
+
+def _check_offsets(q: Tensor, length: int, offsets: Any, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+    seqlen = q.shape[-3]
+    if cu_seqlens is not None:
+        # Lengths of packed sequences are values: known where they may be read, else at least not negative.
+        known = checks.readable(cu_seqlens) and cu_seqlens.shape[0] > 1
+        seqlen = int(cu_seqlens.diff().max()) if known else 0
+    if not isinstance(offsets, Tensor):
+        checks.check_int("offsets", offsets, minimum=0)
+        if offsets + seqlen > length:
+            raise ValueError(
+                f"cos and sin must have a row for each position: {offsets} (offsets) + {seqlen} (tokens) rows, got {length}"
+            )
+        return None, offsets
+    batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 1 if q.ndim == 3 else q.shape[0]
+    checks.check_tensor("offsets", offsets, ndim=1, dtypes=INTEGERS, device=q.device, layout="(batch)")
+    checks.check_shape("offsets", offsets, (batch,), "(batch,)")
+    if checks.readable(offsets) and batch > 0:
+        lengths = cu_seqlens.diff() if cu_seqlens is not None and checks.readable(cu_seqlens) else seqlen
+        checks.check_values("offsets", offsets, 0, 2**31 - 1, "positions")
+        ends = offsets.long() + lengths
+        if int(ends.max()) > length:
+            sequence = int(ends.argmax())
+            raise ValueError(
+                f"offsets must leave room in the {length} rows of cos and sin: sequence {sequence} ends at position "
+                f"{int(ends[sequence])} (offset {int(offsets[sequence])})"
+            )
+    return offsets, 0
+
+
+# --- torch and reference ----------------------------------------------------------------------------------------------------------------
+
+
+def _token_positions(call: RopeCall) -> Tensor:
+    """Row of cos and sin for each token, (batch, seqlen), (seqlen) or (total); clamped to the table as in the kernel."""
+    q = call.q
+    if call.positions is not None:
+        positions = call.positions
+    else:
+        index = torch.arange(q.shape[-3], device=q.device)
+        if call.cu_seqlens is not None:
+            # The number of sequences that end at or before a token is the number of its own.
+            sequence = torch.searchsorted(call.cu_seqlens[1:].long(), index, right=True)
+            sequence = sequence.clamp(max=max(call.cu_seqlens.shape[0] - 2, 0))
+            positions = index - call.cu_seqlens[sequence] + call.offset
+            if call.sequence_offsets is not None:
+                positions = positions + call.sequence_offsets[sequence]
+        elif call.sequence_offsets is not None:
+            offsets = call.sequence_offsets if q.ndim == 3 else call.sequence_offsets[:, None]
+            positions = index + offsets
+        else:
+            positions = index + call.offset
+    return positions.clamp(0, max(call.cos.shape[0] - 1, 0))
+
+
+def _torch_rotate(call: RopeCall) -> tuple[Tensor, Tensor | None]:
+    seqlen, half = call.q.shape[-3], call.cos.shape[1]
+    if call.positions is None and call.cu_seqlens is None and call.sequence_offsets is None:
+        cos, sin = (table[call.offset : call.offset + seqlen] for table in (call.cos, call.sin))
+    elif call.cos.shape[0] == 0:  # nothing to rotate, and nothing that an index could point to
+        return call.q.clone(), None if call.k is None else call.k.clone()
+    else:
+        positions = _token_positions(call)
+        cos, sin = call.cos[positions], call.sin[positions]
+    # The members of a pair are neighbours along an axis of their own: (half, 2) or (2, half).
+    axis = -1 if call.interleaved else -2
+    cos, sin = cos.unsqueeze(-2).unsqueeze(axis), sin.unsqueeze(-2)
+    signed_sin = torch.stack((sin, -sin) if call.reverse else (-sin, sin), dim=axis)
+
+    def rotate(x: Tensor) -> Tensor:
+        pairs = x[..., : 2 * half].reshape(*x.shape[:-1], *((half, 2) if call.interleaved else (2, half)))
+        pairs = pairs.to(torch.promote_types(x.dtype, torch.float32))
+        rotated = (pairs * cos).addcmul_(pairs.flip(axis), signed_sin).flatten(-2).to(x.dtype)
+        return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
+
+    return rotate(call.q), None if call.k is None else rotate(call.k)
+
+
+def _reference_rotate(call: RopeCall) -> tuple[Tensor, Tensor | None]:
+    offsets = call.offset if call.sequence_offsets is None else call.sequence_offsets
+    return reference.rope(
+        *(call.q, call.k, call.cos, call.sin),
+        positions=call.positions,
+        offsets=offsets,
+        cu_seqlens=call.cu_seqlens,
+        interleaved=call.interleaved,
+    )
+
+
+# --- Triton: registered ops -------------------------------------------------------------------------------------------------------------
+
+_WHERE = "Tensor? positions, Tensor? sequence_offsets, SymInt offset, Tensor? cu_seqlens"
+_ARGUMENTS = f"Tensor cos, Tensor sin, {_WHERE}, bool interleaved, bool reverse"
+torch.library.define(
+    "pytransformer::rope",
+    f"(Tensor q, Tensor? k, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "pytransformer::rope_",
+    f"(Tensor(a!) q, Tensor(b!)? k, {_ARGUMENTS}) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@functools.cache
+def _launcher() -> Any:
+    # Triton is imported when the first kernel is wanted, not with the package.
+    from pytransformer.kernels.rope import rope_rotate
+
+    return rope_rotate
+
+
+def _launch(call: RopeCall, *, inplace: bool) -> tuple[Tensor, Tensor | None]:
+    rotated: tuple[Tensor, Tensor | None] = _launcher()(
+        *(call.q, call.k, call.cos, call.sin),
+        positions=call.positions,
+        offsets=call.offset if call.sequence_offsets is None else call.sequence_offsets,
+        cu_seqlens=call.cu_seqlens,
+        interleaved=call.interleaved,
+        inplace=inplace,
+        reverse=call.reverse,
+    )
+    return rotated
+
+
+def _op_rope(*args: Any) -> tuple[Tensor, Tensor]:
+    q, k = _launch(RopeCall(*args), inplace=False)
+    return q, q.new_empty(0) if k is None else k
+
+
+def _op_rope_(*args: Any) -> None:
+    _launch(RopeCall(*args), inplace=True)
+
+
+def _fake_rope(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    rotated_k = q.new_empty(0) if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), rotated_k
+
+
+def _fake_rope_(*_: Any) -> None:
+    return None
+
+
+torch.library.impl("pytransformer::rope", "CompositeExplicitAutograd", _op_rope)
+torch.library.register_fake("pytransformer::rope", _fake_rope)
+torch.library.impl("pytransformer::rope_", "CompositeExplicitAutograd", _op_rope_)
+torch.library.register_fake("pytransformer::rope_", _fake_rope_)
+
+
+# --- the way to a backend ---------------------------------------------------------------------------------------------------------------
+
+
+def _rotate(call: RopeCall, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Out of place, without autograd."""
+    if backend == "torch":
+        return _torch_rotate(call)
+    if is_plain(*call.tensors):
+        return _launch(call, inplace=False)
+    q, k = torch.ops.pytransformer.rope(*call)
+    return q, None if call.k is None else k
+
+
+def _rotate_inplace(call: RopeCall, backend: str, plain: bool) -> None:
+    if backend == "triton":
+        if plain:
+            _launch(call, inplace=True)
+        else:
+            torch.ops.pytransformer.rope_(*call)
+        return
+    q, k = _torch_rotate(call) if backend == "torch" else _reference_rotate(call)
+    call.q.copy_(q)
+    if call.k is not None and k is not None:
+        call.k.copy_(k)
+
+
+class _Rope(torch.autograd.Function):
+    """A linear map of q and k; its transpose is the rotation by the opposite angle, of which the same holds."""
+
+    @staticmethod
+    def forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
+        q, k = _rotate(RopeCall(*args), backend)
+        return (q,) if k is None else (q, k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend, call = inputs[0], RopeCall(*inputs[1:])
+        ctx.save_for_backward(*call.tensors[2:])
+        ctx.offset, ctx.interleaved, ctx.reverse = call.offset, call.interleaved, call.reverse
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        cos, sin, positions, sequence_offsets, cu_seqlens = ctx.saved_tensors
+        # A gradient may be expanded, like that of a sum.
+        dq, dk = dq.contiguous(), None if dk is None else dk.contiguous()
+        where = (positions, sequence_offsets, ctx.offset, cu_seqlens)
+        call = RopeCall(dq, dk, cos, sin, *where, ctx.interleaved, not ctx.reverse)
+        rotated_q, rotated_k = _apply(call, ctx.backend) if records_backward() else _rotate(call, ctx.backend)
+        _, wants_q, wants_k = ctx.needs_input_grad[:3]
+        return None, rotated_q if wants_q else None, rotated_k if wants_k else None, *([None] * 8)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_by_loop(_Rope, info, in_dims, *args)
+
+
+def _apply(call: RopeCall, backend: str) -> tuple[Tensor, Tensor | None]:
+    outputs: tuple[Tensor, ...] = _Rope.apply(backend, *call)  # type: ignore[no-untyped-call]
+    return outputs[0], outputs[1] if len(outputs) == 2 else None
