@@ -22,12 +22,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention_common import block_dim, dot_precision, window_limits
+from .attention_common import block_dim, dot_precision, row_strides, window_limits
 from .decode_common import (
     DecodeConfig,
     cache_places,
@@ -320,11 +321,6 @@ class _Call:
     packed: bool
 
 
-def _rows(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """(batch, token, head) strides of (batch, seqlen, heads, dim) or (total, heads, dim)."""
-    return (0, tensor.stride(0), tensor.stride(1)) if tensor.dim() == 3 else tensor.stride()[:3]
-
-
 def _optional(tensor: torch.Tensor | None, strides: int) -> tuple[torch.Tensor | int | None, ...]:
     """The pointer and its first strides, or None and zeros."""
     return (None, *[0] * strides) if tensor is None else (tensor, *tensor.stride()[:strides])
@@ -414,8 +410,8 @@ def decode_attention_forward(
     alibi_slopes = None if alibi_slopes is None else alibi_slopes.expand(call.batch, num_heads)
     several_queries = packed or seqlen_q > 1
     tensors = (
-        q, *_rows(q), k_view, *k_view.stride()[:3], v_view, *v_view.stride()[:3],
-        out, *_rows(out), lse, *((0, lse.stride(0)) if packed else lse.stride()[:2]),
+        q, *row_strides(q), k_view, *k_view.stride()[:3], v_view, *v_view.stride()[:3],
+        out, *row_strides(out), lse, *((0, lse.stride(0)) if packed else lse.stride()[:2]),
     )  # fmt: skip
     options = (
         cache_seqlens, cu_seqlens_q, cache_leftpad, cache_batch_idx, *_optional(block_table, 1), *_optional(mask, 4), *_optional(bias, 4),
@@ -511,7 +507,7 @@ class _Case:
         v_cache = torch.empty((*leading, num_kv_heads, self.value_dim), dtype=self.cache_dtype or self.dtype)
         q = torch.empty((batch, self.seqlen_q, num_heads, self.head_dim), dtype=self.dtype)
         lengths = torch.empty(batch, dtype=torch.int32)
-        options: dict[str, torch.Tensor] = {}
+        options: dict[str, Any] = {}
         if self.page_size:
             options["block_table"] = torch.empty((batch, capacity // self.page_size), dtype=torch.int32)
         if self.packed:

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .attention_common import row_strides
 from .launch import COMMON_OPTIONS, cdiv, device_limits, next_power_of_2, on_device
 
 HIGHEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -285,11 +287,6 @@ def _kv_append_kernel(
 # Launcher.
 
 
-def _rows(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """(batch, token, head) strides of (batch, seqlen, heads, dim) or (total, heads, dim)."""
-    return (0, tensor.stride(0), tensor.stride(1)) if tensor.dim() == 3 else tensor.stride()[:3]
-
-
 def _scale(scale: torch.Tensor | None) -> tuple[torch.Tensor | int | None, ...]:
     """A scale and its (page, token, head) strides: per head (heads) or per token (pages, page_size, heads)."""
     if scale is None:
@@ -346,7 +343,7 @@ def kv_append_forward(
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     with on_device(k):
         _kv_append_kernel[(head_blocks * cdiv(tokens, config.block_tokens),)](
-            k, *_rows(k), v, *_rows(v), q, *((0, 0, 0) if q is None else _rows(q)), new_q,
+            k, *row_strides(k), v, *row_strides(v), q, *((0, 0, 0) if q is None else row_strides(q)), new_q,
             k_cache, *k_cache.stride()[:3], v_cache, *v_cache.stride()[:3], *_scale(k_scale), *_scale(v_scale),
             cache_seqlens, slot_mapping, block_table, 0 if block_table is None else block_table.stride(0), cu_seqlens, cache_batch_idx,
             positions, cos, sin, 0 if cos is None else cos.stride(0), q_norm_weight, k_norm_weight, norm_eps, norm_weight_offset,
@@ -388,7 +385,7 @@ class _Case:
         k = torch.empty((batch, self.tokens, num_kv_heads, self.head_dim), dtype=self.dtype)
         k_cache = torch.empty((*pages, num_kv_heads, self.head_dim), dtype=self.cache_dtype or self.dtype)
         lengths = torch.empty(batch, dtype=torch.int32)
-        options: dict[str, torch.Tensor] = {"q": q}
+        options: dict[str, Any] = {"q": q}
         if self.slots:
             options["slot_mapping"] = options["positions"] = torch.empty(batch * self.tokens, dtype=torch.int64)
         else:
@@ -408,7 +405,7 @@ class _Case:
         if self.cache_dtype is not None:
             scale = torch.empty(k_cache.shape[:-1] if self.scale_per_token else num_kv_heads)
             options |= {"k_scale": scale, "v_scale": scale}
-        return kv_append_forward(k, k, k_cache, k_cache, interleaved=self.interleaved, **options)  # type: ignore[arg-type]
+        return kv_append_forward(k, k, k_cache, k_cache, interleaved=self.interleaved, **options)
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:

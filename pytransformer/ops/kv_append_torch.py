@@ -1,0 +1,88 @@
+"""KV append by torch's own functions: the path of machines without a GPU.
+
+For sequences of one length, the inner loop of text generation, the write is one copy into a slice of each cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pytransformer.ops.decode_attention_checks import QUANTISED_DTYPES
+from pytransformer.ops.kv_append_checks import AppendCall
+from pytransformer.ops.norm import rms_norm
+from pytransformer.ops.rope import rope
+
+
+def why_not(call: AppendCall) -> str | None:
+    """What of this call this path cannot do, or ``None``."""
+    if call.k_cache.dtype in QUANTISED_DTYPES:
+        return "torch has no fused quantisation for a cache; the reference serves int8 and float8_e4m3fn"
+    if call.k.is_cuda:
+        return "the places to write to cannot be read back from the GPU without synchronising"
+    return None
+
+
+def append(call: AppendCall) -> Tensor | None:
+    """Writes a checked call into its caches and returns the new q: contiguous, and no alias of an argument."""
+    k, q = call.k, call.q
+    eps, weight_offset = call.norm_eps, call.norm_weight_offset
+    if call.k_norm_weight is not None:
+        k = rms_norm(k, call.k_norm_weight, eps=eps, weight_offset=weight_offset, backend="torch")
+    if q is not None and call.q_norm_weight is not None:
+        q = rms_norm(q, call.q_norm_weight, eps=eps, weight_offset=weight_offset, backend="torch")
+    if call.cos is not None and call.sin is not None:
+        k, q = _rotate(call, k, q, call.cos, call.sin)
+    if call.slot_mapping is not None:
+        _write_slots(call, k, call.slot_mapping)
+    elif call.cache_seqlens is not None:
+        _write_positions(call, k, call.cache_seqlens)
+    if q is call.q:
+        return None if q is None else q.clone(memory_format=torch.contiguous_format)
+    return None if q is None else q.contiguous()
+
+
+def _rotate(call: AppendCall, k: Tensor, q: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+    if call.positions is None:
+        assert call.cache_seqlens is not None
+        return rope(
+            k, q, cos, sin,
+            offsets=call.cache_seqlens, cu_seqlens=call.cu_seqlens, interleaved=call.interleaved, backend="torch",
+        )  # fmt: skip
+    # Tokens that are not written may have any position.
+    positions = call.positions.clamp(0, cos.shape[0] - 1).view(call.k.shape[:-2])
+    return rope(k, q, cos, sin, positions=positions, interleaved=call.interleaved, backend="torch")
+
+
+def _write_positions(call: AppendCall, k: Tensor, cache_seqlens: Tensor) -> None:
+    lengths = cache_seqlens.tolist()
+    starts = None if call.cu_seqlens is None else call.cu_seqlens.tolist()
+    one_slice = starts is None and call.block_table is None and call.cache_batch_idx is None
+    if one_slice and lengths.count(lengths[0]) == len(lengths):
+        places = slice(lengths[0], lengths[0] + k.shape[1])
+        call.k_cache[:, places].copy_(k)
+        call.v_cache[:, places].copy_(call.v)
+        return
+    for sequence, length in enumerate(lengths):
+        new = sequence if starts is None else slice(starts[sequence], starts[sequence + 1])
+        new_k, new_v = k[new], call.v[new]
+        count = new_k.shape[0]
+        if call.block_table is not None:
+            page_size = call.k_cache.shape[1]
+            position = torch.arange(length, length + count)
+            place = (call.block_table[sequence, position // page_size].long(), position % page_size)
+            call.k_cache.index_put_(place, new_k)
+            call.v_cache.index_put_(place, new_v)
+        else:
+            row = sequence if call.cache_batch_idx is None else int(call.cache_batch_idx[sequence])
+            call.k_cache[row, length : length + count].copy_(new_k)
+            call.v_cache[row, length : length + count].copy_(new_v)
+
+
+def _write_slots(call: AppendCall, k: Tensor, slot_mapping: Tensor) -> None:
+    page_size = call.k_cache.shape[1]
+    written = slot_mapping >= 0
+    slots = slot_mapping[written]
+    place = (slots // page_size, slots % page_size)
+    for cache, new in ((call.k_cache, k), (call.v_cache, call.v)):
+        cache.index_put_(place, new.reshape(-1, *new.shape[-2:])[written])
