@@ -6,12 +6,11 @@ Two kernels, each looping over what its own tile meets, so nothing is added atom
    ``dq = scale · ds k``;
 2. per key tile, for every query head of its GQA group: ``dv = pᵀ dout``, ``dk = scale · dsᵀ q``.
 
-Cost: 7 matrix products against the forward's 2 (s and dp are formed in both kernels), i.e. 14 · batch · heads · Lq · Lk · d FLOP, half if causal.
+Cost: 7 matrix products against the forward's 2 (s and dp are formed in both kernels): 14 · batch · heads · Lq · Lk · d FLOP, half if causal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import attention_common as common
+from .attention_bias_gradient import attention_bias_gradient, is_broadcast
 from .attention_common import LOG2E
 from .attention_forward import slots_per_group
 from .launch import COMMON_OPTIONS, device_limits, on_device
@@ -270,80 +270,66 @@ def attention_backward_dkv_kernel(
         start_n, tl.minimum(start_n + BLOCK_N, seqlen_k) - 1, seqlen_q - seqlen_k - window_right, seqlen_q - seqlen_k + window_left,
         seqlen_q, BLOCK_M, HAS_RIGHT, HAS_LEFT,
     )  # fmt: skip
-    for head in range(kv_head * HEADS_PER_KV, (kv_head + 1) * HEADS_PER_KV):
-        dout_head_ptr = dout_ptr + head * stride_dout_head
-        q_head_ptr = q_ptr + head * stride_q_head
-        head_statistic = first_statistic + head * stride_lse_head
-        bias_head_ptr = None
-        mask_head_ptr = None
-        padding_row_ptr = None
-        alibi_slope = None
-        if bias_ptr is not None:
-            bias_head_ptr = bias_ptr + sequence * stride_bias_batch + head * stride_bias_head
-        if mask_ptr is not None:
-            mask_head_ptr = mask_ptr + sequence * stride_mask_batch + head * stride_mask_head
-        if padding_ptr is not None:
-            padding_row_ptr = padding_ptr + sequence * stride_padding_batch
-        if alibi_ptr is not None:
-            alibi_slope = tl.load(alibi_ptr + sequence * stride_alibi_batch + head * stride_alibi_head).to(tl.float32)
-        for run in tl.static_range(0 if HAS_RIGHT else 1, 3):
-            for tile_m in range(bounds[run], bounds[run + 1]):
-                start_m = tile_m * BLOCK_M
-                first_row = tl.cast(start_m, tl.int64)
-                rows_left = seqlen_q - start_m
-                q = common.load_tile(
-                    q_head_ptr + first_row * stride_q_seq,
-                    stride_q_seq,
-                    rows_left,
-                    offs_m,
-                    offs_d,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    run != 1,
+    for run in tl.static_range(0 if HAS_RIGHT else 1, 3):
+        # One loop over (head of the group, query tile), so that loads run ahead across heads too.
+        tiles = bounds[run + 1] - bounds[run]
+        for step in range(0, tiles * HEADS_PER_KV):
+            head = kv_head * HEADS_PER_KV + step // tiles
+            start_m = (bounds[run] + step % tiles) * BLOCK_M
+            first_row = tl.cast(start_m, tl.int64)
+            rows_left = seqlen_q - start_m
+            q_tile_ptr = q_ptr + head * stride_q_head + first_row * stride_q_seq
+            q = common.load_tile(q_tile_ptr, stride_q_seq, rows_left, offs_m, offs_d, HEAD_DIM, BLOCK_D, run != 1)
+            dout_tile_ptr = dout_ptr + head * stride_dout_head + first_row * stride_dout_seq
+            dout = common.load_tile(
+                dout_tile_ptr, stride_dout_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, run != 1
+            )
+            statistic = first_statistic + head * stride_lse_head + first_row
+            lse = tl.load(lse_ptr + statistic + offs_m, mask=offs_m < rows_left, other=float("-inf"))
+            delta = tl.load(delta_ptr + statistic + offs_m, mask=offs_m < rows_left, other=0.0)
+            lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+            bias_head_ptr = None
+            mask_head_ptr = None
+            padding_row_ptr = None
+            alibi_slope = None
+            if bias_ptr is not None:
+                bias_head_ptr = bias_ptr + sequence * stride_bias_batch + head * stride_bias_head
+            if mask_ptr is not None:
+                mask_head_ptr = mask_ptr + sequence * stride_mask_batch + head * stride_mask_head
+            if padding_ptr is not None:
+                padding_row_ptr = padding_ptr + sequence * stride_padding_batch
+            if alibi_ptr is not None:
+                alibi_slope = tl.load(alibi_ptr + sequence * stride_alibi_batch + head * stride_alibi_head).to(
+                    tl.float32
                 )
-                dout = common.load_tile(
-                    dout_head_ptr + first_row * stride_dout_seq,
-                    stride_dout_seq,
-                    rows_left,
-                    offs_m,
-                    offs_dv,
-                    VALUE_DIM,
-                    BLOCK_DV,
-                    run != 1,
+            capped = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: (BLOCK_N, BLOCK_M)
+            capped = common.scaled_scores(capped, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
+            scores = common.score_terms(
+                capped, (start_m + offs_m)[None, :], (start_n + offs_n)[:, None], seqlen_q, seqlen_k,
+                bias_head_ptr, stride_bias_row, stride_bias_col, mask_head_ptr, stride_mask_row, stride_mask_col,
+                padding_row_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            p = tl.exp2(scores * factor - lse[None, :])
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            kept = p
+            if dropout_seed_ptr is not None:
+                slot = sequence * num_heads + head
+                keep = tl.trans(
+                    common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
                 )
-                lse = tl.load(lse_ptr + head_statistic + start_m + offs_m, mask=offs_m < rows_left, other=float("-inf"))
-                delta = tl.load(delta_ptr + head_statistic + start_m + offs_m, mask=offs_m < rows_left, other=0.0)
-                lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-                capped = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: (BLOCK_N, BLOCK_M)
-                capped = common.scaled_scores(capped, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
-                scores = common.score_terms(
-                    capped, (start_m + offs_m)[None, :], (start_n + offs_n)[:, None], seqlen_q, seqlen_k,
-                    bias_head_ptr, stride_bias_row, stride_bias_col, mask_head_ptr, stride_mask_row, stride_mask_col,
-                    padding_row_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
-                )  # fmt: skip
-                p = tl.exp2(scores * factor - lse[None, :])
-                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-                kept = p
-                if dropout_seed_ptr is not None:
-                    slot = sequence * num_heads + head
-                    keep = tl.trans(
-                        common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
-                    )
-                    kept = tl.where(keep, p * dropout_scale, 0.0)
-                    dp = tl.where(keep, dp * dropout_scale, 0.0)
-                dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
-                ds = p * (dp - delta[None, :])
-                if HAS_SOFTCAP:
-                    ds = ds * common.softcap_slope(capped, softcap)
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                kept = tl.where(keep, p * dropout_scale, 0.0)
+                dp = tl.where(keep, dp * dropout_scale, 0.0)
+            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            if HAS_SOFTCAP:
+                ds = ds * common.softcap_slope(capped, softcap)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     common.store_tile(dk_ptr, stride_dk_seq, keys_left, offs_n, offs_d, dk * softmax_scale, HEAD_DIM, BLOCK_D)
     common.store_tile(dv_ptr, stride_dv_seq, keys_left, offs_n, offs_dv, dv, VALUE_DIM, BLOCK_DV)
 
 
 def unsupported(**options: object) -> str | None:
     """Why the backward kernels cannot serve a call with these options (names as in ``attention_backward``), or None."""
-    if options.get("bias") is not None:
-        return "the gradient of a bias is not served by Triton yet"
     return None
 
 
@@ -411,7 +397,9 @@ def attention_backward(
     delta = torch.empty_like(lse)
     num_tiles_q, num_slots_q = shape.tiles(shape.seqlen_q, config.q_block_m), shape.slots(shape.num_heads)
     num_tiles_k, num_slots_k = shape.tiles(shape.seqlen_k, config.kv_block_n), shape.slots(shape.num_kv_heads)
-    dbias = None if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    shared_bias = bias is not None and any(is_broadcast(bias, shape))
+    # Tiles that nothing sees are not visited: their scores have no gradient.
+    dbias = None if bias is None or shared_bias else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
     dsinks = None if sinks is None else torch.zeros(num_slots_q, num_tiles_q, dtype=torch.float32, device=q.device)
     inputs = (
         dout,
@@ -433,7 +421,7 @@ def attention_backward(
                 out, *common.row_strides(out),
                 dq, *common.row_strides(dq),
                 lse, dlse, delta, *common.statistic_strides(lse),
-                dbias, *(dbias.stride()[:3] if dbias is not None else (0, 0, 0)),
+                dbias, *common.strides_of(dbias, 4)[:3],
                 dsinks,
                 *packing, *options.tensors,
                 *sizes, num_tiles_q, num_slots_q, slots_per_group(shape, k, v),
@@ -453,6 +441,9 @@ def attention_backward(
                 BLOCK_M=config.kv_block_m, BLOCK_N=config.kv_block_n, WIDE=wide,
                 num_warps=config.kv_num_warps, num_stages=config.kv_num_stages, **COMMON_OPTIONS,
             )  # fmt: skip
+        if bias is not None and shared_bias:
+            statistics = (lse, delta, *common.statistic_strides(lse))
+            dbias = attention_bias_gradient(bias, inputs, statistics, packing, options, shape, wide)
     if dsinks is not None:
         dsinks = dsinks.view(-1, shape.num_heads, num_tiles_q).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks

@@ -1,9 +1,10 @@
 """What the attention kernels share: where a program works, how a tile is loaded, which keys a query sees, what is added to a score.
 
 Positions are local to a sequence. With ``distance = i + seqlen_k - seqlen_q - j``, query ``i`` sees key ``j`` iff
-``-window_right <= distance <= window_left`` (a causal call is ``window_right = 0``). Scores are handed about in *natural* units times a factor:
-``exp2(scores * factor - row_max)`` costs one fused multiply-add and one ex2 per score, whatever the options. Without softcap, bias and ALiBi
-the factor is ``softmax_scale * log2(e)`` and the scores are the plain products; else it is ``log2(e)`` and the scale is applied first.
+``-window_right <= distance <= window_left`` (a causal call is ``window_right = 0``).
+
+Weights are ``exp2(scores * factor - row_max)``, one fused multiply-add and one ex2 per score whatever the options: without softcap, bias and
+ALiBi the scores are the plain products and the factor ``softmax_scale * log2(e)``; else the scale comes first and the factor is ``log2(e)``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------
 # Host side: the call, normalised once for all three kernels.
 
 
@@ -124,14 +125,19 @@ def score_options(
 ) -> ScoreOptions:
     """Folds causality into the window, the scale into the exponent where it may be, and broadcasting into strides of 0."""
     left, right = window_limits(causal, window)
+    mask, key_padding_mask = _as_bytes(mask), _as_bytes(key_padding_mask)
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("dropout_seed must be an int64[2] tensor when dropout_p > 0")
     return ScoreOptions(
         tensors=(
-            *_with_strides(bias, 4),
-            *_with_strides(_as_bytes(mask), 4),
-            *_with_strides(_as_bytes(key_padding_mask), 2),
-            *_with_strides(alibi_slopes, 2),
+            bias,
+            *strides_of(bias, 4),
+            mask,
+            *strides_of(mask, 4),
+            key_padding_mask,
+            *strides_of(key_padding_mask, 2),
+            alibi_slopes,
+            *strides_of(alibi_slopes, 2),
             sinks,
             dropout_seed if dropout_p > 0.0 else None,
         ),
@@ -143,19 +149,19 @@ def score_options(
             math.ceil(dropout_p * 2**32) - 1,
             1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
         ),
-        constexprs=dict(
-            HEADS_PER_KV=shape.num_heads // shape.num_kv_heads,
-            HAS_LEFT=left >= 0,
-            HAS_RIGHT=right >= 0,
+        constexprs={
+            "HEADS_PER_KV": shape.num_heads // shape.num_kv_heads,
+            "HAS_LEFT": left >= 0,
+            "HAS_RIGHT": right >= 0,
             # Folding the scale into the exponent's multiply-add needs max(scale * s) = scale * max(s).
-            SCALE_FIRST=softcap > 0.0 or bias is not None or alibi_slopes is not None or softmax_scale <= 0.0,
-            HAS_SOFTCAP=softcap > 0.0,
-            HEAD_DIM=shape.head_dim,
-            VALUE_DIM=shape.value_dim,
-            BLOCK_D=block_dim(shape.head_dim),
-            BLOCK_DV=block_dim(shape.value_dim),
-            PRECISION=dot_precision(dtype, allow_tf32),
-        ),
+            "SCALE_FIRST": softcap > 0.0 or bias is not None or alibi_slopes is not None or softmax_scale <= 0.0,
+            "HAS_SOFTCAP": softcap > 0.0,
+            "HEAD_DIM": shape.head_dim,
+            "VALUE_DIM": shape.value_dim,
+            "BLOCK_D": block_dim(shape.head_dim),
+            "BLOCK_DV": block_dim(shape.value_dim),
+            "PRECISION": dot_precision(dtype, allow_tf32),
+        },
     )
 
 
@@ -163,22 +169,22 @@ def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
 
-def _with_strides(tensor: torch.Tensor | None, dims: int) -> tuple[Any, ...]:
-    """The tensor and its strides after broadcasting to ``dims`` dimensions: 0 where it is repeated, so that nothing is expanded."""
+def strides_of(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """Strides after broadcasting to ``dims`` dimensions: 0 where the tensor is repeated, so that nothing is ever expanded."""
     if tensor is None:
-        return (None,) + (0,) * dims
-    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    return (tensor, *([0] * (dims - tensor.dim())), *strides)
+        return (0,) * dims
+    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (0,) * (dims - tensor.dim()) + tuple(strides)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------
 # Device side.
 
 
 @triton.jit
 def program_tile(num_tiles, num_slots, slots_per_group, REVERSED: tl.constexpr):
-    """This program's (tile, slot). Slots come in groups whose keys and values fit the L2 cache together; inside a group the slot runs fastest,
-    so all heads work on the same tile, the longest first (``REVERSED`` where the last tile sees most)."""
+    """This program's (tile, slot). Slots come in groups whose keys and values fit the L2 cache together; inside a group the slot runs
+    fastest, so all heads work on the same tile, the longest first (``REVERSED`` where the last tile sees most)."""
     pid = tl.program_id(0)
     group = pid // (slots_per_group * num_tiles)
     first_slot = group * slots_per_group
@@ -192,7 +198,7 @@ def program_tile(num_tiles, num_slots, slots_per_group, REVERSED: tl.constexpr):
 
 @triton.jit
 def find_sequence(cu_seqlens_ptr, batch, tile, BLOCK: tl.constexpr):
-    """The sequence a packed tile belongs to: the last b in [0, batch] with ``cu_seqlens[b] // BLOCK + b <= tile``; ``batch`` = past the end."""
+    """The sequence of a packed tile: the last b in [0, batch] with ``cu_seqlens[b] // BLOCK + b <= tile``; ``batch`` = past the end."""
     low = 0
     high = batch + 1
     while high - low > 1:
@@ -244,8 +250,10 @@ def load_tile(
     BLOCK_DIM: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """Rows of features from ``tile_ptr`` on; rows from ``rows_left`` on and features from DIM on are 0. A tensor descriptor would go here."""
-    ptrs = tile_ptr + offs_row[:, None] * stride_row + offs_dim[None, :]
+    """Rows of features from ``tile_ptr`` on, 0 for rows from ``rows_left`` and features from DIM on. A tensor descriptor would go here.
+
+    The offsets inside the tile are summed before they meet the pointer: 32-bit sums, where pointers take twice the registers."""
+    ptrs = tile_ptr + (offs_row[:, None] * stride_row + offs_dim[None, :])
     if MASK_ROWS:
         if DIM != BLOCK_DIM:
             tile = tl.load(ptrs, mask=(offs_row[:, None] < rows_left) & (offs_dim[None, :] < DIM), other=0.0)
@@ -260,7 +268,7 @@ def load_tile(
 
 @triton.jit
 def store_tile(tile_ptr, stride_row, rows_left, offs_row, offs_dim, value, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    ptrs = tile_ptr + offs_row[:, None] * stride_row + offs_dim[None, :]
+    ptrs = tile_ptr + (offs_row[:, None] * stride_row + offs_dim[None, :])
     mask = offs_row[:, None] < rows_left
     if DIM != BLOCK_DIM:
         mask = mask & (offs_dim[None, :] < DIM)
@@ -272,8 +280,8 @@ def tile_ranges(
     first, last, low_shift, high_shift, length, BLOCK: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr
 ):
     """The four bounds of three runs over the tiles of the other axis, of which row r, ``first <= r <= last``, meets the positions
-    ``r + low_shift .. r + high_shift`` within ``0 .. length - 1``: tiles cut by the low edge; tiles that every row meets whole, which need no
-    mask; tiles cut by the high edge or by the end. Tiles that no row meets are in none of them."""
+    ``r + low_shift .. r + high_shift`` within ``0 .. length - 1``: tiles cut by the low edge; tiles that every row meets whole, which
+    need no mask; tiles cut by the high edge or by the end. Tiles that no row meets are in none of them."""
     begin = 0
     inside_begin = 0
     end_position = length
@@ -293,7 +301,7 @@ def tile_ranges(
 @triton.jit
 def visible(rows, cols, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Which of the scores at (rows, cols), two index tensors that broadcast against each other, exist at all."""
-    keep = (cols < seqlen_k) & (rows >= 0)
+    keep = (cols < seqlen_k) & (rows < seqlen_q)
     if HAS_LEFT or HAS_RIGHT:
         distance = rows + (seqlen_k - seqlen_q) - cols
         if HAS_LEFT:
@@ -338,8 +346,9 @@ def score_terms(
     alibi_slope, window_left, window_right,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Adds bias and ALiBi and hides what may not be seen. ``rows`` and ``cols`` are index tensors that broadcast against each other; the pointers
-    belong to this batch and head already and are None where the option is not used. ``MASKED``: the window or the end of the keys cuts the tile."""
+    """Adds bias and ALiBi and hides what may not be seen. ``rows`` and ``cols`` are index tensors that broadcast against each other; the
+    pointers belong to this batch and head already, None where an option is not used. ``MASKED``: the window or the end of the keys cuts
+    the tile."""
     if alibi_slope is not None:
         scores -= alibi_slope * tl.abs(rows + (seqlen_k - seqlen_q) - cols).to(tl.float32)
     inside = (rows < seqlen_q) & (cols < seqlen_k)
@@ -373,9 +382,10 @@ def softcap_slope(capped, softcap):
 
 
 @triton.jit
-def dropout_keep(seed, offset, slot, start_m, start_n, last_kept_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of the (BLOCK_M, BLOCK_N) tile at (start_m, start_n) stay: philox(seed, offset, slot = batch · num_heads + head, i, j) is
-    above ``last_kept_out``. One evaluation gives the words of four neighbouring keys, so BLOCK_N and start_n are multiples of 4."""
+def dropout_keep(seed, offset, slot, start_m, start_n, last_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights of the (BLOCK_M, BLOCK_N) tile at (start_m, start_n) stay: those whose word, philox(seed, offset, slot = batch ·
+    num_heads + head, i, j), is above ``last_out``. One evaluation gives four neighbouring keys' words, so BLOCK_N and start_n are
+    multiples of 4."""
     rows = start_m + tl.arange(0, BLOCK_M)[:, None]
     quads = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
     zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.uint32)
@@ -387,4 +397,4 @@ def dropout_keep(seed, offset, slot, start_m, start_n, last_kept_out, BLOCK_M: t
         zero + offset.to(tl.uint32),
     )
     words = tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [BLOCK_M, BLOCK_N])
-    return words > last_kept_out.to(tl.uint32)
+    return words > last_out.to(tl.uint32)

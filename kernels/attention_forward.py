@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import attention_common as common
 from .attention_common import LN2, LOG2E
-from .launch import COMMON_OPTIONS, assume_arch, cdiv, device_limits, on_device
+from .launch import COMMON_OPTIONS, device_limits, on_device
 
 # Keys and values of the heads that run at the same time should stay in L2 (60 MB on an H200, part of it for everything else).
 L2_BYTES = 32 * 2**20

@@ -1,0 +1,189 @@
+"""Runs the attention kernels and the reference on the same random inputs and collects their errors in the contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytransformer import reference
+from pytransformer.kernels.attention_backward import BackwardConfig, attention_backward
+from pytransformer.kernels.attention_forward import ForwardConfig, attention_forward
+from pytransformer.verification import SEEDS, Contract
+
+# Tiles of this many rows make many tiles of few rows; both axes differ, so that a swap shows.
+FORWARD_TILES = ForwardConfig(16, 32, 4, 1)
+BACKWARD_TILES = BackwardConfig(16, 32, 4, 1, 16, 32, 4, 1)
+DIFFERENTIABLE_OPTIONS = ("bias", "sinks")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and options of a call. ``lengths``: (seqlen_q, seqlen_k), or for packed input one such pair per sequence.
+
+    ``options`` maps a name to a value, or to a function that draws the value: it is given the case and the generator's seed is set.
+    """
+
+    lengths: tuple[int, int] | tuple[tuple[int, int], ...] = (40, 40)
+    heads: tuple[int, int] = (2, 1)
+    dims: tuple[int, int] = (16, 16)
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    scale_of_q: float = 1.0
+    forward_tiles: ForwardConfig | None = FORWARD_TILES
+    backward_tiles: BackwardConfig | None = BACKWARD_TILES
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.lengths[0], tuple)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(seqlen_q, seqlen_k) of each sequence."""
+        return list(self.lengths) if self.packed else [self.lengths] * self.batch  # type: ignore[arg-type, list-item]
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        return max(pair[0] for pair in self.pairs), max(pair[1] for pair in self.pairs)
+
+    @property
+    def softmax_scale(self) -> float:
+        return 1.0 / math.sqrt(self.dims[0])
+
+
+@dataclass
+class Inputs:
+    """Arguments of one call: tensors that gradients flow to, other options, and the gradients of the results."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    dout: Tensor
+    dlse: Tensor
+
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Copies that require gradients, in ``dtype`` or their own."""
+        return {
+            name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() for name, tensor in self.tensors.items()
+        }
+
+
+def draw(case: Case, seed: int, device: torch.device) -> Inputs:
+    """Random inputs: normal q (times ``scale_of_q``), k, v and result gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, case.dtype)
+
+    options: dict[str, Any] = {"causal": False, "softmax_scale": case.softmax_scale}
+    if case.packed:
+        rows_q, rows_k = ([pair[axis] for pair in case.pairs] for axis in (0, 1))
+        for name, rows in (("cu_seqlens_q", rows_q), ("cu_seqlens_k", rows_k)):
+            options[name] = torch.tensor([0, *rows]).cumsum(0).to(device, torch.int32)
+        shape_q, shape_k = (sum(rows_q),), (sum(rows_k),)
+        lse_shape = (case.heads[0], *shape_q)
+    else:
+        shape_q, shape_k = ((case.batch, rows) for rows in case.lengths)  # type: ignore[assignment]
+        lse_shape = (case.batch, case.heads[0], case.lengths[0])  # type: ignore[assignment]
+    tensors = {
+        "q": normal(*shape_q, case.heads[0], case.dims[0]) * case.scale_of_q,
+        "k": normal(*shape_k, case.heads[1], case.dims[0]),
+        "v": normal(*shape_k, case.heads[1], case.dims[1]),
+    }
+    for name, value in case.options.items():
+        value = value(case, generator) if callable(value) else value
+        if isinstance(value, Tensor):
+            value = value.to(device)
+        if name in DIFFERENTIABLE_OPTIONS:
+            tensors[name] = value
+        else:
+            options[name] = value
+    dlse = torch.randn(lse_shape, generator=generator).to(device)
+    return Inputs(tensors, options, dout=normal(*shape_q, case.heads[0], case.dims[1]), dlse=dlse)
+
+
+def run_reference(inputs: Inputs, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(out and lse, gradients) of the naive implementation in ``dtype``, or in the dtype of the inputs."""
+    leaves = inputs.leaves(dtype)
+    options = {
+        name: value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.options.items()
+    }
+    out, lse = reference.attention(**leaves, **options, return_lse=True)
+    torch.autograd.backward([out, lse], [inputs.dout.to(out.dtype), inputs.dlse.to(lse.dtype)])
+    gradients = {
+        f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()
+    }
+    return {"out": out.detach(), "lse": lse.detach()}, gradients
+
+
+def run_kernels(
+    case: Case,
+    inputs: Inputs,
+    forward: Callable[..., tuple[Tensor, Tensor]] = attention_forward,
+    backward: Callable[..., tuple[Tensor | None, ...]] = attention_backward,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(out and lse, gradients) of the kernels."""
+    q, k, v = (inputs.tensors[name] for name in ("q", "k", "v"))
+    options = {**inputs.options, **{name: inputs.tensors.get(name) for name in DIFFERENTIABLE_OPTIONS}}
+    out, lse = forward(q, k, v, **options, config=case.forward_tiles)
+    # What flows into the lse of a row that sees nothing must not matter; a merge of two partial results sends NaN.
+    dlse = torch.where(lse == -math.inf, math.nan, inputs.dlse)
+    gradients = backward(inputs.dout, q, k, v, out, lse, dlse, **options, config=case.backward_tiles)
+    names = ("dq", "dk", "dv", "dbias", "dsinks")
+    return {"out": out, "lse": lse}, {name: grad for name, grad in zip(names, gradients) if grad is not None}
+
+
+def contract_of(
+    case: Case,
+    device: torch.device,
+    forward: Callable[..., tuple[Tensor, Tensor]] = attention_forward,
+    backward: Callable[..., tuple[Tensor | None, ...]] = attention_backward,
+    seeds: int = SEEDS,
+) -> Contract:
+    """Errors of the kernels over several seeds, beside those of plain PyTorch in the same dtype; not judged yet."""
+    contract = Contract(case.dtype)
+    for seed in range(seeds):
+        inputs = draw(case, seed, device)
+        golden, golden_gradients = run_reference(inputs, torch.float64)
+        plain, plain_gradients = run_reference(inputs)
+        actual, gradients = run_kernels(case, inputs, forward, backward)
+        contract.add_all(actual, plain, golden)
+        contract.add_all(gradients, plain_gradients, golden_gradients, kind="gradient")
+    return contract
+
+
+def covering(factors: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Choices of one value per factor such that every pair of values of two factors occurs: greedily few."""
+    names = list(factors)
+    missing = {
+        (first, i, second, j)
+        for position, first in enumerate(names)
+        for second in names[position + 1 :]
+        for i in range(len(factors[first]))
+        for j in range(len(factors[second]))
+    }
+    while missing:
+        chosen: dict[str, int] = {}
+        first, i, second, j = min(missing)
+        chosen[first], chosen[second] = i, j
+        for name in names:
+            if name not in chosen:
+                gains = [
+                    sum(pair in missing for pair in _pairs({**chosen, name: value}, names))
+                    for value in range(len(factors[name]))
+                ]
+                chosen[name] = gains.index(max(gains))
+        missing -= set(_pairs(chosen, names))
+        yield {name: factors[name][value] for name, value in chosen.items()}
+
+
+def _pairs(chosen: dict[str, int], names: list[str]) -> Iterator[tuple[str, int, str, int]]:
+    present = [name for name in names if name in chosen]
+    for position, first in enumerate(present):
+        for second in present[position + 1 :]:
+            yield first, chosen[first], second, chosen[second]
