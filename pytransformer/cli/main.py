@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from pytransformer import __version__
 from pytransformer.cli import generate, info, plot, train, verify
@@ -14,9 +15,16 @@ ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line too; subparsers take the class of their parent."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ERROR_EXIT_CODE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; imports nothing heavy."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pytransformer",
         description="Fused transformer kernels, and a model that trains and generates with them.",
     )

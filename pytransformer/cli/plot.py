@@ -85,6 +85,8 @@ def run_attention(arguments: argparse.Namespace) -> int:
     ids = tokenizer.encode(arguments.prompt)
     if not ids:
         raise ValueError("--prompt is empty: there is no token to look at")
+    if len(ids) > model.config.max_seqlen:
+        raise ValueError(f"--prompt has {len(ids)} tokens, but the model's context is {model.config.max_seqlen}")
     layers = chosen_layers(arguments.layers, model.config.num_layers)
     weights = model.attention_weights(torch.tensor([ids], device=model.lm_head.weight.device))
     maps = [weights[layer][0].float().cpu().numpy() for layer in layers]

@@ -124,14 +124,17 @@ def verify(checkpoint: Path) -> None:
     if not manifest_path.is_file():
         raise ValueError(f"the checkpoint {checkpoint} is incomplete: it has no {MANIFEST}")
     manifest = read_json(manifest_path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise ValueError(f"{manifest_path} lists no files")
     problems = []
-    for name, expected in manifest["files"].items():
+    for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif path.stat().st_size != expected["size"]:
+        elif path.stat().st_size != expected.get("size"):
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
-        elif _sha256(path) != expected["sha256"]:
+        elif _sha256(path) != expected.get("sha256"):
             problems.append(f"{name} has changed")
     if problems:
         raise ValueError(f"the checkpoint {checkpoint} is damaged: {'; '.join(problems)}")
