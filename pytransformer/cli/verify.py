@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--seeds", type=int, default=8, help="inputs to pool errors over (default 8, as the contract asks)"
     )
     parser.add_argument("--device", help='"cuda" or "cpu" (default: a GPU if there is one)')
+    parser.add_argument(
+        "--jobs", type=int, help="processes that share the work (default: the number of cores, at most 8; 1 on a GPU)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the outcomes to FILE")
     parser.set_defaults(run=run)
 
@@ -55,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     from pytransformer import verification
     from pytransformer.ops.backend import BACKENDS, check_backend_name
     from pytransformer.verification.cases import CASES
-    from pytransformer.verification.matrix import count_cells, run_matrix
 
     ops = arguments.op
     known = list(dict.fromkeys(case.op for case in CASES))
@@ -63,13 +66,18 @@ def run(arguments: argparse.Namespace) -> int:
         if op not in known:
             raise ValueError(f"--op must be one of {', '.join(known)}, got {op!r}")
     backends = [check_backend_name(name, "--backend") for name in arguments.backend or BACKENDS]
-    if arguments.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {arguments.seeds}")
+    for name in ("seeds", "jobs"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no GPU on this machine")
     dtypes = [getattr(torch, name) for name in arguments.dtype or DTYPES]
     verification.prepare_triton(device)
+
+    cells = verification.plan(device, ops=ops, dtypes=dtypes, backends=backends, seeds=arguments.seeds)
+    jobs = arguments.jobs or (1 if device.type == "cuda" else min(8, os.cpu_count() or 1))
 
     console = Console(highlight=False)
     outcomes: list[Outcome] = []
@@ -82,8 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=count_cells(device, ops, dtypes, backends))
-        for outcome in run_matrix(device, ops=ops, dtypes=dtypes, backends=backends, seeds=arguments.seeds):
+        task = progress.add_task("starting", total=len(cells))
+        for outcome in verification.run_matrix(cells, jobs):
             outcomes.append(outcome)
             progress.update(task, advance=1, description=f"{outcome.op} ({outcome.case})")
     console.print(matrix_table(outcomes, backends))
@@ -103,25 +111,28 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 
 def matrix_table(outcomes: Sequence[Outcome], backends: Sequence[str]) -> Table:
-    """Rows: op, case and dtype; a column for each backend that was run."""
+    """A heading for each op, a row for each case and dtype, a column for each backend that was run."""
+    from rich import box
     from rich.table import Table
 
     shown = [backend for backend in backends if any(outcome.backend == backend for outcome in outcomes)]
-    table = Table(title="Error as a fraction of what the contract allows (≤ 1 passes)", title_justify="left")
-    table.add_column("op")
-    table.add_column("case")
+    table = Table(
+        title="Error as a fraction of what the contract allows (≤ 1 passes)", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("op, case", no_wrap=True)
     table.add_column("dtype")
     for backend in shown:
         table.add_column(backend, justify="right")
     rows: dict[tuple[str, str, str], dict[str, Outcome]] = {}
     for outcome in outcomes:
         rows.setdefault((outcome.op, outcome.case, outcome.dtype), {})[outcome.backend] = outcome
-    before = ""
+    before = ("", "")
     for (op, case, dtype), cells in rows.items():
-        if before and op != before:
-            table.add_section()
-        table.add_row(op if op != before else "", case, dtype, *(_cell(cells.get(backend)) for backend in shown))
-        before = op
+        if op != before[0]:
+            table.add_row(f"[bold]{op}[/bold]")
+        label = f"  {case}" if (op, case) != before else ""
+        table.add_row(label, dtype, *(_cell(cells.get(backend)) for backend in shown))
+        before = (op, case)
     return table
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 import torch
@@ -122,37 +124,50 @@ def measure(case: Case, dtype: torch.dtype, backend: str, device: torch.device, 
             again = case.actual(inputs["actual"], backend)
             for name, value in actual.items():
                 assert torch.equal(value, again[name]), f"{name} differs between two runs"
-        contract.add_all(**results)
+        contract.add_all(results["actual"], results["plain"], results["golden"])
         gradients = {who: _gradients(results[who], inputs[who], case, seed) for who in results}
-        contract.add_all(**gradients, kind="gradient")
+        contract.add_all(gradients["actual"], gradients["plain"], gradients["golden"], kind="gradient")
     return contract
 
 
-def _outcome(case: Case, dtype: torch.dtype, backend: str, device: torch.device, seeds: int) -> Outcome:
-    start = time.perf_counter()
-    ratio: float | None = None
-    detail = ""
-    try:
-        contract = measure(case, dtype, backend, device, seeds)
-        ratio, detail = contract.ratio, "; ".join(contract.failures())
-        status = "fail" if detail else "pass"
-    except NotImplementedError as error:
-        status, detail = "unserved", str(error)
-    except Exception as error:  # a kernel that raises is a failing cell of the table, not the end of it
-        status, detail = "error", f"{type(error).__name__}: {error}"
-    seconds = time.perf_counter() - start
-    return Outcome(case.op, case.name, str(dtype).removeprefix("torch."), backend, ratio, status, detail, seconds)
+@dataclass(frozen=True)
+class Cell:
+    """What is to be run: indices and names only, so that another process can be told of it."""
+
+    case: int
+    dtype: torch.dtype
+    backend: str
+    device: str
+    seeds: int
+
+    def run(self) -> Outcome:
+        """Runs the cell; whatever it raises becomes part of the outcome."""
+        case, device = CASES[self.case], torch.device(self.device)
+        start = time.perf_counter()
+        ratio: float | None = None
+        detail = ""
+        try:
+            contract = measure(case, self.dtype, self.backend, device, self.seeds)
+            ratio, detail = contract.ratio, "; ".join(contract.failures())
+            status = "fail" if detail else "pass"
+        except NotImplementedError as error:
+            status, detail = "unserved", str(error)
+        except Exception as error:  # a kernel that raises is a failing cell of the table, not the end of it
+            status, detail = "error", f"{type(error).__name__}: {error}"
+        seconds = time.perf_counter() - start
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Outcome(case.op, case.name, dtype, self.backend, ratio, status, detail, seconds)
 
 
-def run_matrix(
+def plan(
     device: torch.device,
     *,
     ops: Iterable[str] | None = None,
     dtypes: Iterable[torch.dtype] = FLOATS,
     backends: Iterable[str] = BACKENDS,
     seeds: int = SEEDS,
-) -> Iterator[Outcome]:
-    """Yields the outcome of every case × dtype × backend that is asked for, one at a time.
+) -> list[Cell]:
+    """Every case × dtype × backend that is asked for and that this machine has.
 
     Args:
         device: where the backends run; golden and plain results are always computed on the CPU.
@@ -161,18 +176,31 @@ def run_matrix(
     """
     names = None if ops is None else set(ops)
     available = [backend for backend in backends if unavailable(backend, device.type) is None]
-    for case in CASES:
-        if names is not None and case.op not in names:
-            continue
-        for dtype in dtypes:
-            for backend in available:
-                yield _outcome(case, dtype, backend, device, seeds)
+    return [
+        Cell(index, dtype, backend, str(device), seeds)
+        for index, case in enumerate(CASES)
+        if names is None or case.op in names
+        for dtype in dtypes
+        for backend in available
+    ]
 
 
-def count_cells(
-    device: torch.device, ops: Iterable[str] | None, dtypes: Iterable[torch.dtype], backends: Iterable[str]
-) -> int:
-    """How many outcomes :func:`run_matrix` yields, for a progress bar."""
-    names = None if ops is None else set(ops)
-    available = [backend for backend in backends if unavailable(backend, device.type) is None]
-    return sum(names is None or case.op in names for case in CASES) * len(list(dtypes)) * len(available)
+def run_matrix(cells: Sequence[Cell], jobs: int = 1) -> Iterator[Outcome]:
+    """Yields the outcome of each cell, in order, one at a time.
+
+    Args:
+        jobs: processes to share the cells; more than one only helps where kernels are interpreted on a CPU.
+    """
+    if jobs <= 1 or len(cells) <= 1:
+        for cell in cells:
+            yield cell.run()
+        return
+    # A forked child would inherit torch's thread pool in an undefined state; a spawned one starts clean.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(cells[0].device,)) as pool:
+        yield from pool.map(Cell.run, cells)
+
+
+def _start_worker(device: str) -> None:
+    torch.set_num_threads(1)
+    prepare_triton(torch.device(device))
