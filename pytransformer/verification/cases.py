@@ -223,7 +223,7 @@ CASES: tuple[Case, ...] = (
     _attention(
         "window, Lq ≠ Lk, lse", lambda size: _qkv(2, (18 * size, 41 * size), (2, 2), (32, 32)), True, window=(9, 2)
     ),
-    _attention("full, head_dim 40, dv 24", lambda size: _qkv(1, (21 * size, 33 * size), (2, 1), (40, 24))),
+    _attention("full, head_dim 40, dv 24", lambda size: _qkv(1, (21 * size, 150 * size), (2, 1), (40, 24))),
     _attention("packed, causal", _packed_qkv, causal=True),
     _decode("contiguous, GQA 2", _contiguous_cache),
     _decode("paged, 3 queries, window", _paged_cache, window=(100, 0)),
