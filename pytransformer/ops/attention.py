@@ -11,7 +11,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.ops import attention_torch
 from pytransformer.ops.attention_checks import AttentionCall, check_attention
-from pytransformer.ops.autograd import records_backward, refuse_double_backward, vmap_by_loop
+from pytransformer.ops.autograd import is_recorded, records_backward, refuse_double_backward, vmap_by_loop
 from pytransformer.ops.backend import (
     BackendChoice,
     Candidate,
@@ -156,11 +156,12 @@ def _run(call: AttentionCall, backend: str) -> Tensor | tuple[Tensor, Tensor]:
         if backend == "reference" and not traced:
             return _reference_attention(call)
     args = _to_args(call, backend)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors)
-    if recorded or not is_plain(*call.tensors):
+    if torch.compiler.is_compiling():
+        out, lse = torch.ops.pytransformer.attention_forward(*args)
+    elif is_recorded(*call.tensors):
         out, lse = _Attention.apply(*args)  # type: ignore[no-untyped-call]
     else:
-        out, lse = _forward(*args)
+        out, lse = _forward_op(*args)
     return (out, lse) if call.return_lse else out
 
 
@@ -389,15 +390,20 @@ torch.library.impl("pytransformer::attention_forward", "CompositeExplicitAutogra
 torch.library.impl("pytransformer::attention_backward", "CompositeExplicitAutograd", _backward)
 
 
+def _forward_op(*args: Any) -> tuple[Tensor, Tensor]:
+    """The registered op, or without the dispatcher's detour its implementation."""
+    if is_plain(*(arg for arg in args if isinstance(arg, Tensor))):
+        return _forward(*args)
+    result: tuple[Tensor, Tensor] = torch.ops.pytransformer.attention_forward(*args)
+    return result
+
+
 class _Attention(torch.autograd.Function):
     """(out, lse) of the registered ops, differentiable once."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        if is_plain(q, k, v, *(option for option in options if isinstance(option, Tensor))):
-            return _forward(q, k, v, *options)
-        result: tuple[Tensor, Tensor] = torch.ops.pytransformer.attention_forward(q, k, v, *options)
-        return result
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _forward_op(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -450,3 +456,10 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         return vmap_by_loop(_AttentionBackward, info, in_dims, *args)
+
+
+# torch.compile sees the op rather than the Function, so the op has the same rule. (In eager mode the Function comes first: torch.func
+# refuses rules that are registered.)
+torch.library.register_autograd(
+    "pytransformer::attention_forward", _Attention.backward, setup_context=_Attention.setup_context
+)

@@ -182,17 +182,20 @@ def _erase(out: Tensor, empty: Tensor) -> Tensor:
 
 def _sdpa(call: AttentionCall, attn_mask: Tensor | None, is_causal: bool = False) -> Tensor:
     q, k, v = call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
-    head_dim, value_dim, heads_per_kv = q.shape[-1], v.shape[-1], q.shape[1] // k.shape[1]
+    head_dim, value_dim = q.shape[-1], v.shape[-1]
     # On a CPU the fused kernel wants one head_dim; without it the score matrix would be materialised. Zero features change no product.
     padded = head_dim != value_dim and not q.is_cuda
     if padded:
         width = max(head_dim, value_dim)
         q, k, v = (F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in (q, k, v))
-    if heads_per_kv > 1 and q.is_cuda and (attn_mask is not None or q.dtype not in SIXTEEN_BIT):
-        # On a GPU only the 16-bit kernel without a mask shares key heads; the others get copies, or they would materialise scores.
-        k, v = (tensor.repeat_interleave(heads_per_kv, dim=1) for tensor in (k, v))
-        heads_per_kv = 1
+    enable_gqa = False
+    if q.shape[1] != k.shape[1]:
+        if q.is_cuda and (attn_mask is not None or q.dtype not in SIXTEEN_BIT):
+            # On a GPU only the 16-bit kernel without a mask shares key heads; the others get copies, or they would materialise scores.
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        else:
+            enable_gqa = True
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=call.softmax_scale, enable_gqa=heads_per_kv > 1
+        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=call.softmax_scale, enable_gqa=enable_gqa
     )
     return (out[..., :value_dim] if padded else out).transpose(1, 2)

@@ -26,7 +26,7 @@ def vmap_by_loop(function: Any, info: Any, in_dims: tuple[int | None, ...], *arg
 def refuse_double_backward(op: str) -> NoReturn:
     """RuntimeError: the gradient of ``op`` was asked for a gradient of its own."""
     raise RuntimeError(
-        f"{op} has no double backward: its gradient was computed by a fused kernel; use backend='reference' (or 'torch') "
+        f"{op} has no double backward: its gradient was computed by a fused kernel; use backend='reference' "
         "where second derivatives are needed"
     )
 
@@ -34,3 +34,11 @@ def refuse_double_backward(op: str) -> NoReturn:
 def records_backward() -> bool:
     """Whether a backward pass is itself being recorded (create_graph=True, functorch); the compiler differentiates once only."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors must go through an autograd.Function: one requires grad, or torch.func is at work, inside which a
+    tensor does not always know that it is differentiated."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

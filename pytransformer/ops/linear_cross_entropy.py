@@ -14,7 +14,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.ops import checks
 from pytransformer.ops.attention_checks import autocast_to_lower
-from pytransformer.ops.autograd import records_backward, refuse_double_backward, vmap_by_loop
+from pytransformer.ops.autograd import is_recorded, records_backward, refuse_double_backward, vmap_by_loop
 from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, requested_backend, serves_all
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -142,61 +142,57 @@ def _run(
         return reference.linear_cross_entropy(
             x.to(wide), weight.to(wide), targets, bias=wide_bias, reduction=reduction, **options._asdict()
         )
-    tokens, token_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    args = (x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), bias)
     if reduction == "none":
-        losses: Tensor = _Losses.apply(tokens, weight, token_targets, bias, *options)  # type: ignore[no-untyped-call]
+        losses: Tensor = _losses_of_tokens(*args, *options)
         return losses.reshape(targets.shape)
-    total: Tensor = _Total.apply(tokens, weight, token_targets, bias, *_wanted(x, weight, bias), *options)[0]  # type: ignore[no-untyped-call]
+    total = _total(*args, *_wanted(x, weight, bias), *options)
     if reduction == "sum":
         return total
-    count: Tensor = (token_targets != options.ignore_index).sum()
+    count: Tensor = (args[2] != options.ignore_index).sum()
     # Not total / count: of no tokens that is NaN as it should be, but so would be the gradients.
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
 
 def _wanted(*tensors: Tensor | None) -> list[bool]:
-    """Which gradients to compute along with the loss: inside functorch a tensor does not always know that it is differentiated."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return [tensor is not None for tensor in tensors]
-    return [tensor is not None and torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
+    """Which gradients to compute along with the loss."""
+    return [tensor is not None and is_recorded(tensor) for tensor in tensors]
 
 
-# --- The registered op: losses, and gradients where wanted, of all tokens chunk by chunk. -------------------------------------------------
-
-torch.library.define(
-    "pytransformer::linear_cross_entropy_chunked",
-    "(Tensor x, Tensor weight, Tensor targets, Tensor? bias, Tensor? dlosses, bool want_dx, bool want_dweight, bool want_dbias, "
-    "int ignore_index, float label_smoothing, float softcap, float z_loss) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _allocate(
-    x: Tensor, weight: Tensor, want_dx: bool, want_dweight: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses, dx, dweight, dbias): at least float32; a gradient that is not wanted is an empty tensor."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (
-        x.new_zeros(x.shape[0], dtype=wide),
-        torch.empty(x.shape if want_dx else 0, dtype=x.dtype, device=x.device),
-        torch.zeros(weight.shape if want_dweight else 0, dtype=wide, device=x.device),
-        torch.zeros(weight.shape[0] if want_dbias else 0, dtype=wide, device=x.device),
-    )
+def _losses_of_tokens(*args: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        result: Tensor = torch.ops.pytransformer.linear_cross_entropy_losses(*args)
+    elif is_recorded(args[0], args[1], args[3]):
+        result = _Losses.apply(*args)  # type: ignore[no-untyped-call]
+    else:
+        result = _call_losses(*args)
+    return result
 
 
-def _fake_chunked(
-    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dlosses: Tensor | None, want_dx: bool, want_dweight: bool,
-    want_dbias: bool, *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _allocate(x, weight, want_dx, want_dweight, want_dbias)
+def _total(*args: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        result: Tensor = torch.ops.pytransformer.linear_cross_entropy_total(*args)[0]
+    elif is_recorded(args[0], args[1], args[3]):
+        result = _Total.apply(*args)[0]  # type: ignore[no-untyped-call]
+    else:
+        result = _call_total(*args)[0]
+    return result
+
+
+# --- The work: all tokens chunk by chunk. ----------------------------------------------------------------------
 
 
 def _chunked(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dlosses: Tensor | None, want_dx: bool, want_dweight: bool,
     want_dbias: bool, *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Losses (tokens) and the gradients of ``Σ dlosses · losses``, of their plain sum where ``dlosses`` is None."""
-    losses, dx, dweight, dbias = _allocate(x, weight, want_dx, want_dweight, want_dbias)
+    """Losses (tokens) and the gradients of ``Σ dlosses · losses``, of their plain sum where ``dlosses`` is None.
+
+    dweight and dbias are at least float32; a gradient that is not wanted is an empty tensor.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    losses = x.new_zeros(x.shape[0], dtype=wide)
+    dx, dweight, dbias = _gradient_buffers(x, weight, want_dx, want_dweight, want_dbias)
     settings = Options(*options)
     step = tokens_per_chunk(weight.shape[0], x.device.type)
     for start in range(0, x.shape[0], step):
@@ -217,6 +213,17 @@ def _chunked(
         elif want_dweight:
             dweight += _product(rounded.t(), x[rows])
     return losses, dx, dweight, dbias
+
+
+def _gradient_buffers(
+    x: Tensor, weight: Tensor, want_dx: bool, want_dweight: bool, want_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        torch.empty(x.shape if want_dx else 0, dtype=x.dtype, device=x.device),
+        torch.zeros(weight.shape if want_dweight else 0, dtype=wide, device=x.device),
+        torch.zeros(weight.shape[0] if want_dbias else 0, dtype=wide, device=x.device),
+    )
 
 
 def tokens_per_chunk(vocab_size: int, device_type: str) -> int:
@@ -277,30 +284,101 @@ def _chunk(
     return losses, gradient
 
 
-torch.library.register_fake("pytransformer::linear_cross_entropy_chunked", _fake_chunked)
-torch.library.impl("pytransformer::linear_cross_entropy_chunked", "CompositeExplicitAutograd", _chunked)
+# --- The registered ops and their autograd rules. ----------------------------------------------------------------------
+
+_TENSORS = "Tensor x, Tensor weight, Tensor targets, Tensor? bias"
+_WANTS = "bool want_dx, bool want_dweight, bool want_dbias"
+_OPTIONS = "int ignore_index, float label_smoothing, float softcap, float z_loss"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-def _chunked_op(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    if is_plain(x, weight, targets, bias, *(arg for arg in args if isinstance(arg, Tensor))):
-        return _chunked(x, weight, targets, bias, *args)
-    results: tuple[Tensor, ...] = torch.ops.pytransformer.linear_cross_entropy_chunked(x, weight, targets, bias, *args)
-    return results
+def _call_total(*args: Any) -> tuple[Tensor, ...]:
+    result: tuple[Tensor, ...]
+    result = _total_impl(*args) if _are_plain(args) else torch.ops.pytransformer.linear_cross_entropy_total(*args)
+    return result
+
+
+def _call_losses(*args: Any) -> Tensor:
+    result: Tensor
+    result = _losses_impl(*args) if _are_plain(args) else torch.ops.pytransformer.linear_cross_entropy_losses(*args)
+    return result
+
+
+def _call_backward(*args: Any) -> tuple[Tensor, ...]:
+    result: tuple[Tensor, ...]
+    result = _backward_impl(*args) if _are_plain(args) else torch.ops.pytransformer.linear_cross_entropy_backward(*args)
+    return result
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    return is_plain(*(arg for arg in args if isinstance(arg, Tensor)))
+
+
+def _total_impl(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    losses, *gradients = _chunked(x, weight, targets, bias, None, *args)
+    return (losses.sum(), *gradients)
+
+
+def _losses_impl(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    return _chunked(x, weight, targets, bias, None, False, False, False, *options)[0]
+
+
+def _backward_impl(
+    dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    gradients = _chunked(x, weight, targets, bias, dlosses, *args)[1:]
+    return tuple(gradient.to(x.dtype) for gradient in gradients)
+
+
+def _total_fake(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    return (total, *_gradient_buffers(x, weight, *args[:3]))
+
+
+def _losses_fake(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _backward_fake(
+    dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    return tuple(gradient.to(x.dtype) for gradient in _gradient_buffers(x, weight, *args[:3]))
+
+
+def _register(name: str, schema: str, implementation: Any, fake: Any) -> None:
+    torch.library.define(f"pytransformer::{name}", schema, tags=_TAGS)
+    torch.library.impl(f"pytransformer::{name}", "CompositeExplicitAutograd", implementation)
+    torch.library.register_fake(f"pytransformer::{name}", fake)
+
+
+_register(
+    "linear_cross_entropy_total",
+    f"({_TENSORS}, {_WANTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _total_impl,
+    _total_fake,
+)
+_register("linear_cross_entropy_losses", f"({_TENSORS}, {_OPTIONS}) -> Tensor", _losses_impl, _losses_fake)
+_register(
+    "linear_cross_entropy_backward",
+    f"(Tensor dlosses, {_TENSORS}, {_WANTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
 
 
 class _Total(torch.autograd.Function):
     """(sum of losses, dx, dweight, dbias): the gradients come in the same pass, unscaled so that float16 does not underflow."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-        losses, *gradients = _chunked_op(x, weight, targets, bias, None, *args)
-        return (losses.sum(), *gradients)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _call_total(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, bias = inputs[:4]
         gradients = output[1:]
         ctx.mark_non_differentiable(*gradients)
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*gradients, x, weight, bias)  # the inputs only to see a second derivative coming
         ctx.wanted = inputs[4:7]
         ctx.dtype = inputs[0].dtype
         ctx.num_inputs = len(inputs)
@@ -310,7 +388,7 @@ class _Total(torch.autograd.Function):
         if records_backward():
             scaled = _Scale.apply(dtotal, ctx.dtype, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         else:
-            scaled = _scale(dtotal, ctx.dtype, *ctx.saved_tensors)
+            scaled = _scale(dtotal, ctx.dtype, *ctx.saved_tensors[:3])
         dx, dweight, dbias = (gradient if wanted else None for gradient, wanted in zip(scaled, ctx.wanted))
         return dx, dweight, None, dbias, *([None] * (ctx.num_inputs - 4))
 
@@ -323,32 +401,12 @@ def _scale(dtotal: Tensor, dtype: torch.dtype, *gradients: Tensor) -> tuple[Tens
     return tuple((gradient * dtotal).to(dtype) for gradient in gradients)
 
 
-class _Scale(torch.autograd.Function):
-    """The backward pass where it is itself recorded: a second derivative is refused rather than wrong."""
-
-    @staticmethod
-    def forward(dtotal: Tensor, dtype: torch.dtype, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return _scale(dtotal, dtype, *gradients)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        refuse_double_backward("linear_cross_entropy")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return vmap_by_loop(_Scale, info, in_dims, *args)
-
-
 class _Losses(torch.autograd.Function):
     """The loss of each token; its gradient is not known before the backward pass, which computes the logits again."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        return _chunked_op(x, weight, targets, bias, None, False, False, False, *options)[0]
+    def forward(*args: Any) -> Tensor:
+        return _call_losses(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -357,10 +415,9 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, targets, bias = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        args = (dlosses, x, weight, targets, bias, *wanted, *ctx.options)
-        gradients = _LossesBackward.apply(*args) if records_backward() else _losses_backward(*args)  # type: ignore[no-untyped-call]
+        args = (dlosses, *ctx.saved_tensors, *wanted, *ctx.options)
+        gradients = _LossesBackward.apply(*args) if records_backward() else _call_backward(*args)  # type: ignore[no-untyped-call]
         dx, dweight, dbias = (gradient if want else None for gradient, want in zip(gradients, wanted))
         return dx, dweight, None, dbias, *([None] * len(ctx.options))
 
@@ -369,19 +426,8 @@ class _Losses(torch.autograd.Function):
         return vmap_by_loop(_Losses, info, in_dims, *args)
 
 
-def _losses_backward(
-    dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, ...]:
-    gradients = _chunked_op(x, weight, targets, bias, dlosses, *args)[1:]
-    return tuple(gradient.to(x.dtype) for gradient in gradients)
-
-
-class _LossesBackward(torch.autograd.Function):
-    """As ``_Scale``, for the loss of each token."""
-
-    @staticmethod
-    def forward(dlosses: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return _losses_backward(dlosses, *args)
+class _DifferentiatedOnce(torch.autograd.Function):
+    """A backward pass where it is itself recorded: a second derivative is refused rather than wrong."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -391,6 +437,33 @@ class _LossesBackward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         refuse_double_backward("linear_cross_entropy")
 
+
+class _Scale(_DifferentiatedOnce):
+    @staticmethod
+    def forward(
+        dtotal: Tensor, dtype: torch.dtype, dx: Tensor, dweight: Tensor, dbias: Tensor, *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        return _scale(dtotal, dtype, dx, dweight, dbias)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_by_loop(_Scale, info, in_dims, *args)
+
+
+class _LossesBackward(_DifferentiatedOnce):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _call_backward(*args)
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         return vmap_by_loop(_LossesBackward, info, in_dims, *args)
+
+
+# What torch.compile sees are the ops, so they have the same rules.
+torch.library.register_autograd(
+    "pytransformer::linear_cross_entropy_total", _Total.backward, setup_context=_Total.setup_context
+)
+torch.library.register_autograd(
+    "pytransformer::linear_cross_entropy_losses", _Losses.backward, setup_context=_Losses.setup_context
+)
