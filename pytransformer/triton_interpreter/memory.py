@@ -296,7 +296,9 @@ def _argument(name: str, tag: int, tensor: torch.Tensor, regions: list[Region]) 
     elements: npt.NDArray[np.bool_] | None = None
     if not tensor.is_contiguous():
         elements = np.zeros((end - begin) // size, np.bool_)
-        np.lib.stride_tricks.as_strided(elements, tuple(tensor.shape), tuple(tensor.stride()))[...] = True
+        # One pass over a broadcast dimension is enough, however long it is.
+        shape = [length if stride else 1 for length, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        np.lib.stride_tricks.as_strided(elements, shape, tensor.stride())[...] = True
         if elements.all():
             elements = None
     return Argument(name, tag, begin, end, size, elements, region)

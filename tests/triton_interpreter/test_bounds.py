@@ -154,6 +154,8 @@ def test_broadcast_and_transposed_views_have_the_elements_they_have():
     torch.testing.assert_close(out, x.sum(1))
     with pytest.raises(OutOfBoundsError):
         _row_sum_kernel[(4,)](x, 40, out, 40, FIRST_ROW=0, BLOCK=64)
+    broadcast = torch.randn(BLOCK).expand(2**20, 2**10, BLOCK)
+    _copy_kernel[(1,)](broadcast, torch.empty(BLOCK), BLOCK, MASK_LOAD=True, MASK_STORE=True, BLOCK=BLOCK)
     transposed = torch.randn(64, 4).t()
     _copy(transposed, torch.empty(256))
 

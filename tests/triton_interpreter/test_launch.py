@@ -45,6 +45,14 @@ def _overflow_kernel(out_ptr, factor):
 
 
 @triton.jit
+def _strided_kernel(x_ptr, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    tl.store(x_ptr + program * stride + tl.arange(0, BLOCK), program.to(tl.int8))
+
+
+@triton.jit
 def _grid_kernel(out_ptr, num_y, num_z):
     x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tl.store(out_ptr + (x * num_y + y) * num_z + z, x * 100 + y * 10 + z)
@@ -103,6 +111,16 @@ def test_integer_overflow_is_caught():
     assert out.tolist() == [0, 2**30 - 1, 2**31 - 2]
     with pytest.raises(InterpreterError, match="int32 overflow"):
         _overflow_kernel[(3,)](out, 2**30)
+
+
+def test_offsets_past_32_bits_are_caught_or_right(harden):
+    """In a tensor of 2^31 + 64 elements, of which only the pages that are touched take memory."""
+    harden(races=False)
+    x = torch.empty(2**31 + 64, dtype=torch.int8)
+    _strided_kernel[(3,)](x, 2**30, WIDE=True, BLOCK=32)
+    assert x[2**31 : 2**31 + 32].eq(2).all()
+    with pytest.raises(InterpreterError, match="int32 overflow"):
+        _strided_kernel[(3,)](x, 2**30, WIDE=False, BLOCK=32)
 
 
 @pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 65536)])
