@@ -9,7 +9,7 @@ title "1/4  Every kernel against the naive reference, on this machine"
 pytransformer verify
 
 title "2/4  Train a small transformer on the Python standard library's source"
-pytransformer train --preset demo --out "$run"
+pytransformer train --out "$run" --overwrite
 
 title "3/4  Pictures"
 pytransformer plot loss "$run" -o "$run/loss.png"
