@@ -1,8 +1,13 @@
-"""Kernels are compiled here, which does not mix with interpreting them: only with PYTRANSFORMER_TEST_COMPILE=1, in a run of its own."""
+"""Kernels are compiled here, which does not mix with interpreting them: only with PYTRANSFORMER_TEST_COMPILE=1, in a run of its own.
+
+A first run compiles everything, a repeat finds what has not changed in Triton's cache. PYTRANSFORMER_COMPILE_ARCHS=90 (or 80,90) narrows the
+architectures down.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 
 import pytest
 
@@ -24,10 +29,12 @@ def _cases_of_importable_modules() -> list[object]:
     """A module that cannot be imported, or offers no cases, fails a test of its own and not the collection of all."""
     from tests.support import compile_gate
 
+    chosen = os.environ.get("PYTRANSFORMER_COMPILE_ARCHS")
+    architectures = [int(arch) for arch in chosen.split(",")] if chosen else compile_gate.ARCHITECTURES
     found: list[object] = []
     for name in compile_gate.kernel_modules():
         try:
-            found += compile_gate.cases(importlib.import_module(f"pytransformer.kernels.{name}"))
+            found += compile_gate.cases(importlib.import_module(f"pytransformer.kernels.{name}"), architectures)
         except Exception:
             continue
     return found
