@@ -1,7 +1,7 @@
 """Kernels are compiled here, which does not mix with interpreting them: only with PYTRANSFORMER_TEST_COMPILE=1, in a run of its own.
 
-A first run compiles everything, a repeat finds what has not changed in Triton's cache. PYTRANSFORMER_COMPILE_ARCHS=90 (or 80,90) narrows the
-architectures down.
+A first run compiles everything, a repeat finds what has not changed in Triton's cache. PYTRANSFORMER_COMPILE_ARCHS=90 (or 80,90)
+narrows the architectures down.
 """
 
 from __future__ import annotations
