@@ -75,7 +75,7 @@ def one_line(error: Exception) -> str:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, (ValueError, TypeError, NotImplementedError, OSError, ImportError, RuntimeError)) and message:
         return message
-    return f"{type(error).__name__}: {message} (--debug shows where)"
+    return f"{type(error).__name__}: {message}".rstrip() + " (--debug shows where)"
 
 
 if __name__ == "__main__":
