@@ -21,25 +21,17 @@ from pytransformer.ops.backend import (
     warn_once,
 )
 
-# Options of the public function that the Triton kernels do not serve yet.
-TRITON_LACKS = ("softcap", "mask", "bias", "key_padding_mask", "alibi_slopes", "sinks", "dropout_p")
-
 
 def _triton_why_not(call: AttentionCall) -> str | None:
     if call.q.dtype == torch.float64:
         return "the kernels compute in float32; float64 is served by torch and the reference"
-    used = [name for name in TRITON_LACKS if _is_used(getattr(call, name))]
-    return f"the kernels do not serve {', '.join(used)} yet" if used else None
-
-
-def _is_used(option: Tensor | float | None) -> bool:
-    return option is not None and (isinstance(option, Tensor) or option > 0)
+    return None
 
 
 CHOICE = BackendChoice(
     "attention",
     (
-        Candidate("triton", _triton_why_not, ", ".join((*TRITON_LACKS, "float64"))),
+        Candidate("triton", _triton_why_not, "float64"),
         Candidate("torch", attention_torch.why_not, "softcap, sinks, return_lse, dropout_p; packed sequences on a GPU"),
         Candidate("reference", serves_all),
     ),
@@ -223,7 +215,7 @@ torch.library.define(
 )
 torch.library.define(
     "pytransformer::attention_backward",
-    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, {_OPTIONS}) "
+    f"(Tensor dout, Tensor? dlse, bool want_dbias, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -323,9 +315,9 @@ def _forward_of_nothing(call: AttentionCall, backend: str) -> tuple[Tensor, Tens
 
 
 def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, sinks = options[_BIAS], options[_SINKS]
+    dout: Tensor, dlse: Tensor | None, want_dbias: bool, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    bias, sinks = options[_BIAS] if want_dbias else None, options[_SINKS]
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
     dbias, dsinks = (
         q.new_empty(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -335,30 +327,27 @@ def _fake_backward(
 
 
 def _backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dbias, dsinks), contiguous; what does not exist is an empty tensor."""
+    dout: Tensor, dlse: Tensor | None, want_dbias: bool, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, dbias, dsinks), contiguous; what does not exist or is not wanted is an empty tensor."""
     call, backend = _from_args(q, k, v, *options)
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
     gradients: Sequence[Tensor | None]
     if call.empty:
-        gradients = _backward_of_nothing(call, dlse)
+        gradients = _backward_of_nothing(call, want_dbias, dlse)
     elif backend == "triton":
         from pytransformer.kernels.attention_backward import attention_backward
 
-        dlse = None if dlse is None else dlse.contiguous()
-        gradients = attention_backward(dout, q, k, v, out, lse, dlse, **_kernel_options(call))
+        gradients = attention_backward(dout, q, k, v, out, lse, dlse, want_dbias=want_dbias, **_kernel_options(call))
     else:
-        gradients = _recompute(call, backend, dout, dlse)
+        gradients = _recompute(call, backend, want_dbias, dout, dlse)
     dq, dk, dv, dbias, dsinks = (
         q.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients
     )
     return dq, dk, dv, dbias, dsinks
 
 
-def _backward_of_nothing(call: AttentionCall, dlse: Tensor | None) -> Sequence[Tensor | None]:
-    differentiable = (call.q, call.k, call.v, call.bias)
+def _backward_of_nothing(call: AttentionCall, want_dbias: bool, dlse: Tensor | None) -> Sequence[Tensor | None]:
+    differentiable = (call.q, call.k, call.v, call.bias if want_dbias else None)
     gradients = [None if tensor is None else torch.zeros_like(tensor) for tensor in differentiable]
     if call.sinks is None:
         return (*gradients, None)
@@ -368,16 +357,18 @@ def _backward_of_nothing(call: AttentionCall, dlse: Tensor | None) -> Sequence[T
     return (*gradients, dlse.sum(dim=axes).to(call.sinks.dtype))
 
 
-def _recompute(call: AttentionCall, backend: str, dout: Tensor, dlse: Tensor | None) -> Sequence[Tensor | None]:
+def _recompute(
+    call: AttentionCall, backend: str, want_dbias: bool, dout: Tensor, dlse: Tensor | None
+) -> Sequence[Tensor | None]:
     """Gradients of torch's own functions, by running them again."""
-    inputs = [
-        None if tensor is None else tensor.detach().requires_grad_()
-        for tensor in (call.q, call.k, call.v, call.bias, call.sinks)
-    ]
+    differentiable = (call.q, call.k, call.v, call.bias if want_dbias else None, call.sinks)
+    inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in differentiable]
     q, k, v, bias, sinks = inputs
     assert q is not None and k is not None and v is not None
     with torch.enable_grad():
-        out, lse = _composite(call._replace(q=q, k=k, v=v, bias=bias, sinks=sinks), backend)
+        out, lse = _composite(
+            call._replace(q=q, k=k, v=v, bias=call.bias if bias is None else bias, sinks=sinks), backend
+        )
     outputs, gradients = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
     wanted = [tensor for tensor in inputs if tensor is not None]
     found = iter(torch.autograd.grad(outputs, wanted, gradients, materialize_grads=True))
@@ -420,7 +411,8 @@ class _Attention(torch.autograd.Function):
         out, lse, *saved = ctx.saved_tensors
         tensors = iter(saved)
         inputs = [next(tensors) if tensor else value for value, tensor in zip(ctx.plain, ctx.is_tensor)]
-        args = (dout, dlse if ctx.return_lse else None, out, lse, *inputs)
+        want_dbias = bool(ctx.needs_input_grad[3 + _BIAS])
+        args = (dout, dlse if ctx.return_lse else None, want_dbias, out, lse, *inputs)
         if records_backward():
             gradients = _AttentionBackward.apply(*args)  # type: ignore[no-untyped-call]
         elif is_plain(dout, *saved):
@@ -428,8 +420,8 @@ class _Attention(torch.autograd.Function):
         else:
             gradients = torch.ops.pytransformer.attention_backward(*args)
         of_options: list[Tensor | None] = [None] * _NUM_OPTIONS
-        for place, gradient in ((_BIAS, gradients[3]), (_SINKS, gradients[4])):
-            of_options[place] = gradient if ctx.is_tensor[3 + place] else None
+        of_options[_BIAS] = gradients[3] if want_dbias else None
+        of_options[_SINKS] = gradients[4] if ctx.is_tensor[3 + _SINKS] else None
         return (*gradients[:3], *of_options)
 
     @staticmethod
