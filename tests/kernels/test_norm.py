@@ -1,0 +1,541 @@
+"""The LayerNorm and RMSNorm kernels against the reference: the contract, edges, memory, determinism, and faults that must be seen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytransformer import reference, triton_interpreter
+from pytransformer.kernels.launch import DeviceLimits
+from pytransformer.kernels.norm import NormConfig, forward_config, norm_forward, row_layout
+from pytransformer.kernels.norm_backward import backward_config, norm_backward
+from pytransformer.verification import SEEDS, Contract, ContractError
+from tests.support.broken_kernel import load_broken
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+BOTH = pytest.mark.parametrize("is_rms", [False, True], ids=["layer_norm", "rms_norm"])
+# Rows of more than 64 columns are walked in blocks by these: what ships so begins at 16384 columns (8192 in the backward pass).
+WIDE = NormConfig(1, 64, 4)
+WIDE_BACKWARD = NormConfig(2, 64, 4, programs_per_sm=2, num_stages=2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, forward and backward. ``draw`` makes x from its shape; ``view`` lays a contiguous tensor out in another way."""
+
+    rows: int
+    cols: int
+    is_rms: bool
+    dtype: torch.dtype = FLOAT32
+    weight_dtype: torch.dtype | None = FLOAT32
+    residual_dtype: torch.dtype | None = None
+    has_bias: bool = True
+    weight_offset: float = 0.0
+    forward_config: NormConfig | None = None
+    backward_config: NormConfig | None = None
+    draw: Callable[..., Tensor] = torch.randn
+    view: Callable[[Tensor], Tensor] | None = None
+
+    def inputs(self, device: torch.device, seed: int) -> dict[str, Tensor]:
+        """x, dy and whatever else the case has, on the device."""
+        torch.manual_seed(seed)
+        drawn = {
+            "x": self.draw(self.rows, self.cols).to(self.dtype),
+            "dy": torch.randn(self.rows, self.cols).to(self.dtype),
+        }
+        if self.weight_dtype is not None:
+            drawn["weight"] = (torch.randn(self.cols) + 0.5).to(self.weight_dtype)
+            if self.has_bias and not self.is_rms:
+                drawn["bias"] = torch.randn(self.cols).to(self.weight_dtype)
+        if self.residual_dtype is not None:
+            drawn["residual"] = torch.randn(self.rows, self.cols).to(self.residual_dtype)
+            drawn["ds"] = torch.randn(self.rows, self.cols).to(self.residual_dtype)
+        return {name: tensor.to(device) for name, tensor in drawn.items()}
+
+
+def by_kernel(case: Case, inputs: dict[str, Tensor], forward=norm_forward, backward=norm_backward) -> dict[str, Tensor]:
+    """Outputs and gradients of one call of the launchers."""
+    viewed = {name: case.view(value) if case.view and value.dim() == 2 else value for name, value in inputs.items()}
+    x, weight, bias, residual = (viewed.get(name) for name in ("x", "weight", "bias", "residual"))
+    options = {"eps": 1e-5, "is_rms": case.is_rms, "weight_offset": case.weight_offset, "config": case.forward_config}
+    y, s, mean, rstd = forward(x, weight, bias, residual, **options)
+    assert y.is_contiguous() and y.dtype == x.dtype and rstd.dtype == FLOAT32 and rstd.shape == x.shape[:-1]
+    assert (s is None) == (residual is None) and (mean is None) == case.is_rms
+    ds, dweight, dbias = backward(
+        *(viewed["dy"], viewed.get("ds"), x if s is None else s, weight, mean, rstd),
+        weight_offset=case.weight_offset,
+        dbias_dtype=None if bias is None else bias.dtype,
+        config=case.backward_config,
+    )
+    results = {"y": y, "s": s, "grad s": ds, "grad weight": dweight, "grad bias": dbias}
+    return {name: value for name, value in results.items() if value is not None}
+
+
+def by_reference(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The same by the reference and autograd; in float64 if so asked."""
+    leaves = {name: value.detach().cpu().to(dtype or value.dtype).requires_grad_() for name, value in inputs.items()}
+    options = {"eps": 1e-5, "residual": leaves.get("residual")}
+    if case.is_rms:
+        out = reference.rms_norm(leaves["x"], leaves.get("weight"), weight_offset=case.weight_offset, **options)
+    else:
+        out = reference.layer_norm(leaves["x"], leaves.get("weight"), leaves.get("bias"), **options)
+    y, s = out if isinstance(out, tuple) else (out, None)
+    outputs = {"y": y} if s is None else {"y": y, "s": s}
+    output_gradients = [leaves["dy"]] if s is None else [leaves["dy"], leaves["ds"]]
+    # The kernels return the gradient of s, whose dtype is the residual's; the op rounds it to x's.
+    wanted = {"grad s": leaves.get("residual", leaves["x"])}
+    wanted.update({f"grad {name}": leaves[name] for name in ("weight", "bias") if name in leaves})
+    gradients = torch.autograd.grad(list(outputs.values()), list(wanted.values()), output_gradients)
+    return {name: value.detach() for name, value in outputs.items()} | dict(zip(wanted, gradients))
+
+
+def measure(case: Case, device: torch.device, seeds: int = SEEDS, **launchers: Callable[..., object]) -> Contract:
+    """The contract of a case over some seeds."""
+    contract = Contract(case.dtype)
+    for seed in range(seeds):
+        inputs = case.inputs(device, seed)
+        actual = by_kernel(case, inputs, **launchers)
+        plain, golden = by_reference(case, inputs), by_reference(case, inputs, torch.float64)
+        assert actual.keys() == golden.keys()
+        for name, value in actual.items():
+            assert value.dtype == plain[name].dtype, name
+            kind = "gradient" if name.startswith("grad") else "output"
+            contract.add(name, actual=value, plain=plain[name], golden=golden[name], kind=kind)
+    return contract
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("is_rms", "dtype"), [(True, FLOAT32), (False, BFLOAT16)])
+@pytest.mark.parametrize("cols", [1, 2, 3, 8, 64, 100, 128, 1000])
+def test_contract_holds_at_every_width(cols: int, is_rms: bool, dtype: torch.dtype, device: torch.device) -> None:
+    rows = 1 if cols == 1000 else 7
+    measure(Case(rows, cols, is_rms, dtype, dtype, residual_dtype=dtype), device).check()
+
+
+def test_contract_holds_at_a_model_width(device: torch.device) -> None:
+    measure(Case(1, 4096, False, FLOAT16, FLOAT16, residual_dtype=FLOAT16), device).check()
+
+
+@pytest.mark.parametrize(("cols", "is_rms", "dtype"), [(20000, True, FLOAT32), (131072, False, BFLOAT16)])
+def test_contract_holds_for_the_widest_rows(cols: int, is_rms: bool, dtype: torch.dtype, device: torch.device) -> None:
+    # One draw has more elements than eight of the other cases together.
+    measure(Case(1, cols, is_rms, dtype, dtype, residual_dtype=dtype), device, seeds=1).check()
+
+
+@BOTH
+@pytest.mark.parametrize("cols", [63, 64, 65, 129])
+def test_rows_walked_in_blocks(cols: int, is_rms: bool, device: torch.device) -> None:
+    case = Case(3, cols, is_rms, BFLOAT16, FLOAT32, BFLOAT16, forward_config=WIDE, backward_config=WIDE_BACKWARD)
+    measure(case, device).check()
+
+
+@pytest.mark.parametrize(
+    ("is_rms", "dtype", "weight_dtype", "residual_dtype", "configs"),
+    [
+        (False, FLOAT16, FLOAT16, FLOAT16, (None, None)),
+        (True, FLOAT16, FLOAT16, FLOAT16, (None, None)),
+        (False, FLOAT32, FLOAT32, FLOAT32, (WIDE, WIDE_BACKWARD)),
+        (True, BFLOAT16, FLOAT32, BFLOAT16, (None, None)),
+        (False, FLOAT16, FLOAT32, FLOAT32, (WIDE, WIDE_BACKWARD)),
+        (True, BFLOAT16, BFLOAT16, FLOAT32, (WIDE, WIDE_BACKWARD)),
+        (False, FLOAT32, BFLOAT16, BFLOAT16, (None, None)),
+        (True, BFLOAT16, FLOAT16, FLOAT16, (None, None)),
+    ],
+)
+def test_dtypes_mix(is_rms, dtype, weight_dtype, residual_dtype, configs, device: torch.device) -> None:
+    case = Case(5, 72, is_rms, dtype, weight_dtype, residual_dtype)
+    measure(replace(case, forward_config=configs[0], backward_config=configs[1]), device).check()
+
+
+@pytest.mark.parametrize("configs", [(None, None), (WIDE, WIDE_BACKWARD)], ids=["whole", "blocks"])
+@pytest.mark.parametrize(
+    ("is_rms", "options"),
+    [
+        (False, {"weight_dtype": None}),
+        (True, {"weight_dtype": None}),
+        (False, {"has_bias": False}),
+        (True, {"weight_offset": 1.0}),
+        (False, {"residual_dtype": FLOAT32, "weight_dtype": None}),
+    ],
+    ids=str,
+)
+def test_optional_arguments(is_rms: bool, options: dict[str, object], configs, device: torch.device) -> None:
+    case = Case(5, 72, is_rms, forward_config=configs[0], backward_config=configs[1])
+    measure(replace(case, **options), device).check()
+
+
+# --- difficult values -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("configs", [(None, None), (WIDE, WIDE_BACKWARD)], ids=["whole", "blocks"])
+def test_layer_norm_does_not_cancel_where_the_mean_is_large(configs: tuple[NormConfig, NormConfig], device) -> None:
+    case = Case(
+        4,
+        192,
+        False,
+        draw=lambda *shape: 1e4 + torch.randn(shape),
+        forward_config=configs[0],
+        backward_config=configs[1],
+    )
+    measure(case, device).check()
+    inputs = case.inputs(device, 0)
+    # One-pass float32 moments would be off by whole units here: E[x²] is 1e8, with a resolution of 8.
+    y = by_kernel(replace(case, weight_dtype=None), {"x": inputs["x"], "dy": inputs["dy"]})["y"]
+    torch.testing.assert_close(y.var(dim=1, unbiased=False).cpu(), torch.ones(4), atol=1e-3, rtol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("configs", [(None, None), (WIDE, WIDE_BACKWARD)], ids=["whole", "blocks"])
+def test_outliers(configs: tuple[NormConfig, NormConfig], is_rms: bool, device: torch.device) -> None:
+    def with_outliers(*shape: int) -> Tensor:
+        x = torch.randn(shape)
+        x[:, 7] *= 1e4
+        x[0] *= 1e-4
+        return x
+
+    case = Case(
+        4, 130, is_rms, BFLOAT16, FLOAT32, draw=with_outliers, forward_config=configs[0], backward_config=configs[1]
+    )
+    measure(case, device).check()
+
+
+@BOTH
+def test_constant_and_zero_rows(is_rms: bool, device: torch.device) -> None:
+    x = torch.zeros(2, 33, device=device)
+    x[1] = 3.0
+    y, _, _, rstd = norm_forward(x, None, None, None, eps=1e-5, is_rms=is_rms)
+    assert torch.equal(y[0], x[0])
+    if not is_rms:
+        assert torch.equal(y[1], torch.zeros_like(y[1]))
+    torch.testing.assert_close(rstd[0].cpu(), torch.tensor(1e-5).rsqrt())
+
+
+@BOTH
+def test_a_row_of_infinity_or_nan_stays_its_own(is_rms: bool, device: torch.device) -> None:
+    x = torch.randn(5, 40, device=device)
+    clean = norm_forward(x, None, None, None, eps=1e-5, is_rms=is_rms)[0]
+    x[1, 3], x[3, 0] = float("inf"), float("nan")
+    y = norm_forward(x, None, None, None, eps=1e-5, is_rms=is_rms)[0]
+    assert torch.equal(y[::2], clean[::2]) and bool(y[3].isnan().all())
+
+
+# --- shapes and memory ------------------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [1, 3, 4, 5])
+def test_rows_around_a_tile(rows: int, is_rms: bool, device: torch.device, poison_empty: None) -> None:
+    tile = NormConfig(4, 32, 4, programs_per_sm=1, num_stages=2)
+    case = Case(rows, 20, is_rms, BFLOAT16, BFLOAT16, BFLOAT16, forward_config=tile, backward_config=tile)
+    measure(case, device).check()
+
+
+@BOTH
+@pytest.mark.parametrize("backward", [NormConfig(4, 64, 4, 1, 2), NormConfig(1, 32, 4, 2, 2)], ids=["whole", "blocks"])
+def test_each_program_walks_several_tiles(
+    backward: NormConfig, is_rms: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytransformer.kernels.norm_backward.device_limits", lambda device: DeviceLimits(90, 2, 232448))
+    measure(Case(17, 48, is_rms, BFLOAT16, BFLOAT16, backward_config=backward), device).check()
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16), (4, 0)])
+def test_nothing_to_normalise(shape: tuple[int, ...], is_rms: bool, device: torch.device, poison_empty: None) -> None:
+    x = torch.empty(shape, device=device)
+    weight = torch.randn(shape[-1], device=device)
+    y, s, mean, rstd = norm_forward(x, weight, None, x, eps=1e-5, is_rms=is_rms)
+    assert y.shape == s.shape == x.shape and rstd.shape == x.shape[:-1]
+    ds, dweight, dbias = norm_backward(y, None, s, weight, mean, rstd, dbias_dtype=FLOAT16)
+    assert ds.shape == x.shape and dbias.dtype == FLOAT16
+    assert torch.equal(dweight, torch.zeros_like(weight)) and torch.equal(dbias, torch.zeros_like(dbias))
+
+
+def _head_of_qkv(tensor: Tensor) -> Tensor:
+    """(rows, cols) as 2 of 4 heads in a fused projection: two strides are needed to walk it."""
+    holder = tensor.new_full((tensor.shape[0] // 2, 4, tensor.shape[1]), float("nan"))
+    holder[:, 1:3] = tensor.view(-1, 2, tensor.shape[1])
+    return holder[:, 1:3]
+
+
+def _unaligned(tensor: Tensor) -> Tensor:
+    holder = tensor.new_full((tensor.numel() + 1,), float("nan"))
+    holder[1:] = tensor.flatten()
+    return holder[1:].view(tensor.shape)
+
+
+def _padded_rows(tensor: Tensor) -> Tensor:
+    holder = tensor.new_full((tensor.shape[0], tensor.shape[1] + 3), float("nan"))
+    holder[:, :-3] = tensor
+    return holder[:, :-3]
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    """Leading dimensions that no two strides walk in order."""
+    batch = tensor.view(2, 2, tensor.shape[0] // 4, tensor.shape[1])
+    return batch.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+
+
+LAYOUTS = {
+    "heads of qkv": _head_of_qkv,
+    "unaligned": _unaligned,
+    "padded rows": _padded_rows,
+    "permuted": _swapped,
+    "columns strided": lambda tensor: tensor.t().contiguous().t(),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "configs"),
+    [*((layout, (None, None)) for layout in LAYOUTS), ("heads of qkv", (WIDE, WIDE_BACKWARD))],
+    ids=[*LAYOUTS, "heads of qkv in blocks"],
+)
+def test_strides_are_free(layout: str, configs: tuple[NormConfig, NormConfig], device: torch.device) -> None:
+    case = Case(12, 72, False, BFLOAT16, FLOAT32, BFLOAT16, forward_config=configs[0], backward_config=configs[1])
+
+    def reshaped(tensor: Tensor) -> Tensor:
+        assert torch.equal(LAYOUTS[layout](tensor).reshape(tensor.shape), tensor)
+        return LAYOUTS[layout](tensor)
+
+    strided = replace(case, view=reshaped)
+    contract = Contract(case.dtype)
+    for seed in range(SEEDS):
+        inputs = case.inputs(device, seed)
+        actual = {
+            name: value.flatten(0, -2) if value.dim() > 2 else value
+            for name, value in by_kernel(strided, inputs).items()
+        }
+        plain, golden = by_reference(case, inputs), by_reference(case, inputs, torch.float64)
+        contract.add_all(actual, plain, golden)
+    contract.check()
+
+
+@BOTH
+def test_expanded_inputs(is_rms: bool, device: torch.device) -> None:
+    row = torch.randn(48, device=device)
+    x, dy = row.expand(6, 48), torch.ones((), device=device).expand(6, 48)
+    for tensors in ((x, dy), (x.contiguous(), dy.contiguous())):
+        y, _, mean, rstd = norm_forward(tensors[0], row, None, None, eps=1e-5, is_rms=is_rms)
+        ds, dweight, _ = norm_backward(tensors[1], None, tensors[0], row, mean, rstd)
+        if tensors[0] is x:
+            first = (y, ds, dweight)
+    for value, again in zip(first, (y, ds, dweight)):
+        torch.testing.assert_close(value, again)
+    assert torch.equal(y[0].expand_as(y), y)
+
+
+def test_row_layout_folds_dimensions() -> None:
+    qkv = torch.empty(2, 5, 3, 4, 16, device="meta")
+    q = qkv[:, :, 0]  # (2, 5, 4, 16): tokens 3 · 4 · 16 apart, heads 16 apart
+    (walked,), layout = row_layout([q])
+    assert walked is q and layout.grouped
+    assert (layout.num_rows, layout.rows_per_group, layout.strides) == (40, 4, ((192, 16),))
+    assert layout.alignment == 16
+    _, layout = row_layout([qkv])
+    assert not layout.grouped and layout.strides == ((0, 16),) and layout.num_rows == 120
+    _, layout = row_layout([torch.empty(7, 12, device="meta")])
+    assert layout.alignment == 4
+    (walked,), layout = row_layout([torch.empty(6, 2, 8, device="meta").transpose(0, 1)])
+    assert layout.grouped and walked.shape == (2, 6, 8) and layout.strides == ((8, 16),)
+
+
+def test_offsets_are_64_bit() -> None:
+    """A tensor beyond 2^31 elements: the offset of its last row, as the kernels compute it from the layout."""
+    huge = torch.empty(3, 2**16, 2**15, device="meta", dtype=BFLOAT16)[:, ::2]
+    _, layout = row_layout([huge])
+    (stride_group, stride_row), last = layout.strides[0], layout.num_rows - 1
+    offset = (last // layout.rows_per_group) * stride_group + (last % layout.rows_per_group) * stride_row
+    assert offset == 2 * 2**31 + (2**16 - 2) * 2**15 > 2**31
+
+
+# --- promised bits ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("config", [None, WIDE], ids=["whole", "blocks"])
+def test_the_sum_is_exact(dtype: torch.dtype, config: NormConfig | None, device: torch.device) -> None:
+    x = torch.randn(6, 150, device=device).to(BFLOAT16)
+    residual = (3 * torch.randn(6, 150, device=device)).to(dtype)
+    _, s, _, _ = norm_forward(x, None, None, residual, eps=1e-5, is_rms=True, config=config)
+    assert torch.equal(s, (x.float() + residual.float()).to(dtype))
+
+
+def normalises_the_rounded_sum(device: torch.device, config: NormConfig | None, forward=norm_forward) -> bool:
+    """Whether y is, bit for bit, the norm of the sum that is returned."""
+    x, residual = (torch.randn(4, 150, device=device).to(BFLOAT16) for _ in range(2))
+    y, s, _, _ = forward(x, None, None, residual, eps=1e-5, is_rms=False, config=config)
+    return torch.equal(y, forward(s, None, None, None, eps=1e-5, is_rms=False, config=config)[0])
+
+
+@pytest.mark.parametrize("config", [None, WIDE], ids=["whole", "blocks"])
+def test_what_is_normalised_is_the_rounded_sum(config: NormConfig | None, device: torch.device, tmp_path: Path) -> None:
+    assert normalises_the_rounded_sum(device, config)
+    store = "tl.store(s_ptr + out_offsets, rounded, mask=mask)\n        s ="
+    broken = load_broken(tmp_path, "norm", (f"{store} rounded.to(tl.float32)", f"{store} s + residual.to(tl.float32)"))
+    assert normalises_the_rounded_sum(device, None, broken.norm_forward) is False
+
+
+@BOTH
+@pytest.mark.parametrize("configs", [(None, None), (WIDE, WIDE_BACKWARD)], ids=["whole", "blocks"])
+def test_same_bits_each_run_in_any_order_of_programs(
+    configs: tuple[NormConfig, NormConfig], is_rms: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytransformer.kernels.norm_backward.device_limits", lambda device: DeviceLimits(90, 3, 232448))
+    backward = configs[1] or NormConfig(1, 128, 4, 1, 2)
+    case = Case(11, 100, is_rms, BFLOAT16, FLOAT32, BFLOAT16, forward_config=configs[0], backward_config=backward)
+    inputs = case.inputs(device, 0)
+    first = by_kernel(case, inputs)
+    for seed in range(200 if device.type == "cuda" else 3):
+        order = triton_interpreter.program_order(seed) if triton_interpreter.installed() else contextlib.nullcontext()
+        with order:
+            again = by_kernel(case, inputs)
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), name
+
+
+@BOTH
+@pytest.mark.parametrize("cols", [24, 3000])
+def test_a_row_does_not_depend_on_the_others(cols: int, is_rms: bool, device: torch.device) -> None:
+    case = Case(5, cols, is_rms, BFLOAT16, BFLOAT16, BFLOAT16)
+    inputs = case.inputs(device, 0)
+    together = by_kernel(case, inputs)
+    alone = by_kernel(case, {name: value[3:4] if value.dim() == 2 else value for name, value in inputs.items()})
+    for name in ("y", "s", "grad s"):
+        assert torch.equal(together[name][3:4], alone[name]), name
+
+
+def test_unwanted_gradients_are_not_computed(device: torch.device) -> None:
+    x, weight = torch.randn(3, 8, device=device), torch.randn(8, device=device)
+    y, _, mean, rstd = norm_forward(x, weight, None, None, eps=1e-5, is_rms=False)
+    ds, dweight, dbias = norm_backward(y, None, x, weight, mean, rstd, need_dweight=False)
+    assert dweight is None and dbias is None
+    assert torch.equal(ds, norm_backward(y, None, x, weight, mean, rstd, dbias_dtype=FLOAT32)[0])
+
+
+# --- launch policy ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cols", [1, 3, 64, 128, 500, 1024, 2048, 4096, 5000, 8192, 16384, 16385, 65536, 131072])
+def test_tiles_fit_registers_and_cover_rows(cols: int) -> None:
+    forward, backward = forward_config(cols), backward_config(cols)
+    for config, widest in ((forward, 16384), (backward, 8192)):
+        assert config.block_cols >= cols or (cols > widest and config.block_rows == 1)
+        elements_per_thread = config.block_rows * config.block_cols / (32 * config.num_warps)
+        assert 8 <= elements_per_thread <= 32
+    assert backward.programs_per_sm * backward.num_warps <= 32
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------------------------
+
+FORWARD_FAULTS = {
+    "no mask at the row's end": [("col_mask = cols < NUM_COLS", "col_mask = cols < BLOCK_COLS")],
+    "no mask at the last row": [("row_mask = rows < num_rows", "row_mask = rows < num_rows + BLOCK_ROWS")],
+    "columns past the end join the variance": [("tl.where(col_mask, s - mean[:, None], 0.0)", "s - mean[:, None]")],
+    "wrong row stride": [("offsets = rows * stride_row", "offsets = rows * (stride_row - 1)")],
+    "one-pass variance": [
+        (
+            "rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / NUM_COLS + eps)",
+            "rstd = 1.0 / tl.sqrt(tl.sum(s * s, axis=1) / NUM_COLS - mean * mean + eps)",
+        )
+    ],
+    "divides by the block": [("mean = tl.sum(s, axis=1) / NUM_COLS", "mean = tl.sum(s, axis=1) / BLOCK_COLS")],
+    "sum not stored": [("tl.store(s_ptr + out_offsets, rounded, mask=mask)", "pass")],
+}
+WIDE_FAULTS = {
+    "lanes not merged": [("lane_squares += lane_count * shift * shift", "pass")],
+    "count of the last block": [
+        (
+            "lane_count = ((NUM_COLS - lanes + BLOCK_COLS - 1) // BLOCK_COLS)",
+            "lane_count = ((NUM_COLS - lanes * 0) // BLOCK_COLS)",
+        )
+    ],
+    "masked lanes join the mean": [("lane_mean = tl.where(mask, new_mean, lane_mean)", "lane_mean = new_mean")],
+}
+BACKWARD_FAULTS = {
+    "no reduction over programs": [("range(0, num_partials, BLOCK_PARTIALS)", "range(0, 1, BLOCK_PARTIALS)")],
+    "partial sums of one program overwrite another's": [
+        ("partial = tl.program_id(0).to(tl.int64) * NUM_COLS", "partial = tl.program_id(0).to(tl.int64) * 0")
+    ],
+    "no mean of g": [("dx -= g_mean[:, None]", "pass")],
+    "ds dropped": [
+        ("dx += tl.load(ds_ptr + ds_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)", "pass"),
+    ],
+    "no mask at the last row": [
+        ("row_mask = rows < num_rows\n        mask", "row_mask = rows < num_rows + BLOCK_ROWS\n        mask")
+    ],
+    "weight gradient of the last tile only": [("dweight += dy * xhat", "dweight = dy * xhat")],
+    "wrong gradient stride": [
+        (
+            "dy_offsets = row_offsets(rows, rows_per_group, stride_dy_group, stride_dy_row,",
+            "dy_offsets = row_offsets(rows, rows_per_group, stride_dy_group, stride_dy_row + 1,",
+        )
+    ],
+}
+
+
+def _fault_case(configs: tuple[NormConfig | None, NormConfig | None]) -> Case:
+    return Case(
+        *(11, 52, False, BFLOAT16, FLOAT32, BFLOAT16),
+        draw=lambda *shape: 30 + torch.randn(shape),
+        forward_config=configs[0],
+        backward_config=configs[1],
+    )
+
+
+TILES = NormConfig(4, 64, 4), NormConfig(2, 64, 4, programs_per_sm=1, num_stages=2)
+
+
+def _is_caught(case: Case, device: torch.device, **launchers: Callable[..., object]) -> bool:
+    """Whether the check that the good kernels pass says no: by the contract, or by an error of the interpreter."""
+    try:
+        measure(case, device, seeds=2, **launchers).check()
+    except (ContractError, triton_interpreter.KernelFault):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("configs", [TILES, (WIDE, WIDE_BACKWARD)], ids=["whole", "blocks"])
+def test_the_check_for_faults_passes_faithful_copies(configs, device, tmp_path: Path, poison_empty: None) -> None:
+    forward, backward = load_broken(tmp_path, "norm").norm_forward, load_broken(tmp_path, "norm_backward").norm_backward
+    case = _fault_case(configs)
+    assert not _is_caught(case, device, forward=forward, backward=backward)
+    assert not _is_caught(replace(case, weight_dtype=None, residual_dtype=None), device, forward=forward)
+
+
+@pytest.mark.parametrize("fault", FORWARD_FAULTS)
+def test_a_fault_in_the_forward_kernel_is_caught(fault: str, device, tmp_path: Path, poison_empty: None) -> None:
+    broken = load_broken(tmp_path, "norm", *FORWARD_FAULTS[fault])
+    case = _fault_case(TILES)
+    if fault == "one-pass variance":
+        case = replace(case, dtype=FLOAT32, residual_dtype=None, draw=lambda *shape: 1e4 + torch.randn(shape))
+    assert _is_caught(case, device, forward=broken.norm_forward)
+
+
+@pytest.mark.parametrize("fault", WIDE_FAULTS)
+def test_a_fault_in_the_wide_kernel_is_caught(fault: str, device, tmp_path: Path, poison_empty: None) -> None:
+    broken = load_broken(tmp_path, "norm", *WIDE_FAULTS[fault])
+    case = replace(_fault_case((WIDE, None)), cols=100)
+    assert _is_caught(case, device, forward=broken.norm_forward)
+
+
+@pytest.mark.parametrize("fault", BACKWARD_FAULTS)
+def test_a_fault_in_the_backward_kernels_is_caught(
+    fault: str, device, tmp_path: Path, poison_empty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = load_broken(tmp_path, "norm_backward", *BACKWARD_FAULTS[fault])
+    # Two programs share six tiles.
+    monkeypatch.setattr(
+        broken, "device_limits", lambda device: DeviceLimits(90, 40 if "reduction" in fault else 2, 232448)
+    )
+    case = _fault_case(TILES)
+    if "reduction" in fault:
+        case = replace(case, rows=70, backward_config=NormConfig(1, 64, 4))
+    assert _is_caught(case, device, backward=broken.norm_backward)
