@@ -1,0 +1,358 @@
+"""The KV-append kernel: exact copies to the right cells and no others, and the fused steps against the separate ones."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytransformer import reference
+from pytransformer.kernels.kv_append import AppendConfig, append_config, kv_append_forward
+from pytransformer.verification import SEEDS, Contract
+from tests.conftest import INTERPRETING
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SENTINEL = 77.0  # what every cell holds before; exact in all dtypes
+TILE = AppendConfig(4, 2, 4)
+
+
+@dataclass(frozen=True)
+class Append:
+    """Shapes and options of a call. ``counts`` per sequence makes packed tokens; ``slots`` a slot mapping."""
+
+    lengths: tuple[int, ...] = (0, 9, 4)
+    seqlen: int = 3
+    heads: tuple[int, int] = (3, 2)
+    dims: tuple[int, int] = (16, 24)
+    dtype: torch.dtype = torch.float32
+    capacity: int = 12
+    page_size: int = 0
+    counts: tuple[int, ...] | None = None
+    slots: tuple[int, ...] | None = None
+    rotary_dim: int = 0
+    interleaved: bool = False
+    norm: bool = False
+    with_q: bool = False
+    cache_dtype: torch.dtype | None = None
+    scale_per_token: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def draw(case: Append, seed: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of a call; caches (and per-token scales) hold the sentinel."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(case.dtype)
+
+    batch = len(case.lengths)
+    leading = (batch, case.seqlen) if case.counts is None else (sum(case.counts),)
+    pages = batch * -(-case.capacity // max(case.page_size, 1)) + 1
+    places = (pages, case.page_size) if case.page_size else (batch, case.capacity)
+    arguments: dict[str, Any] = {
+        "k": normal(*leading, case.heads[1], case.dims[0]),
+        "v": normal(*leading, case.heads[1], case.dims[1]),
+        "k_cache": torch.full((*places, case.heads[1], case.dims[0]), SENTINEL).to(case.cache_dtype or case.dtype),
+        "v_cache": torch.full((*places, case.heads[1], case.dims[1]), SENTINEL).to(case.cache_dtype or case.dtype),
+        **case.options,
+    }
+    if case.slots is not None:
+        arguments["slot_mapping"] = torch.tensor(case.slots)
+        arguments["positions"] = torch.randint(0, 30, leading, generator=generator)
+    else:
+        arguments["cache_seqlens"] = torch.tensor(case.lengths, dtype=torch.int32)
+        if case.page_size:
+            per_row = -(-case.capacity // case.page_size)
+            table = torch.randperm(pages, generator=generator)[: batch * per_row].view(batch, per_row)
+            arguments["block_table"] = table.to(torch.int32)
+    if case.counts is not None and case.slots is None:
+        arguments["cu_seqlens"] = torch.tensor([0, *case.counts]).cumsum(0).to(torch.int32)
+    if case.with_q:
+        arguments["q"] = normal(*leading, case.heads[0], case.dims[0])
+    if case.rotary_dim:
+        arguments["cos"], arguments["sin"] = reference.rope_tables(case.rotary_dim, 30)
+        arguments["interleaved"] = case.interleaved
+    if case.norm:
+        arguments["k_norm_weight"] = normal(case.dims[0])
+        arguments["q_norm_weight"] = normal(case.dims[0]) if case.with_q else None
+        arguments["norm_weight_offset"] = 1.0
+    if case.cache_dtype is not None:
+        for name, cache in (("k_scale", arguments["k_cache"]), ("v_scale", arguments["v_cache"])):
+            scale = torch.rand(case.heads[1], generator=generator) * 0.02 + 0.004
+            arguments[name] = torch.full(cache.shape[:-1], SENTINEL) if case.scale_per_token else scale
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def run(arguments: dict[str, Any], config: AppendConfig | None = TILE) -> dict[str, Tensor]:
+    """Results of the launcher on copies: the caches, per-token scales and the new q."""
+    arguments = {**arguments, **_copies(arguments)}
+    if "slot_mapping" in arguments:
+        arguments["positions"] = arguments["positions"].reshape(-1)
+    new_q = kv_append_forward(**arguments, config=config)
+    return _results(arguments, new_q)
+
+
+def run_reference(arguments: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The same by the reference; with ``dtype`` floating tensors are converted first."""
+    arguments = {**arguments, **_copies(arguments)}
+    for name, value in arguments.items():
+        quantised = name.endswith("_cache") and "k_scale" in arguments
+        if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() and not quantised:
+            arguments[name] = value.to(dtype)
+    return _results(arguments, reference.kv_append(**arguments))
+
+
+def _copies(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: arguments[name].clone() for name in ("k_cache", "v_cache", "k_scale", "v_scale") if name in arguments}
+
+
+def _results(arguments: dict[str, Any], new_q: Tensor | None) -> dict[str, Tensor]:
+    results = {name: arguments[name] for name in ("k_cache", "v_cache", "k_scale", "v_scale") if name in arguments}
+    return results if new_q is None else {**results, "new_q": new_q}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        raw, wanted = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (value, expected[name]))
+        assert torch.equal(raw, wanted), name
+
+
+PLACES = {
+    "contiguous": Append(),
+    "one-token": Append(seqlen=1),
+    "cache-rows": Append(options={"cache_batch_idx": torch.tensor([2, 0, 1], dtype=torch.int32)}),
+    "pages-of-1": Append(page_size=1),
+    "pages-of-3": Append(page_size=3),
+    "pages-of-16": Append(page_size=16, capacity=32),
+    "packed": Append(counts=(5, 0, 2)),
+    "packed-pages": Append(counts=(1, 3, 8), page_size=4),
+    "packed-starting-empty": Append(counts=(0, 0, 4)),
+    "slots": Append(page_size=4, slots=(3, 0, -1, 39, 17, 16, 5, -7, 30)),
+    "packed-slots": Append(counts=(3, 2), lengths=(0, 0), page_size=4, slots=(3, 0, -1, 8, 17)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_copies_are_exact_and_nothing_else_is_written(place, dtype, device):
+    arguments = draw(replace(PLACES[place], dtype=dtype), 0, device)
+    results = run(arguments)
+    assert_same(results, run_reference(arguments))
+    written = sum(int((results[name] != SENTINEL).any(-1).any(-1).sum()) for name in ("k_cache", "v_cache"))
+    tokens = arguments["k"].shape[:-2].numel()
+    skipped = int((arguments["slot_mapping"] < 0).sum()) if "slot_mapping" in arguments else 0
+    assert written == 2 * (tokens - skipped)
+
+
+def test_any_bits_are_copied(device):
+    """NaN with its payload, infinities, subnormals and -0 arrive as they are."""
+    arguments = draw(
+        Append(dtype=torch.bfloat16, lengths=(2,), seqlen=8, heads=(1, 256), dims=(32, 32), capacity=10), 0, device
+    )
+    bits = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(1, 8, 256, 32)
+    results = run(
+        {**arguments, "k": bits.view(torch.bfloat16), "v": bits.view(torch.bfloat16)}, AppendConfig(8, 256, 4)
+    )
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(results[name][:, 2:].contiguous().view(torch.int16), bits)
+
+
+OUTSIDE = {
+    "behind-the-cache": Append(lengths=(11, 12, 3)),
+    "negative-length": Append(lengths=(-2, -9, 3)),
+    "behind-the-table": Append(lengths=(10, 13, 3), page_size=4),
+    "slots": Append(page_size=4, slots=(3, 0, 40, 10**12, -(10**12), 39, 41, 7, 8)),
+    "rows": Append(options={"cache_batch_idx": torch.tensor([2, 3, -1], dtype=torch.int32)}),
+}
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_writes_outside_are_dropped(place, device):
+    """The interpreter raises on any access outside of a tensor, so nothing else was touched either."""
+    case = replace(OUTSIDE[place], with_q=True)
+    arguments = draw(case, 1, device)
+    assert_same(run(arguments), run_reference(arguments))
+    rotated = run(
+        draw(replace(case, rotary_dim=16), 1, device)
+    )  # positions beyond the table of 30 rows take its last row
+    assert bool(rotated["new_q"].isfinite().all())
+
+
+def test_pages_that_do_not_exist_are_dropped(device):
+    arguments = draw(Append(page_size=4), 1, device)
+    arguments["block_table"][:, 1] = torch.tensor([-1, 999, -(2**31)], device=device)
+    assert_same(run(arguments), run_reference(arguments))
+
+
+def test_tokens_of_no_sequence_are_dropped(device):
+    """Rows behind the last packed sequence are not written; their q is rotated as at position 0."""
+    arguments = draw(Append(counts=(2, 1, 3), with_q=True), 2, device)
+    arguments["cu_seqlens"] = torch.tensor([0, 2, 3, 4], dtype=torch.int32, device=device)
+    assert_same(run(arguments), run_reference(arguments))
+    arguments["cos"], arguments["sin"] = (table.to(device) for table in reference.rope_tables(16, 30))
+    assert torch.equal(run(arguments)["new_q"][4:], arguments["q"][4:])  # cos 1, sin 0
+
+
+def check_contract(case: Append, device: torch.device, config: AppendConfig | None = TILE) -> None:
+    contract = Contract(case.dtype)
+    for seed in range(SEEDS):
+        arguments = draw(case, seed, device)
+        actual = run(arguments, config)
+        contract.add_all(actual, run_reference(arguments), run_reference(arguments, torch.float64))
+        untouched = run_reference(arguments)["k_cache"] == SENTINEL
+        assert bool((actual["k_cache"][untouched] == SENTINEL).all())
+    contract.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+def test_rope_and_norm(norm, interleaved, dtype, device):
+    case = Append(seqlen=2, dtype=dtype, rotary_dim=16, interleaved=interleaved, norm=norm, with_q=True)
+    check_contract(case, device)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize(("rotary_dim", "head_dim"), [(4, 16), (24, 40), (80, 80)])
+def test_partial_rotation(rotary_dim, head_dim, interleaved, device):
+    case = Append(seqlen=2, dims=(head_dim, 8), rotary_dim=rotary_dim, interleaved=interleaved, with_q=True)
+    check_contract(case, device)
+    arguments = draw(case, 0, device)
+    assert torch.equal(run(arguments)["new_q"][..., rotary_dim:], arguments["q"][..., rotary_dim:])
+
+
+def test_norm_alone(device):
+    check_contract(Append(seqlen=2, norm=True, with_q=True, dims=(40, 8)), device)
+
+
+@pytest.mark.parametrize("place", ["packed", "packed-pages", "slots"])
+def test_rope_positions(place, device):
+    """Each way of saying where tokens go says their positions; explicit ones win."""
+    case = replace(PLACES[place], rotary_dim=8, with_q=True, norm=True)
+    check_contract(case, device)
+    if case.slots is None:
+        explicit = torch.randint(0, 30, (sum(case.counts),), dtype=torch.int32)
+        check_contract(replace(case, options={"positions": explicit}), device)
+
+
+@pytest.mark.parametrize("scale_per_token", [False, True], ids=["per-head", "per-token"])
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantised_codes_are_exact(cache_dtype, scale_per_token, device):
+    for dtype, place in ((torch.float32, "contiguous"), (torch.bfloat16, "slots"), (torch.float16, "packed-pages")):
+        case = replace(PLACES[place], dtype=dtype, cache_dtype=cache_dtype, scale_per_token=scale_per_token)
+        arguments = draw(case, 5, device)
+        arguments["k"][..., 0, :] = 0.0
+        arguments["v"] *= 3.0
+        assert_same(run(arguments), run_reference(arguments))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_rounding_of_codes(cache_dtype, device):
+    """Ties, saturation, subnormal codes and both signs; every code and every midpoint of two codes."""
+    if cache_dtype == torch.int8:
+        codes = torch.arange(-140, 141, dtype=torch.float32)
+    else:
+        codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        codes = torch.cat([-codes.flip(0), codes, torch.tensor([464.0, 480.0, 1e6, torch.inf])])
+    values = torch.cat([codes, (codes[1:] + codes[:-1]) / 2, torch.nextafter(codes, torch.tensor(torch.inf))])
+    values = torch.nn.functional.pad(values, (0, -len(values) % 256)).view(1, -1, 1, 256).to(device)
+    cache = torch.zeros(values.shape, device=device).to(cache_dtype)
+    one = torch.ones(1, device=device)
+    lengths = torch.zeros(1, dtype=torch.int32, device=device)
+    arguments = {
+        "k": values,
+        "v": -values,
+        "k_cache": cache,
+        "v_cache": cache,
+        "cache_seqlens": lengths,
+        "k_scale": one,
+        "v_scale": one,
+    }
+    assert_same(run(arguments), run_reference(arguments))
+
+
+def test_nan_becomes_nan_in_float8(device):
+    case = Append(cache_dtype=torch.float8_e4m3fn)
+    arguments = draw(case, 6, device)
+    arguments["k"][0, 0, 0, 3] = torch.nan
+    codes = run(arguments)["k_cache"]
+    assert bool(codes[0, 0, 0, 3].float().isnan())
+    assert int(codes.float().isnan().sum()) == 1
+
+
+def test_strides(device):
+    """k, v and q cut from one projection; caches that are slices of a bigger tensor, heads before tokens."""
+    case = Append(with_q=True, rotary_dim=16, dims=(16, 16), norm=True)
+    arguments = draw(case, 7, device)
+    expected = run(arguments)
+    fused = torch.cat([arguments["q"], arguments["k"], arguments["v"]], dim=2)
+    q, k, v = fused.split([3, 2, 2], dim=2)
+    storage = torch.full((2, 3, 2, 12, 20), SENTINEL, device=device)
+    k_cache, v_cache = (storage[side, :, :, :, 3:19].transpose(1, 2) for side in (0, 1))
+    new_q = kv_append_forward(
+        **{**arguments, "q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}, config=TILE
+    )
+    assert_same({"k_cache": k_cache, "v_cache": v_cache, "new_q": new_q}, expected)
+    assert bool((storage[..., :3] == SENTINEL).all() and (storage[..., 19:] == SENTINEL).all())
+
+
+@pytest.mark.parametrize("config", [None, AppendConfig(1, 1, 4), AppendConfig(8, 4, 4)], ids=str)
+def test_tiles_do_not_change_a_result(config, device):
+    arguments = draw(Append(with_q=True, rotary_dim=16, counts=(2, 1, 3)), 8, device)
+    assert_same(run(arguments, config), run(arguments))
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a GPU chooses its own order of programs")
+def test_order_of_programs_does_not_matter(device):
+    from pytransformer.triton_interpreter import program_order
+
+    arguments = draw(Append(with_q=True, rotary_dim=16, page_size=4), 9, device)
+    natural = run(arguments)
+    with program_order(3):
+        assert_same(run(arguments), natural)
+
+
+def test_no_tokens(device):
+    arguments = draw(Append(seqlen=0, with_q=True), 0, device)
+    results = run(arguments)
+    assert results["new_q"].shape == (3, 0, 3, 16)
+    assert bool((results["k_cache"] == SENTINEL).all())
+
+
+def test_offsets_past_32_bits(device):
+    """A cache row that begins beyond 2^31 elements; only the memory that is touched is taken."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GB of GPU memory")
+    stride = 2**31 + 64
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", before)
+        storage = torch.empty(stride + 256, dtype=torch.int8, device=device)
+    far = [storage.as_strided((2, 4, 1, 16), (stride, 32, 16, 1), offset).fill_(5) for offset in (0, 16)]
+    arguments = draw(
+        Append(lengths=(1, 0), seqlen=2, heads=(1, 1), dims=(16, 16), capacity=4, cache_dtype=torch.int8), 0, device
+    )
+    expected = run({**arguments, "k_cache": far[0].contiguous(), "v_cache": far[1].contiguous()})
+    kv_append_forward(**{**arguments, "k_cache": far[0], "v_cache": far[1]}, config=TILE)
+    assert torch.equal(far[0], expected["k_cache"])
+    assert torch.equal(far[1], expected["v_cache"])
+
+
+def test_policy(device):
+    """One token per program for a decode step, tiles of at most 4 KB for a prompt, powers of two always."""
+    assert append_config(1, 8, 128, 2, device).block_tokens == 1
+    for tokens in (1, 64, 8192):
+        for num_kv_heads in (1, 3, 8, 64):
+            for head_dim, itemsize in ((64, 2), (80, 2), (256, 4)):
+                config = append_config(tokens, num_kv_heads, head_dim, itemsize, device)
+                rows = config.block_tokens * config.block_heads
+                assert rows & (rows - 1) == 0
+                assert rows * head_dim * itemsize <= 4096
