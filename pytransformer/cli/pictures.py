@@ -26,15 +26,17 @@ def plot_attention(
         labels: the tokens.
         path: the picture to write.
     """
+    from matplotlib.colors import PowerNorm  # the square root of the probability: small ones are seen too
+
     columns = max(len(layer) for layer in weights)
     labelled = len(labels) <= _MAX_LABELLED_TOKENS
     side = min(5.0, max(1.9, 0.17 * len(labels))) if labelled else 2.6
-    figure = new_figure(side * columns + 1.8, (side + 0.3) * len(weights) + 1.4, layout="constrained")
+    figure = new_figure(side * columns + 2.0, (side + 0.25) * len(weights) + 0.9, layout="constrained")
     grid = figure.subplots(len(weights), columns, squeeze=False)
     image = None
     for row, (layer, heads) in enumerate(zip(layers, weights)):
         for column, axes in enumerate(grid[row]):
-            image = axes.imshow(heads[column], cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
+            image = axes.imshow(heads[column], cmap="viridis", norm=PowerNorm(0.5, 0.0, 1.0), interpolation="nearest")
             axes.set_title(f"layer {layer}, head {column}", fontsize=9)
             _label(axes, labels if labelled else None, left=column == 0, bottom=row == len(weights) - 1)
     figure.colorbar(
@@ -71,26 +73,24 @@ def plot_cache(
         path: the picture to write.
         title: what was measured.
     """
+    from matplotlib.ticker import MaxNLocator
+
     width = max(3, len(lengths) // 24)
-    figure = new_figure(8.0, 4.8)
+    figure = new_figure(8.0, 5.0)
     axes = figure.add_subplot()
     for seconds, color, label in (
         (with_cache, CACHE_COLOR, "with KV cache"),
         (without_cache, NO_CACHE_COLOR, "without: the whole sequence again for each token"),
     ):
         speeds = [1.0 / mean for mean in smooth(seconds, width)]
-        axes.plot(
-            lengths,
-            speeds,
-            color=color,
-            linewidth=1.8,
-            label=f"{label} ({len(seconds) / sum(seconds):,.0f} tokens/s overall)",
-        )
+        overall = f"{len(seconds) / sum(seconds):,.0f} tokens/s overall"
+        axes.plot(lengths, speeds, color=color, linewidth=1.8, label=f"{label} ({overall})")
     axes.set_xlabel("sequence length (tokens)")
     axes.set_ylabel("tokens per second")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.set_xlim(lengths[0], lengths[-1])
     axes.grid(alpha=0.25)
-    axes.legend(loc="best", framealpha=0.95)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     axes.set_title(title, fontsize=11)
     save_figure(figure, path)

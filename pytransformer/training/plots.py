@@ -60,6 +60,8 @@ def plot_loss(records: Sequence[metrics.Record], baselines: Baselines | None, pa
         raise ValueError("there is no training loss to draw yet")
     seen_steps, seen_losses = metrics.series(records, "validation_loss")
     figure = new_figure(8.6, 5.2)
+    from matplotlib.ticker import MaxNLocator  # new_figure has said so if matplotlib isn't there
+
     axes = figure.add_subplot()
     axes.plot(steps, losses, color=TRAIN_COLOR, linewidth=0.8, label="training, each step")
     if len(losses) >= 50:
@@ -79,6 +81,7 @@ def plot_loss(records: Sequence[metrics.Record], baselines: Baselines | None, pa
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_xlim(0, max(steps) * 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=max(0.0, lowest - 0.35))
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right", framealpha=0.95)

@@ -268,4 +268,9 @@ class _Run:
 def title(num_parameters: int, config: RunConfig) -> str:
     """What was trained on what, in one line."""
     source = config.corpus.source or "the Python standard library"
-    return f"{num_parameters / 1e6:.1f}M parameters ({config.model.family}) on {source}"
+    return f"{parameters(num_parameters)} ({config.model.family}) on {source}"
+
+
+def parameters(count: int) -> str:
+    """A number of parameters in words."""
+    return f"{count / 1e6:.1f}M parameters" if count >= 1_000_000 else f"{count / 1e3:.0f}k parameters"

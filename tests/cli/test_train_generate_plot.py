@@ -319,6 +319,7 @@ def test_plot_cache_measures_both_ways(model, tmp_path, capsys, monkeypatch):
         (["attention", "--prompt", "x " * 50], "the model's context is 16"),
         (["attention", "--prompt", "x", "--layers", "7"], "--layers must be from 0 to 1, but 7"),
         (["cache", "--prompt", ""], "--prompt is empty"),
+        (["cache", "--repeats", "0"], "--repeats must be at least 1, but is 0"),
         (["cache", "--max-new-tokens", "1"], "room for at least 2 new tokens"),
     ],
 )

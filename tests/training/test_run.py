@@ -103,9 +103,7 @@ class _Interrupt(Quiet):
             raise _Interrupted
 
 
-@pytest.mark.parametrize(
-    "step, options", [(2, {}), (3, {}), (8, {}), (10, {}), (8, {"optimizer": "sgd"})], ids=str
-)
+@pytest.mark.parametrize("step, options", [(2, {}), (3, {}), (8, {}), (10, {}), (8, {"optimizer": "sgd"})], ids=str)
 def test_an_interrupted_run_continues_with_the_same_bits(unbroken, corpus, cache, device, tmp_path, step, options):
     config = tiny_config(corpus, **options)
     expected = unbroken.folder
