@@ -44,10 +44,11 @@ def save(model: Transformer, folder: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, Transformer):
         raise TypeError(f"save writes a Transformer, got {type(model).__name__}")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(model).items()}
-    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    stored = _stored(model)
+    meta = [name for name, tensor in stored.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"parameters on the meta device have no values to save: {', '.join(meta)}")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     config_path, text = place / CONFIG_FILE, model.config.to_json()
@@ -109,7 +110,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _remove_leftovers(path)
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(permissions)  # safetensors makes files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

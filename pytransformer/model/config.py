@@ -244,7 +244,7 @@ class TransformerConfig:
     def llama(cls, **overrides: Any) -> TransformerConfig:
         """Llama's choices (RMSNorm, RoPE, SwiGLU, no biases, untied head); the 7B shape unless overridden.
 
-        A smaller ``hidden_size`` without ``intermediate_size`` takes the 8/3 rule.
+        Another ``hidden_size`` without ``intermediate_size`` takes the 8/3 rule (Llama 7B's own 11008 is rounded up further).
         """
         defaults: dict[str, Any] = {
             "vocab_size": 32000,
@@ -261,6 +261,8 @@ class TransformerConfig:
             "mlp_bias": False,
             "tie_embeddings": False,
         }
+        if "hidden_size" not in overrides:
+            defaults["intermediate_size"] = 11008
         return cls(**{**defaults, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
