@@ -1,0 +1,443 @@
+"""layer_norm and rms_norm as people call them: every backend, autograd, transforms, compilation, and what bad input gets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pytransformer
+from pytransformer import layer_norm, reference, rms_norm, use_backend
+from pytransformer.verification import SEEDS, Contract
+
+BACKENDS = ("triton", "torch", "reference")
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+OPS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+    "layer_norm": (layer_norm, reference.layer_norm),
+    "rms_norm": (rms_norm, reference.rms_norm),
+}
+ALL_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
+ALL_OPS = pytest.mark.parametrize("op", OPS)
+
+
+def draw(
+    op: str, device: torch.device, shape: tuple[int, ...] = (3, 5, 24), dtype: torch.dtype = FLOAT32, **dtypes
+) -> dict[str, Tensor]:
+    """The differentiable tensors of a call by their names: all that the op has, or those in ``dtypes`` beside x."""
+    names = {"weight": dtype, "residual": dtype} | ({"bias": dtype} if op == "layer_norm" else {})
+    names.update({name: wanted for name, wanted in dtypes.items() if name in names})
+    tensors = {"x": torch.randn(shape).to(device, dtype)}
+    for name, wanted in names.items():
+        if wanted is not None:
+            tensors[name] = torch.randn(shape if name == "residual" else shape[-1:]).to(device, wanted)
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+
+def run(function: Callable[..., object], tensors: dict[str, Tensor], **options: object) -> tuple[Tensor, ...]:
+    out = function(**tensors, **options)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def results(function, tensors: dict[str, Tensor], dtype: torch.dtype | None = None, **options) -> tuple[dict, dict]:
+    """Outputs by name, and gradients for output gradients that are the same in every dtype."""
+    leaves = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in tensors.items()}
+    outputs = run(function, leaves, **options)
+    generator = torch.Generator().manual_seed(7)
+    # Rounded to 8 bits, so that no dtype rounds them again.
+    drawn = [torch.randn(out.shape, generator=generator).to(BFLOAT16).to(out.device, out.dtype) for out in outputs]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), drawn)
+    return dict(zip(("y", "s"), outputs)), {f"grad {name}": grad for name, grad in zip(leaves, gradients)}
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------------------------
+
+
+@ALL_BACKENDS
+@ALL_OPS
+@pytest.mark.parametrize(
+    ("dtype", "others"),
+    [
+        (FLOAT32, {}),
+        (FLOAT16, {}),
+        (BFLOAT16, {"weight": FLOAT32, "bias": FLOAT32}),
+        (BFLOAT16, {"residual": FLOAT32}),
+        (BFLOAT16, {"residual": None, "weight": BFLOAT16, "bias": None}),
+        (FLOAT32, {"residual": None, "weight": None, "bias": None}),
+    ],
+    ids=str,
+)
+def test_contract(op: str, backend: str, dtype: torch.dtype, others: dict, device: torch.device) -> None:
+    function, naive = OPS[op]
+    contract = Contract(dtype)
+    # The offset belongs to rms_norm; with a weight of None it must do nothing.
+    options = {"weight_offset": 1.0} if op == "rms_norm" else {}
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        tensors = draw(op, device, (2, 8, 24), dtype, **others)
+        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        actual = results(function, tensors, backend=backend, **options)
+        plain, golden = results(naive, on_cpu, **options), results(naive, on_cpu, torch.float64, **options)
+        for values, kind in zip(zip(actual, plain, golden), ("output", "gradient")):
+            contract.add_all(*values, kind=kind)
+            assert all(values[0][name].dtype == values[1][name].dtype for name in values[0])
+    contract.check()
+
+
+@ALL_OPS
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
+def test_torch_sums_weight_gradients_of_many_rows_in_float32(op: str, dtype: torch.dtype, device: torch.device) -> None:
+    tensors = draw(op, device, (2000, 16), dtype, residual=None)
+    on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    contract = Contract(dtype)
+    actual, plain, golden = (
+        results(function, inputs, wanted, **options)[1]
+        for function, inputs, wanted, options in (
+            (OPS[op][0], tensors, None, {"backend": "torch"}),
+            (OPS[op][1], on_cpu, None, {}),
+            (OPS[op][1], on_cpu, torch.float64, {}),
+        )
+    )
+    contract.add_all(actual, plain, golden, kind="gradient")
+    contract.check()
+
+
+@ALL_BACKENDS
+def test_agrees_with_torch(backend: str, device: torch.device) -> None:
+    tensors = draw("layer_norm", device, residual=None)
+    x, weight, bias = tensors.values()
+    torch.testing.assert_close(layer_norm(x, weight, bias, backend=backend), F.layer_norm(x, (24,), weight, bias))
+    torch.testing.assert_close(layer_norm(x, eps=0.1, backend=backend), F.layer_norm(x, (24,), eps=0.1))
+    torch.testing.assert_close(rms_norm(x, weight, backend=backend), F.rms_norm(x, (24,), weight, 1e-6))
+    torch.testing.assert_close(
+        rms_norm(x, weight, weight_offset=1.0, backend=backend), F.rms_norm(x, (24,), weight + 1, 1e-6)
+    )
+
+
+@ALL_BACKENDS
+@ALL_OPS
+def test_the_sum_is_exact_and_is_what_is_normalised(op: str, backend: str, device: torch.device) -> None:
+    function = OPS[op][0]
+    x, residual = (torch.randn(9, 40, device=device).to(BFLOAT16) for _ in range(2))
+    y, total = function(x, residual=residual, backend=backend)
+    assert torch.equal(total, (x.float() + residual.float()).to(BFLOAT16))
+    assert torch.equal(y, function(total, backend=backend))
+    y, total = function(x, residual=residual.float(), backend=backend)
+    assert y.dtype == BFLOAT16 and torch.equal(total, x.float() + residual.float())
+
+
+@ALL_BACKENDS
+@ALL_OPS
+def test_leading_shape_and_strides_are_free(op: str, backend: str, device: torch.device) -> None:
+    function = OPS[op][0]
+    x = torch.randn(3, 4, 5, 16, device=device)
+    expected = function(x, backend=backend)
+    for view in (
+        x.permute(2, 0, 1, 3),
+        x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        x.repeat(1, 1, 1, 2)[..., :16],
+    ):
+        back = function(view, backend=backend)
+        torch.testing.assert_close(back.permute(1, 2, 0, 3) if view.shape[0] == 5 else back, expected)
+    torch.testing.assert_close(function(x[0, 0, 0], backend=backend), expected[0, 0, 0])
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------------------------
+
+
+@ALL_BACKENDS
+@ALL_OPS
+@pytest.mark.parametrize("used", ["y", "s"])
+def test_gradient_of_one_of_the_outputs(op: str, backend: str, used: str, device: torch.device) -> None:
+    gradients = []
+    tensors = draw(op, device)
+    for function, options in ((OPS[op][0], {"backend": backend}), (OPS[op][1], {})):
+        y, total = run(function, tensors, **options)
+        wanted = [tensors[name] for name in ("x", "residual")]
+        gradients.append(torch.autograd.grad((y if used == "y" else total).square().sum(), wanted))
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs)
+
+
+@ALL_BACKENDS
+def test_only_what_requires_grad_gets_a_gradient(backend: str, device: torch.device) -> None:
+    for wanted in ("x", "weight", "bias", "residual"):
+        tensors = {name: value.detach() for name, value in draw("layer_norm", device).items()}
+        tensors[wanted].requires_grad_()
+        y, total = run(layer_norm, tensors, backend=backend)
+        (y.sum() + total.square().sum()).backward()
+        assert {name for name, value in tensors.items() if value.grad is not None} == {wanted}
+        expected = tensors[wanted].grad.clone()
+        tensors[wanted].grad = None
+        y, total = run(reference.layer_norm, tensors)
+        (y.sum() + total.square().sum()).backward()
+        torch.testing.assert_close(expected, tensors[wanted].grad)
+
+
+def test_gradients_of_x_and_residual_do_not_share_memory(device: torch.device) -> None:
+    tensors = draw("rms_norm", device)
+    y, total = run(rms_norm, tensors, backend="triton")
+    (y.sum() + total.sum()).backward()
+    assert torch.equal(tensors["x"].grad, tensors["residual"].grad)
+    tensors["x"].grad.zero_()
+    assert bool(tensors["residual"].grad.any())
+
+
+@ALL_OPS
+def test_double_backward_of_the_kernel_is_refused(op: str, device: torch.device) -> None:
+    tensors = draw(op, device, residual=None)
+    (y,) = run(OPS[op][0], tensors, backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@ALL_OPS
+def test_double_backward_elsewhere(op: str, backend: str, device: torch.device) -> None:
+    tensors = {
+        name: value.detach().double().requires_grad_()
+        for name, value in draw(op, device, (2, 5), residual=None).items()
+    }
+    assert torch.autograd.gradgradcheck(lambda *values: OPS[op][0](*values, backend=backend), tuple(tensors.values()))
+
+
+@ALL_BACKENDS
+@ALL_OPS
+def test_functorch(op: str, backend: str, device: torch.device) -> None:
+    tensors = draw(op, device)
+    names, values = tuple(tensors), tuple(value.detach() for value in tensors.values())
+
+    def loss(*arguments: Tensor) -> Tensor:
+        y, total = OPS[op][0](**dict(zip(names, arguments)), backend=backend)
+        return (y.sin() + total.square()).sum()
+
+    expected = torch.autograd.grad(loss(*tensors.values()), tuple(tensors.values()))
+    for ours, theirs in zip(torch.func.grad(loss, argnums=tuple(range(len(names))))(*values), expected):
+        torch.testing.assert_close(ours, theirs)
+    x, weight = values[:2]
+    mapped = torch.func.vmap(lambda row: OPS[op][0](row, weight, backend=backend))(x)
+    torch.testing.assert_close(mapped, OPS[op][0](x, weight, backend=backend))
+
+
+# --- registration, compilation, modes ---------------------------------------------------------------------------------------------------
+
+
+def test_opcheck(device: torch.device) -> None:
+    x, weight = torch.randn(3, 5, 16, device=device), torch.randn(16, device=device)
+    forward, backward = torch.ops.pytransformer.norm_forward, torch.ops.pytransformer.norm_backward
+    for arguments in ((x, weight, weight, x, 1e-5, 0.0, False), (x[:, ::2], None, None, None, 1e-5, 1.0, True)):
+        torch.library.opcheck(forward, arguments)
+    _, s, mean, rstd = forward(x, weight, weight, x, 1e-5, 0.0, False)
+    torch.library.opcheck(backward, (x, s, s, weight, mean, rstd, 0.0, False, True, FLOAT16))
+    torch.library.opcheck(backward, (x, None, x, None, mean, rstd, 0.0, False, False, None))
+
+
+@ALL_OPS
+def test_fake_tensors_are_like_the_real_ones(op: str, device: torch.device) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tensors = draw(op, device, (4, 3, 8), BFLOAT16, residual=FLOAT32)
+    tensors["x"] = tensors["x"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    real = run(OPS[op][0], tensors, backend="triton")
+    with FakeTensorMode() as mode:
+        fake = run(OPS[op][0], {name: mode.from_tensor(value) for name, value in tensors.items()}, backend="triton")
+    for one, other in zip(real, fake, strict=True):
+        assert (one.shape, one.dtype, one.stride(), one.device) == (
+            other.shape,
+            other.dtype,
+            other.stride(),
+            other.device,
+        )
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_compiles_whole_with_dynamic_shapes(backend: str, device: torch.device) -> None:
+    def block(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
+        y, total = layer_norm(x, weight, bias, residual=residual, backend=backend)
+        return rms_norm(2 * y, weight, weight_offset=1.0, backend=backend) + total
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 9):
+        tensors = tuple(draw("layer_norm", device, (rows, 24)).values())
+        expected, actual = block(*tensors), compiled(*tensors)
+        torch.testing.assert_close(actual, expected)
+        for ours, theirs in zip(*(torch.autograd.grad(out.square().sum(), tensors) for out in (actual, expected))):
+            torch.testing.assert_close(ours, theirs)
+
+
+@ALL_BACKENDS
+def test_exports(backend: str, device: torch.device) -> None:
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return rms_norm(x, weight, residual=x, backend=backend)
+
+    x, weight = torch.randn(3, 8, device=device), torch.randn(8, device=device)
+    program = torch.export.export(Block(), (x, weight))
+    for exported, direct in zip(program.module()(x, weight), Block()(x, weight)):
+        torch.testing.assert_close(exported, direct)
+
+
+class _Seen(TorchDispatchMode):
+    """Names of the ops that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@ALL_OPS
+def test_modes_see_registered_ops(op: str, device: torch.device) -> None:
+    tensors = draw(op, device)
+    expected = results(OPS[op][0], tensors, backend="triton")
+    with _Seen() as seen:
+        again = results(OPS[op][0], tensors, backend="triton")
+    assert {"pytransformer.norm_forward.default", "pytransformer.norm_backward.default"} <= set(seen.names)
+    for one, other in zip(expected, again):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@ALL_OPS
+def test_plain_tensors_skip_the_dispatcher(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    class _Refused:
+        def __getattr__(self, name: str) -> object:
+            raise AssertionError("went through the dispatcher")
+
+    tensors = draw(op, device)
+    monkeypatch.setattr(torch.ops, "pytransformer", _Refused())
+    results(OPS[op][0], tensors, backend="triton")
+    with torch.no_grad():
+        run(OPS[op][0], tensors, backend="triton")
+
+
+@ALL_BACKENDS
+@ALL_OPS
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_autocast_does_not_change_the_dtype(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    tensors = draw(op, device, dtype=dtype, weight=FLOAT32, bias=FLOAT32)
+    expected = run(OPS[op][0], tensors, backend=backend)
+    with torch.autocast(device.type, BFLOAT16):
+        actual = run(OPS[op][0], tensors, backend=backend)
+    for ours, theirs in zip(actual, expected):
+        assert ours.dtype == theirs.dtype == dtype and torch.equal(ours, theirs)
+
+
+@ALL_BACKENDS
+@ALL_OPS
+def test_inference_mode(op: str, backend: str, device: torch.device) -> None:
+    tensors = draw(op, device)
+    expected = run(OPS[op][0], tensors, backend=backend)
+    with torch.inference_mode():
+        for ours, theirs in zip(run(OPS[op][0], tensors, backend=backend), expected):
+            torch.testing.assert_close(ours, theirs.detach())
+
+
+@ALL_BACKENDS
+@ALL_OPS
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (3, 0)])
+def test_nothing_to_normalise(op: str, backend: str, shape: tuple[int, ...], device: torch.device) -> None:
+    tensors = draw(op, device, shape)
+    y, total = run(OPS[op][0], tensors, backend=backend)
+    assert y.shape == total.shape == shape
+    (y.sum() + total.sum()).backward()
+    assert torch.equal(tensors["weight"].grad, torch.zeros(shape[-1], device=device))
+    assert tensors["x"].grad.shape == shape
+
+
+# --- choice of backend ------------------------------------------------------------------------------------------------------------------
+
+
+def test_choice(device: torch.device) -> None:
+    x = torch.randn(2, 8, device=device)
+    with use_backend("reference"):
+        assert torch.equal(layer_norm(x), reference.layer_norm(x))
+    assert torch.equal(rms_norm(x), rms_norm(x, backend="triton" if device.type == "cuda" else "torch"))
+    with pytest.raises(NotImplementedError, match=r"layer_norm: backend 'triton' cannot serve this call: float64"):
+        layer_norm(x.double(), backend="triton")
+    with pytest.raises(NotImplementedError, match=r"rms_norm: backend 'cuda' cannot serve"):
+        rms_norm(x, backend="cuda")
+    assert layer_norm(x.double()).dtype == torch.float64
+    assert pytransformer.rms_norm is rms_norm
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------------------------
+
+X = torch.ones(2, 3, 8)
+W = torch.ones(8)
+BAD_INPUT = [
+    (TypeError, "x must be a torch.Tensor, got [1.0, 2.0] (list)", {"x": [1.0, 2.0]}),
+    (
+        TypeError,
+        "x must be of dtype float32 or float16 or bfloat16 or float64, got int64",
+        {"x": torch.ones(2, 8).long()},
+    ),
+    (TypeError, "x must be a dense (strided) tensor, got layout torch.sparse_coo", {"x": torch.ones(2, 8).to_sparse()}),
+    (ValueError, "x must have at least 1 dimension: (..., width), got shape ()", {"x": torch.tensor(1.0)}),
+    (TypeError, "weight must be a torch.Tensor, got 1.0 (float)", {"weight": 1.0}),
+    (TypeError, "weight must be of dtype float32 or float16 or bfloat16 or float64, got int32", {"weight": W.int()}),
+    (ValueError, "weight must have 1 dimensions: (width), got shape (1, 8)", {"weight": W[None]}),
+    (ValueError, "weight must have shape (width,), the last dimension of x, = (8), got (7,)", {"weight": W[1:]}),
+    (ValueError, "weight must be on cpu like the other tensors, got meta", {"weight": W.to("meta")}),
+    (TypeError, "residual must be a torch.Tensor, got True (bool)", {"residual": True}),
+    (
+        TypeError,
+        "residual must be of dtype float32 or float16 or bfloat16 or float64, got bool",
+        {"residual": X.bool()},
+    ),
+    (ValueError, "residual must have shape of x = (2, 3, 8), got (3, 8)", {"residual": X[0]}),
+    (ValueError, "residual must be on cpu like the other tensors, got meta", {"residual": X.to("meta")}),
+    (TypeError, "eps must be a number, got '1e-5' (str)", {"eps": "1e-5"}),
+    (ValueError, "eps must be at least 0.0, got -1e-05", {"eps": -1e-5}),
+    (ValueError, "eps must be finite, got nan", {"eps": float("nan")}),
+    (
+        ValueError,
+        "backend must be one of 'cuda', 'triton', 'torch', 'reference', got 'trition'",
+        {"backend": "trition"},
+    ),
+]
+
+
+@ALL_OPS
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"), BAD_INPUT, ids=[message[:40] for _, message, _ in BAD_INPUT]
+)
+def test_bad_input(op: str, error: type[Exception], message: str, arguments: dict[str, object]) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        OPS[op][0](**{"x": X, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "bias must be of dtype float32 or float16 or bfloat16 or float64, got int64", {"bias": W.long()}),
+        (
+            ValueError,
+            "bias must have shape (width,), the last dimension of x, = (8), got (9,)",
+            {"bias": torch.ones(9)},
+        ),
+    ],
+)
+def test_bad_bias(error: type[Exception], message: str, arguments: dict[str, object]) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        layer_norm(X, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "value"),
+    [
+        (TypeError, "weight_offset must be a number, got None (NoneType)", None),
+        (ValueError, "weight_offset must be finite, got inf", float("inf")),
+    ],
+)
+def test_bad_weight_offset(error: type[Exception], message: str, value: object) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        rms_norm(X, W, weight_offset=value)
