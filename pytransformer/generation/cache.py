@@ -96,9 +96,13 @@ class KVCache:
             longest = self.max_length + new_tokens if isinstance(new_tokens, int) else int(self.lengths.max())
         self.max_length = longest
 
-    def drop(self, ended: Tensor) -> None:
-        """Forgets the sequences where ``ended`` (batch, boolean): in later steps they are there, but cost next to nothing."""
+    def drop(self, ended: Tensor, longest: int | None = None) -> None:
+        """Forgets the sequences where ``ended`` (batch, boolean): in later steps they are there, but cost next to nothing.
+
+        ``longest``: the largest remaining length, as of :meth:`advance`.
+        """
         self._set_lengths(self.lengths.masked_fill(ended, 0))
+        self.max_length = int(self.lengths.max()) if longest is None else longest
 
     def attended(self, seqlen: int) -> Tensor:
         """Lengths with ``seqlen`` tokens of this step appended: int32 (batch)."""

@@ -161,7 +161,7 @@ class _Run:
                 return
             ended = [reason is not None for reason in self.stop_reasons]
             if ended != dropped:
-                cache.drop(torch.tensor(ended, device=self.device))
+                cache.drop(torch.tensor(ended, device=self.device), self._longest() - 1)  # the newest is not in yet
                 dropped = ended
             hidden = model.model(tokens[:, None], cache=cache)
             cache.advance(1, self._longest())

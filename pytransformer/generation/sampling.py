@@ -56,7 +56,7 @@ class Sampler:
             return logits.argmax(dim=-1)
         scores, tokens = self._candidates(logits.float() / self.temperature)
         # By inverting the distribution function: one number per sequence decides, whatever the size of the batch. In float64, because a
-        # running sum over a vocabulary in float32 misses the improbable tokens.
+        # running float32 sum over a large vocabulary is off by more than many a token's probability.
         cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
         threshold = self._next_uniforms(logits.device)[:, None] * cumulative[:, -1:]
         index = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[-1] - 1)
