@@ -115,12 +115,12 @@ def decode_attention(
 
     Sources: Dao et al. 2023 (Flash-Decoding); Kwon et al. 2023 (paged caches); Ainslie et al. 2023 (GQA).
     """
-    checks.refuse_grad("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, bias=bias, sinks=sinks)
     call = DecodeCall(
         q, k_cache, v_cache, cache_seqlens, cu_seqlens_q, max_seqlen_q, block_table, cache_batch_idx, cache_leftpad, mask, bias,
         alibi_slopes, sinks, k_scale, v_scale, 1.0, causal, window, softcap, num_splits, return_lse,
     )  # fmt: skip
     call = check_decode_attention(call, softmax_scale)
+    checks.refuse_grad("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, bias=bias, sinks=sinks)
     named = requested_backend(backend)
     chosen = CHOICE.select(call, call.q.device.type, named)
     if chosen == "reference" and named is None:

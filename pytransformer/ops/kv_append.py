@@ -98,15 +98,15 @@ def kv_append(
 
     Sources: Kwon et al. 2023 (paged caches); Su et al. 2021 (RoPE); Henry et al. 2020 (QK-norm).
     """
-    checks.refuse_grad(
-        "kv_append", k=k, v=v, k_cache=k_cache, v_cache=v_cache, q=q, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
-        cos=cos, sin=sin,
-    )  # fmt: skip
     call = check_kv_append(
         AppendCall(
             k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx, positions,
             cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
         )
+    )  # fmt: skip
+    checks.refuse_grad(
+        "kv_append", k=k, v=v, k_cache=k_cache, v_cache=v_cache, q=q, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
+        cos=cos, sin=sin,
     )  # fmt: skip
     chosen = CHOICE.select(call, call.k.device.type, backend)
     if is_plain(*call.tensors):
