@@ -135,7 +135,7 @@ class Attention(nn.Module):
             )
         else:
             q, k = self._normalise_and_rotate(q, k)
-            attended = attention(
+            result = attention(
                 q,
                 k,
                 v,
@@ -146,6 +146,8 @@ class Attention(nn.Module):
                 alibi_slopes=self.alibi_slopes,
                 dropout_p=self.dropout if self.training else 0.0,
             )
+            assert isinstance(result, Tensor)
+            attended = result
         return self.out_proj(attended.flatten(-2))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class FeedForward(nn.Module):
             return F.gelu(self.up_proj(x))
         if self.activation == "gelu_tanh":
             return F.gelu(self.up_proj(x), approximate="tanh")
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_and_up: Tensor = self.gate_up_proj(x)
+        gate, up = gate_and_up.chunk(2, dim=-1)
         if self.activation == "swiglu":
             return F.silu(gate) * up
         return F.gelu(gate, approximate="tanh" if self.activation == "geglu_tanh" else "none") * up

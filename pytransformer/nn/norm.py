@@ -65,11 +65,13 @@ class RMSNorm(nn.RMSNorm):
         width = _check_shape(input, self.normalized_shape)
         weight = _flat(self.weight, width)
         eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
-        options = {"eps": eps, "weight_offset": self.weight_offset}
+        offset = self.weight_offset
         if len(self.normalized_shape) == 1:
-            return rms_norm(input, weight, residual=residual, **options)
+            return rms_norm(input, weight, eps=eps, weight_offset=offset, residual=residual)
         folded = None if residual is None else _fold(residual, width)
-        return _unfold(rms_norm(_fold(input, width), weight, residual=folded, **options), input.shape)
+        return _unfold(
+            rms_norm(_fold(input, width), weight, eps=eps, weight_offset=offset, residual=folded), input.shape
+        )
 
     def extra_repr(self) -> str:
         offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
