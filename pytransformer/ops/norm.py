@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any, NamedTuple, overload
 
@@ -178,15 +177,20 @@ def _check(x: Any, weight: Any, bias: Any, *, eps: Any, weight_offset: Any, resi
 def _norm(call: NormCall, backend: str) -> NormResult:
     if backend == "triton":
         return _triton_norm(call)
-    # Autocast would turn the result of torch's norms to float32.
-    off = torch.autocast(call.x.device.type, enabled=False)
-    with off if torch.is_autocast_enabled(call.x.device.type) else contextlib.nullcontext():
-        if backend == "torch":
-            return _torch_norm(call)
-        if call.is_rms:
-            options = {"eps": call.eps, "weight_offset": call.weight_offset, "residual": call.residual}
-            return reference.rms_norm(call.x, call.weight, **options)  # type: ignore[arg-type]
-        return reference.layer_norm(call.x, call.weight, call.bias, eps=call.eps, residual=call.residual)
+    if torch.is_autocast_enabled(call.x.device.type):
+        # It would turn the result of torch's norms to float32.
+        with torch.autocast(call.x.device.type, enabled=False):
+            return _plain_norm(call, backend)
+    return _plain_norm(call, backend)
+
+
+def _plain_norm(call: NormCall, backend: str) -> NormResult:
+    if backend == "torch":
+        return _torch_norm(call)
+    if call.is_rms:
+        options = {"eps": call.eps, "weight_offset": call.weight_offset, "residual": call.residual}
+        return reference.rms_norm(call.x, call.weight, **options)  # type: ignore[arg-type]
+    return reference.layer_norm(call.x, call.weight, call.bias, eps=call.eps, residual=call.residual)
 
 
 # --- torch: its own norms on operands of one dtype, which compute in float32 and round once ---------------------------------------------
@@ -205,13 +209,13 @@ def _torch_norm(call: NormCall) -> NormResult:
     if inaccurate or dtypes != {x.dtype}:
         wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
         weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
-        y = _torch_plain_norm(call, s.to(wide), weight, bias).to(x.dtype)
+        y = _torch_one_dtype_norm(call, s.to(wide), weight, bias).to(x.dtype)
     else:
-        y = _torch_plain_norm(call, s, weight, bias)
+        y = _torch_one_dtype_norm(call, s, weight, bias)
     return y if residual is None else (y, s)
 
 
-def _torch_plain_norm(call: NormCall, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _torch_one_dtype_norm(call: NormCall, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     width = s.shape[-1:]
     if not call.is_rms:
         return F.layer_norm(s, width, weight, bias, call.eps)

@@ -96,19 +96,10 @@ def rope(
     """
     call = _check(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
     chosen = CHOICE.select(call, q.device.type, backend)
-    plain = is_plain(*call.tensors)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
-    if inplace and not needs_grad:
-        _rotate_inplace(call, chosen, plain)
-        return q, k
-    if chosen == "reference":
-        rotated_q, rotated_k = _reference_rotate(call)
-    elif plain and not needs_grad:
-        rotated_q, rotated_k = _rotate(call, chosen)
-    else:
-        # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked.
-        rotated_q, rotated_k = _apply(call, chosen)
-    return rotated_q, rotated_k
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return _rope(call, chosen, inplace)
+    return _rope(call, chosen, inplace)
 
 
 def rope_tables(
@@ -313,7 +304,12 @@ def _torch_rotate(call: RopeCall) -> tuple[Tensor, Tensor | None]:
         pairs = x[..., : 2 * half].reshape(*x.shape[:-1], *((half, 2) if call.interleaved else (2, half)))
         pairs = pairs.to(torch.promote_types(x.dtype, torch.float32))
         rotated = (pairs * cos).addcmul_(pairs.flip(axis), signed_sin).flatten(-2).to(x.dtype)
-        return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
+        if 2 * half == x.shape[-1]:
+            return rotated
+        # Not torch.cat: a backward pass may run under autocast, which would change its dtype.
+        out = x.clone(memory_format=torch.contiguous_format)
+        out[..., : 2 * half] = rotated
+        return out
 
     return rotate(call.q), None if call.k is None else rotate(call.k)
 
@@ -391,6 +387,19 @@ torch.library.register_fake("pytransformer::rope_", _fake_rope_)
 
 
 # --- the way to a backend ---------------------------------------------------------------------------------------------------------------
+
+
+def _rope(call: RopeCall, backend: str, inplace: bool) -> tuple[Tensor, Tensor | None]:
+    q, k = call.q, call.k
+    plain = is_plain(*call.tensors)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
+    if inplace and not needs_grad:
+        _rotate_inplace(call, backend, plain)
+        return q, k
+    if backend == "reference":
+        return _reference_rotate(call)
+    # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked.
+    return _rotate(call, backend) if plain and not needs_grad else _apply(call, backend)
 
 
 def _rotate(call: RopeCall, backend: str) -> tuple[Tensor, Tensor | None]:

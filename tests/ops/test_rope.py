@@ -1,0 +1,490 @@
+"""rope and rope_tables as people call them: every backend, autograd, transforms, compilation, in place, and what bad input gets."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pytransformer
+from pytransformer import reference, rope, rope_tables, use_backend
+from pytransformer.verification import SEEDS, Contract
+
+BACKENDS = ("triton", "torch", "reference")
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+ALL_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
+LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+LENGTH = 24
+
+
+def draw(
+    device: torch.device, dtype: torch.dtype = FLOAT32, tokens: tuple[int, ...] = (2, 6), head_dim: int = 12
+) -> list[Tensor]:
+    """q with 3 heads, k with 1, both requiring grad."""
+    return [torch.randn(*tokens, heads, head_dim).to(device, dtype).requires_grad_() for heads in (3, 1)]
+
+
+def tables(device: torch.device, rotary_dim: int = 8) -> tuple[Tensor, Tensor]:
+    return rope_tables(rotary_dim, LENGTH, base=100.0, device=device)
+
+
+WHERE = {
+    "index": ((2, 6), {}),
+    "offset": ((2, 6), {"offsets": 3}),
+    "offsets": ((2, 6), {"offsets": torch.tensor([4, 18])}),
+    "positions": ((2, 6), {"positions": torch.tensor([3, 1, 4, 1, 5, 23], dtype=torch.int32)}),
+    "positions per sequence": ((2, 6), {"positions": torch.arange(12).view(2, 6).flip(0)}),
+    "one packed sequence": ((12,), {"offsets": 2}),
+    "packed": ((12,), {"cu_seqlens": torch.tensor([0, 0, 5, 5, 11, 12, 12], dtype=torch.int32)}),
+    "packed, offsets": (
+        (12,),
+        {"cu_seqlens": torch.tensor([0, 7, 7, 12], dtype=torch.int32), "offsets": torch.tensor([9, 0, 2])},
+    ),
+    "packed, positions": ((12,), {"positions": torch.arange(23, 11, -1)}),
+}
+
+
+def place(where: dict[str, object], device: torch.device) -> dict[str, object]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in where.items()}
+
+
+def results(function, tensors: list[Tensor], dtype: torch.dtype, device: torch.device, **options) -> tuple[dict, dict]:
+    """Outputs, and gradients for output gradients that are the same in every dtype."""
+    leaves = [tensor.detach().to(device, dtype).requires_grad_() for tensor in tensors]
+    wide = torch.promote_types(dtype, FLOAT32)
+    outputs = function(*leaves, *(table.to(wide) for table in tables(device)), **options)
+    generator = torch.Generator().manual_seed(7)
+    drawn = [torch.randn(out.shape, generator=generator).to(BFLOAT16).to(device, dtype) for out in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, drawn)
+    return dict(zip(("q", "k"), outputs)), dict(zip(("dq", "dk"), gradients))
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------------------------
+
+
+@ALL_BACKENDS
+@pytest.mark.parametrize("where", WHERE)
+def test_contract(where: str, backend: str, device: torch.device) -> None:
+    tokens, options = WHERE[where]
+    dtype = BFLOAT16 if "packed" in where else FLOAT32
+    contract = Contract(dtype)
+    cpu = torch.device("cpu")
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        tensors = draw(device, dtype, tokens)
+        # Both layouts, a part of the features rotated: 8 of 12.
+        common = {"interleaved": seed % 2 == 1}
+        actual = results(rope, tensors, dtype, device, backend=backend, **common, **place(options, device))
+        plain = results(reference.rope, tensors, dtype, cpu, **common, **options)
+        golden = results(reference.rope, tensors, torch.float64, cpu, **common, **options)
+        for values, kind in zip(zip(actual, plain, golden), ("output", "gradient")):
+            contract.add_all(*values, kind=kind)
+    contract.check()
+
+
+@ALL_BACKENDS
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
+def test_in_place_has_the_same_bits(dtype: torch.dtype, interleaved: bool, backend: str, device: torch.device) -> None:
+    q, k = (tensor.detach() for tensor in draw(device, dtype))
+    holder = torch.full((2, 6, 5, 20), 7.0, device=device, dtype=dtype)
+    inner_q, inner_k = holder[:, :, :3, :12], holder[:, :, 4:, 8:]
+    inner_q.copy_(q)
+    inner_k.copy_(k)
+    options = {"offsets": 3, "interleaved": interleaved, "backend": backend}
+    rotated = rope(q, k, *tables(device), **options)
+    inside = rope(inner_q, inner_k, *tables(device), inplace=True, **options)
+    assert inside[0] is inner_q and inside[1] is inner_k
+    assert all(torch.equal(a, b) for a, b in zip(inside, rotated))
+    inner_q.fill_(7.0)
+    inner_k.fill_(7.0)
+    assert bool((holder == 7.0).all()), "cells outside of q and k were written"
+
+
+@ALL_BACKENDS
+@LAYOUTS
+def test_rotating_back_restores(interleaved: bool, backend: str, device: torch.device) -> None:
+    q, _ = draw(device)
+    rotated, none = rope(q, None, *tables(device), interleaved=interleaved, backend=backend)
+    assert none is None and rotated.is_contiguous() and not torch.allclose(rotated[:, 1:], q[:, 1:])
+    # The gradient of the rotation is its inverse.
+    (restored,) = torch.autograd.grad(rotated, q, rotated.detach())
+    torch.testing.assert_close(restored, q.detach())
+
+
+@ALL_BACKENDS
+def test_features_beyond_rotary_dim_pass_unchanged(backend: str, device: torch.device) -> None:
+    q, k = draw(device, BFLOAT16)
+    for rotated, given in zip(rope(q, k, *tables(device), backend=backend), (q, k)):
+        assert torch.equal(rotated[..., 8:], given[..., 8:])
+        assert torch.equal(rotated[:, 0], given[:, 0]), "position 0 is the identity"
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------------------------
+
+
+@ALL_BACKENDS
+def test_second_derivatives(backend: str, device: torch.device) -> None:
+    outcomes = []
+    q, k = draw(device)
+    for chosen in (backend, "reference"):
+        rotated = rope(q, k, *tables(device), backend=chosen)
+        first = torch.autograd.grad(sum((out**3).sum() for out in rotated), (q, k), create_graph=True)
+        outcomes.append((*first, *torch.autograd.grad(sum(out.square().sum() for out in first), (q, k))))
+    for ours, theirs in zip(*outcomes):
+        torch.testing.assert_close(ours, theirs)
+
+
+@ALL_BACKENDS
+def test_in_place_under_grad_computes_out_of_place(backend: str, device: torch.device) -> None:
+    q, k = draw(device)
+    k = k.detach()
+    before = q.detach().clone(), k.clone()
+    rotated = rope(q, k, *tables(device), inplace=True, backend=backend)
+    assert torch.equal(q, before[0]) and torch.equal(k, before[1])
+    rotated[0].sum().backward()
+    assert q.grad is not None and bool(q.grad.any())
+    with torch.no_grad():
+        assert rope(q, k, *tables(device), inplace=True, backend=backend)[0] is q
+    torch.testing.assert_close(q.detach(), rotated[0].detach())
+
+
+@ALL_BACKENDS
+def test_gradient_of_one_of_the_outputs(backend: str, device: torch.device) -> None:
+    q, k = draw(device)
+    rotated = rope(q, k, *tables(device), backend=backend)
+    expected = reference.rope(q, k, *tables(device))
+    for ours, theirs, given in zip(rotated, expected, (q, k)):
+        (gradient,) = torch.autograd.grad(ours.sin().sum(), given, retain_graph=True)
+        torch.testing.assert_close(gradient, torch.autograd.grad(theirs.sin().sum(), given, retain_graph=True)[0])
+    # An expanded gradient, as a plain sum gives it.
+    torch.testing.assert_close(*(torch.autograd.grad(out[1].sum(), k)[0] for out in (rotated, expected)))
+
+
+@ALL_BACKENDS
+@pytest.mark.parametrize("inplace", [False, True])
+def test_functorch(inplace: bool, backend: str, device: torch.device) -> None:
+    q, k = draw(device)
+
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        rotated = rope(q, k, *tables(device), inplace=inplace, backend=backend)
+        return sum(out.sin().sum() for out in rotated)
+
+    expected = torch.autograd.grad(loss(q, k), (q, k))
+    for ours, theirs in zip(torch.func.grad(loss, argnums=(0, 1))(q.detach(), k.detach()), expected):
+        torch.testing.assert_close(ours, theirs)
+    stacked = torch.stack([q.detach(), 2 * q.detach()])
+    mapped = torch.func.vmap(lambda one: rope(one, None, *tables(device), backend=backend)[0])(stacked)
+    torch.testing.assert_close(mapped[1], rope(stacked[1], None, *tables(device), backend=backend)[0])
+
+
+# --- registration, compilation, modes ---------------------------------------------------------------------------------------------------
+
+
+def test_opcheck(device: torch.device) -> None:
+    q, k = (tensor.detach() for tensor in draw(device))
+    cos, sin = tables(device)
+    op, op_ = torch.ops.pytransformer.rope, torch.ops.pytransformer.rope_
+    torch.library.opcheck(op, (q, k, cos, sin, None, None, 3, None, False, False))
+    torch.library.opcheck(op, (q[:, ::2], None, cos, sin, torch.arange(3, device=device), None, 0, None, True, True))
+    torch.library.opcheck(op_, (q, k, cos, sin, None, torch.tensor([1, 2], device=device), 0, None, False, False))
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+    torch.library.opcheck(op_, (q[0], None, cos, sin, None, None, 0, bounds, True, False))
+
+
+def test_fake_tensors_are_like_the_real_ones(device: torch.device) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q, k = (tensor.detach().transpose(0, 1).contiguous().transpose(0, 1) for tensor in draw(device, BFLOAT16))
+    real = rope(q, k, *tables(device), backend="triton")
+    with FakeTensorMode() as mode:
+        fake = rope(*(mode.from_tensor(tensor) for tensor in (q, k, *tables(device))), backend="triton")
+    for one, other in zip(real, fake):
+        assert (one.shape, one.dtype, one.stride(), one.device) == (
+            other.shape,
+            other.dtype,
+            other.stride(),
+            other.device,
+        )
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_compiles_whole_with_dynamic_shapes(backend: str, device: torch.device) -> None:
+    def block(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offsets: int) -> Tensor:
+        q, k = rope(2 * q, k, cos, sin, offsets=offsets, backend=backend)
+        return q * k
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seqlen, offset in ((6, 3), (9, 7)):
+        q, k = draw(device, tokens=(2, seqlen))
+        expected, actual = (function(q, k, *tables(device), offset) for function in (block, compiled))
+        torch.testing.assert_close(actual, expected)
+        for ours, theirs in zip(*(torch.autograd.grad(out.square().sum(), (q, k)) for out in (actual, expected))):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_in_place_and_packed_compile_whole(backend: str, device: torch.device) -> None:
+    def step(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, offsets: Tensor) -> Tensor:
+        q, _ = rope(q, k, cos, sin, cu_seqlens=cu_seqlens, offsets=offsets, inplace=True, backend=backend)
+        return q + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    bounds, offsets = torch.tensor([0, 5, 6], dtype=torch.int32, device=device), torch.tensor([3, 1], device=device)
+    with torch.no_grad():
+        given = [tensor.detach() for tensor in draw(device, tokens=(6,))]
+        copies = [tensor.clone() for tensor in given]
+        expected, actual = (
+            step(*given, *tables(device), bounds, offsets),
+            compiled(*copies, *tables(device), bounds, offsets),
+        )
+    torch.testing.assert_close(actual, expected)
+    for compiled_tensor, eager_tensor in zip(copies, given):
+        torch.testing.assert_close(compiled_tensor, eager_tensor)
+
+
+@ALL_BACKENDS
+def test_exports(backend: str, device: torch.device) -> None:
+    class Rotation(torch.nn.Module):
+        def forward(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            return rope(q, None, cos, sin, offsets=2, backend=backend)[0]
+
+    arguments = draw(device)[0].detach(), *tables(device)
+    program = torch.export.export(Rotation(), arguments)
+    torch.testing.assert_close(program.module()(*arguments), Rotation()(*arguments))
+
+
+class _Seen(TorchDispatchMode):
+    """Names of the ops that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_registered_ops(device: torch.device) -> None:
+    q, k = draw(device)
+    expected = rope(q, k, *tables(device), backend="triton")
+    with _Seen() as seen:
+        again = rope(q, k, *tables(device), backend="triton")
+        torch.autograd.grad(again[0].sum(), q)
+        with torch.no_grad():
+            inside = rope(q, k, *tables(device), inplace=True, backend="triton")
+    assert seen.names.count("pytransformer.rope.default") == 2 and "pytransformer.rope_.default" in seen.names
+    for one, two, three in zip(expected, again, inside):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_plain_tensors_skip_the_dispatcher(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    class _Refused:
+        def __getattr__(self, name: str) -> object:
+            raise AssertionError("went through the dispatcher")
+
+    q, k = draw(device)
+    monkeypatch.setattr(torch.ops, "pytransformer", _Refused())
+    torch.autograd.grad(rope(q, k, *tables(device), backend="triton")[0].sum(), q)
+    with torch.no_grad():
+        for inplace in (False, True):
+            rope(q, k, *tables(device), inplace=inplace, backend="triton")
+
+
+@ALL_BACKENDS
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
+def test_autocast_does_not_change_the_dtype(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    q, k = draw(device, dtype)
+    expected = rope(q, k, *tables(device), backend=backend)
+    with torch.autocast(device.type, BFLOAT16):
+        actual = rope(q, k, *tables(device), backend=backend)
+        (gradient,) = torch.autograd.grad(actual[0].sum(), q)
+    assert torch.equal(gradient, torch.autograd.grad(expected[0].sum(), q)[0])
+    assert all(a.dtype == dtype and torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+@ALL_BACKENDS
+@pytest.mark.parametrize("tokens", [(0, 5), (2, 0), (0,)])
+def test_nothing_to_rotate(tokens: tuple[int, ...], backend: str, device: torch.device) -> None:
+    q, k = draw(device, tokens=tokens)
+    rotated = rope(q, k, *tables(device), backend=backend)
+    assert rotated[0].shape == q.shape and rotated[1].shape == k.shape
+    rotated[0].sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_choice(device: torch.device) -> None:
+    q, k = (tensor.detach() for tensor in draw(device))
+    cos, sin = tables(device)
+    with use_backend("reference"):
+        assert torch.equal(rope(q, k, cos, sin)[0], reference.rope(q, k, cos, sin)[0])
+    default = "triton" if device.type == "cuda" else "torch"
+    assert torch.equal(rope(q, k, cos, sin)[0], rope(q, k, cos, sin, backend=default)[0])
+    with pytest.raises(NotImplementedError, match="rope: backend 'triton' cannot serve this call: float64"):
+        rope(q.double(), None, cos, sin, backend="triton")
+    assert rope(q.double(), None, cos.double(), sin.double())[0].dtype == torch.float64
+    assert pytransformer.rope is rope
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------------------------
+
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 8},
+    "longrope": {
+        **{"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        **{"factor": 4.0, "original_max_position_embeddings": 8},
+    },
+}
+
+
+@pytest.mark.parametrize("scaling", [None, *SCALINGS])
+def test_tables(scaling: str | None, device: torch.device) -> None:
+    made = rope_tables(8, 20, base=500.0, scaling=SCALINGS.get(scaling), device=device)
+    expected = reference.rope_tables(8, 20, base=500.0, scaling=SCALINGS.get(scaling))
+    for ours, theirs in zip(made, expected):
+        assert ours.shape == (20, 4) and ours.dtype == FLOAT32 and ours.device.type == device.type
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "rotary_dim must be an int, got 8.0 (float)", {"rotary_dim": 8.0}),
+        (ValueError, "rotary_dim must be at least 2, got 0", {"rotary_dim": 0}),
+        (ValueError, "rotary_dim must be even (features rotate in pairs), got 7", {"rotary_dim": 7}),
+        (TypeError, "length must be an int, got None (NoneType)", {"length": None}),
+        (ValueError, "length must be at least 0, got -1", {"length": -1}),
+        (ValueError, "base must be greater than 0, got 0", {"base": 0}),
+        (ValueError, "base must be finite, got nan", {"base": float("nan")}),
+        (TypeError, "scaling must be a mapping or None, got 'yarn' (str)", {"scaling": "yarn"}),
+        (ValueError, "scaling: rope_type must be one of", {"scaling": {"rope_type": "spiral"}}),
+        (ValueError, "scaling: rope_type 'linear' needs the keys ['factor']", {"scaling": {"rope_type": "linear"}}),
+        (ValueError, "scaling['factor'] must be greater than 0, got -2", {"scaling": {"rope_type": "linear", "factor": -2}}),
+        (TypeError, "scaling['factor'] must be a number, got '2' (str)", {"scaling": {"rope_type": "linear", "factor": "2"}}),
+        (
+            ValueError,
+            "scaling['long_factor'][1] must be greater than 0, got 0.0",
+            {"scaling": {**SCALINGS["longrope"], "long_factor": [1.0, 0.0, 1.0, 1.0]}},
+        ),
+        (
+            ValueError,
+            "scaling: rope_type 'ntk' needs a rotary_dim of at least 4, got 2",
+            {"rotary_dim": 2, "scaling": {"rope_type": "ntk", "factor": 2.0}},
+        ),
+        (
+            ValueError,
+            "scaling: low_freq_factor must be below high_freq_factor, got 4.0 and 1.0",
+            {"scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8}},
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_tables(error: type[Exception], message: str, arguments: dict[str, object]) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        rope_tables(**{"rotary_dim": 8, "length": 16, **arguments})
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------------------------
+
+Q, K = torch.ones(2, 6, 3, 12), torch.ones(2, 6, 1, 12)
+COS, SIN = reference.rope_tables(8, LENGTH)
+PACKED = {"q": torch.ones(6, 3, 12), "k": None}
+INTS = torch.arange(6)
+BAD_INPUT = [
+    (TypeError, "q must be a torch.Tensor, got None (NoneType)", {"q": None}),
+    (TypeError, "q must be of dtype float32 or float16 or bfloat16 or float64, got int64", {"q": Q.long()}),
+    (ValueError, "q must have 3 or 4 dimensions: (batch, seqlen, num_heads, head_dim) or packed", {"q": Q[0, 0]}),
+    (
+        ValueError,
+        "q must be contiguous in its last dimension (stride 1)",
+        {"q": Q.transpose(2, 3).contiguous().transpose(2, 3)},
+    ),
+    (TypeError, "k must be of dtype", {"k": K.int()}),
+    (ValueError, "k must have 4 dimensions", {"k": K[0]}),
+    (ValueError, "k must be on cpu like the other tensors, got meta", {"k": K.to("meta")}),
+    (TypeError, "k must have the dtype of q (float32), got float16", {"k": K.half()}),
+    (
+        ValueError,
+        "k must have shape of q, except in the number of heads, = (2, 6, any, 12), got (2, 5, 1, 12)",
+        {"k": K[:, 1:]},
+    ),
+    (
+        ValueError,
+        "k must have shape of q, except in the number of heads, = (2, 6, any, 12), got (2, 6, 1, 8)",
+        {"k": K[..., :8]},
+    ),
+    (ValueError, "k must be contiguous in its last dimension", {"k": torch.ones(2, 6, 12, 2).transpose(2, 3)}),
+    (TypeError, "cos must be a torch.Tensor, got 0.5 (float)", {"cos": 0.5}),
+    (TypeError, "cos must be of dtype float32, got bfloat16", {"cos": COS.bfloat16()}),
+    (TypeError, "sin must be of dtype float32, got float64", {"sin": SIN.double()}),
+    (ValueError, "cos must have 2 dimensions: (length, rotary_dim / 2), got shape (1, 24, 4)", {"cos": COS[None]}),
+    (ValueError, "sin must have shape of cos = (24, 4), got (24, 3)", {"sin": SIN[:, :3]}),
+    (ValueError, "sin must be contiguous in its last dimension", {"sin": SIN.t().contiguous().t()}),
+    (ValueError, "sin must be on cpu like the other tensors, got meta", {"sin": SIN.to("meta")}),
+    (
+        ValueError,
+        "cos must have shape (length, rotary_dim / 2) with rotary_dim from 2 to q's head_dim (12), got (24, 7), that is rotary_dim 14",
+        {"cos": torch.ones(24, 7), "sin": torch.ones(24, 7)},
+    ),
+    (ValueError, "got (24, 0), that is rotary_dim 0", {"cos": torch.ones(24, 0), "sin": torch.ones(24, 0)}),
+    (NotImplementedError, "rope has no gradient for cos, which requires grad", {"cos": COS.clone().requires_grad_()}),
+    (
+        ValueError,
+        "cos and sin must have a row for each position: 4 (offsets) + 6 (tokens) rows, got 9",
+        {"cos": COS[:9], "sin": SIN[:9], "offsets": 4},
+    ),
+    (TypeError, "offsets must be an int, got 1.0 (float)", {"offsets": 1.0}),
+    (ValueError, "offsets must be at least 0, got -1", {"offsets": -1}),
+    (TypeError, "offsets must be of dtype int32 or int64, got float32", {"offsets": torch.ones(2)}),
+    (ValueError, "offsets must have shape (batch,) = (2), got (3,)", {"offsets": torch.tensor([0, 1, 2])}),
+    (ValueError, "offsets must hold positions from 0 to", {"offsets": torch.tensor([0, -3])}),
+    (
+        ValueError,
+        "offsets must leave room in the 24 rows of cos and sin: sequence 1 ends at position 25 (offset 19)",
+        {"offsets": torch.tensor([18, 19])},
+    ),
+    (TypeError, "positions must be of dtype int32 or int64, got float32", {"positions": torch.ones(6)}),
+    (
+        ValueError,
+        "positions must have shape (seqlen) or (batch, seqlen) = (6,) or (2, 6), got (5,)",
+        {"positions": INTS[1:]},
+    ),
+    (ValueError, "positions must have shape (total) = (6,), got (2, 6)", {**PACKED, "positions": INTS.expand(2, 6)}),
+    (ValueError, "positions must hold rows of cos and sin from 0 to 23, got 24 at index [5]", {"positions": INTS + 19}),
+    (ValueError, "positions must hold rows of cos and sin from 0 to 23, got -1 at index [0]", {"positions": INTS - 1}),
+    (ValueError, "offsets must not be given together with positions, got 2 (int)", {"positions": INTS, "offsets": 2}),
+    (ValueError, "cu_seqlens needs packed q and k (total, num_heads, head_dim)", {"cu_seqlens": torch.tensor([0, 6])}),
+    (TypeError, "cu_seqlens must be of dtype int32, got int64", {**PACKED, "cu_seqlens": torch.tensor([0, 6])}),
+    (ValueError, "cu_seqlens must start at 0", {**PACKED, "cu_seqlens": torch.tensor([0, 4, 2, 6], dtype=torch.int32)}),
+    (
+        ValueError,
+        "cos and sin must have a row for each position: 20 (offsets) + 5 (tokens) rows, got 24",
+        {**PACKED, "cu_seqlens": torch.tensor([0, 5, 6], dtype=torch.int32), "offsets": 20},
+    ),
+    (TypeError, "interleaved must be True or False, got 1 (int)", {"interleaved": 1}),
+    (TypeError, "inplace must be True or False, got 'yes' (str)", {"inplace": "yes"}),
+    (
+        ValueError,
+        "q must not be expanded for inplace=True: elements share memory",
+        {"q": Q[:1].expand(2, 6, 3, 12), "inplace": True},
+    ),
+    (ValueError, "backend must be one of 'cuda', 'triton', 'torch', 'reference', got 'gpu'", {"backend": "gpu"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"), BAD_INPUT, ids=[message[:40] for _, message, _ in BAD_INPUT]
+)
+def test_bad_input(error: type[Exception], message: str, arguments: dict[str, object]) -> None:
+    given = {"q": Q, "k": K, "cos": COS, "sin": SIN, **arguments}
+    with pytest.raises(error, match=re.escape(message)):
+        rope(**given)
