@@ -10,8 +10,14 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import attention_torch
-from pytransformer.ops.attention_checks import AttentionCall, check_attention
-from pytransformer.ops.autograd import is_recorded, records_backward, refuse_double_backward, vmap_by_loop
+from pytransformer.ops.attention_checks import AttentionCall, check_attention, is_autocasting
+from pytransformer.ops.autograd import (
+    autograd_inside_an_op,
+    is_recorded,
+    records_backward,
+    refuse_double_backward,
+    vmap_by_loop,
+)
 from pytransformer.ops.backend import (
     BackendChoice,
     Candidate,
@@ -120,7 +126,7 @@ def attention(
     chosen = CHOICE.select(call, call.q.device.type, named)
     if chosen == "reference" and named is None:
         warn_once(_materialises(call))
-    if torch.is_autocast_enabled(call.q.device.type):
+    if is_autocasting(call.q.device.type):
         # q, k and v have been cast; what a backend computes in float32 inside must stay so.
         with torch.autocast(call.q.device.type, enabled=False):
             return _run(call, chosen)
@@ -365,7 +371,7 @@ def _recompute(
     inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in differentiable]
     q, k, v, bias, sinks = inputs
     assert q is not None and k is not None and v is not None
-    with torch.enable_grad():
+    with autograd_inside_an_op():
         out, lse = _composite(
             call._replace(q=q, k=k, v=v, bias=call.bias if bias is None else bias, sinks=sinks), backend
         )

@@ -247,9 +247,13 @@ def _dropout_seed(value: Any, device: torch.device) -> int | Tensor | None:
     return checks.check_int("dropout_seed", value, minimum=-(2**63), maximum=2**64 - 1)
 
 
+def is_autocasting(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device (some, like "meta", have none to ask about)."""
+    return device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type)
+
+
 def autocast_to_lower(tensor: Tensor) -> Tensor:
     """The tensor in autocast's dtype where autocast is on; float64 is left alone, as torch leaves it."""
-    device_type = tensor.device.type
-    if not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
+    if not is_autocasting(tensor.device.type) or tensor.dtype == torch.float64:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

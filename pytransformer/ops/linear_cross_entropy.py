@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import checks
-from pytransformer.ops.attention_checks import autocast_to_lower
+from pytransformer.ops.attention_checks import autocast_to_lower, is_autocasting
 from pytransformer.ops.autograd import is_recorded, records_backward, refuse_double_backward, vmap_by_loop
 from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, requested_backend, serves_all
 
@@ -83,7 +83,7 @@ def linear_cross_entropy(
     x, weight, bias = _check_tensors(x, weight, targets, bias)
     options = _check_options(targets, weight.shape[0], ignore_index, label_smoothing, softcap, z_loss, reduction)
     chosen = CHOICE.select(None, x.device.type, requested_backend(backend))
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocasting(x.device.type):
         # x, weight and bias have been cast; the float32 parts must stay float32.
         with torch.autocast(x.device.type, enabled=False):
             return _run(x, weight, targets, bias, options, reduction, chosen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from pytransformer.verification import measure
 from pytransformer.verification.cases import FLOATS

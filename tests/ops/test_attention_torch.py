@@ -1,0 +1,155 @@
+"""The path through scaled_dot_product_attention: it stays in the fused kernel, builds small masks and costs next to nothing itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pytransformer.ops import attention_torch
+from pytransformer.ops.attention import attention
+from pytransformer.ops.attention_checks import AttentionCall
+from tests.ops.attention_cases import BY_NAME, UNSERVED_BY_TORCH, packed_qkv, qkv
+
+
+class Calls(TorchDispatchMode):
+    """Names of the attention kernels that ran, and the largest number of elements that any op returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "attention" in str(function):
+            self.kernels.append(function.__name__)
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in UNSERVED_BY_TORCH])
+def test_every_case_runs_in_the_fused_cpu_kernel(name):
+    """Without a gradient of the bias, which only the unfused path has."""
+    with Calls() as calls, torch.no_grad():
+        BY_NAME[name].actual(BY_NAME[name].inputs(1), "torch")
+    assert calls.kernels
+    assert set(calls.kernels) == {"_scaled_dot_product_flash_attention_for_cpu.default"}
+
+
+def test_masks_are_built_at_the_smallest_shape():
+    """Never (batch, heads, seqlen_q, seqlen_k)."""
+    tensors = qkv(3, 40, 40, 4, 4, 8)
+    with Calls() as calls, torch.no_grad():
+        attention(**tensors, causal=True, window=(7, 0), backend="torch")
+    assert calls.largest <= 3 * 40 * 4 * 8
+    with Calls() as calls, torch.no_grad():
+        attention(**tensors, key_padding_mask=torch.ones(3, 40, dtype=torch.bool), backend="torch")
+    assert calls.largest <= 3 * 40 * 4 * 8
+
+
+def test_windows_that_cut_nothing_need_no_mask():
+    for options in ({}, {"causal": True}, {"window": (6, -1)}, {"window": (9, 9)}, {"causal": True, "window": (20, 3)}):
+        with Calls() as calls, torch.no_grad():
+            attention(**qkv(), **options, backend="torch")
+        # One attention and nothing else: arange, comparisons and masks would show as more ops on (seqlen, seqlen).
+        assert calls.kernels == ["_scaled_dot_product_flash_attention_for_cpu.default"]
+    with Calls() as calls, torch.no_grad():
+        attention(**qkv(seqlen_q=1, seqlen_k=9), causal=True, backend="torch")  # a decode step sees all keys
+    assert calls.largest == 2 * 9 * 2 * 16 // 9 * 9 or calls.largest <= 2 * 9 * 2 * 16
+
+
+class OnGpu:
+    """Stands in for a CUDA tensor where only its kind is asked for."""
+
+    is_cuda = True
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "reason"),
+    [
+        (
+            torch.bfloat16,
+            {"cu_seqlens_q": torch.tensor([0, 1])},
+            "cannot be read back from the GPU without synchronising",
+        ),
+        (torch.bfloat16, {"deterministic": True}, r"deterministic by torch.use_deterministic_algorithms\(True\) only"),
+        (torch.float16, {"alibi_slopes": torch.ones(2)}, "would round alibi_slopes' bias to q's dtype"),
+        (torch.bfloat16, {"bias": torch.ones(2, 2)}, r"take a bias of q's dtype \(bfloat16\) only, got float32"),
+        (torch.float32, {"alibi_slopes": torch.ones(2)}, None),
+        (torch.bfloat16, {"bias": torch.ones(2, 2).bfloat16(), "causal": True}, None),
+    ],
+)
+def test_what_it_leaves_to_others_on_a_gpu(dtype, options, reason):
+    stand_in = OnGpu(dtype)
+    found = attention_torch.why_not(AttentionCall(stand_in, stand_in, stand_in, **options))
+    if reason is None:
+        assert found is None
+    else:
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(found)
+
+
+def test_threads_choose_for_themselves(device):
+    """Two threads with different backends at the same time."""
+    from pytransformer.ops.backend import requested_backend, use_backend
+
+    barrier = threading.Barrier(2)
+    seen = {}
+
+    def work(name):
+        with use_backend(name):
+            barrier.wait()
+            seen[name] = requested_backend(None)
+            barrier.wait()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("torch", "reference")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"torch": "torch", "reference": "reference"}
+    assert requested_backend(None) is None
+
+
+def test_long_packed_documents_never_meet(device):
+    """A NaN in one document stays there."""
+    if device.type == "cuda":
+        pytest.skip("scaled_dot_product_attention takes no packed sequences on a GPU")
+    packed = packed_qkv([40, 24], [40, 24])
+    packed["v"][:40] = torch.nan
+    out = attention(**packed, causal=True, backend="torch")
+    assert out[:40].isnan().all()
+    assert out[40:].isfinite().all()
+
+
+@pytest.mark.slow
+def test_the_wrapper_costs_less_than_five_percent_of_a_training_step():
+    """batch 8 × 256 tokens × 4 heads, forward and backward, against the bare function; the best of many alternating runs."""
+    tensors = [tensor.requires_grad_() for tensor in qkv(8, 256, 256, 4, 4, 64).values()]
+
+    def bare():
+        out = F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in tensors), is_causal=True).transpose(
+            1, 2
+        )
+        return torch.autograd.grad(out.sum(), tensors)
+
+    def ours():
+        return torch.autograd.grad(attention(*tensors, causal=True).sum(), tensors)
+
+    times = {bare: [], ours: []}
+    for _ in range(25):
+        for function, measured in times.items():
+            start = time.perf_counter()
+            function()
+            measured.append(time.perf_counter() - start)
+    assert min(times[ours]) < 1.05 * min(times[bare])
