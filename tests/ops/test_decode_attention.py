@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -90,7 +89,7 @@ def test_options_of_triton_reach_the_kernel(device):
     check_contract(case, "triton", device)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(data=st.data())
 def test_any_shape(data, device):
     """Shapes and options drawn by hypothesis, torch and the interpreted kernels against float64."""
@@ -110,13 +109,13 @@ def test_any_shape(data, device):
         page_size=data.draw(st.integers(0, 9)),
         options=options,
     )
-    inputs = draw(case, data.draw(st.integers(0, 99)), device)
-    exact, plain = golden(inputs, case, torch.float64)[0], golden(inputs, case, case.dtype)[0]
     for backend in ("triton", "reference" if refuses("torch", device) else "torch"):
         contract = Contract(case.dtype)
-        actual = decode_attention(**inputs.tensors, **inputs.options, backend=backend)
-        # One seed is no pool: a single example may be as far off as an unlucky plain one, never as far as a wrong mask.
-        contract.add("out", actual=actual, plain=plain + 1e-5 * (plain != 0), golden=exact)
+        for seed in range(SEEDS):
+            inputs = draw(case, seed, device)
+            actual = decode_attention(**inputs.tensors, **inputs.options, backend=backend)
+            exact, plain = golden(inputs, case, torch.float64)[0], golden(inputs, case, case.dtype)[0]
+            contract.add("out", actual=actual, plain=plain, golden=exact)
         contract.check()
 
 
@@ -405,7 +404,7 @@ def test_compile(backend, device):
     def compiled(q, k_cache, v_cache, cache_seqlens):
         return decode_attention(q * 2, k_cache, v_cache, cache_seqlens, window=(9, -1), backend=backend)
 
-    for batch, seqlen_q, capacity in itertools.product((3, 6), (5, 7), (20, 31)):
+    for batch, seqlen_q, capacity in ((3, 5, 20), (6, 7, 31)):
         q, cache = (
             torch.randn(batch, seqlen_q, 4, 16, device=device),
             torch.randn(batch, capacity, 2, 16, device=device),
