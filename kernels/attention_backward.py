@@ -2,11 +2,12 @@
 
 Two kernels, each looping over what its own tile meets, so nothing is added atomically and every run gives the same bits:
 
-1. per query tile: ``delta = rowsum(dout ∘ out) - dlse`` (kept for the second kernel), ``ds = p ∘ (dp - delta)`` with ``dp = dout vᵀ``,
-   ``dq = scale · ds k``;
+1. per query tile: ``delta = rowsum(dout ∘ out) - dlse`` and what to subtract from the scores, both kept for the other kernels;
+   ``ds = p ∘ (dp - delta)`` with ``dp = dout vᵀ``; ``dq = scale · ds k``;
 2. per key tile, for every query head of its GQA group: ``dv = pᵀ dout``, ``dk = scale · dsᵀ q``.
 
-Cost: 7 matrix products against the forward's 2 (s and dp are formed in both kernels): 14 · batch · heads · Lq · Lk · d FLOP, half if causal.
+Cost: 7 matrix products against the forward's 2 (s and dp are formed in both kernels), 14 · batch · heads · Lq · Lk · d FLOP, half of it
+if causal.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from .attention_bias_gradient import attention_bias_gradient, is_broadcast
 from .attention_common import LOG2E
 from .attention_forward import slots_per_group
 from .launch import COMMON_OPTIONS, device_limits, on_device
+
+# |lse| from which on rows are normalised again: float32's rounding of it is then felt in the weights of float32 and of 16-bit inputs.
+LARGE_LSE_FLOAT32 = 64.0
+LARGE_LSE_16_BIT = 8192.0
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ def attention_backward_dq_kernel(
     v_ptr, stride_v_batch, stride_v_seq, stride_v_head,
     out_ptr, stride_out_batch, stride_out_seq, stride_out_head,
     dq_ptr, stride_dq_batch, stride_dq_seq, stride_dq_head,
-    lse_ptr, dlse_ptr, delta_ptr, stride_lse_batch, stride_lse_head,
+    lse_ptr, dlse_ptr, delta_ptr, shift_ptr, norm_ptr, stride_lse_batch, stride_lse_head,
     dbias_ptr, stride_dbias_batch, stride_dbias_head, stride_dbias_row,
-    dsinks_ptr,
+    dsinks_ptr, large_lse,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     bias_ptr, stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_col,
     mask_ptr, stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_col,
@@ -71,7 +76,7 @@ def attention_backward_dq_kernel(
     softmax_scale, softcap, window_left, window_right, dropout_last_out, dropout_scale,
     HEADS_PER_KV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SCALE_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STREAMED: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
 
@@ -120,8 +125,8 @@ def attention_backward_dq_kernel(
         seed = tl.load(dropout_seed_ptr)
         offset = tl.load(dropout_seed_ptr + 1)
 
-    # delta and lse of the rows; a row that saw nothing gets p = 0 from lse = inf, and no gradient whatever flows into its lse (a merge of
-    # two partial results may well send NaN).
+    # A row that saw nothing gets p = 0 from a shift of inf, and no gradient whatever flows into its lse (a merge of two partial results
+    # may well send NaN).
     offs_m = common.tile_offsets(BLOCK_M, WIDE)
     offs_n = common.tile_offsets(BLOCK_N, WIDE)
     offs_d = tl.arange(0, BLOCK_D)
@@ -135,65 +140,86 @@ def attention_backward_dq_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + first_statistic + offs_m, mask=row_exists, other=0.0)
     delta = tl.where(lse == float("-inf"), 0.0, delta)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    tl.store(delta_ptr + first_statistic + offs_m, delta, mask=row_exists)
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-        tl.store(dsinks_ptr, -tl.sum(tl.exp2(sink - lse) * delta, 0))
-
     q = common.load_tile(q_ptr, stride_q_seq, rows_left, offs_m, offs_d, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    factor = LOG2E
-    if not SCALE_FIRST:
-        factor = softmax_scale * LOG2E
+    factor = softmax_scale * LOG2E
     bounds = common.tile_ranges(
         start_m, tl.minimum(start_m + BLOCK_M, seqlen_q) - 1, seqlen_k - seqlen_q - window_left, seqlen_k - seqlen_q + window_right,
         seqlen_k, BLOCK_N, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
+    shift = tl.where(lse == float("-inf"), float("inf"), lse)
+    norm = tl.zeros([BLOCK_M], tl.float32)
+    if SCALE_FIRST:
+        # Far from 0 a float32 lse loses the logarithm of the sum: a row whose scores are all -1e9 would weigh each key 1. Such rows (rare:
+        # masks made of large finite numbers; float32 with very large logits) are normalised again.
+        if tl.max(tl.where(lse == float("-inf"), 0.0, tl.abs(lse)), 0) > large_lse:
+            row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            row_sum = tl.zeros([BLOCK_M], tl.float32)
+            if sinks_ptr is not None:
+                row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32)
+                row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+            for tile_n in range(bounds[0], bounds[3]):
+                start_n = tile_n * BLOCK_N
+                k_tile_ptr = k_ptr + tl.cast(start_n, tl.int64) * stride_k_seq
+                keys_left = seqlen_k - start_n
+                k = common.load_tile(k_tile_ptr, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, True)
+                scores = common.row_products(
+                    q, q_ptr, stride_q_seq, rows_left, offs_m, k, k_tile_ptr, stride_k_seq, keys_left, offs_n, HEAD_DIM, PRECISION, STREAMED
+                )  # fmt: skip
+                scores = common.scaled_scores(scores, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
+                scores = common.score_terms(
+                    scores, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k,
+                    bias_ptr, stride_bias_row, stride_bias_col, mask_ptr, stride_mask_row, stride_mask_col,
+                    padding_ptr, stride_padding_col, alibi_slope, window_left, window_right, True, HAS_LEFT, HAS_RIGHT,
+                )  # fmt: skip
+                new_max = tl.maximum(row_max, tl.max(scores, 1))
+                origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+                p = common.exponentials(scores, origin[:, None], factor, SCALE_FIRST)
+                row_sum = row_sum * common.exponentials(row_max, origin, factor, SCALE_FIRST) + tl.sum(p, 1)
+                row_max = new_max
+            shift = tl.where(row_sum == 0.0, float("inf"), row_max)
+            norm = tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))
+        tl.store(norm_ptr + first_statistic + offs_m, norm, mask=row_exists)
+    else:
+        shift = shift * LOG2E
+    tl.store(delta_ptr + first_statistic + offs_m, delta, mask=row_exists)
+    tl.store(shift_ptr + first_statistic + offs_m, shift, mask=row_exists)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        tl.store(dsinks_ptr, -tl.sum(common.weights(sink, shift, norm, LOG2E, SCALE_FIRST) * delta, 0))
+
     for run in tl.static_range(0 if HAS_LEFT else 1, 3):
         for tile_n in range(bounds[run], bounds[run + 1]):
             start_n = tile_n * BLOCK_N
             first_key = tl.cast(start_n, tl.int64)
             keys_left = seqlen_k - start_n
-            k = common.load_tile(
-                k_ptr + first_key * stride_k_seq, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, run != 1
-            )
-            v = common.load_tile(
-                v_ptr + first_key * stride_v_seq,
-                stride_v_seq,
-                keys_left,
-                offs_n,
-                offs_dv,
-                VALUE_DIM,
-                BLOCK_DV,
-                run != 1,
-            )
-            capped = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            k_tile_ptr = k_ptr + first_key * stride_k_seq
+            v_tile_ptr = v_ptr + first_key * stride_v_seq
+            k = common.load_tile(k_tile_ptr, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, run != 1)
+            v = common.load_tile(v_tile_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, run != 1)
+            capped = common.row_products(
+                q, q_ptr, stride_q_seq, rows_left, offs_m, k, k_tile_ptr, stride_k_seq, keys_left, offs_n, HEAD_DIM, PRECISION, STREAMED
+            )  # fmt: skip
             capped = common.scaled_scores(capped, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
             scores = common.score_terms(
-                capped, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k, bias_ptr, stride_bias_row, stride_bias_col,
-                mask_ptr, stride_mask_row, stride_mask_col, padding_ptr, stride_padding_col, alibi_slope, window_left, window_right,
-                run != 1, HAS_LEFT, HAS_RIGHT,
+                capped, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k,
+                bias_ptr, stride_bias_row, stride_bias_col, mask_ptr, stride_mask_row, stride_mask_col,
+                padding_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
-            p = tl.exp2(scores * factor - lse[:, None])
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            p = common.weights(scores, shift[:, None], norm[:, None], factor, SCALE_FIRST)
+            dp = common.row_products(
+                dout, dout_ptr, stride_dout_seq, rows_left, offs_m, v, v_tile_ptr, stride_v_seq, keys_left, offs_n,
+                VALUE_DIM, PRECISION, STREAMED,
+            )  # fmt: skip
             if dropout_seed_ptr is not None:
-                keep = common.dropout_keep(
-                    seed, offset, sequence * num_heads + head, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N
-                )
+                slot = sequence * num_heads + head
+                keep = common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
             ds = p * (dp - delta[:, None])
             if dbias_ptr is not None:
-                dbias_ptrs = (
-                    dbias_ptr
-                    + (start_m + offs_m)[:, None].to(tl.int64) * stride_dbias_row
-                    + (start_n + offs_n)[None, :]
-                )
-                tl.store(
-                    dbias_ptrs,
-                    ds.to(dbias_ptr.dtype.element_ty),
-                    mask=row_exists[:, None] & (offs_n[None, :] < keys_left),
-                )
+                dbias_rows_ptr = dbias_ptr + (start_m + offs_m)[:, None].to(tl.int64) * stride_dbias_row
+                inside = row_exists[:, None] & (offs_n[None, :] < keys_left)
+                tl.store(dbias_rows_ptr + (start_n + offs_n)[None, :], ds.to(dbias_ptr.dtype.element_ty), mask=inside)
             if HAS_SOFTCAP:
                 ds = ds * common.softcap_slope(capped, softcap)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -208,7 +234,7 @@ def attention_backward_dkv_kernel(
     v_ptr, stride_v_batch, stride_v_seq, stride_v_head,
     dk_ptr, stride_dk_batch, stride_dk_seq, stride_dk_head,
     dv_ptr, stride_dv_batch, stride_dv_seq, stride_dv_head,
-    lse_ptr, delta_ptr, stride_lse_batch, stride_lse_head,
+    delta_ptr, shift_ptr, norm_ptr, stride_lse_batch, stride_lse_head,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     bias_ptr, stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_col,
     mask_ptr, stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_col,
@@ -219,7 +245,7 @@ def attention_backward_dkv_kernel(
     softmax_scale, softcap, window_left, window_right, dropout_last_out, dropout_scale,
     HEADS_PER_KV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SCALE_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STREAMED: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
 
@@ -263,9 +289,7 @@ def attention_backward_dkv_kernel(
     v = common.load_tile(v_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    factor = LOG2E
-    if not SCALE_FIRST:
-        factor = softmax_scale * LOG2E
+    factor = softmax_scale * LOG2E
     bounds = common.tile_ranges(
         start_n, tl.minimum(start_n + BLOCK_N, seqlen_k) - 1, seqlen_q - seqlen_k - window_right, seqlen_q - seqlen_k + window_left,
         seqlen_q, BLOCK_M, HAS_RIGHT, HAS_LEFT,
@@ -285,9 +309,11 @@ def attention_backward_dkv_kernel(
                 dout_tile_ptr, stride_dout_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, run != 1
             )
             statistic = first_statistic + head * stride_lse_head + first_row
-            lse = tl.load(lse_ptr + statistic + offs_m, mask=offs_m < rows_left, other=float("-inf"))
+            shift = tl.load(shift_ptr + statistic + offs_m, mask=offs_m < rows_left, other=float("inf"))
+            norm = shift
+            if SCALE_FIRST:
+                norm = tl.load(norm_ptr + statistic + offs_m, mask=offs_m < rows_left, other=0.0)
             delta = tl.load(delta_ptr + statistic + offs_m, mask=offs_m < rows_left, other=0.0)
-            lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
             bias_head_ptr = None
             mask_head_ptr = None
             padding_row_ptr = None
@@ -302,21 +328,30 @@ def attention_backward_dkv_kernel(
                 alibi_slope = tl.load(alibi_ptr + sequence * stride_alibi_batch + head * stride_alibi_head).to(
                     tl.float32
                 )
-            capped = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: (BLOCK_N, BLOCK_M)
+            # Transposed, (BLOCK_N, BLOCK_M). float32 forms it as the dq kernel does: the same bits, felt where a logit is large.
+            if EXACT:
+                capped = common.row_products(
+                    q, q_tile_ptr, stride_q_seq, rows_left, offs_m, k, k_ptr, stride_k_seq, keys_left, offs_n, HEAD_DIM, PRECISION, STREAMED
+                )  # fmt: skip
+                capped = tl.trans(capped)
+            else:
+                capped = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             capped = common.scaled_scores(capped, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
             scores = common.score_terms(
                 capped, (start_m + offs_m)[None, :], (start_n + offs_n)[:, None], seqlen_q, seqlen_k,
                 bias_head_ptr, stride_bias_row, stride_bias_col, mask_head_ptr, stride_mask_row, stride_mask_col,
                 padding_row_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
-            p = tl.exp2(scores * factor - lse[None, :])
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            p = common.weights(scores, shift[None, :], norm[None, :], factor, SCALE_FIRST)
+            dp = common.row_products(
+                v, v_ptr, stride_v_seq, keys_left, offs_n, dout, dout_tile_ptr, stride_dout_seq, rows_left, offs_m,
+                VALUE_DIM, PRECISION, STREAMED,
+            )  # fmt: skip
             kept = p
             if dropout_seed_ptr is not None:
                 slot = sequence * num_heads + head
-                keep = tl.trans(
-                    common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
-                )
+                keep = common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
+                keep = tl.trans(keep)
                 kept = tl.where(keep, p * dropout_scale, 0.0)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
             dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -358,6 +393,7 @@ def attention_backward(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     allow_tf32: bool = False,
+    want_dbias: bool = True,
     config: BackwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Runs both kernels on checked tensors: the arguments of ``attention_forward``, what it returned, and the gradients of that.
@@ -366,9 +402,11 @@ def attention_backward(
         dout: gradient of out, any strides.
         out, lse: what ``attention_forward`` returned for the same arguments.
         dlse: gradient of lse, or None for 0.
+        want_dbias: False where the bias needs no gradient.
 
     Returns:
-        dq, dk, dv, contiguous, in the dtypes of q, k, v; dbias shaped like bias or None without bias; dsinks or None without sinks.
+        dq, dk, dv, contiguous, in the dtypes of q, k, v; dbias shaped like bias, or None where there is none or it is not wanted;
+        dsinks, or None without sinks.
     """
     shape = common.geometry(q, k, v, cu_seqlens_q)
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
@@ -394,12 +432,18 @@ def attention_backward(
     out = out if out.stride(-1) == 1 else out.contiguous()
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    delta = torch.empty_like(lse)
+    delta, lse_shift = torch.empty_like(lse), torch.empty_like(lse)
+    lse_norm = torch.empty_like(lse) if options.constexprs["SCALE_FIRST"] else None
+    row_statistics = (delta, lse_shift, lse_norm, *common.statistic_strides(lse))
     num_tiles_q, num_slots_q = shape.tiles(shape.seqlen_q, config.q_block_m), shape.slots(shape.num_heads)
     num_tiles_k, num_slots_k = shape.tiles(shape.seqlen_k, config.kv_block_n), shape.slots(shape.num_kv_heads)
-    shared_bias = bias is not None and any(is_broadcast(bias, shape))
+    shared_bias = bias is not None and want_dbias and any(is_broadcast(bias, shape))
     # Tiles that nothing sees are not visited: their scores have no gradient.
-    dbias = None if bias is None or shared_bias else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    dbias = (
+        None
+        if bias is None or shared_bias or not want_dbias
+        else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    )
     dsinks = None if sinks is None else torch.zeros(num_slots_q, num_tiles_q, dtype=torch.float32, device=q.device)
     inputs = (
         dout,
@@ -420,9 +464,9 @@ def attention_backward(
                 *inputs,
                 out, *common.row_strides(out),
                 dq, *common.row_strides(dq),
-                lse, dlse, delta, *common.statistic_strides(lse),
+                lse, dlse, *row_statistics,
                 dbias, *common.strides_of(dbias, 4)[:3],
-                dsinks,
+                dsinks, LARGE_LSE_FLOAT32 if q.dtype == torch.float32 else LARGE_LSE_16_BIT,
                 *packing, *options.tensors,
                 *sizes, num_tiles_q, num_slots_q, slots_per_group(shape, k, v),
                 *options.scalars, **options.constexprs,
@@ -434,7 +478,7 @@ def attention_backward(
                 *inputs,
                 dk, *common.row_strides(dk),
                 dv, *common.row_strides(dv),
-                lse, delta, *common.statistic_strides(lse),
+                *row_statistics,
                 *packing, *options.tensors,
                 *sizes, num_tiles_k, num_slots_k, num_slots_k,
                 *options.scalars, **options.constexprs,
@@ -442,8 +486,7 @@ def attention_backward(
                 num_warps=config.kv_num_warps, num_stages=config.kv_num_stages, **COMMON_OPTIONS,
             )  # fmt: skip
         if bias is not None and shared_bias:
-            statistics = (lse, delta, *common.statistic_strides(lse))
-            dbias = attention_bias_gradient(bias, inputs, statistics, packing, options, shape, wide)
+            dbias = attention_bias_gradient(bias, inputs, row_statistics, packing, options, shape, wide)
     if dsinks is not None:
         dsinks = dsinks.view(-1, shape.num_heads, num_tiles_q).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks

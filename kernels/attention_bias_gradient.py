@@ -1,6 +1,6 @@
 """The gradient of a broadcast attention bias: ``ds`` summed over the batches, heads, queries or keys that share an element.
 
-Where every score has a bias of its own the dq kernel writes ``ds`` as it goes. Where an element is shared, T5's (1, heads, Lq, Lk) say, one
+Where every score has a bias of its own, the dq kernel writes ``ds`` as it goes. Where an element is shared, as in T5's (1, heads, Lq, Lk), a
 program owns a tile of the *bias* and forms ``ds`` again for everything that shares it, in a fixed order: no partial buffers, no atomics, the
 same bits every run. Cost: 2 more matrix products than the 7 of the other backward kernels.
 """
@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from . import attention_common as common
-from .attention_common import LOG2E
 from .launch import COMMON_OPTIONS, cdiv
 
 
@@ -31,7 +30,7 @@ def attention_bias_gradient_kernel(
     q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
     k_ptr, stride_k_batch, stride_k_seq, stride_k_head,
     v_ptr, stride_v_batch, stride_v_seq, stride_v_head,
-    lse_ptr, delta_ptr, stride_lse_batch, stride_lse_head,
+    delta_ptr, shift_ptr, norm_ptr, stride_lse_batch, stride_lse_head,
     dbias_ptr, stride_dbias_batch, stride_dbias_head, stride_dbias_row, dbias_rows, dbias_cols, tiles_m, tiles_n,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     bias_ptr, stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_col,
@@ -44,7 +43,7 @@ def attention_bias_gradient_kernel(
     SUM_BATCH: tl.constexpr, SUM_HEADS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
     HEADS_PER_KV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SCALE_FIRST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STREAMED: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     # Which tile of the bias, and all that shares it.
@@ -106,9 +105,9 @@ def attention_bias_gradient_kernel(
                 first_row = (first_q + start_m).to(tl.int64)
                 rows_left = rows_here - start_m
                 statistic = sequence * stride_lse_batch + head * stride_lse_head + first_row + offs_m
-                lse = tl.load(lse_ptr + statistic, mask=offs_m < rows_left, other=float("-inf"))
+                shift = tl.load(shift_ptr + statistic, mask=offs_m < rows_left, other=float("inf"))
+                norm = tl.load(norm_ptr + statistic, mask=offs_m < rows_left, other=0.0)
                 delta = tl.load(delta_ptr + statistic, mask=offs_m < rows_left, other=0.0)
-                lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
                 q_tile_ptr = q_ptr + sequence * stride_q_batch + first_row * stride_q_seq + head * stride_q_head
                 q = common.load_tile(q_tile_ptr, stride_q_seq, rows_left, offs_m, offs_d, HEAD_DIM, BLOCK_D, True)
                 dout_tile_ptr = (
@@ -134,15 +133,21 @@ def attention_bias_gradient_kernel(
                     v = common.load_tile(
                         v_tile_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, True
                     )
-                    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                    scores = common.row_products(
+                        q, q_tile_ptr, stride_q_seq, rows_left, offs_m, k, k_tile_ptr, stride_k_seq, keys_left, offs_n,
+                        HEAD_DIM, PRECISION, STREAMED,
+                    )  # fmt: skip
                     scores = common.scaled_scores(scores, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
                     scores = common.score_terms(
                         scores, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], rows_here, keys_here,
                         bias_head_ptr, stride_bias_row, stride_bias_col, mask_head_ptr, stride_mask_row, stride_mask_col,
                         padding_row_ptr, stride_padding_col, alibi_slope, window_left, window_right, True, HAS_LEFT, HAS_RIGHT,
                     )  # fmt: skip
-                    p = tl.exp2(scores * LOG2E - lse[:, None])
-                    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                    p = common.weights(scores, shift[:, None], norm[:, None], 1.0, SCALE_FIRST)
+                    dp = common.row_products(
+                        dout, dout_tile_ptr, stride_dout_seq, rows_left, offs_m, v, v_tile_ptr, stride_v_seq, keys_left, offs_n,
+                        VALUE_DIM, PRECISION, STREAMED,
+                    )  # fmt: skip
                     if dropout_seed_ptr is not None:
                         place = sequence * num_heads + head
                         keep = common.dropout_keep(
@@ -175,7 +180,7 @@ def attention_bias_gradient(
     shape: common.Geometry,
     wide: bool,
 ) -> torch.Tensor:
-    """Runs the kernel: the arguments that the other backward kernels get too, in their order. Returns the gradient, shaped like ``bias``."""
+    """Runs the kernel with arguments that the other backward kernels get too. Returns the gradient, shaped like ``bias``."""
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     dbias_4d = dbias.view((1,) * (4 - bias.dim()) + tuple(bias.shape))
     sum_batch, sum_heads, sum_rows, sum_cols = is_broadcast(bias, shape)

@@ -3,8 +3,12 @@
 Positions are local to a sequence. With ``distance = i + seqlen_k - seqlen_q - j``, query ``i`` sees key ``j`` iff
 ``-window_right <= distance <= window_left`` (a causal call is ``window_right = 0``).
 
-Weights are ``exp2(scores * factor - row_max)``, one fused multiply-add and one ex2 per score whatever the options: without softcap, bias and
-ALiBi the scores are the plain products and the factor ``softmax_scale * log2(e)``; else the scale comes first and the factor is ``log2(e)``.
+Weights are ``exp(scores - shift)`` by exp2, in one of two ways (SCALE_FIRST):
+
+* 16-bit inputs without softcap, bias and ALiBi: scores are the plain products, and ``exp2(scores * factor - shift)`` with ``factor =
+  softmax_scale * log2(e)`` and the shift in base 2 costs one fused multiply-add and one ex2;
+* else scores are in natural units and the difference is taken first: exact where a logit is far from 0 (float32 needs p = 1 of a lone
+  large logit to be 1, forward and backward), and free of overflow for a bias of finfo.min.
 """
 
 from __future__ import annotations
@@ -153,14 +157,19 @@ def score_options(
             "HEADS_PER_KV": shape.num_heads // shape.num_kv_heads,
             "HAS_LEFT": left >= 0,
             "HAS_RIGHT": right >= 0,
-            # Folding the scale into the exponent's multiply-add needs max(scale * s) = scale * max(s).
-            "SCALE_FIRST": softcap > 0.0 or bias is not None or alibi_slopes is not None or softmax_scale <= 0.0,
+            # Folding the scale into the multiply-add also needs max(scale * s) = scale * max(s), so a positive one.
+            "SCALE_FIRST": dtype == torch.float32
+            or softcap > 0.0
+            or bias is not None
+            or alibi_slopes is not None
+            or softmax_scale <= 0.0,
             "HAS_SOFTCAP": softcap > 0.0,
             "HEAD_DIM": shape.head_dim,
             "VALUE_DIM": shape.value_dim,
             "BLOCK_D": block_dim(shape.head_dim),
             "BLOCK_DV": block_dim(shape.value_dim),
             "PRECISION": dot_precision(dtype, allow_tf32),
+            "STREAMED": dtype == torch.float32 and not allow_tf32 and max(shape.head_dim, shape.value_dim) > 64,
         },
     )
 
@@ -267,6 +276,27 @@ def load_tile(
 
 
 @triton.jit
+def row_products(
+    a, a_ptr, stride_a, a_left, offs_a, b, b_ptr, stride_b, b_left, offs_b,
+    DIM: tl.constexpr, PRECISION: tl.constexpr, STREAMED: tl.constexpr,
+):  # fmt: skip
+    """``a bᵀ`` of two tiles of rows. ``STREAMED`` reads them again, 32 features at a time, in place of using the loaded ones: exact float32
+    products run on the FMA units, whose operands lie in registers for the whole depth of a dot, and more than 64 features spill."""
+    if STREAMED:
+        products = tl.zeros([offs_a.shape[0], offs_b.shape[0]], tl.float32)
+        for start in range(0, DIM, 32):
+            dims = start + tl.arange(0, 32)
+            a_ptrs = a_ptr + (offs_a[:, None] * stride_a + dims[None, :])
+            b_ptrs = b_ptr + (offs_b[:, None] * stride_b + dims[None, :])
+            a_part = tl.load(a_ptrs, mask=(offs_a[:, None] < a_left) & (dims[None, :] < DIM), other=0.0)
+            b_part = tl.load(b_ptrs, mask=(offs_b[:, None] < b_left) & (dims[None, :] < DIM), other=0.0)
+            products = tl.dot(a_part, tl.trans(b_part), products, input_precision=PRECISION)
+    else:
+        products = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def store_tile(tile_ptr, stride_row, rows_left, offs_row, offs_dim, value, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     ptrs = tile_ptr + (offs_row[:, None] * stride_row + offs_dim[None, :])
     mask = offs_row[:, None] < rows_left
@@ -322,6 +352,26 @@ def scaled_scores(
     if HAS_SOFTCAP:
         scores = softcap * tanh(scores / softcap, EXACT_TANH)
     return scores
+
+
+@triton.jit
+def exponentials(scores, shift, factor, SCALE_FIRST: tl.constexpr):
+    """exp of scores less shift, which is in base 2 unless SCALE_FIRST."""
+    if SCALE_FIRST:
+        exponents = (scores - shift) * LOG2E
+    else:
+        exponents = scores * factor - shift
+    return tl.exp2(exponents)
+
+
+@triton.jit
+def weights(scores, shift, norm, factor, SCALE_FIRST: tl.constexpr):
+    """Normalised weights, for the backward kernels: ``exp(scores - shift)`` less a base-2 logarithm of the sum that the shift lacks."""
+    if SCALE_FIRST:
+        exponents = (scores - shift) * LOG2E - norm
+    else:
+        exponents = scores * factor - shift
+    return tl.exp2(exponents)
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def attention_forward_kernel(
     softmax_scale, softcap, window_left, window_right, dropout_last_out, dropout_scale,
     HEADS_PER_KV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SCALE_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STREAMED: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     HAS_DATA_MASK: tl.constexpr = (bias_ptr is not None) or (mask_ptr is not None) or (padding_ptr is not None)
@@ -114,14 +114,15 @@ def attention_forward_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     rows_left = seqlen_q - start_m
     q = common.load_tile(q_ptr, stride_q_seq, rows_left, offs_m, offs_d, HEAD_DIM, BLOCK_D, True)
-    factor = LOG2E
-    if not SCALE_FIRST:
-        factor = softmax_scale * LOG2E
+    factor = softmax_scale * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:  # a logit that every row has seen already
-        row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        if not SCALE_FIRST:
+            sink = sink * LOG2E
+        row_max = tl.zeros([BLOCK_M], tl.float32) + sink
         row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
 
     bounds = common.tile_ranges(
@@ -132,55 +133,45 @@ def attention_forward_kernel(
         for tile_n in range(bounds[run], bounds[run + 1]):
             start_n = tile_n * BLOCK_N
             first_key = tl.cast(start_n, tl.int64)
-            k = common.load_tile(
-                k_ptr + first_key * stride_k_seq,
-                stride_k_seq,
-                seqlen_k - start_n,
-                offs_n,
-                offs_d,
-                HEAD_DIM,
-                BLOCK_D,
-                run != 1,
-            )
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            keys_left = seqlen_k - start_n
+            k_tile_ptr = k_ptr + first_key * stride_k_seq
+            v_tile_ptr = v_ptr + first_key * stride_v_seq
+            k = common.load_tile(k_tile_ptr, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, run != 1)
+            scores = common.row_products(
+                q, q_ptr, stride_q_seq, rows_left, offs_m, k, k_tile_ptr, stride_k_seq, keys_left, offs_n, HEAD_DIM, PRECISION, STREAMED
+            )  # fmt: skip
             scores = common.scaled_scores(scores, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
             scores = common.score_terms(
-                scores, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k, bias_ptr, stride_bias_row, stride_bias_col,
-                mask_ptr, stride_mask_row, stride_mask_col, padding_ptr, stride_padding_col, alibi_slope, window_left, window_right,
-                run != 1, HAS_LEFT, HAS_RIGHT,
+                scores, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k,
+                bias_ptr, stride_bias_row, stride_bias_col, mask_ptr, stride_mask_row, stride_mask_col,
+                padding_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
-            new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+            tile_max = tl.max(scores, 1)
+            if not SCALE_FIRST:
+                tile_max = tile_max * factor
+            new_max = tl.maximum(row_max, tile_max)
             shift = new_max
             if HAS_DATA_MASK or run != 1:  # a row may have seen nothing yet
                 shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            p = tl.exp2(scores * factor - shift[:, None])
-            rescale = tl.exp2(row_max - shift)
+            p = common.exponentials(scores, shift[:, None], factor, SCALE_FIRST)
+            rescale = common.exponentials(row_max, shift, 1.0, SCALE_FIRST)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             if dropout_seed_ptr is not None:
-                p = tl.where(
-                    common.dropout_keep(
-                        seed, offset, sequence * num_heads + head, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N
-                    ),
-                    p,
-                    0.0,
-                )
+                slot = sequence * num_heads + head
+                keep = common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
+            v = common.load_tile(v_tile_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, run != 1)
             acc = acc * rescale[:, None]
-            v = common.load_tile(
-                v_ptr + first_key * stride_v_seq,
-                stride_v_seq,
-                seqlen_k - start_n,
-                offs_n,
-                offs_dv,
-                VALUE_DIM,
-                BLOCK_DV,
-                run != 1,
-            )
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             row_max = new_max
 
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
-    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    if SCALE_FIRST:
+        lse = row_max + tl.log2(row_sum) * LN2
+    else:
+        lse = (row_max + tl.log2(row_sum)) * LN2
+    lse = tl.where(empty, float("-inf"), lse)
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < rows_left)
     acc = acc / row_sum[:, None]
     if dropout_seed_ptr is not None:

@@ -34,7 +34,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     batch: int = 1
     options: dict[str, Any] = field(default_factory=dict)
-    scale_of_q: float = 1.0
+    scale_of_q: float | Tensor = 1.0
+    lse_gradient: bool = True
     forward_tiles: ForwardConfig | None = FORWARD_TILES
     backward_tiles: BackwardConfig | None = BACKWARD_TILES
 
@@ -90,7 +91,7 @@ def draw(case: Case, seed: int, device: torch.device) -> Inputs:
         shape_q, shape_k = ((case.batch, rows) for rows in case.lengths)  # type: ignore[assignment]
         lse_shape = (case.batch, case.heads[0], case.lengths[0])  # type: ignore[assignment]
     tensors = {
-        "q": normal(*shape_q, case.heads[0], case.dims[0]) * case.scale_of_q,
+        "q": (normal(*shape_q, case.heads[0], case.dims[0]).cpu() * case.scale_of_q).to(device, case.dtype),
         "k": normal(*shape_k, case.heads[1], case.dims[0]),
         "v": normal(*shape_k, case.heads[1], case.dims[1]),
     }
@@ -102,7 +103,7 @@ def draw(case: Case, seed: int, device: torch.device) -> Inputs:
             tensors[name] = value
         else:
             options[name] = value
-    dlse = torch.randn(lse_shape, generator=generator).to(device)
+    dlse = torch.randn(lse_shape, generator=generator).to(device) * case.lse_gradient
     return Inputs(tensors, options, dout=normal(*shape_q, case.heads[0], case.dims[1]), dlse=dlse)
 
 
