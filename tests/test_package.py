@@ -1,0 +1,77 @@
+"""What holds for the package as a whole: light to import, complete in its exports, honest in its README, within its own limits of style."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pytransformer
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("triton", "numpy", "rich", "matplotlib", "tokenizers", "safetensors", "transformers", "pytransformer.kernels")
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_import_loads_nothing_heavy():
+    # torch itself may import numpy; what counts is what pytransformer adds.
+    code = "import json, sys, torch; before = set(sys.modules); import pytransformer; print(json.dumps(sorted(set(sys.modules) - before)))"
+    added = json.loads(python(code))
+    assert "pytransformer" in added
+    assert [name for name in added if name.split(".")[0] in HEAVY or name in HEAVY] == []
+
+
+def test_import_costs_less_than_three_tenths_of_a_second():
+    code = "import time, torch; start = time.perf_counter(); import pytransformer; print(time.perf_counter() - start)"
+    assert min(float(python(code)) for _ in range(3)) < 0.3
+
+
+def test_every_export_exists_and_is_documented():
+    for name in pytransformer.__all__:
+        value = getattr(pytransformer, name)
+        if name != "__version__":
+            assert value.__doc__, f"{name} has no docstring"
+    assert set(pytransformer.__all__) <= set(dir(pytransformer))
+    with pytest.raises(AttributeError, match="no attribute 'flash'"):
+        _ = pytransformer.flash
+
+
+def blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/model.md"])
+def test_snippets_run(page):
+    """A reader who copies the Python blocks of a page, in order, gets no error."""
+    found = blocks(ROOT / page)
+    assert found
+    names: dict[str, object] = {}
+    if page == "docs/model.md":
+        ids = torch.randint(0, 2048, (1, 8))
+        names.update(ids=ids, prompt_ids=ids)
+    for block in found:
+        exec(compile(block, page, "exec"), names)
+
+
+def sources() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "*.cu", "*.cuh", "*.h"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return [ROOT / line for line in listed.stdout.splitlines()]
+
+
+def test_no_file_is_longer_than_600_lines():
+    lengths = {path: len(path.read_text().splitlines()) for path in sources()}
+    assert {str(path.relative_to(ROOT)): count for path, count in lengths.items() if count > 600} == {}
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
