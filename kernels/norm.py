@@ -276,13 +276,15 @@ def row_layout(tensors: Sequence[Tensor]) -> tuple[list[Tensor], RowLayout]:
         return list(tensors), RowLayout(num_rows, num_rows, strides, math.gcd(num_cols, 16))
     walked = [tensor if tensor.stride(-1) == 1 or num_cols == 1 else tensor.contiguous() for tensor in tensors]
     for split in range(len(leading)):
-        groups = [_folded_stride(leading[:split], tensor.stride()[:split]) for tensor in walked]
-        rows = [_folded_stride(leading[split:], tensor.stride()[split:-1]) for tensor in walked]
-        if None not in groups and None not in rows:
+        pairs = [
+            (_folded_stride(leading[:split], strides[:split]), _folded_stride(leading[split:], strides[split:-1]))
+            for strides in (tensor.stride() for tensor in walked)
+        ]
+        strides = tuple((group, row) for group, row in pairs if group is not None and row is not None)
+        if len(strides) == len(walked):
             break
     else:
         return row_layout([tensor.contiguous() for tensor in tensors])
-    strides = tuple(zip(groups, rows))
     rows_per_group = num_rows if split == 0 else math.prod(leading[split:])
     alignment = math.gcd(16, *(stride for pair in strides for stride in pair))
     return walked, RowLayout(num_rows, rows_per_group, strides, alignment)
@@ -337,13 +339,12 @@ def norm_forward(
         "num_warps": config.num_warps,
         **COMMON_OPTIONS,
     }
+    scalars = (layout.rows_per_group, eps, weight_offset)
     with on_device(x):
         if config.block_cols >= num_cols:
             grid = (cdiv(layout.num_rows, config.block_rows),)
-            scalars = (layout.num_rows, layout.rows_per_group, eps, weight_offset)
-            norm_forward_kernel[grid](*pointers, *scalars, BLOCK_ROWS=config.block_rows, **flags)
+            norm_forward_kernel[grid](*pointers, layout.num_rows, *scalars, BLOCK_ROWS=config.block_rows, **flags)
         else:
-            scalars = (layout.rows_per_group, eps, weight_offset)
             norm_forward_wide_kernel[(layout.num_rows,)](*pointers, *scalars, **flags)
     return y, s, mean, rstd
 
@@ -365,10 +366,12 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 def norm_cases() -> Iterator[tuple[str, int, torch.dtype, bool, bool, torch.dtype]]:
     """(name, num_cols, dtype, is_rms, with_residual, weight_dtype) of the forward and the backward kernels' compile cases."""
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
-    for num_cols in (128, 1024, 4096, 8192, 16384, 65536):
-        yield f"rms-{num_cols}-bfloat16-residual", num_cols, bfloat16, True, True, bfloat16
-        yield f"layer-{num_cols}-bfloat16-residual", num_cols, bfloat16, False, True, bfloat16
     for num_cols in (128, 4096, 65536):
+        yield f"rms-{num_cols}-bfloat16-residual", num_cols, bfloat16, True, True, bfloat16
+    # The widest rows of each kind of tile need the most registers, LayerNorm more of them than RMSNorm.
+    for num_cols in (128, 2048, 8192, 16384, 65536):
+        yield f"layer-{num_cols}-bfloat16-residual", num_cols, bfloat16, False, True, bfloat16
+    for num_cols in (4096, 65536):
         yield f"layer-{num_cols}-float32", num_cols, float32, False, False, float32
     yield "rms-4096-float16-float32_weight", 4096, float16, True, False, float32
     # 1000 columns are a multiple of 8 but not of 16, which is all that Triton looks for by itself.

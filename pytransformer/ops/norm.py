@@ -203,13 +203,15 @@ def _torch_norm(call: NormCall) -> NormResult:
     s = x if residual is None else (x + residual).to(residual.dtype)
     if weight is not None and call.weight_offset != 0.0:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + call.weight_offset
-    dtypes = {tensor.dtype for tensor in (s, weight, bias) if tensor is not None}
+    dtype = x.dtype
+    mixed = s.dtype != dtype or any(vector is not None and vector.dtype != dtype for vector in (weight, bias))
     # On a CPU torch sums the gradients of 16-bit weights in 16 bits, which loses them: off by 0.5 where the sum of 600 rows is 25.
-    inaccurate = x.device.type == "cpu" and x.dtype.itemsize == 2 and torch.is_grad_enabled()
-    if inaccurate or dtypes != {x.dtype}:
+    inaccurate = dtype.itemsize == 2 and x.device.type == "cpu" and torch.is_grad_enabled()
+    if mixed or inaccurate:
+        dtypes = [tensor.dtype for tensor in (s, weight, bias) if tensor is not None]
         wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
         weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
-        y = _torch_one_dtype_norm(call, s.to(wide), weight, bias).to(x.dtype)
+        y = _torch_one_dtype_norm(call, s.to(wide), weight, bias).to(dtype)
     else:
         y = _torch_one_dtype_norm(call, s, weight, bias)
     return y if residual is None else (y, s)
