@@ -144,7 +144,7 @@ def test_cache_rows_do_not_change_a_result(device):
 
 @pytest.mark.parametrize("num_splits", [1, 3, 1000])
 def test_number_of_splits(num_splits, device):
-    check_contract(Decode(lengths=(100, 17)), device, num_splits=num_splits)
+    check_contract(Decode(lengths=(70,), capacity=90), device, num_splits=num_splits)
 
 
 def test_one_split_has_the_bits_of_merged_splits(device):
@@ -191,21 +191,18 @@ OPTIONS = {
     "alibi": {"alibi_slopes": lambda generator: torch.rand(2, generator=generator)},
     "alibi-per-sequence": {"alibi_slopes": lambda generator: torch.rand(2, 2, generator=generator)},
     "sinks": {"sinks": lambda generator: torch.randn(2, generator=generator)},
-    "mask": {"mask": lambda generator: torch.rand(2, 2, 2, 140, generator=generator) < 0.5},
-    "mask-per-key": {"mask": lambda generator: (torch.rand(1, 1, 1, 140, generator=generator) < 0.2).to(torch.uint8)},
-    "bias": {"bias": lambda generator: torch.randn(2, 2, 2, 140, generator=generator).to(torch.float16)},
-    "bias-hides": {"bias": lambda generator: torch.where(torch.rand(1, 2, 1, 140, generator=generator) < 0.5, -torch.inf, 1.0)},
+    "mask": {"mask": lambda generator: torch.rand(2, 2, 2, 110, generator=generator) < 0.5},
+    "mask-per-key": {"mask": lambda generator: (torch.rand(1, 1, 1, 110, generator=generator) < 0.2).to(torch.uint8)},
+    "bias": {"bias": lambda generator: torch.randn(2, 2, 2, 110, generator=generator).to(torch.float16)},
+    "bias-hides": {"bias": lambda generator: torch.where(torch.rand(1, 2, 1, 110, generator=generator) < 0.5, -torch.inf, 1.0)},
     "leftpad": {"cache_leftpad": torch.tensor([7, 40], dtype=torch.int32)},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, device):
-    check_contract(
-        Decode(seqlen_q=2, options=OPTIONS[name]),
-        device,
-        [(100, 33), (1, 65), (0, 32), (129, 2)][: 4 if name != "leftpad" else 2],
-    )
+    lengths = [(70, 33), (1, 65), (0, 32)]
+    check_contract(Decode(seqlen_q=2, capacity=110, options=OPTIONS[name]), device, lengths)
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
@@ -216,7 +213,10 @@ def test_all_options_at_once(page_size, device):
         for name, value in OPTIONS[key].items()
     }
     options["window"] = (50, -1)
-    check_contract(Decode(seqlen_q=2, dtype=torch.bfloat16, page_size=page_size, options=options), device)
+    case = Decode(
+        lengths=(70, 33), seqlen_q=2, capacity=110, dtype=torch.bfloat16, page_size=page_size, options=options
+    )
+    check_contract(case, device)
 
 
 @pytest.mark.parametrize(

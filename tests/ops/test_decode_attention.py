@@ -89,7 +89,7 @@ def test_options_of_triton_reach_the_kernel(device):
     check_contract(case, "triton", device)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(data=st.data())
 def test_any_shape(data, device):
     """Shapes and options drawn by hypothesis, torch and the interpreted kernels against float64."""
@@ -404,7 +404,7 @@ def test_compile(backend, device):
     def compiled(q, k_cache, v_cache, cache_seqlens):
         return decode_attention(q * 2, k_cache, v_cache, cache_seqlens, window=(9, -1), backend=backend)
 
-    for batch, seqlen_q, capacity in ((3, 5, 20), (6, 7, 31)):
+    for batch, seqlen_q, capacity in ((3, 5, 20), (5, 3, 31)):
         q, cache = (
             torch.randn(batch, seqlen_q, 4, 16, device=device),
             torch.randn(batch, capacity, 2, 16, device=device),
