@@ -28,14 +28,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints both tables."""
+    """Prints the versions, the table of backends and its notes."""
     from rich.console import Console
 
     from pytransformer.ops.overview import backends
 
     console = Console(highlight=False)
     console.print(versions_table())
-    console.print(backends_table(backends(arguments.device)))
+    table, notes = backends_table(backends(arguments.device))
+    console.print(table)
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}", markup=False, style="dim")
     return 0
 
 
@@ -71,17 +74,30 @@ def versions_table() -> Table:
     return table
 
 
-def backends_table(report: dict[str, dict[str, str]]) -> Table:
-    """A row for each op and backend."""
+def backends_table(report: dict[str, dict[str, str]]) -> tuple[Table, list[str]]:
+    """A row for each op, a column for each backend, best first; and the numbered notes that its cells refer to."""
+    from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title="Which backend serves which op here (best first)", title_justify="left")
-    for column in ("op", "backend", "here"):
-        table.add_column(column, overflow="fold")
+    notes: list[str] = []
+    backends = list(dict.fromkeys(backend for answers in report.values() for backend in answers))
+    title = "Which backend serves which op here, best first"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("op", no_wrap=True)
+    for backend in backends:
+        table.add_column(backend)
     for op, answers in report.items():
-        for index, (backend, answer) in enumerate(answers.items()):
-            style = "green" if answer == "serves" else "yellow" if answer.startswith("serves") else "dim"
-            table.add_row(op if index == 0 else "", backend, Text(answer, style=style))
-        table.add_section()
-    return table
+        table.add_row(op, *(_cell(answers.get(backend, ""), notes) for backend in backends))
+    return table, notes
+
+
+def _cell(answer: str, notes: list[str]) -> str:
+    """ "yes" or "no", with the number of a note where there is more to say; a note that is new is appended."""
+    if answer in ("", "serves"):
+        return "[green]yes[/green]" if answer else ""
+    serves = answer.startswith("serves, ")
+    note = answer.removeprefix("serves, ")
+    if note not in notes:
+        notes.append(note)
+    mark = notes.index(note) + 1
+    return f"[green]yes[/green] ({mark})" if serves else f"[dim]no ({mark})[/dim]"
