@@ -66,7 +66,7 @@ def _attend_packed(call: AttentionCall) -> Tensor:
         if seqlen_q == 0:
             continue
         if seqlen_k == 0:
-            outputs.append(call.q.new_zeros(seqlen_q, call.q.shape[1], call.v.shape[-1]))
+            outputs.append(_zeros(call, seqlen_q))
             continue
         one = call._replace(
             q=call.q[rows_q][None],
@@ -83,6 +83,12 @@ def _attend_packed(call: AttentionCall) -> Tensor:
         )
         outputs.append(_attend_dense(one)[0])
     return torch.cat(outputs)
+
+
+def _zeros(call: AttentionCall, seqlen_q: int) -> Tensor:
+    """The output of queries without keys: a function of every input still, so that there are gradients, of 0."""
+    anchor = call.q[:0].sum() + call.k[:0].sum() + call.v[:0].sum()
+    return call.q.new_zeros(seqlen_q, call.q.shape[1], call.v.shape[-1]) + anchor
 
 
 def _part(tensor: Tensor | None, sequence: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:

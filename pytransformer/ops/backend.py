@@ -162,7 +162,7 @@ class BackendChoice:
         for candidate in self.candidates:
             if candidate.backend == backend:
                 return unavailable(backend, device_type) or candidate.can_serve(call)
-        return f"there is no {backend} implementation of {self.op} yet"
+        return unavailable(backend, device_type) or f"there is no {backend} implementation of {self.op} yet"
 
     def report(self, device_type: str) -> dict[str, str]:
         """For each backend: "serves", what it leaves out, or why it serves nothing here."""
@@ -193,12 +193,14 @@ def warn_once(message: str) -> None:
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether eager code may skip the dispatcher for these tensors and launch directly.
 
-    False under torch.compile, functorch transforms, dispatch or function modes, autocast of their device, and for tensor subclasses:
-    all of these must see a registered op.
+    False under torch.compile, functorch transforms, dispatch or function modes, and for tensor subclasses: all of these must see a
+    registered op. (Autocast need not: an op that casts does so before it gets here.)
     """
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_torch_function_mode_enabled():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:  # a dual tensor is plain by its type, and would lose its tangent
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:

@@ -146,3 +146,8 @@ UNSERVED_BY_TORCH = {
     "dropout": "dropout_p > 0",
     "everything": "no softcap",
 }
+
+
+def refused_on_a_gpu(name: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """What the torch backend leaves to others on a GPU only."""
+    return device.type == "cuda" and ("packed" in name or ("ALiBi" in name and dtype != torch.float32))

@@ -17,8 +17,8 @@ def inputs(device, requires_grad=True, **sizes):
     return [tensor.to(device).requires_grad_(requires_grad) for tensor in qkv(**sizes).values()]
 
 
-def differences(actual, expected, wanted):
-    """Largest differences of outputs and of the gradients for the same random output gradients."""
+def same_results(actual, expected, wanted):
+    """Asserts equal outputs and gradients; on a GPU torch's own kernels add in any order."""
     actual = actual if isinstance(actual, tuple) else (actual,)
     expected = expected if isinstance(expected, tuple) else (expected,)
     grads = [torch.randn_like(out) for out in expected]
@@ -26,7 +26,9 @@ def differences(actual, expected, wanted):
         *zip(actual, expected),
         *zip(torch.autograd.grad(actual, wanted, grads), torch.autograd.grad(expected, wanted, grads)),
     ]
-    return max(float((one - other).detach().abs().max()) for one, other in pairs)
+    exact = {} if pairs[0][0].is_cuda else {"rtol": 0.0, "atol": 0.0}
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, **exact)
 
 
 def op_arguments(device, backend, requires_grad=True, **options):
@@ -86,21 +88,26 @@ def test_opcheck_of_an_op_around_the_torch_path(device):
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
-        ("torch", {"causal": True}),
-        ("torch", {"window": (3, 1)}),
-        ("triton", {"causal": True, "return_lse": True}),
-        ("reference", {"softcap": 3.0, "return_lse": True}),
+        ("torch", [{"causal": True}, {"window": (3, 1)}]),
+        ("triton", [{"causal": True, "return_lse": True}]),
+        ("reference", [{"softcap": 3.0, "return_lse": True}]),
     ],
-    ids=["torch", "torch-window", "triton", "reference"],
+    ids=["torch", "triton", "reference"],
 )
 def test_fullgraph_with_dynamic_lengths(backend, options, device):
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda *qkv: attention(*qkv, backend=backend, **options), fullgraph=True, backend="aot_eager", dynamic=True
-    )
+
+    def function(q, k, v):
+        results = []
+        for each in options:
+            out = attention(q, k, v, backend=backend, **each)
+            results.extend(out if isinstance(out, tuple) else (out,))
+        return tuple(results)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for seqlen_q, seqlen_k in ((5, 9), (6, 11)):
         tensors = inputs(device, seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads=4)
-        assert differences(compiled(*tensors), attention(*tensors, backend=backend, **options), tensors) == 0.0
+        same_results(compiled(*tensors), function(*tensors), tensors)
     with torch.no_grad():
         compiled(*tensors)
 
@@ -117,7 +124,7 @@ def test_fullgraph_of_packed_sequences(backend, device):
         packed = packed_qkv(lengths, lengths)
         tensors = [packed[key].to(device).requires_grad_() for key in "qkv"]
         cu = starts(lengths).to(device)
-        assert differences(compiled(*tensors, cu), function(*tensors, cu), tensors) == 0.0
+        same_results(compiled(*tensors, cu), function(*tensors, cu), tensors)
 
 
 def test_inductor_compiles_the_torch_path(device):

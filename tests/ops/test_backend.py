@@ -1,0 +1,217 @@
+"""Who serves a call: the argument before the context before the environment before the order of the candidates."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pytransformer.ops import backend as module
+from pytransformer.ops.backend import (
+    BackendChoice,
+    Candidate,
+    check_backend_name,
+    is_plain,
+    requested_backend,
+    serves_all,
+    unavailable,
+    use_backend,
+    warn_once,
+)
+from pytransformer.ops.overview import CHOICES, backends
+
+
+def only_even(call):
+    return None if call % 2 == 0 else f"{call} is odd"
+
+
+CHOICE = BackendChoice("halve", (Candidate("torch", only_even, "odd numbers"), Candidate("reference", serves_all)))
+
+
+def test_the_first_that_can_serves():
+    assert CHOICE.select(2, "cpu") == "torch"
+    assert CHOICE.select(3, "cpu") == "reference"
+
+
+def test_the_argument_beats_the_context_beats_the_environment(monkeypatch):
+    monkeypatch.setattr(module, "_environment", "torch")
+    assert CHOICE.select(2, "cpu") == "torch"
+    with use_backend("reference"):
+        assert CHOICE.select(2, "cpu") == "reference"
+        assert CHOICE.select(2, "cpu", "torch") == "torch"
+        with use_backend("torch"):
+            assert requested_backend(None) == "torch"
+        assert requested_backend(None) == "reference"
+    assert requested_backend(None) == "torch"
+
+
+def test_the_context_can_restore_the_automatic_choice(monkeypatch):
+    with use_backend("torch"), use_backend(None):
+        assert CHOICE.select(3, "cpu") == "reference"
+
+
+def test_the_context_is_left_after_an_error():
+    with pytest.raises(KeyError), use_backend("torch"):
+        raise KeyError
+    assert requested_backend(None) is None
+
+
+def test_a_context_may_be_entered_again():
+    context = use_backend("torch")
+    with context, context:
+        assert requested_backend(None) == "torch"
+    assert requested_backend(None) is None
+
+
+def test_each_thread_has_its_own_context():
+    seen = []
+    with use_backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(requested_backend(None)))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+def test_a_named_backend_that_cannot_serve_raises_with_its_reason():
+    with pytest.raises(NotImplementedError, match="halve: backend 'torch' cannot serve this call: 3 is odd"):
+        CHOICE.select(3, "cpu", "torch")
+    with (
+        pytest.raises(NotImplementedError, match="the CUDA extension is not part of this version"),
+        use_backend("cuda"),
+    ):
+        CHOICE.select(2, "cpu")
+
+
+def test_no_backend_at_all_gives_every_reason():
+    choice = BackendChoice("halve", (Candidate("torch", only_even), Candidate("reference", lambda call: "it is out")))
+    with pytest.raises(NotImplementedError, match="no backend serves this call: torch: 3 is odd; reference: it is out"):
+        choice.select(3, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("call", "who"),
+    [
+        (lambda: check_backend_name("tritn"), "backend"),
+        (lambda: use_backend("tritn"), r"use_backend\(name\)"),
+        (lambda: CHOICE.select(2, "cpu", "tritn"), "backend"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_known_ones(call, who):
+    with pytest.raises(ValueError, match=f"{who} must be one of 'cuda', 'triton', 'torch', 'reference', got 'tritn'"):
+        call()
+
+
+def test_an_unknown_name_in_the_environment(monkeypatch):
+    monkeypatch.setattr(module, "_environment", "tritn")
+    with pytest.raises(ValueError, match=r"environment variable PYTRANSFORMER_BACKEND must be one of .* got 'tritn'"):
+        CHOICE.select(2, "cpu")
+
+
+def test_the_environment_is_read_at_import():
+    code = (
+        "import importlib, os; from pytransformer.ops import backend; print(backend.requested_backend(None));"
+        "os.environ['PYTRANSFORMER_BACKEND'] = ''; importlib.reload(backend); print(backend.requested_backend(None))"
+    )
+    environment = {**os.environ, "PYTRANSFORMER_BACKEND": "reference"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["reference", "None"]
+
+
+def test_interpreted_kernels_serve_on_request_only(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice = BackendChoice("halve", (Candidate("triton", serves_all), Candidate("reference", serves_all)))
+    assert choice.select(2, "cpu") == "reference"
+    assert choice.select(2, "cpu", "triton") == "triton"
+
+
+@pytest.mark.parametrize(
+    ("device_type", "interpret", "installed", "reason"),
+    [
+        ("cpu", "1", True, None),
+        ("cpu", "0", True, "Triton needs a GPU"),
+        ("cuda", "0", True, None),
+        ("cuda", "1", True, "TRITON_INTERPRET=1 is set"),
+        ("mps", "0", True, "device type 'cuda', not 'mps'"),
+        ("cuda", "0", False, "triton is not installed"),
+    ],
+)
+def test_when_triton_is_there(device_type, interpret, installed, reason, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(module, "_is_triton_installed", lambda: installed)
+    found = unavailable("triton", device_type)
+    assert (found is None) if reason is None else (reason in found)
+
+
+def test_the_report_says_what_serves_and_what_does_not(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert CHOICE.report("cpu") == {
+        "cuda": "the CUDA extension is not part of this version",
+        "triton": "Triton needs a GPU; on a CPU its interpreter serves when TRITON_INTERPRET=1 is set before the first use",
+        "torch": "serves, except odd numbers",
+        "reference": "serves",
+    }
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert CHOICE.report("cpu")["triton"] == "there is no triton implementation of halve yet"
+
+
+def test_the_overview_names_every_op():
+    table = backends("cpu")
+    assert list(table) == [choice.op for choice in CHOICES]
+    assert len(table) == 7
+    for row in table.values():
+        assert set(row) == {"cuda", "triton", "torch", "reference"}
+        assert row["reference"] == "serves"
+    assert set(backends()) == set(table)
+
+
+def test_a_warning_is_given_once(monkeypatch):
+    monkeypatch.setattr(module, "_given_warnings", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for message in ("one", "two", "one"):
+            warn_once(message)
+    assert [str(warning.message) for warning in caught] == ["one", "two"]
+    assert all(warning.category is RuntimeWarning for warning in caught)
+
+
+def test_a_warning_is_given_while_tracing(monkeypatch):
+    monkeypatch.setattr(module, "_given_warnings", set())
+
+    def function(x):
+        warn_once("while tracing")
+        return x + 1
+
+    torch._dynamo.reset()
+    with pytest.warns(RuntimeWarning, match="while tracing"):
+        assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_what_is_plain():
+    x = torch.zeros(2)
+    seen = []
+    assert is_plain(x, None, torch.nn.Parameter(x), x.requires_grad_())
+    assert not is_plain(x, x.as_subclass(Subclass))
+    with Mode():
+        assert not is_plain(x)
+    with torch.overrides.TorchFunctionMode():
+        assert not is_plain(x)
+    torch.func.grad(lambda x: (seen.append(is_plain(x)), x.sum())[1])(torch.zeros(2))
+    torch.func.vmap(lambda x: (seen.append(is_plain(x)), x)[1])(torch.zeros(2))
+    assert seen == [False, False]
+    compiled = torch.compile(lambda x: x + (2 if is_plain(x) else 1), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(1)), torch.ones(1))
