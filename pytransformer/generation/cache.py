@@ -7,6 +7,7 @@ cleared; what lies behind a sequence's length is never attended to.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer.model.config import TransformerConfig
@@ -52,6 +53,8 @@ class KVCache:
         self.k_cache = torch.empty(shape, device=device, dtype=dtype)
         self.v_cache = torch.empty(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.k_cache.device)
+        # Whether a step may write and read by plain slices: see choose_path.
+        self.is_direct = False
         self._attended: tuple[int, Tensor] | None = None  # the same for every layer of a step
         # The longest length, known without asking the device.
         self.max_length = 0
@@ -104,6 +107,13 @@ class KVCache:
         self._set_lengths(self.lengths.masked_fill(ended, 0))
         self.max_length = int(self.lengths.max()) if longest is None else longest
 
+    def choose_path(self, bound: bool) -> None:
+        """Decides for the next step whether the layers write and read by plain slices, without the ops' checks and choices.
+
+        They may where the step is ``bound`` (see bound.py) and all sequences have one length, known to the host.
+        """
+        self.is_direct = bound and self.lengths.tolist().count(self.max_length) == self.batch
+
     def attended(self, seqlen: int) -> Tensor:
         """Lengths with ``seqlen`` tokens of this step appended: int32 (batch)."""
         if self._attended is None or self._attended[0] != seqlen:
@@ -139,14 +149,20 @@ class _LayerCache:
         k_norm: RMSNorm | None,
     ) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`; the norms, RoPE and the write are one op."""
-        self._cache.require(k.shape[1])
+        cache = self._cache
+        cache.require(k.shape[1])
+        if cache.is_direct and rotary is None and k_norm is None:
+            places = slice(cache.max_length, cache.max_length + k.shape[1])
+            self.k_cache[:, places] = k
+            self.v_cache[:, places] = v
+            return q
         changes_q = rotary is not None or q_norm is not None
         new_q = kv_append(
             k,
             v,
             self.k_cache,
             self.v_cache,
-            cache_seqlens=self._cache.lengths,
+            cache_seqlens=cache.lengths,
             q=q if changes_q else None,
             cos=None if rotary is None else rotary.cos,
             sin=None if rotary is None else rotary.sin,
@@ -168,8 +184,11 @@ class _LayerCache:
         alibi_slopes: Tensor | None,
     ) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
-        seqlen = q.shape[1]
-        if self._cache.max_length == 0:
+        cache, seqlen = self._cache, q.shape[1]
+        if cache.is_direct and seqlen == 1 and alibi_slopes is None and softcap == 0.0:
+            end = cache.max_length + 1
+            return self._attend_to(q, slice(0 if window[0] < 0 else max(end - 1 - window[0], 0), end), softmax_scale)
+        if cache.max_length == 0:
             # Prefill: the new tokens are all there is, so this is ordinary causal attention. Padding on the right is seen by padding only.
             result = attention(
                 q,
@@ -186,7 +205,7 @@ class _LayerCache:
                 q,
                 self.k_cache,
                 self.v_cache,
-                self._cache.attended(seqlen),
+                cache.attended(seqlen),
                 causal=True,
                 window=window,
                 softmax_scale=softmax_scale,
@@ -195,3 +214,10 @@ class _LayerCache:
             )
         assert isinstance(result, Tensor)
         return result
+
+    def _attend_to(self, q: Tensor, keys: slice, softmax_scale: float | None) -> Tensor:
+        """One query per sequence, which sees all of these keys; the queries that share a key head are rows of one matrix."""
+        batch, _, num_heads, head_dim = q.shape
+        k, v = self.k_cache[:, keys].transpose(1, 2), self.v_cache[:, keys].transpose(1, 2)
+        grouped = q.reshape(batch, k.shape[1], num_heads // k.shape[1], head_dim)
+        return F.scaled_dot_product_attention(grouped, k, v, scale=softmax_scale).view(q.shape)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pytransformer.model.transformer import Transformer
 
+from .bound import bind
 from .cache import KVCache
 from .prepare import prepare_for_decoding
 from .sampling import Sampler
@@ -154,6 +155,7 @@ class _Run:
         # Logits of the last position of each prompt only: the head is the largest layer of a small model.
         logits = model.lm_head(hidden[torch.arange(batch, device=self.device), lengths - 1])
         dropped = [False] * batch
+        decoder, head = bind(model)
         while True:
             tokens = sampler.choose(logits)
             self._record(tokens, logits)
@@ -163,9 +165,10 @@ class _Run:
             if ended != dropped:
                 cache.drop(torch.tensor(ended, device=self.device), self._longest() - 1)  # the newest is not in yet
                 dropped = ended
-            hidden = model.model(tokens[:, None], cache=cache)
+            cache.choose_path(bound=decoder is not model.model)
+            hidden = decoder(tokens[:, None], cache=cache)
             cache.advance(1, self._longest())
-            logits = model.lm_head(hidden[:, 0])
+            logits = head(hidden[:, 0])
 
     def without_cache(self, sampler: Sampler) -> None:
         while not self.finished:

@@ -8,6 +8,7 @@ memory. A weight that was reordered for the purpose ("prepacked") is read nearly
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,12 +99,14 @@ class PackedWeight:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (…, in_features) Wᵀ + bias."""
-        result: Tensor
+        return self.bound(weight, bias)(x)
+
+    def bound(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """The product as a function of x alone, which asks nothing: x must be one that :meth:`serves`, the weight unchanged."""
+        product, reordered, rows = self._product, self._reordered, self.rows
         if self.library == "mkl":
-            result = self._product(x, self._reordered, weight, bias, self.rows)
-        else:
-            result = self._product(x, self._reordered, bias, "none", [], "")
-        return result
+            return lambda x: product(x, reordered, weight, bias, rows)
+        return lambda x: product(x, reordered, bias, "none", [], "")
 
 
 def why_not_packed(weight: Tensor, rows: int = 1) -> str | None:

@@ -1,0 +1,116 @@
+"""The decode step on a CPU without machinery: the model's own forward code over stand-ins whose parts are bound once.
+
+One decoded token streams every weight through the caches and throws out whatever Python had there, so each call of a module, each argument
+check and each choice of a backend costs several times what it costs in a loop of its own: 12 ms of a GPT-2 124M's 37 ms per token were
+measured to be that. Within one call of ``generate`` nothing changes but the tokens and the lengths, so all of it can be settled before.
+
+A stand-in has the attributes of a module and the functions of its class (``Block.forward`` is ``Block.forward``), but is a plain object:
+calling it does not go through ``nn.Module``. Linear layers and norms are replaced by functions with their weights bound. What a model
+computes is therefore written down in one place only, in nn/ and model/.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytransformer.model.transformer import Block, Decoder, LMHead, Transformer
+from pytransformer.nn import Attention, FeedForward, LayerNorm, Linear, RMSNorm
+from pytransformer.ops.backend import requested_backend
+
+# Modules whose forward code may run over a stand-in; a subclass may do anything, so exactly these.
+_STAND_INS: tuple[type[nn.Module], ...] = (Decoder, Block, Attention, FeedForward)
+
+
+def bind(model: Transformer) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+    """(decoder, head) that compute what ``model.model`` and ``model.lm_head`` do, as long as no parameter changes.
+
+    Where :func:`why_not_bound` has a reason these are the modules themselves.
+    """
+    if why_not_bound(model) is not None:
+        return model.model, model.lm_head
+    return _bound(model.model), _bound_head(model.lm_head)
+
+
+def why_not_bound(model: Transformer) -> str | None:
+    """The reason why a step of this model must go through its modules, or ``None``."""
+    weight = model.model.embed_tokens.weight
+    if weight.device.type != "cpu":
+        return "binding is for CPUs; on a GPU the host runs ahead of the device"
+    if requested_backend(None) not in (None, "torch"):
+        return "a backend other than torch was asked for"
+    if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return "training, autograd, autocast and torch.compile need the modules"
+    if any(type(parameter) is not nn.Parameter or parameter.dtype != weight.dtype for parameter in model.parameters()):
+        return "parameters of several dtypes, or of a subclass of nn.Parameter"
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "a global module hook is set"
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a forward hook is set on a {type(module).__name__}"
+    return None
+
+
+def _bound(module: nn.Module) -> Any:
+    """The stand-in of a module, or the module itself where it has none."""
+    if type(module) is Linear:
+        return _bound_linear(module)
+    if type(module) is LayerNorm or type(module) is RMSNorm:
+        return _bound_norm(module)
+    if isinstance(module, nn.ModuleList):
+        return [_bound(child) for child in module]
+    if type(module) not in _STAND_INS:
+        return module
+    stand_in = _stand_in_class(type(module))()  # type: ignore[arg-type]
+    # Hooks, parameters and the rest of nn.Module's own attributes begin with an underscore.
+    vars(stand_in).update((name, value) for name, value in vars(module).items() if not name.startswith("_"))
+    for name, child in module.named_children():
+        # The norms of q and k are not called but handed to the cache, which fuses them.
+        keep = isinstance(module, Attention) and not isinstance(child, Linear)
+        setattr(stand_in, name, child if keep else _bound(child))
+    for name in (name for name, child in module._modules.items() if child is None):
+        setattr(stand_in, name, None)
+    return stand_in
+
+
+@functools.cache
+def _stand_in_class(kind: type[nn.Module]) -> type:
+    functions = {name: value for name, value in vars(kind).items() if not name.startswith("__")}
+    return type(f"Bound{kind.__name__}", (), {**functions, "__call__": kind.forward})
+
+
+def _bound_linear(module: Linear) -> Callable[[Tensor], Tensor]:
+    weight, bias, packed = module.weight, module.bias, module._packed
+    if packed is not None:
+        return packed.bound(weight, bias)
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _bound_head(module: LMHead) -> Callable[[Tensor], Tensor]:
+    product, softcap = _bound_linear(module), module.softcap
+    return product if softcap == 0.0 else lambda x: softcap * torch.tanh(product(x) / softcap)
+
+
+def _bound_norm(module: LayerNorm | RMSNorm) -> Callable[..., Any]:
+    if len(module.normalized_shape) != 1 or (isinstance(module, RMSNorm) and module.weight_offset != 0.0):
+        return module
+    shape, weight = module.normalized_shape, module.weight
+    norm: Callable[[Tensor], Tensor]
+    if isinstance(module, RMSNorm):
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        norm = functools.partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=eps)
+    else:
+        norm = functools.partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=module.bias, eps=module.eps)
+
+    def add_and_norm(x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return norm(x)
+        total = x + residual
+        return norm(total), total
+
+    return add_and_norm
