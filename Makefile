@@ -12,10 +12,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
-.PHONY: help demo test test-all lint types gpu bench clean venv
+.PHONY: help demo test test-all lint types gpu bench readme-numbers clean venv
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
 
 $(VENV)/.run: requirements/constraints.txt pyproject.toml setup.py
 	@echo "Setting up $(VENV) (once; one to two minutes, PyTorch is the largest part) …"
@@ -47,12 +47,16 @@ lint: $(VENV)/.dev ## ruff (lint and format), and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python tools/readme_numbers.py --check
 
 types: $(VENV)/.dev ## mypy --strict on pytransformer/
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## smoke run of the benchmarks on this machine (the real grid is `make gpu`)
 	PYTHONPATH=. $(BIN)/python -m pytest benchmarks/test_ops.py --benchmark-only
+
+readme-numbers: ## README.md's numbers from the committed results
+	$(PYTHON) tools/readme_numbers.py
 
 gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; results in $$OUT
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
