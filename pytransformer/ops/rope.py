@@ -303,7 +303,7 @@ def _torch_rotate(call: RopeCall) -> tuple[Tensor, Tensor | None]:
     def rotate(x: Tensor) -> Tensor:
         pairs = x[..., : 2 * half].reshape(*x.shape[:-1], *((half, 2) if call.interleaved else (2, half)))
         pairs = pairs.to(torch.promote_types(x.dtype, torch.float32))
-        rotated = (pairs * cos).addcmul_(pairs.flip(axis), signed_sin).flatten(-2).to(x.dtype)
+        rotated = torch.addcmul(pairs * cos, pairs.flip(axis), signed_sin).flatten(-2).to(x.dtype)
         if 2 * half == x.shape[-1]:
             return rotated
         # Not torch.cat: a backward pass may run under autocast, which would change its dtype.
@@ -398,6 +398,9 @@ def _rope(call: RopeCall, backend: str, inplace: bool) -> tuple[Tensor, Tensor |
         return q, k
     if backend == "reference":
         return _reference_rotate(call)
+    if backend == "torch":
+        # The Function saves time and memory in eager training; elsewhere torch differentiates, maps and fuses its own operations.
+        return _apply(call, backend) if plain and needs_grad else _torch_rotate(call)
     # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked.
     return _rotate(call, backend) if plain and not needs_grad else _apply(call, backend)
 

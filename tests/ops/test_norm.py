@@ -224,6 +224,16 @@ def test_functorch(op: str, backend: str, device: torch.device) -> None:
     torch.testing.assert_close(mapped, OPS[op][0](x, weight, backend=backend))
 
 
+@ALL_OPS
+def test_forward_mode_is_refused_by_the_kernel_rather_than_lost(op: str, device: torch.device) -> None:
+    x = torch.randn(2, 8, device=device)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            OPS[op][0](dual, backend="triton")
+        assert torch.autograd.forward_ad.unpack_dual(OPS[op][0](dual, backend="torch")).tangent is not None
+
+
 # --- registration, compilation, modes ---------------------------------------------------------------------------------------------------
 
 

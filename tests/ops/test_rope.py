@@ -181,6 +181,21 @@ def test_functorch(inplace: bool, backend: str, device: torch.device) -> None:
     torch.testing.assert_close(mapped[1], rope(stacked[1], None, *tables(device), backend=backend)[0])
 
 
+@ALL_BACKENDS
+def test_forward_mode(backend: str, device: torch.device) -> None:
+    q, _ = (tensor.detach() for tensor in draw(device))
+    tangent = torch.randn_like(q)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, tangent)
+        if backend == "triton":
+            with pytest.raises(NotImplementedError, match="jvp"):
+                rope(dual, None, *tables(device), backend=backend)
+            return
+        rotated, _ = rope(dual, None, *tables(device), backend=backend)
+        expected, _ = rope(tangent, None, *tables(device), backend=backend)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(rotated).tangent, expected)
+
+
 # --- registration, compilation, modes ---------------------------------------------------------------------------------------------------
 
 
