@@ -17,6 +17,7 @@ def find_model(folder: Path) -> Path:
         FileNotFoundError: there is no model, with what is missing.
         ValueError: the newest checkpoint is damaged.
     """
+    from pytransformer.model.checkpoint import CONFIG_FILE
     from pytransformer.training.checkpoint import CheckpointStore
     from pytransformer.training.run import CHECKPOINTS, has_run
 
@@ -24,10 +25,11 @@ def find_model(folder: Path) -> Path:
         raise FileNotFoundError(f"no model folder {folder}: train one with `pytransformer train --out {folder}`")
     if has_run(folder):
         checkpoint = CheckpointStore(folder / CHECKPOINTS).latest()
-        if checkpoint is None:
+        if checkpoint is not None:
+            return checkpoint
+        if not (folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
-        return checkpoint
-    if not (folder / "config.json").is_file():
+    elif not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds neither a training run (run.json) nor a model (config.json)")
     return folder
 

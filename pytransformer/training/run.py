@@ -7,6 +7,7 @@ The folder of a run::
     metrics.jsonl   every step and evaluation
     loss.png        the curve with its baselines
     checkpoints/    see ``checkpoint``; the newest is what ``pytransformer generate --model <run>`` loads
+    config.json, model.safetensors    once training is finished: the model, for ``pytransformer.load(<run>)``
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pytransformer.model.checkpoint import load, save
+from pytransformer.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, save
 from pytransformer.model.transformer import Transformer
 from pytransformer.training import metrics, plots
 from pytransformer.training.baselines import Baselines, fit_and_evaluate
@@ -143,7 +144,7 @@ def _claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
             raise FileExistsError(
                 f"{folder} already holds a run: continue it with --resume, or start anew with --overwrite"
             )
-        for name in (RUN_FILE, metrics.FILE_NAME, TOKENIZER_FILE, LOSS_PICTURE):
+        for name in (RUN_FILE, metrics.FILE_NAME, TOKENIZER_FILE, LOSS_PICTURE, CONFIG_FILE, WEIGHTS_FILE):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,7 +248,8 @@ class _Run:
         self._store.save(step, write)
 
     def finish(self, model: Transformer, baselines: Baselines) -> RunResult:
-        """Draws the curve and gathers the results; also for a run that was complete already."""
+        """Saves the model for use, draws the curve and gathers the results; also for a run that was complete already."""
+        save(model, self._folder)
         records = metrics.read(self._folder / metrics.FILE_NAME)
         _, validation = metrics.series(records, "validation_loss")
         picture = self._draw(records, baselines, model)

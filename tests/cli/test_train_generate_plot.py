@@ -217,7 +217,9 @@ def test_what_is_no_model_is_refused(model, tmp_path, capsys):
     assert "no model folder" in error(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     assert "holds neither a training run (run.json) nor a model (config.json)" in error(tmp_path / "empty")
-    shutil.copytree(model, tmp_path / "unsaved", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(model, tmp_path / "finished", ignore=shutil.ignore_patterns("checkpoints"))
+    assert find_model(tmp_path / "finished") == tmp_path / "finished"
+    shutil.copytree(model, tmp_path / "unsaved", ignore=shutil.ignore_patterns("checkpoints", "config.json"))
     assert "has no complete checkpoint yet" in error(tmp_path / "unsaved")
     place = find_model(model)
     shutil.copytree(place, tmp_path / "bare")

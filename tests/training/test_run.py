@@ -59,7 +59,7 @@ def unbroken(corpus, cache, device, tmp_path_factory):
 def test_a_run_leaves_what_its_folder_promises(unbroken, corpus, cache, device):
     folder = unbroken.folder
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints", "loss.png", "metrics.jsonl", "run.json", "tokenizer.json",
+        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "model.safetensors", "run.json", "tokenizer.json",
     ]  # fmt: skip
     assert unbroken.picture == folder / "loss.png" and unbroken.picture.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-00000009", "step-00000012"]
@@ -75,6 +75,8 @@ def test_a_run_leaves_what_its_folder_promises(unbroken, corpus, cache, device):
     data = prepare(tiny_config(corpus).corpus, cache)
     windows = validation_windows(data.validation.tokens, 16, 64, 4)
     assert evaluate(model, windows, device=device) == pytest.approx(unbroken.validation_loss, rel=1e-6)
+    for name, tensor in load(folder, device=device).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
     assert model.config.eos_token_id == data.tokenizer.end_token_id
 
 
