@@ -46,7 +46,7 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     theirs = make_theirs()
-    ours = from_theirs(theirs)
+    ours = from_theirs(theirs, TransformerConfig.gpt2())
     prompt = torch.randint(ours.config.vocab_size, (1, PROMPT))
     record = Record(arguments.out, torch.device("cpu"))
     record.set("shape", "GPT-2 124M, float32, random weights, batch 1")
@@ -69,14 +69,14 @@ def make_theirs() -> Any:
     """transformers' GPT-2 of the 124M shape, random, in evaluation mode."""
     import transformers
 
-    config = transformers.GPT2Config(attn_implementation="sdpa", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     config._attn_implementation = "sdpa"
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-def from_theirs(theirs: Any) -> Transformer:
-    """Our model with the same weights."""
-    ours = Transformer(TransformerConfig.gpt2(), device="meta").to_empty(device="cpu").eval()
+def from_theirs(theirs: Any, config: TransformerConfig) -> Transformer:
+    """Our model of the same shape with the same weights."""
+    ours = Transformer(config, device="meta").to_empty(device="cpu").eval()
     state = theirs.state_dict()
     renamed = {
         "model.embed_tokens.weight": state["transformer.wte.weight"],
