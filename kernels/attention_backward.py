@@ -43,16 +43,30 @@ class BackwardConfig:
     kv_num_stages: int
 
 
-def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> BackwardConfig:
-    """Launch policy: a dk/dv program holds two accumulators of kv_block_n · d and two score tiles, a dq program one and two."""
+def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, plain: bool = True) -> BackwardConfig:
+    """Launch policy; ``plain`` as for the forward kernel.
+
+    Registers decide: at 8 warps a thread of the dk/dv kernel holds kv_block_n · (d + dv) / 256 gradients, two score tiles and two
+    statistics of each query; of the dq kernel one gradient tile and two score tiles. Figures are for sm_90, no spills unless said.
+    """
     width = max(common.block_dim(head_dim), common.block_dim(value_dim))
     if dtype == torch.float32:
-        return BackwardConfig(32, 32, 4, 1, 32, 32, 4, 1) if width <= 64 else BackwardConfig(16, 16, 4, 1, 16, 16, 4, 1)
+        # Exact products run on the FMA units from registers.
+        return BackwardConfig(32, 32, 8 if width <= 64 else 4, 1, 32, 32, 8, 1)
+    if arch < 90:
+        if width <= 64:
+            return BackwardConfig(64, 64, 8, 2, 32, 64, 4, 2)
+        return (
+            BackwardConfig(64, 32, 8, 2, 32, 64, 8, 2) if width <= 128 else BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
+        )
     if width <= 64:
-        return BackwardConfig(128, 64, 8, 2, 64, 128, 8, 2)
+        # dq 169 registers; dk/dv 255 and 16 bytes of spills before the loop.
+        return BackwardConfig(128, 64, 8, 2, 64 if plain else 32, 128, 8, 2)
     if width <= 128:
-        return BackwardConfig(128, 64, 8, 2, 64, 128, 8, 2)
-    return BackwardConfig(64, 64, 8, 1, 32, 64, 8, 1)
+        # dq 251 registers, dk/dv 252; 64 queries at a time spill in the loop.
+        return BackwardConfig(128, 64 if plain else 32, 8, 2, 32, 128 if plain else 64, 8, 2)
+    # dq 239 registers; for dk/dv wgmma's 64 rows would spill, so mma.sync.
+    return BackwardConfig(64, 32, 8, 2, 32, 32, 8, 2)
 
 
 @triton.jit
@@ -135,7 +149,15 @@ def attention_backward_dq_kernel(
     row_exists = offs_m < rows_left
     dout = common.load_tile(dout_ptr, stride_dout_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, True)
     out = common.load_tile(out_ptr, stride_out_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, True)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    if EXACT:
+        # By the same sum as dp: where a key has all the weight, out = v and their difference is 0, as it should be.
+        delta = common.row_products(
+            dout, dout_ptr, stride_dout_seq, rows_left, offs_m, out, out_ptr, stride_out_seq, rows_left, offs_m,
+            VALUE_DIM, PRECISION, STREAMED,
+        )  # fmt: skip
+        delta = tl.sum(tl.where(offs_m[:, None] == offs_m[None, :], delta, 0.0), 1)
+    else:
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     lse = tl.load(lse_ptr + first_statistic + offs_m, mask=row_exists, other=float("-inf"))
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + first_statistic + offs_m, mask=row_exists, other=0.0)
@@ -295,9 +317,10 @@ def attention_backward_dkv_kernel(
         seqlen_q, BLOCK_M, HAS_RIGHT, HAS_LEFT,
     )  # fmt: skip
     for run in tl.static_range(0 if HAS_RIGHT else 1, 3):
-        # One loop over (head of the group, query tile), so that loads run ahead across heads too.
+        # One loop over (head of the group, query tile), so that loads run ahead across heads too; in the few masked tiles they don't, as
+        # addresses, masks and buffers of all runs together spill.
         tiles = bounds[run + 1] - bounds[run]
-        for step in range(0, tiles * HEADS_PER_KV):
+        for step in tl.range(0, tiles * HEADS_PER_KV, num_stages=None if run == 1 else 1):
             head = kv_head * HEADS_PER_KV + step // tiles
             start_m = (bounds[run] + step % tiles) * BLOCK_M
             first_row = tl.cast(start_m, tl.int64)
@@ -309,11 +332,11 @@ def attention_backward_dkv_kernel(
                 dout_tile_ptr, stride_dout_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, run != 1
             )
             statistic = first_statistic + head * stride_lse_head + first_row
-            shift = tl.load(shift_ptr + statistic + offs_m, mask=offs_m < rows_left, other=float("inf"))
+            shift = common.load_statistic(shift_ptr + statistic, rows_left, offs_m, float("inf"), run != 1)
             norm = shift
             if SCALE_FIRST:
-                norm = tl.load(norm_ptr + statistic + offs_m, mask=offs_m < rows_left, other=0.0)
-            delta = tl.load(delta_ptr + statistic + offs_m, mask=offs_m < rows_left, other=0.0)
+                norm = common.load_statistic(norm_ptr + statistic, rows_left, offs_m, 0.0, run != 1)
+            delta = common.load_statistic(delta_ptr + statistic, rows_left, offs_m, 0.0, run != 1)
             bias_head_ptr = None
             mask_head_ptr = None
             padding_row_ptr = None
@@ -328,7 +351,8 @@ def attention_backward_dkv_kernel(
                 alibi_slope = tl.load(alibi_ptr + sequence * stride_alibi_batch + head * stride_alibi_head).to(
                     tl.float32
                 )
-            # Transposed, (BLOCK_N, BLOCK_M). float32 forms it as the dq kernel does: the same bits, felt where a logit is large.
+            # Transposed, (BLOCK_N, BLOCK_M). float32 forms it as the dq kernel does, for the same bits: one more or less in the last place
+            # of a large logit is felt in its weight.
             if EXACT:
                 capped = common.row_products(
                     q, q_tile_ptr, stride_q_seq, rows_left, offs_m, k, k_ptr, stride_k_seq, keys_left, offs_n, HEAD_DIM, PRECISION, STREAMED
@@ -343,10 +367,14 @@ def attention_backward_dkv_kernel(
                 padding_row_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             p = common.weights(scores, shift[None, :], norm[None, :], factor, SCALE_FIRST)
-            dp = common.row_products(
-                v, v_ptr, stride_v_seq, keys_left, offs_n, dout, dout_tile_ptr, stride_dout_seq, rows_left, offs_m,
-                VALUE_DIM, PRECISION, STREAMED,
-            )  # fmt: skip
+            if EXACT:
+                dp = common.row_products(
+                    dout, dout_tile_ptr, stride_dout_seq, rows_left, offs_m, v, v_ptr, stride_v_seq, keys_left, offs_n,
+                    VALUE_DIM, PRECISION, STREAMED,
+                )  # fmt: skip
+                dp = tl.trans(dp)
+            else:
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = p
             if dropout_seed_ptr is not None:
                 slot = sequence * num_heads + head
@@ -410,8 +438,6 @@ def attention_backward(
     """
     shape = common.geometry(q, k, v, cu_seqlens_q)
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
-    if config is None:
-        config = backward_config(shape.head_dim, shape.value_dim, q.dtype, device_limits(q.device).arch)
     options = common.score_options(
         shape,
         causal,
@@ -428,6 +454,9 @@ def attention_backward(
         q.dtype,
         allow_tf32,
     )
+    if config is None:
+        arch = device_limits(q.device).arch
+        config = backward_config(shape.head_dim, shape.value_dim, q.dtype, arch, plain=options.plain)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     out = out if out.stride(-1) == 1 else out.contiguous()
     lse = lse.contiguous()

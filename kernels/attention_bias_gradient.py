@@ -1,8 +1,8 @@
 """The gradient of a broadcast attention bias: ``ds`` summed over the batches, heads, queries or keys that share an element.
 
-Where every score has a bias of its own, the dq kernel writes ``ds`` as it goes. Where an element is shared, as in T5's (1, heads, Lq, Lk), a
-program owns a tile of the *bias* and forms ``ds`` again for everything that shares it, in a fixed order: no partial buffers, no atomics, the
-same bits every run. Cost: 2 more matrix products than the 7 of the other backward kernels.
+Where every score has a bias of its own, the dq kernel writes ``ds`` as it goes. Where an element is shared, as in T5's (1, heads, Lq, Lk),
+a program owns a tile of the *bias* and forms ``ds`` again for everything that shares it, in a fixed order: no partial buffers, no atomics,
+the same bits every run. Cost: 2 more matrix products than the 7 of the other backward kernels.
 """
 
 from __future__ import annotations

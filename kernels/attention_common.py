@@ -109,6 +109,7 @@ class ScoreOptions:
     tensors: tuple[Any, ...]
     scalars: tuple[Any, ...]
     constexprs: dict[str, Any]
+    plain: bool
 
 
 def score_options(
@@ -171,6 +172,10 @@ def score_options(
             "PRECISION": dot_precision(dtype, allow_tf32),
             "STREAMED": dtype == torch.float32 and not allow_tf32 and max(shape.head_dim, shape.value_dim) > 64,
         },
+        plain=left < 0
+        and softcap == 0.0
+        and dropout_p == 0.0
+        and all(t is None for t in (bias, mask, key_padding_mask, alibi_slopes)),
     )
 
 
@@ -273,6 +278,15 @@ def load_tile(
     else:
         tile = tl.load(ptrs)
     return tile
+
+
+@triton.jit
+def load_statistic(ptr, rows_left, offs_row, other, MASK_ROWS: tl.constexpr):
+    if MASK_ROWS:
+        values = tl.load(ptr + offs_row, mask=offs_row < rows_left, other=other)
+    else:
+        values = tl.load(ptr + offs_row)
+    return values
 
 
 @triton.jit

@@ -32,19 +32,26 @@ class ForwardConfig:
     num_stages: int
 
 
-def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> ForwardConfig:
-    """Launch policy, from registers and shared memory: q takes block_m · d, each stage block_n · (d + dv) elements of shared memory."""
+def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, plain: bool = True) -> ForwardConfig:
+    """Launch policy. ``plain``: no left window and nothing added to the scores; else addresses and masks need registers too.
+
+    Registers decide: at 8 warps a thread holds block_m · dv / 256 values of the output and block_m · block_n / 256 scores. Shared memory
+    holds q once and block_n rows of k and v for each stage. Figures are for sm_90, no spills unless said.
+    """
     width = max(common.block_dim(head_dim), common.block_dim(value_dim))
     if dtype == torch.float32:
-        # Exact products run on the FMA units from registers: small tiles, or they spill.
-        return ForwardConfig(32, 32, 4, 1) if width <= 128 else ForwardConfig(16, 32, 4, 1)
+        return ForwardConfig(32, 32, 4, 1)  # exact products run on the FMA units from registers: 168 to 215 of them
+    if arch < 90:
+        # mma.sync keeps q in registers and both operands of a product: half the tile, and 163 KB hold two stages up to d = 128.
+        if width <= 64:
+            return ForwardConfig(128, 64, 8, 2)
+        return ForwardConfig(128, 32, 8, 2) if width <= 128 else ForwardConfig(64, 32, 8, 2)
     if width <= 64:
-        return ForwardConfig(128, 64, 4, 3)
+        return ForwardConfig(128, 128 if plain else 64, 8, 2)  # 218 registers, 80 KB
     if width <= 128:
-        # sm_90: 161 KB and about 200 registers; 4 warps spill. sm_80 has mma.sync only and 163 KB: a smaller key tile.
-        return ForwardConfig(128, 128, 8, 2) if arch >= 90 else ForwardConfig(128, 64, 8, 2)
-    # The output tile alone is 128 registers a thread at 128 rows and 8 warps.
-    return ForwardConfig(128, 64, 8, 2) if arch >= 90 else ForwardConfig(64, 64, 8, 1)
+        return ForwardConfig(128, 128 if plain else 64, 8, 2)  # 255 registers, 160 KB; 4 warps spill
+    # sm_90: 255 registers and 16 bytes of spills before the loop, 192 KB. sm_100 spills more.
+    return ForwardConfig(128, 64 if plain and arch == 90 else 32, 8, 2)
 
 
 @triton.jit
@@ -130,7 +137,8 @@ def attention_forward_kernel(
         seqlen_k, BLOCK_N, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
     for run in tl.static_range(0 if HAS_LEFT else 1, 3):
-        for tile_n in range(bounds[run], bounds[run + 1]):
+        # Loads run ahead in the long run only: addresses, masks and buffers of all three together spill.
+        for tile_n in tl.range(bounds[run], bounds[run + 1], num_stages=None if run == 1 else 1):
             start_n = tile_n * BLOCK_N
             first_key = tl.cast(start_n, tl.int64)
             keys_left = seqlen_k - start_n
@@ -222,8 +230,6 @@ def attention_forward(
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
-    if config is None:
-        config = forward_config(shape.head_dim, shape.value_dim, q.dtype, device_limits(q.device).arch)
     options = common.score_options(
         shape,
         causal,
@@ -240,6 +246,9 @@ def attention_forward(
         q.dtype,
         allow_tf32,
     )
+    if config is None:
+        arch = device_limits(q.device).arch
+        config = forward_config(shape.head_dim, shape.value_dim, q.dtype, arch, plain=options.plain)
     num_tiles = shape.tiles(shape.seqlen_q, config.block_m)
     num_slots = shape.slots(shape.num_heads)
     with on_device(q):

@@ -15,9 +15,12 @@ from pytransformer.kernels.attention_backward import BackwardConfig, attention_b
 from pytransformer.kernels.attention_forward import ForwardConfig, attention_forward
 from pytransformer.verification import SEEDS, Contract
 
-# Tiles of this many rows make many tiles of few rows; both axes differ, so that a swap shows.
+# Small tiles make several of them of few rows; both axes differ, so that a swap shows.
 FORWARD_TILES = ForwardConfig(16, 32, 4, 1)
 BACKWARD_TILES = BackwardConfig(16, 32, 4, 1, 16, 32, 4, 1)
+# The interpreter's time goes by the number of programs and steps, so where there are many cases tiles are a little larger.
+SQUARE_FORWARD_TILES = ForwardConfig(32, 32, 4, 1)
+SQUARE_BACKWARD_TILES = BackwardConfig(32, 32, 4, 1, 32, 32, 4, 1)
 DIFFERENTIABLE_OPTIONS = ("bias", "sinks")
 
 

@@ -1,0 +1,177 @@
+"""Broken copies of the attention kernels: the checks that the shipped kernels pass must fail for each of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from pytransformer.verification import ContractError
+from tests.conftest import INTERPRETING
+
+from .attention_contract import Case, contract_of
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+SEEDS = 2  # faults are gross; the shipped kernels are judged by the same number here
+
+CAUSAL = Case((20, 33), heads=(4, 2), options={"causal": True})
+WINDOW = Case((20, 40), options={"window": (9, 2)})
+MORE_QUERIES = Case((40, 20), options={"causal": True})
+PACKED = Case(((5, 7), (0, 3), (17, 33), (4, 0)), heads=(4, 2), options={"causal": True})
+DROPOUT = Case((20, 33), options={"dropout_p": 0.3, "dropout_seed": torch.tensor([3, 4])})
+SOFTCAP = Case((20, 33), options={"softcap": 0.8})
+SINKS = Case((20, 33), options={"sinks": torch.tensor([0.5, -0.5])})
+SHARED_BIAS = Case((20, 33), batch=2, options={"bias": torch.randn(1, 2, 20, 33, generator=torch.manual_seed(0))})
+HUGE = Case((20, 33), options={"causal": True}, scale_of_q=2500.0)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Text of one kernel file to replace, and a case in which that matters."""
+
+    file: str
+    good: str
+    bad: str
+    case: Case = field(default_factory=lambda: CAUSAL)
+    times: int = 1
+
+
+FAULTS = {
+    "causal mask removed": Fault("attention_common", "keep = keep & (distance >= -window_right)", "keep = keep & (distance >= -99)"),
+    "window off by one": Fault("attention_common", "& (distance <= window_left)", "& (distance < window_left)", WINDOW),
+    "left edge of the window removed": Fault(
+        "attention_common", "keep = keep & (distance <= window_left)", "keep = keep & (distance <= 99)", WINDOW
+    ),
+    "end of the keys not masked": Fault(
+        "attention_common", "keep = (cols < seqlen_k) & (rows < seqlen_q)", "keep = (cols >= 0) & (rows >= 0)", Case((20, 33))
+    ),
+    "loads not masked at the end": Fault(
+        "attention_common", "mask=offs_row[:, None] < rows_left, other=0.0", "mask=offs_row[:, None] >= 0, other=0.0"
+    ),
+    "features behind head_dim loaded": Fault(
+        "attention_common",
+        "mask=(offs_row[:, None] < rows_left) & (offs_dim[None, :] < DIM), other=0.0",
+        "mask=(offs_row[:, None] < rows_left) & (offs_dim[None, :] >= 0), other=0.0",
+        Case((20, 33), dims=(40, 24)),
+    ),
+    "stores not masked at the end": Fault("attention_common", "mask = offs_row[:, None] < rows_left", "mask = offs_row[:, None] >= 0"),
+    "last tile forgotten": Fault("attention_common", "    end_position = length\n", "    end_position = length - 31\n", Case((20, 33))),
+    "tile of the right edge taken for whole": Fault(
+        "attention_common", "inside_end_position = tl.minimum(length, first + high_shift + 1)", "inside_end_position = end_position", CAUSAL
+    ),
+    "tile of the left edge taken for whole": Fault(
+        "attention_common", "inside_begin = (tl.maximum(last + low_shift, 0) + BLOCK - 1) // BLOCK", "inside_begin = begin", WINDOW
+    ),
+    "lengths aligned top-left": Fault(
+        "attention_common", "distance = rows + (seqlen_k - seqlen_q) - cols", "distance = rows - cols"
+    ),
+    "two programs for one tile": Fault("attention_common", "tile = within // slots_here", "tile = within // slots_here // 2 * 2"),
+    "rows of the neighbouring sequence": Fault(
+        "attention_common", "tl.minimum(end, total) - start", "tl.minimum(end + 1, total) - start", PACKED
+    ),
+    "wrong sequence found": Fault("attention_common", "// BLOCK + middle <= tile", "// BLOCK + middle < tile", PACKED),
+    "wrong dropout words": Fault("attention_common", "tl.join(tl.join(word_0, word_2)", "tl.join(tl.join(word_2, word_0)", DROPOUT),
+    "wrong stride": Fault(
+        "attention_forward", "v_tile_ptr = v_ptr + first_key * stride_v_seq", "v_tile_ptr = v_ptr + first_key * stride_q_seq"
+    ),
+    "wrong head of the keys": Fault("attention_forward", "kv_head = head // HEADS_PER_KV", "kv_head = head % HEADS_PER_KV"),
+    "output not rescaled": Fault("attention_forward", "acc = acc * rescale[:, None]", "acc = acc"),
+    "sum not rescaled": Fault("attention_forward", "row_sum = row_sum * rescale + ", "row_sum = row_sum + "),
+    "output not divided by the sum": Fault("attention_forward", "acc = acc / row_sum[:, None]", "acc = acc"),
+    "rows that see nothing not guarded": Fault(
+        "attention_forward", 'shift = tl.where(new_max == float("-inf"), 0.0, new_max)', "shift = new_max", MORE_QUERIES
+    ),
+    "lse in base 2": Fault("attention_forward", "row_max + tl.log2(row_sum) * LN2", "row_max + tl.log2(row_sum)"),
+    "output not written": Fault("attention_forward", "common.store_tile(out_ptr", "common.store_tile(q_ptr"),
+    "dropout not rescaled": Fault("attention_forward", "acc = acc * dropout_scale", "acc = acc", DROPOUT),
+    "gradient of lse ignored": Fault(
+        "attention_backward", "delta -= tl.load(dlse_ptr", "delta -= 0.0 * tl.load(dlse_ptr"
+    ),
+    "gradient into rows that see nothing": Fault(
+        "attention_backward", 'delta = tl.where(lse == float("-inf"), 0.0, delta)', "delta = delta", MORE_QUERIES
+    ),
+    "dq not scaled": Fault("attention_backward", "dq * softmax_scale", "dq"),
+    "dk not scaled": Fault("attention_backward", "dk * softmax_scale", "dk"),
+    "one head of the group forgotten": Fault(
+        "attention_backward", "tl.range(0, tiles * HEADS_PER_KV,", "tl.range(0, tiles * HEADS_PER_KV - tiles,"
+    ),
+    "delta not subtracted": Fault("attention_backward", "ds = p * (dp - delta[None, :])", "ds = p * dp"),
+    "softcap without its slope": Fault("attention_backward", "* common.softcap_slope(capped, softcap)", "", SOFTCAP, times=2),
+    "dv without dropout": Fault("attention_backward", "kept = tl.where(keep, p * dropout_scale, 0.0)", "kept = p", DROPOUT),
+    "sink without its sign": Fault("attention_backward", "tl.store(dsinks_ptr, -tl.sum(", "tl.store(dsinks_ptr, tl.sum(", SINKS),
+    "large rows not normalised again": Fault("attention_backward", "tl.abs(lse)), 0) > large_lse", "tl.abs(lse)), 0) > 1e30", HUGE),
+    "one batch of a shared bias forgotten": Fault(
+        "attention_bias_gradient", "first_sequence, last_sequence = 0, batch", "first_sequence, last_sequence = 0, batch - 1", SHARED_BIAS
+    ),
+}  # fmt: skip
+FILES = ("attention_common", "attention_bias_gradient", "attention_forward", "attention_backward")
+
+
+def load(directory: Path, fault: Fault | None) -> dict[str, ModuleType]:
+    """The kernel files, one of them broken, under other names beside the shipped ones."""
+    modules = {}
+    for file in FILES:
+        source = (KERNELS / f"{file}.py").read_text()
+        if fault is not None and file == fault.file:
+            assert source.count(fault.good) == fault.times, (
+                f"{fault.good!r} stands {source.count(fault.good)} times in {file}.py"
+            )
+            source = source.replace(fault.good, fault.bad)
+        for other in FILES:
+            source = source.replace(f"from .{other} import", f"from .broken_{other} import")
+            source = source.replace(f"from . import {other} as", f"from . import broken_{other} as")
+        name = f"pytransformer.kernels.broken_{file}"
+        path = directory / f"broken_{file}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        modules[file] = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(modules[file])
+    return modules
+
+
+@pytest.fixture
+def unload() -> Iterator[None]:
+    yield
+    import pytransformer.kernels
+
+    for file in FILES:
+        sys.modules.pop(f"pytransformer.kernels.broken_{file}", None)
+        vars(pytransformer.kernels).pop(f"broken_{file}", None)
+
+
+def check(modules: dict[str, ModuleType], case: Case, device: torch.device) -> None:
+    contract_of(
+        case,
+        device,
+        modules["attention_forward"].attention_forward,
+        modules["attention_backward"].attention_backward,
+        seeds=SEEDS,
+    ).check()
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a kernel that leaves its tensors is for the interpreter only")
+@pytest.mark.parametrize("fault", [pytest.param(fault, id=name) for name, fault in FAULTS.items()])
+def test_a_broken_kernel_is_caught(
+    fault: Fault, tmp_path: Path, device: torch.device, poison_empty: None, unload: None
+) -> None:
+    from pytransformer.triton_interpreter import KernelFault
+
+    modules = load(tmp_path, fault)
+    with pytest.raises((ContractError, KernelFault)):
+        check(modules, fault.case, device)
+
+
+def test_copies_that_are_not_broken_pass(
+    tmp_path: Path, device: torch.device, poison_empty: None, unload: None
+) -> None:
+    """Else the tests above would show nothing."""
+    modules = load(tmp_path, None)
+    for case in {id(fault.case): fault.case for fault in FAULTS.values()}.values():
+        check(modules, case, device)
