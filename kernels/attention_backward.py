@@ -516,6 +516,6 @@ def attention_backward(
             )  # fmt: skip
         if bias is not None and shared_bias:
             dbias = attention_bias_gradient(bias, inputs, row_statistics, packing, options, shape, wide)
-    if dsinks is not None:
+    if dsinks is not None and sinks is not None:
         dsinks = dsinks.view(-1, shape.num_heads, num_tiles_q).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks

@@ -72,12 +72,14 @@ def geometry(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: to
 
 def row_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
     """(batch, seqlen, head) strides; packed tensors have no batch to step over."""
-    return (0, tensor.stride(0), tensor.stride(1)) if tensor.dim() == 3 else tensor.stride()[:3]
+    if tensor.dim() == 3:
+        return 0, tensor.stride(0), tensor.stride(1)
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
 def statistic_strides(lse: torch.Tensor) -> tuple[int, int]:
     """(batch, head) strides of lse-like tensors: (batch, heads, seqlen_q) or (heads, total_q), last dimension contiguous."""
-    return (0, lse.stride(0)) if lse.dim() == 2 else lse.stride()[:2]
+    return (0, lse.stride(0)) if lse.dim() == 2 else (lse.stride(0), lse.stride(1))
 
 
 def block_dim(dim: int) -> int:
