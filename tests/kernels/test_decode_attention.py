@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pytransformer.kernels.decode_attention import MERGE_SPLITS
 from pytransformer.kernels.decode_common import UNLIMITED, SplitPlan, decode_configs, fixed_splits
 from tests.conftest import INTERPRETING
 from tests.kernels.decode_contract import EDGE_LENGTHS, Decode, check_contract, draw, run, small_configs
@@ -31,16 +32,19 @@ def test_few_queries_in_a_window(dtype, device):
     check_contract(case, device, EDGE_PAIRS)
 
 
-@pytest.mark.parametrize(
-    "options", [{"causal": False}, {"causal": False, "window": (7, 2)}, {"window": (0, -1)}], ids=str
-)
-def test_kinds_of_window(options, device):
-    check_contract(Decode(seqlen_q=2, heads=(2, 1), options=options), device, EDGE_PAIRS)
+@pytest.mark.parametrize("seqlen_q", [1, 2])
+@pytest.mark.parametrize("options", [{"causal": False, "window": (7, 2)}, {"window": (20, -1)}], ids=str)
+def test_kinds_of_window(options, seqlen_q, device):
+    check_contract(Decode(seqlen_q=seqlen_q, options=options), device, EDGE_PAIRS)
+
+
+def test_without_causality(device):
+    check_contract(Decode(lengths=(40, 2), seqlen_q=3, capacity=40, options={"causal": False}), device)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (8, 2), (7, 1), (20, 1)], ids=str)
 def test_query_groups(heads, device):
-    check_contract(Decode(heads=heads, lengths=(50,), capacity=50), device)
+    check_contract(Decode(heads=heads, dims=(16, 24), lengths=(50,), capacity=50), device)
 
 
 @pytest.mark.parametrize("dims", [(8, 8), (40, 80), (96, 64), (256, 192)], ids=str)
@@ -111,8 +115,9 @@ def test_table_width_does_not_change_a_result(device):
     assert torch.equal(again[1], lse)
 
 
-def test_pages_before_the_window_are_not_read(device):
-    case = Decode(lengths=(100, 50), seqlen_q=2, page_size=16, options={"window": (9, -1)})
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_pages_before_the_window_are_not_read(page_size, device):
+    case = Decode(lengths=(100, 50), seqlen_q=2, page_size=page_size, options={"window": (9, -1)})
     inputs = draw(case, 4, device)
     out, lse = run(inputs, case)
     table = inputs.tensors["block_table"].clone()
@@ -145,6 +150,15 @@ def test_cache_rows_do_not_change_a_result(device):
 @pytest.mark.parametrize("num_splits", [1, 3, 1000])
 def test_number_of_splits(num_splits, device):
     check_contract(Decode(lengths=(70,), capacity=90), device, num_splits=num_splits)
+
+
+def test_more_splits_than_one_step_of_the_merge(device):
+    """Scores grow along the keys, so the second step of the merge finds a new maximum."""
+    configs = tuple(replace(config, splits=SplitPlan(16, 3, 16)) for config in small_configs())
+    keys = 16 * MERGE_SPLITS + 40
+    bias = torch.linspace(0.0, 9.0, keys).view(1, 1, 1, keys)
+    case = Decode(lengths=(keys,), heads=(1, 1), capacity=keys, options={"bias": bias})
+    check_contract(case, device, configs=configs)
 
 
 def test_one_split_has_the_bits_of_merged_splits(device):
