@@ -121,7 +121,8 @@ def test_contract_holds_at_every_width(cols: int, is_rms: bool, dtype: torch.dty
 
 
 def test_contract_holds_at_a_model_width(device: torch.device) -> None:
-    measure(Case(1, 4096, False, FLOAT16, FLOAT16, residual_dtype=FLOAT16), device).check()
+    # The sums of weight gradients over programs take most of the interpreter's time, and narrower rows have shown them.
+    measure(Case(1, 4096, False, FLOAT16, None, residual_dtype=FLOAT16), device).check()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_contract_holds_for_the_widest_rows(cols: int, is_rms: bool, dtype, weig
 
 
 @BOTH
-@pytest.mark.parametrize("cols", [63, 64, 65, 129])
+@pytest.mark.parametrize("cols", [63, 64, 129])
 def test_rows_walked_in_blocks(cols: int, is_rms: bool, device: torch.device) -> None:
     case = Case(3, cols, is_rms, BFLOAT16, FLOAT32, BFLOAT16, forward_config=WIDE, backward_config=WIDE_BACKWARD)
     measure(case, device).check()
@@ -232,11 +233,10 @@ def test_a_row_of_infinity_or_nan_stays_its_own(is_rms: bool, device: torch.devi
 # --- shapes and memory ------------------------------------------------------------------------------------------------------------------
 
 
-@BOTH
 @pytest.mark.parametrize("rows", [1, 3, 4, 5])
-def test_rows_around_a_tile(rows: int, is_rms: bool, device: torch.device, poison_empty: None) -> None:
+def test_rows_around_a_tile(rows: int, device: torch.device, poison_empty: None) -> None:
     tile = NormConfig(4, 32, 4, programs_per_sm=1, num_stages=2)
-    case = Case(rows, 20, is_rms, BFLOAT16, BFLOAT16, BFLOAT16, forward_config=tile, backward_config=tile)
+    case = Case(rows, 20, False, BFLOAT16, BFLOAT16, BFLOAT16, forward_config=tile, backward_config=tile)
     measure(case, device).check()
 
 
