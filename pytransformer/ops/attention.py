@@ -10,7 +10,14 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import attention_torch
-from pytransformer.ops.attention_checks import AttentionCall, check_attention, is_autocasting
+from pytransformer.ops.attention_checks import (
+    AttentionCall,
+    check_attention,
+    is_autocasting,
+    is_empty,
+    is_packed,
+    tensors_of,
+)
 from pytransformer.ops.autograd import (
     autograd_inside_an_op,
     is_recorded,
@@ -146,17 +153,17 @@ def _materialises(call: AttentionCall) -> str:
 
 
 def _run(call: AttentionCall, backend: str) -> Tensor | tuple[Tensor, Tensor]:
-    if not call.empty and backend != "triton":
+    if not is_empty(call) and backend != "triton":
         # The tracer of torch.compile cannot read cu_seqlens, nor need it see the reference: there both hide behind the registered ops.
         traced = torch.compiler.is_compiling()
-        if backend == "torch" and not (traced and call.packed):
+        if backend == "torch" and not (traced and is_packed(call)):
             return attention_torch.attend(call)
         if backend == "reference" and not traced:
             return _reference_attention(call)
     args = _to_args(call, backend)
     if torch.compiler.is_compiling():
         out, lse = torch.ops.pytransformer.attention_forward(*args)
-    elif is_recorded(*call.tensors):
+    elif is_recorded(*tensors_of(call)):
         out, lse = _Attention.apply(*args)  # type: ignore[no-untyped-call]
     else:
         out, lse = _forward_op(*args)
@@ -279,7 +286,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
 def _lse_shape(call: AttentionCall, backend: str) -> tuple[int, ...]:
     if backend == "torch":
         return (0,)  # scaled_dot_product_attention does not give it, and its gradient does not need it
-    if call.packed:
+    if is_packed(call):
         return (call.q.shape[1], call.q.shape[0])
     return (call.q.shape[0], call.q.shape[2], call.q.shape[1])
 
@@ -290,7 +297,7 @@ def _lse_dtype(call: AttentionCall) -> torch.dtype:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     call, backend = _from_args(q, k, v, *options)
-    if call.empty:
+    if is_empty(call):
         return _forward_of_nothing(call, backend)
     if backend == "triton":
         from pytransformer.kernels.attention_forward import attention_forward
@@ -338,7 +345,7 @@ def _backward(
     """(dq, dk, dv, dbias, dsinks), contiguous; what does not exist or is not wanted is an empty tensor."""
     call, backend = _from_args(q, k, v, *options)
     gradients: Sequence[Tensor | None]
-    if call.empty:
+    if is_empty(call):
         gradients = _backward_of_nothing(call, want_dbias, dlse)
     elif backend == "triton":
         from pytransformer.kernels.attention_backward import attention_backward
@@ -359,7 +366,7 @@ def _backward_of_nothing(call: AttentionCall, want_dbias: bool, dlse: Tensor | N
         return (*gradients, None)
     if dlse is None or dlse.numel() == 0:
         return (*gradients, torch.zeros_like(call.sinks))
-    axes = (-1,) if call.packed else (0, -1)
+    axes = (-1,) if is_packed(call) else (0, -1)
     return (*gradients, dlse.sum(dim=axes).to(call.sinks.dtype))
 
 

@@ -42,23 +42,26 @@ class AttentionCall(NamedTuple):
     deterministic: bool | None = None
     return_lse: bool = False
 
-    @property
-    def packed(self) -> bool:
-        return self.cu_seqlens_q is not None
 
-    @property
-    def batch(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+# Functions rather than properties: the tracer of torch 2.10 follows no property of a NamedTuple.
+def is_packed(call: AttentionCall) -> bool:
+    """Whether q, k, v are packed sequences."""
+    return call.cu_seqlens_q is not None
 
-    @property
-    def empty(self) -> bool:
-        """Whether there is no query or no key at all."""
-        return self.q.shape[0] == 0 or self.q.shape[-3] == 0 or self.k.shape[-3] == 0
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors of the call."""
-        return tuple(value for value in self if isinstance(value, Tensor))
+def batch_size(call: AttentionCall) -> int:
+    """The number of sequences, dense or packed."""
+    return call.q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
+
+
+def is_empty(call: AttentionCall) -> bool:
+    """Whether there is no query or no key at all."""
+    return call.q.shape[0] == 0 or call.q.shape[-3] == 0 or call.k.shape[-3] == 0
+
+
+def tensors_of(call: AttentionCall) -> tuple[Tensor, ...]:
+    """All tensors of the call."""
+    return tuple(value for value in call if isinstance(value, Tensor))
 
 
 def check_attention(call: AttentionCall, softmax_scale: float | None) -> AttentionCall:
@@ -86,7 +89,7 @@ def _check_qkv(call: AttentionCall) -> AttentionCall:
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k go together: cu_seqlens_{given} is given, cu_seqlens_{missing} is None"
         )
-    rank, layout = (3, PACKED_LAYOUT) if call.packed else (4, DENSE_LAYOUT)
+    rank, layout = (3, PACKED_LAYOUT) if is_packed(call) else (4, DENSE_LAYOUT)
     allowed = checks.FLOAT_DTYPES_AND_DOUBLE
     q = checks.check_tensor("q", call.q, ndim=rank, dtypes=allowed, layout=layout)
     k = checks.check_tensor("k", call.k, ndim=rank, dtypes=allowed, device=q.device, layout=layout)
@@ -95,7 +98,7 @@ def _check_qkv(call: AttentionCall) -> AttentionCall:
     checks.check_same_dtype("k", k, "q", q)
     checks.check_same_dtype("v", v, "q", q)
     head_dim = q.shape[-1]
-    if call.packed:
+    if is_packed(call):
         checks.check_shape("k", k, (None, None, head_dim), "(total_k, num_kv_heads, head_dim of q)")
         checks.check_shape("v", v, (*k.shape[:2], None), "(total_k, num_kv_heads, value head_dim)")
     else:
@@ -118,7 +121,7 @@ def _check_packing(call: AttentionCall) -> None:
         ("k", call.k, call.cu_seqlens_k, call.max_seqlen_k),
     ):
         if cu_seqlens is not None:
-            batch = None if side == "q" else call.batch
+            batch = None if side == "q" else batch_size(call)
             checks.check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, tokens.shape[0], call.q.device, batch)
         if hint is None:
             continue
@@ -142,7 +145,7 @@ def _longest(cu_seqlens: Tensor | None) -> int | None:
 
 def _check_score_terms(call: AttentionCall) -> AttentionCall:
     """mask, bias, key_padding_mask, alibi_slopes, sinks; integer masks become boolean."""
-    device, num_heads, batch = call.q.device, call.q.shape[-2], call.batch
+    device, num_heads, batch = call.q.device, call.q.shape[-2], batch_size(call)
     mask, padding = call.mask, call.key_padding_mask
     if mask is not None:
         mask = _check_mask("mask", mask, "pass an additive mask as bias", device)
@@ -186,30 +189,30 @@ def _check_float_term(name: str, value: Any, q: Tensor, ndim: Sequence[int] | No
 def _check_score_shape(name: str, tensor: Tensor, call: AttentionCall) -> None:
     """Broadcasts to (batch, num_heads, seqlen_q, seqlen_k); packed: rows and columns reach the longest sequence."""
     num_heads = call.q.shape[-2]
-    if not call.packed:
-        target = (call.batch, num_heads, call.q.shape[1], call.k.shape[1])
+    if not is_packed(call):
+        target = (batch_size(call), num_heads, call.q.shape[1], call.k.shape[1])
         checks.check_broadcastable(name, tensor, target, "(batch, num_heads, seqlen_q, seqlen_k)")
         return
     sizes = (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
-    fits = len(sizes) == 4 and sizes[0] in (1, call.batch) and sizes[1] in (1, num_heads)
+    fits = len(sizes) == 4 and sizes[0] in (1, batch_size(call)) and sizes[1] in (1, num_heads)
     limits = _packed_limits(call)
     if not fits or not _reaches(sizes[2], limits[0]) or not _reaches(sizes[3], limits[1]):
         shown = ", ".join("any" if limit is None else f"at least {limit}" for limit in limits)
         raise ValueError(
             f"{name} of packed sequences must broadcast to (batch, num_heads, max_seqlen_q, max_seqlen_k) = "
-            f"({call.batch}, {num_heads}, {shown}), got shape {tuple(tensor.shape)}"
+            f"({batch_size(call)}, {num_heads}, {shown}), got shape {tuple(tensor.shape)}"
         )
 
 
 def _check_padding_shape(padding: Tensor, call: AttentionCall) -> None:
-    if not call.packed:
-        checks.check_shape("key_padding_mask", padding, (call.batch, call.k.shape[1]), "(batch, seqlen_k)")
+    if not is_packed(call):
+        checks.check_shape("key_padding_mask", padding, (batch_size(call), call.k.shape[1]), "(batch, seqlen_k)")
         return
     limit = _packed_limits(call)[1]
-    if padding.shape[0] != call.batch or (limit is not None and padding.shape[1] < limit):
+    if padding.shape[0] != batch_size(call) or (limit is not None and padding.shape[1] < limit):
         least = "any" if limit is None else f"at least {limit}"
         raise ValueError(
-            f"key_padding_mask of packed sequences must have shape (batch, max_seqlen_k) = ({call.batch}, {least}), "
+            f"key_padding_mask of packed sequences must have shape (batch, max_seqlen_k) = ({batch_size(call)}, {least}), "
             f"got {tuple(padding.shape)}"
         )
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer.ops.attention_checks import AttentionCall
+from pytransformer.ops.attention_checks import AttentionCall, batch_size, is_packed
 from pytransformer.ops.checks import readable, short
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -35,7 +35,7 @@ def why_not(call: AttentionCall) -> str | None:
 
 
 def _why_not_on_a_gpu(call: AttentionCall) -> str | None:
-    if call.packed:
+    if is_packed(call):
         return "the lengths in cu_seqlens cannot be read back from the GPU without synchronising"
     if call.deterministic and not torch.are_deterministic_algorithms_enabled():
         return "scaled_dot_product_attention is deterministic by torch.use_deterministic_algorithms(True) only"
@@ -51,7 +51,7 @@ def _why_not_on_a_gpu(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> Tensor:
     """Output of a checked call that :func:`why_not` has nothing against, differentiable by autograd."""
-    return _attend_packed(call) if call.packed else _attend_dense(call)
+    return _attend_packed(call) if is_packed(call) else _attend_dense(call)
 
 
 def _attend_packed(call: AttentionCall) -> Tensor:
@@ -59,7 +59,7 @@ def _attend_packed(call: AttentionCall) -> Tensor:
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     outputs = []
-    for sequence in range(call.batch):
+    for sequence in range(batch_size(call)):
         rows_q = slice(starts_q[sequence], starts_q[sequence + 1])
         rows_k = slice(starts_k[sequence], starts_k[sequence + 1])
         seqlen_q, seqlen_k = rows_q.stop - rows_q.start, rows_k.stop - rows_k.start
