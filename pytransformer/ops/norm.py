@@ -376,8 +376,12 @@ for _name, _implementation, _fake in (
 def _triton_norm(call: NormCall) -> NormResult:
     plain = is_plain(*call.tensors)
     needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in call.tensors)
-    # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked.
-    y, s, *_ = _forward(*call) if plain and not needs_grad else _TritonNorm.apply(*call)  # type: ignore[no-untyped-call]
+    # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked. The tracer of torch.compile
+    # knows, and cannot inline a Function none of whose inputs need a gradient.
+    if torch.compiler.is_compiling() and not needs_grad:
+        y, s, *_ = torch.ops.pytransformer.norm_forward(*call)
+    else:
+        y, s, *_ = _forward(*call) if plain and not needs_grad else _TritonNorm.apply(*call)  # type: ignore[no-untyped-call]
     return y if call.residual is None else (y, s)
 
 

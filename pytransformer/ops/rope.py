@@ -401,8 +401,10 @@ def _rope(call: RopeCall, backend: str, inplace: bool) -> tuple[Tensor, Tensor |
     if backend == "torch":
         # The Function saves time and memory in eager training; elsewhere torch differentiates, maps and fuses its own operations.
         return _apply(call, backend) if plain and needs_grad else _torch_rotate(call)
-    # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked.
-    return _rotate(call, backend) if plain and not needs_grad else _apply(call, backend)
+    # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked. The tracer of torch.compile
+    # knows, and cannot inline a Function none of whose inputs need a gradient.
+    asked = plain or torch.compiler.is_compiling()
+    return _rotate(call, backend) if asked and not needs_grad else _apply(call, backend)
 
 
 def _rotate(call: RopeCall, backend: str) -> tuple[Tensor, Tensor | None]:
