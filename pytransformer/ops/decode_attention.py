@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import checks, decode_attention_torch
+from pytransformer.ops.attention_checks import is_autocasting
 from pytransformer.ops.backend import (
     BackendChoice,
     Candidate,
@@ -17,7 +18,14 @@ from pytransformer.ops.backend import (
     serves_all,
     warn_once,
 )
-from pytransformer.ops.decode_attention_checks import DecodeCall, check_decode_attention
+from pytransformer.ops.decode_attention_checks import (
+    DecodeCall,
+    batch_size,
+    capacity_of,
+    check_decode_attention,
+    is_packed,
+    tensors_of,
+)
 
 
 def _triton_why_not(call: DecodeCall) -> str | None:
@@ -128,7 +136,7 @@ def decode_attention(
         warn_once(
             f"decode_attention: the reference serves this call, one sequence after another with all its scores. torch: {why}"
         )
-    if is_plain(*call.tensors):
+    if is_plain(*tensors_of(call)):
         out, lse = _decode(call, chosen)
     else:
         out, lse = torch.ops.pytransformer.decode_attention(*_to_arguments(call, chosen))
@@ -164,7 +172,7 @@ def _result_shapes(call: DecodeCall, backend: str) -> tuple[tuple[int, ...], tup
     out = (*call.q.shape[:-1], call.v_cache.shape[-1])
     if backend == "torch":
         return out, (0,)  # scaled_dot_product_attention does not give it
-    if call.packed:
+    if is_packed(call):
         return out, (call.q.shape[1], call.q.shape[0])
     return out, (call.q.shape[0], call.q.shape[2], call.q.shape[1])
 
@@ -182,7 +190,7 @@ def _decode_op(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _decode(call: DecodeCall, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         return _triton(call)
-    if torch.is_autocast_enabled(call.q.device.type):
+    if is_autocasting(call.q.device.type):
         with torch.autocast(call.q.device.type, enabled=False):
             return _composite(call, backend)
     return _composite(call, backend)
@@ -215,8 +223,8 @@ def _expanded(tensor: Tensor | None, call: DecodeCall) -> Tensor | None:
     if tensor is None:
         return None
     rows = max(tensor.shape[2], call.q.shape[-3])
-    keys = call.capacity if tensor.shape[3] == 1 else tensor.shape[3]
-    return tensor.expand(call.batch, call.q.shape[-2], rows if tensor.shape[2] == 1 else tensor.shape[2], keys)
+    keys = capacity_of(call) if tensor.shape[3] == 1 else tensor.shape[3]
+    return tensor.expand(batch_size(call), call.q.shape[-2], rows if tensor.shape[2] == 1 else tensor.shape[2], keys)
 
 
 def _reference(call: DecodeCall) -> tuple[Tensor, Tensor]:

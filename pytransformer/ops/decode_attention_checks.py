@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pytransformer.ops import checks
-from pytransformer.ops.attention_checks import MASK_DTYPES, autocast_to_lower
+from pytransformer.ops.attention_checks import MASK_DTYPES, autocast_to_lower, is_autocasting
 
 QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 CACHE_LAYOUT = "(batch, capacity, num_kv_heads, head_dim) or (pages, page_size, num_kv_heads, head_dim)"
@@ -41,24 +41,27 @@ class DecodeCall(NamedTuple):
     num_splits: int
     return_lse: bool
 
-    @property
-    def packed(self) -> bool:
-        return self.cu_seqlens_q is not None
 
-    @property
-    def batch(self) -> int:
-        return self.cache_seqlens.shape[0]
+# Functions rather than properties: the tracer of torch 2.10 follows no property of a NamedTuple.
+def is_packed(call: DecodeCall) -> bool:
+    """Whether q is packed sequences."""
+    return call.cu_seqlens_q is not None
 
-    @property
-    def capacity(self) -> int:
-        """Keys that one sequence can have."""
-        pages = 1 if self.block_table is None else self.block_table.shape[1]
-        return pages * self.k_cache.shape[1]
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors of the call."""
-        return tuple(value for value in self if isinstance(value, Tensor))
+def batch_size(call: DecodeCall) -> int:
+    """The number of sequences."""
+    return call.cache_seqlens.shape[0]
+
+
+def capacity_of(call: DecodeCall) -> int:
+    """Keys that one sequence can have."""
+    pages = 1 if call.block_table is None else call.block_table.shape[1]
+    return pages * call.k_cache.shape[1]
+
+
+def tensors_of(call: DecodeCall) -> tuple[Tensor, ...]:
+    """All tensors of the call."""
+    return tuple(value for value in call if isinstance(value, Tensor))
 
 
 def check_decode_attention(call: DecodeCall, softmax_scale: float | None) -> DecodeCall:
@@ -87,14 +90,14 @@ def _softmax_scale(value: float | None, head_dim: int) -> float:
 
 def _check_q_and_caches(call: DecodeCall) -> DecodeCall:
     rank, layout = (4, "(batch, seqlen_q, num_heads, head_dim)")
-    if call.packed:
+    if is_packed(call):
         rank, layout = (3, "(total_q, num_heads, head_dim)")
     q = checks.check_tensor("q", call.q, ndim=rank, dtypes=checks.FLOAT_DTYPES_AND_DOUBLE, layout=layout)
     allowed = (*checks.FLOAT_DTYPES_AND_DOUBLE, *QUANTISED_DTYPES)
     k_cache = checks.check_tensor("k_cache", call.k_cache, ndim=4, dtypes=allowed, device=q.device, layout=CACHE_LAYOUT)
     v_cache = checks.check_tensor("v_cache", call.v_cache, ndim=4, dtypes=allowed, device=q.device, layout=CACHE_LAYOUT)
     checks.check_same_dtype("v_cache", v_cache, "k_cache", k_cache)
-    if torch.is_autocast_enabled(q.device.type):
+    if is_autocasting(q.device.type):
         # A cache is as it is; q is brought to it.
         q = autocast_to_lower(q) if k_cache.dtype in QUANTISED_DTYPES else q.to(k_cache.dtype)
     if k_cache.dtype != q.dtype and k_cache.dtype not in QUANTISED_DTYPES:
@@ -117,9 +120,9 @@ def _check_q_and_caches(call: DecodeCall) -> DecodeCall:
 def _check_index(name: str, value: Tensor, call: DecodeCall) -> None:
     """int32 (batch), contiguous."""
     checks.check_tensor(name, value, ndim=1, dtypes=(torch.int32,), device=call.q.device, layout="(batch)")
-    if value.shape[0] != call.batch or not value.is_contiguous():
+    if value.shape[0] != batch_size(call) or not value.is_contiguous():
         raise ValueError(
-            f"{name} must be contiguous, of shape (batch) = ({call.batch}), got {tuple(value.shape)} with strides {value.stride()}"
+            f"{name} must be contiguous, of shape (batch) = ({batch_size(call)}), got {tuple(value.shape)} with strides {value.stride()}"
         )
 
 
@@ -129,9 +132,9 @@ def _check_places(call: DecodeCall) -> None:
         "cache_seqlens", call.cache_seqlens, ndim=1, dtypes=(torch.int32,), device=call.q.device, layout="(batch)"
     )
     if call.cu_seqlens_q is not None:
-        checks.check_cu_seqlens("cu_seqlens_q", call.cu_seqlens_q, call.q.shape[0], call.q.device, call.batch)
-    elif call.q.shape[0] != call.batch:
-        raise ValueError(f"cache_seqlens must have shape (batch) = ({call.q.shape[0]}), got {(call.batch,)}")
+        checks.check_cu_seqlens("cu_seqlens_q", call.cu_seqlens_q, call.q.shape[0], call.q.device, batch_size(call))
+    elif call.q.shape[0] != batch_size(call):
+        raise ValueError(f"cache_seqlens must have shape (batch) = ({call.q.shape[0]}), got {(batch_size(call),)}")
     _check_index("cache_seqlens", call.cache_seqlens, call)
     _check_query_hint(call)
     if call.cache_leftpad is not None:
@@ -144,7 +147,7 @@ def _check_places(call: DecodeCall) -> None:
         table = checks.check_tensor(
             "block_table", call.block_table, ndim=2, dtypes=(torch.int32,), device=call.q.device, layout="(batch, max_pages)"
         )  # fmt: skip
-        checks.check_shape("block_table", table, (call.batch, None), "(batch, max_pages)")
+        checks.check_shape("block_table", table, (batch_size(call), None), "(batch, max_pages)")
         checks.check_last_dim_contiguous("block_table", table)
         if call.k_cache.shape[1] == 0:
             raise ValueError(
@@ -153,9 +156,9 @@ def _check_places(call: DecodeCall) -> None:
     elif call.cache_batch_idx is not None:
         _check_index("cache_batch_idx", call.cache_batch_idx, call)
         checks.check_values("cache_batch_idx", call.cache_batch_idx, 0, call.k_cache.shape[0] - 1, "rows of the cache")
-    elif call.k_cache.shape[0] != call.batch:
+    elif call.k_cache.shape[0] != batch_size(call):
         raise ValueError(
-            f"k_cache must have batch = {call.batch} rows unless block_table or cache_batch_idx is given, "
+            f"k_cache must have batch = {batch_size(call)} rows unless block_table or cache_batch_idx is given, "
             f"got shape {tuple(call.k_cache.shape)}"
         )
 
@@ -237,7 +240,7 @@ def _check_score_terms(call: DecodeCall) -> DecodeCall:
         slopes = checks.check_tensor(
             "alibi_slopes", call.alibi_slopes, ndim=(1, 2), dtypes=floating, device=device, layout=layout
         )
-        expected = (num_heads,) if slopes.ndim == 1 else (call.batch, num_heads)
+        expected = (num_heads,) if slopes.ndim == 1 else (batch_size(call), num_heads)
         checks.check_shape("alibi_slopes", slopes, expected, layout)
         checks.check_last_dim_contiguous("alibi_slopes", slopes)
     if call.sinks is not None:
@@ -254,18 +257,18 @@ def _score_shape(name: str, tensor: Tensor, call: DecodeCall) -> Tensor:
     if checks.readable(call.cache_seqlens):
         longest_k = max(call.cache_seqlens.tolist(), default=0)
     sizes = (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
-    fits = len(sizes) == 4 and sizes[0] in (1, call.batch) and sizes[1] in (1, call.q.shape[-2])
+    fits = len(sizes) == 4 and sizes[0] in (1, batch_size(call)) and sizes[1] in (1, call.q.shape[-2])
     if fits:
         rows_fit = (
-            sizes[2] == 1 or longest_q is None or (sizes[2] >= longest_q if call.packed else sizes[2] == longest_q)
+            sizes[2] == 1 or longest_q is None or (sizes[2] >= longest_q if is_packed(call) else sizes[2] == longest_q)
         )
         fits = rows_fit and (sizes[3] == 1 or longest_k is None or sizes[3] >= longest_k)
     if not fits:
-        rows = "any" if longest_q is None else f"at least {longest_q}" if call.packed else str(longest_q)
+        rows = "any" if longest_q is None else f"at least {longest_q}" if is_packed(call) else str(longest_q)
         keys = "any" if longest_k is None else f"at least {longest_k}"
         raise ValueError(
             f"{name} must broadcast to (batch, num_heads, seqlen_q, longest cache_seqlens) = "
-            f"({call.batch}, {call.q.shape[-2]}, {rows}, {keys}), got shape {tuple(tensor.shape)}"
+            f"({batch_size(call)}, {call.q.shape[-2]}, {rows}, {keys}), got shape {tuple(tensor.shape)}"
         )
     return tensor.reshape(sizes)
 
@@ -275,13 +278,13 @@ def _check_lengths(call: DecodeCall) -> None:
     lengths = call.cache_seqlens.tolist()
     leftpads = [0] * len(lengths)
     if call.cache_leftpad is not None:
-        checks.check_values("cache_leftpad", call.cache_leftpad, 0, call.capacity, "slots to skip")
+        checks.check_values("cache_leftpad", call.cache_leftpad, 0, capacity_of(call), "slots to skip")
         leftpads = call.cache_leftpad.tolist()
     for sequence, (length, leftpad) in enumerate(zip(lengths, leftpads)):
-        if not 0 <= length <= call.capacity - leftpad:
+        if not 0 <= length <= capacity_of(call) - leftpad:
             behind = f" minus its cache_leftpad of {leftpad}" if leftpad else ""
             raise ValueError(
-                f"cache_seqlens must be from 0 to the capacity of the cache ({call.capacity}{behind}), "
+                f"cache_seqlens must be from 0 to the capacity of the cache ({capacity_of(call)}{behind}), "
                 f"got {length} for sequence {sequence}"
             )
     if call.block_table is not None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import checks, kv_append_torch
+from pytransformer.ops.attention_checks import is_autocasting
 from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, serves_all
-from pytransformer.ops.kv_append_checks import AppendCall, check_kv_append
+from pytransformer.ops.kv_append_checks import AppendCall, check_kv_append, count_tokens, scales_are_written, tensors_of
 
 
 def _triton_why_not(call: AppendCall) -> str | None:
@@ -109,9 +110,9 @@ def kv_append(
         cos=cos, sin=sin,
     )  # fmt: skip
     chosen = CHOICE.select(call, call.k.device.type, backend)
-    if is_plain(*call.tensors):
+    if is_plain(*tensors_of(call)):
         return _append(call, chosen)
-    op = torch.ops.pytransformer.kv_append_scaled if call.scales_are_written else torch.ops.pytransformer.kv_append
+    op = torch.ops.pytransformer.kv_append_scaled if scales_are_written(call) else torch.ops.pytransformer.kv_append
     new_q: Tensor = op(*call, chosen)
     return None if q is None else new_q
 
@@ -147,12 +148,12 @@ def _append_op(*arguments: Any) -> Tensor:
 
 
 def _append(call: AppendCall, backend: str) -> Tensor | None:
-    if call.tokens == 0:
+    if count_tokens(call) == 0:
         return None if call.q is None else call.q.new_empty(call.q.shape)
     if backend == "triton":
         return _triton(call)
     composite = kv_append_torch.append if backend == "torch" else _reference
-    if torch.is_autocast_enabled(call.k.device.type):
+    if is_autocasting(call.k.device.type):
         with torch.autocast(call.k.device.type, enabled=False):
             return composite(call)
     return composite(call)
@@ -166,7 +167,7 @@ def _options(call: AppendCall) -> dict[str, Any]:
 def _triton(call: AppendCall) -> Tensor | None:
     from pytransformer.kernels.kv_append import kv_append_forward
 
-    written = (call.k_cache, call.v_cache, *((call.k_scale, call.v_scale) if call.scales_are_written else ()))
+    written = (call.k_cache, call.v_cache, *((call.k_scale, call.v_scale) if scales_are_written(call) else ()))
     new_q = kv_append_forward(call.k, call.v, call.k_cache, call.v_cache, **_options(call))
     for tensor in written:
         # A kernel writes behind autograd's back; a tensor saved for some backward pass must be seen to have changed.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pytransformer.ops import checks
+from pytransformer.ops.attention_checks import is_autocasting
 from pytransformer.ops.decode_attention_checks import CACHE_LAYOUT, QUANTISED_DTYPES, check_cache_scale
 
 INTEGERS = (torch.int32, torch.int64)
@@ -40,24 +41,27 @@ class AppendCall(NamedTuple):
     norm_eps: float
     norm_weight_offset: float
 
-    @property
-    def tokens(self) -> int:
-        return self.k.shape[0] if self.k.ndim == 3 else self.k.shape[0] * self.k.shape[1]
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that one sequence can have."""
-        pages = 1 if self.block_table is None else self.block_table.shape[1]
-        return pages * self.k_cache.shape[1]
+# Functions rather than properties: the tracer of torch 2.10 follows no property of a NamedTuple.
+def count_tokens(call: AppendCall) -> int:
+    """New tokens of all sequences."""
+    return call.k.shape[0] if call.k.ndim == 3 else call.k.shape[0] * call.k.shape[1]
 
-    @property
-    def scales_are_written(self) -> bool:
-        return self.k_scale is not None and self.k_scale.ndim > 1
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors of the call."""
-        return tuple(value for value in self if isinstance(value, Tensor))
+def capacity_of(call: AppendCall) -> int:
+    """Tokens that one sequence can have."""
+    pages = 1 if call.block_table is None else call.block_table.shape[1]
+    return pages * call.k_cache.shape[1]
+
+
+def scales_are_written(call: AppendCall) -> bool:
+    """Whether the scales are per token, so that the op makes them."""
+    return call.k_scale is not None and call.k_scale.ndim > 1
+
+
+def tensors_of(call: AppendCall) -> tuple[Tensor, ...]:
+    """All tensors of the call."""
+    return tuple(value for value in call if isinstance(value, Tensor))
 
 
 def check_kv_append(call: AppendCall) -> AppendCall:
@@ -83,7 +87,7 @@ def _check_new(call: AppendCall) -> AppendCall:
     if q is not None:
         checks.check_tensor("q", q, ndim=rank, dtypes=dtypes, device=k.device, layout=layout.replace("kv_", ""))
     cache_dtype = call.k_cache.dtype if isinstance(call.k_cache, Tensor) else None
-    if torch.is_autocast_enabled(k.device.type) and cache_dtype in checks.FLOAT_DTYPES:
+    if is_autocasting(k.device.type) and cache_dtype in checks.FLOAT_DTYPES:
         k, v = k.to(cache_dtype), v.to(cache_dtype)
         q = None if q is None else q.to(cache_dtype)
     checks.check_same_dtype("v", v, "k", k)
@@ -199,7 +203,7 @@ def _check_rows(call: AppendCall, batch: int) -> None:
             f"k_cache must have batch = {batch} rows unless block_table, cache_batch_idx or slot_mapping is given, "
             f"got shape {tuple(call.k_cache.shape)}"
         )
-    if call.k_cache.shape[1] == 0 and call.tokens > 0:
+    if call.k_cache.shape[1] == 0 and count_tokens(call) > 0:
         raise ValueError(f"k_cache must have room for tokens, got shape {tuple(call.k_cache.shape)}")
 
 
@@ -207,7 +211,7 @@ def _per_token(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], call: 
     """One entry per token, flat or in the shape of k's first dimensions; returned flat and contiguous."""
     checks.check_tensor(name, value, dtypes=dtypes, device=call.k.device)
     leading = tuple(call.k.shape[:-2])
-    if tuple(value.shape) not in (leading, (call.tokens,)):
+    if tuple(value.shape) not in (leading, (count_tokens(call),)):
         raise ValueError(f"{name} must have one entry per token, shape {leading}, got {tuple(value.shape)}")
     return value.reshape(-1).contiguous()
 
@@ -232,7 +236,7 @@ def _check_rope(call: AppendCall) -> AppendCall:
         raise ValueError(
             f"cos must have shape {layout} with rotary_dim from 2 to the head_dim of k ({call.k.shape[-1]}), got {tuple(cos.shape)}"
         )
-    if cos.shape[0] == 0 and call.tokens > 0:
+    if cos.shape[0] == 0 and count_tokens(call) > 0:
         raise ValueError(f"cos must have a row for each position, got shape {tuple(cos.shape)}")
     if positions is None and call.slot_mapping is not None:
         raise ValueError("positions must be given with slot_mapping and cos: slots say nothing about positions")
@@ -254,7 +258,7 @@ def _check_norms(call: AppendCall) -> None:
 
 def _check_values(call: AppendCall) -> None:
     """What is only known from values: places and positions, where they may be read."""
-    if call.tokens == 0:
+    if count_tokens(call) == 0:
         return
     if call.slot_mapping is not None:
         if checks.readable(call.slot_mapping):
@@ -284,10 +288,10 @@ def _check_lengths(call: AppendCall, lengths: list[int]) -> None:
     if call.cu_seqlens is not None:
         counts = [end - start for start, end in itertools.pairwise(call.cu_seqlens.tolist())]
     for sequence, (length, count) in enumerate(zip(lengths, counts)):
-        if not 0 <= length <= call.capacity - count:
+        if not 0 <= length <= capacity_of(call) - count:
             raise ValueError(
-                f"cache_seqlens must be from 0 to {call.capacity - count}, so that {count} new tokens fit into the capacity of "
-                f"{call.capacity}, got {length} for sequence {sequence}"
+                f"cache_seqlens must be from 0 to {capacity_of(call) - count}, so that {count} new tokens fit into the capacity of "
+                f"{capacity_of(call)}, got {length} for sequence {sequence}"
             )
         if call.cos is not None and call.positions is None and length + count > call.cos.shape[0]:
             raise ValueError(

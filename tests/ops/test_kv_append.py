@@ -306,12 +306,12 @@ def test_saved_tensors_notice_the_write(device):
 
 
 def _registered(call: dict[str, Any], backend: str) -> tuple[Any, tuple[Any, ...]]:
-    from pytransformer.ops.kv_append_checks import AppendCall, check_kv_append
+    from pytransformer.ops.kv_append_checks import AppendCall, check_kv_append, scales_are_written
 
     options = {"interleaved": False, "norm_eps": 1e-6, "norm_weight_offset": 0.0}
     checked = check_kv_append(AppendCall(**(dict.fromkeys(AppendCall._fields) | options | call)))
     ops = torch.ops.pytransformer
-    return (ops.kv_append_scaled if checked.scales_are_written else ops.kv_append).default, (*checked, backend)
+    return (ops.kv_append_scaled if scales_are_written(checked) else ops.kv_append).default, (*checked, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
