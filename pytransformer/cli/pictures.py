@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pytransformer.training.plots import new_figure, save_figure, smooth
+from pytransformer.training.plots import new_figure, save_figure
 
 _MAX_LABELLED_TOKENS = 32
 _MAX_LABEL_CHARACTERS = 12
@@ -62,6 +62,12 @@ def _shorten(label: str) -> str:
     return label if len(label) <= _MAX_LABEL_CHARACTERS else label[: _MAX_LABEL_CHARACTERS - 1] + "…"
 
 
+def running_median(values: Sequence[float], width: int) -> list[float]:
+    """The median of the ``width`` values around each, fewer at the ends: a pause of the machine leaves no trace."""
+    half = width // 2
+    return [float(np.median(values[max(0, place - half) : place + half + 1])) for place in range(len(values))]
+
+
 def plot_cache(
     lengths: Sequence[int], with_cache: Sequence[float], without_cache: Sequence[float], path: Path, title: str
 ) -> None:
@@ -75,14 +81,14 @@ def plot_cache(
     """
     from matplotlib.ticker import MaxNLocator
 
-    width = max(3, len(lengths) // 24)
+    width = max(5, len(lengths) // 12)
     figure = new_figure(8.0, 5.0)
     axes = figure.add_subplot()
     for seconds, color, label in (
         (with_cache, CACHE_COLOR, "with KV cache"),
         (without_cache, NO_CACHE_COLOR, "without: the whole sequence again for each token"),
     ):
-        speeds = [1.0 / mean for mean in smooth(seconds, width)]
+        speeds = [1.0 / median for median in running_median(seconds, width)]
         overall = f"{len(seconds) / sum(seconds):,.0f} tokens/s overall"
         axes.plot(lengths, speeds, color=color, linewidth=1.8, label=f"{label} ({overall})")
     axes.set_xlabel("sequence length (tokens)")

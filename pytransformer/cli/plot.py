@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"layers to draw, from 0 (default: up to {_MAX_LAYERS_SHOWN}, first to last)",
     )
     cache = pictures.add_parser("cache", help="tokens per second against length, with and without a KV cache")
-    cache.add_argument("--prompt", default="def ", help="where generation starts (default 'def ')")
+    cache.add_argument("--prompt", default="def", help="where generation starts (default 'def')")
     cache.add_argument("--max-new-tokens", type=int, metavar="N", help="how far to go (default: to the context limit)")
     cache.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="measurements; the fastest counts (default 3)"

@@ -144,5 +144,5 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"model       {result.checkpoint}")
     if result.picture is not None:
         print(f"loss curve  {result.picture}")
-    print(f"try         pytransformer generate --model {arguments.out} --prompt 'def '")
+    print(f"try         pytransformer generate --model {arguments.out} --prompt 'def'")
     return 0

@@ -284,6 +284,10 @@ def test_attention_of_many_tokens_is_labelled_by_position(tmp_path):
     pictures.plot_attention([torch.eye(2)[None].numpy()], [0], ["x" * 30, "y"], tmp_path / "b.png")
 
 
+def test_a_pause_leaves_no_trace_in_the_running_median():
+    assert pictures.running_median([1.0, 1.0, 50.0, 2.0, 2.0], 3) == [1.0, 1.0, 2.0, 2.0, 2.0]
+
+
 def test_chosen_layers():
     assert chosen_layers(None, 2) == [0, 1] and chosen_layers(None, 1) == [0]
     assert chosen_layers(None, 12) == [0, 4, 7, 11]
