@@ -12,6 +12,8 @@ if causal.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -234,8 +236,8 @@ def attention_backward_dq_kernel(
                 VALUE_DIM, PRECISION, STREAMED,
             )  # fmt: skip
             if dropout_seed_ptr is not None:
-                slot = sequence * num_heads + head
-                keep = common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
+                place = sequence * num_heads + head
+                keep = common.dropout_keep(seed, offset, place, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
             ds = p * (dp - delta[:, None])
             if dbias_ptr is not None:
@@ -377,8 +379,8 @@ def attention_backward_dkv_kernel(
                 dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = p
             if dropout_seed_ptr is not None:
-                slot = sequence * num_heads + head
-                keep = common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
+                place = sequence * num_heads + head
+                keep = common.dropout_keep(seed, offset, place, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
                 keep = tl.trans(keep)
                 kept = tl.where(keep, p * dropout_scale, 0.0)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
@@ -519,3 +521,20 @@ def attention_backward(
     if dsinks is not None and sinks is not None:
         dsinks = dsinks.view(-1, shape.num_heads, num_tiles_q).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Launches of every shipped configuration for the compile gate."""
+    for name, arguments in common.compile_calls():
+        q, v = arguments["q"], arguments["v"]
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+        lse = torch.empty(*q.shape[:-3], q.shape[-2], q.shape[-3])
+        yield name, functools.partial(attention_backward, dout=out, out=out, lse=lse, dlse=None, **arguments)
+
+
+def wgmma_kernels(case_name: str) -> tuple[str, ...]:
+    """Kernels of a compile case that must use the matrix instructions of sm_90 and sm_100 there."""
+    if "float16" not in case_name:
+        return ()
+    dq, dkv = "attention_backward_dq_kernel", "attention_backward_dkv_kernel"
+    return (dq,) if "d256" in case_name else (dq, dkv)

@@ -14,6 +14,7 @@ Weights are ``exp(scores - shift)`` by exp2, in one of two ways (SCALE_FIRST):
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,6 +192,43 @@ def strides_of(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
         return (0,) * dims
     strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (0,) * (dims - tensor.dim()) + tuple(strides)
+
+
+def compile_calls() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and arguments of calls that together use every shipped configuration, on CPU tensors; nothing of their values matters."""
+
+    def call(
+        head_dim: int, value_dim: int, dtype: torch.dtype, packed: bool = False, **options: object
+    ) -> dict[str, Any]:
+        shape = (256,) if packed else (1, 256)
+        if packed:
+            options["cu_seqlens_q"] = options["cu_seqlens_k"] = torch.tensor([0, 100, 256], dtype=torch.int32)
+        q, k, v = (
+            torch.empty(*shape, heads, dim, dtype=dtype)
+            for heads, dim in ((4, head_dim), (2, head_dim), (2, value_dim))
+        )
+        return {"q": q, "k": k, "v": v, "softmax_scale": 0.1, "causal": True, **options}
+
+    everything = {
+        "window": (64, 0),
+        "softcap": 30.0,
+        "alibi_slopes": torch.empty(4),
+        "mask": torch.empty(1, 1, 256, 256, dtype=torch.bool),
+        "key_padding_mask": torch.empty(1, 256, dtype=torch.bool),
+        "sinks": torch.empty(4),
+        "dropout_p": 0.1,
+        "dropout_seed": torch.empty(2, dtype=torch.int64),
+    }
+    for head_dim in (64, 128, 256):
+        yield f"float32-d{head_dim}-causal", call(head_dim, head_dim, torch.float32)
+        yield f"bfloat16-d{head_dim}-causal", call(head_dim, head_dim, torch.bfloat16)
+        bias = torch.empty(1, 4, 256, 256, dtype=torch.bfloat16)
+        yield f"bfloat16-d{head_dim}-options", call(head_dim, head_dim, torch.bfloat16, bias=bias, **everything)
+    yield "float16-d128-full", call(128, 128, torch.float16, causal=False)
+    yield "bfloat16-d128-window-packed", call(128, 128, torch.bfloat16, packed=True, window=(64, 0))
+    yield "bfloat16-d80-dv40", call(80, 40, torch.bfloat16)
+    yield "float32-d64-tf32", call(64, 64, torch.float32, allow_tf32=True)
+    yield "float32-d128-options", call(128, 128, torch.float32, bias=torch.empty(1, 256, 256), **everything)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -448,8 +486,8 @@ def softcap_slope(capped, softcap):
 
 
 @triton.jit
-def dropout_keep(seed, offset, slot, start_m, start_n, last_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of the (BLOCK_M, BLOCK_N) tile at (start_m, start_n) stay: those whose word, philox(seed, offset, slot = batch ·
+def dropout_keep(seed, offset, place, start_m, start_n, last_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights of the (BLOCK_M, BLOCK_N) tile at (start_m, start_n) stay: those whose word, philox(seed, offset, place = batch ·
     num_heads + head, i, j), is above ``last_out``. One evaluation gives four neighbouring keys' words, so BLOCK_N and start_n are
     multiples of 4."""
     rows = start_m + tl.arange(0, BLOCK_M)[:, None]
@@ -459,7 +497,7 @@ def dropout_keep(seed, offset, slot, start_m, start_n, last_out, BLOCK_M: tl.con
         seed,
         zero + quads.to(tl.uint32),
         zero + rows.to(tl.uint32),
-        zero + slot.to(tl.uint32),
+        zero + place.to(tl.uint32),
         zero + offset.to(tl.uint32),
     )
     words = tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [BLOCK_M, BLOCK_N])

@@ -7,6 +7,7 @@ q, k, v read and out, lse written once as far as L2 serves the other programs' r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -165,8 +166,8 @@ def attention_forward_kernel(
             rescale = common.exponentials(row_max, shift, 1.0, SCALE_FIRST)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             if dropout_seed_ptr is not None:
-                slot = sequence * num_heads + head
-                keep = common.dropout_keep(seed, offset, slot, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
+                place = sequence * num_heads + head
+                keep = common.dropout_keep(seed, offset, place, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             v = common.load_tile(v_tile_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, run != 1)
             acc = acc * rescale[:, None]
@@ -283,26 +284,11 @@ def slots_per_group(shape: common.Geometry, k: torch.Tensor, v: torch.Tensor) ->
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Launches that together use every shipped configuration and option, on CPU tensors; nothing of their values matters."""
+    """Launches of every shipped configuration for the compile gate."""
+    for name, arguments in common.compile_calls():
+        yield name, functools.partial(attention_forward, **arguments)
 
-    def case(
-        head_dim: int, value_dim: int, dtype: torch.dtype, packed: bool = False, heads: int = 4, **options: object
-    ) -> Callable[[], object]:
-        shape = (256,) if packed else (1, 256)
-        if packed:
-            options["cu_seqlens_q"] = options["cu_seqlens_k"] = torch.tensor([0, 100, 256], dtype=torch.int32)
 
-        def launch() -> object:
-            q, k = torch.empty(*shape, heads, head_dim, dtype=dtype), torch.empty(*shape, 2, head_dim, dtype=dtype)
-            v = torch.empty(*shape, 2, value_dim, dtype=dtype)
-            return attention_forward(q, k, v, **{"softmax_scale": 0.1, "causal": True, **options})  # type: ignore[arg-type]
-
-        return launch
-
-    for dtype in (torch.float32, torch.bfloat16):
-        for head_dim in (64, 128, 256):
-            yield f"{dtype}-d{head_dim}-causal", case(head_dim, head_dim, dtype)
-    yield "float16-d128-full", case(128, 128, torch.float16, causal=False)
-    yield "bfloat16-d128-window-packed", case(128, 128, torch.bfloat16, packed=True, window=(64, 0))
-    yield "bfloat16-d80-dv40", case(80, 40, torch.bfloat16)
-    yield "float32-d64-tf32", case(64, 64, torch.float32, allow_tf32=True)
+def wgmma_kernels(case_name: str) -> tuple[str, ...]:
+    """Kernels of a compile case that must use the matrix instructions of sm_90 and sm_100 there."""
+    return ("attention_forward_kernel",) if "float16" in case_name else ()
