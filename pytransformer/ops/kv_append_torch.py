@@ -45,21 +45,29 @@ def append(call: AppendCall) -> Tensor | None:
 def _rotate(call: AppendCall, k: Tensor, q: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
     if call.positions is None:
         assert call.cache_seqlens is not None
+        # One number for all sequences is a slice of the tables, several are a gather.
+        start = None if call.cu_seqlens is not None else _common_length(call.cache_seqlens.tolist())
+        offsets = call.cache_seqlens if start is None else start
         return rope(
             k, q, cos, sin,
-            offsets=call.cache_seqlens, cu_seqlens=call.cu_seqlens, interleaved=call.interleaved, backend="torch",
+            offsets=offsets, cu_seqlens=call.cu_seqlens, interleaved=call.interleaved, backend="torch",
         )  # fmt: skip
     # Tokens that are not written may have any position.
     positions = call.positions.clamp(0, cos.shape[0] - 1).view(call.k.shape[:-2])
     return rope(k, q, cos, sin, positions=positions, interleaved=call.interleaved, backend="torch")
 
 
+def _common_length(lengths: list[int]) -> int | None:
+    """The length of all sequences, or None if they differ."""
+    return lengths[0] if lengths.count(lengths[0]) == len(lengths) else None
+
+
 def _write_positions(call: AppendCall, k: Tensor, cache_seqlens: Tensor) -> None:
     lengths = cache_seqlens.tolist()
     starts = None if call.cu_seqlens is None else call.cu_seqlens.tolist()
-    one_slice = starts is None and call.block_table is None and call.cache_batch_idx is None
-    if one_slice and lengths.count(lengths[0]) == len(lengths):
-        places = slice(lengths[0], lengths[0] + k.shape[1])
+    start = _common_length(lengths)
+    if start is not None and starts is None and call.block_table is None and call.cache_batch_idx is None:
+        places = slice(start, start + k.shape[1])
         call.k_cache[:, places].copy_(k)
         call.v_cache[:, places].copy_(call.v)
         return
