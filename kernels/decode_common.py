@@ -92,6 +92,7 @@ def decode_configs(
 
 def fixed_splits(capacity: int, num_splits: int, block_n: int) -> SplitPlan:
     """``num_splits`` equal splits of a cache of ``capacity`` keys, in whole tiles."""
+    num_splits = max(1, min(num_splits, cdiv(capacity, block_n)))  # also keeps key positions within 32 bits
     keys = max(block_n, cdiv(cdiv(capacity, num_splits), block_n) * block_n)
     return SplitPlan(keys, num_splits, keys)
 

@@ -20,13 +20,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EDGE_PAIRS = tuple(zip(EDGE_LENGTHS[::2], EDGE_LENGTHS[1::2]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("page_size", [0, 3])
+@pytest.mark.parametrize(("dtype", "page_size"), [(torch.float32, 0), (torch.float16, 3), (torch.bfloat16, 0)], ids=str)
 def test_one_query(dtype, page_size, device):
     check_contract(Decode(dtype=dtype, page_size=page_size), device, EDGE_PAIRS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_queries_in_a_window(dtype, device):
     case = Decode(seqlen_q=3, dims=(24, 8), dtype=dtype, options={"window": (20, -1)})
     check_contract(case, device, EDGE_PAIRS)
@@ -216,7 +215,9 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, device):
     lengths = [(70, 33), (1, 65), (0, 32)]
-    check_contract(Decode(seqlen_q=2, capacity=110, options=OPTIONS[name]), device, lengths)
+    # What is done to single scores needs no merge to be seen.
+    num_splits = 0 if name in ("sinks", "leftpad") else 1
+    check_contract(Decode(seqlen_q=2, capacity=110, options=OPTIONS[name]), device, lengths, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
@@ -239,7 +240,7 @@ def test_all_options_at_once(page_size, device):
 @pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_quantised_caches(cache_dtype, dtype, page_size, scale_per_token, device):
     case = Decode(dtype=dtype, cache_dtype=cache_dtype, scale_per_token=scale_per_token, page_size=page_size)
-    check_contract(case, device, ((0, 100), (1, 33)))
+    check_contract(case, device, ((0, 100), (1, 33)), num_splits=1)
 
 
 def test_every_code_of_float8(device):
