@@ -45,11 +45,11 @@ class BackwardConfig:
     kv_num_stages: int
 
 
-def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, plain: bool = True) -> BackwardConfig:
-    """Launch policy; ``plain`` as for the forward kernel.
+def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, options: int = 0) -> BackwardConfig:
+    """Launch policy; ``options`` as for the forward kernel.
 
     Registers decide: at 8 warps a thread of the dk/dv kernel holds kv_block_n · (d + dv) / 256 gradients, two score tiles and two
-    statistics of each query; of the dq kernel one gradient tile and two score tiles. Figures are for sm_90, no spills unless said.
+    statistics of each query; of the dq kernel one gradient tile and two score tiles. Figures are for sm_90.
     """
     width = max(common.block_dim(head_dim), common.block_dim(value_dim))
     if dtype == torch.float32:
@@ -62,13 +62,19 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
             BackwardConfig(64, 32, 8, 2, 32, 64, 8, 2) if width <= 128 else BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
         )
     if width <= 64:
-        # dq 169 registers; dk/dv 255 and 16 bytes of spills before the loop.
-        return BackwardConfig(128, 64, 8, 2, 64 if plain else 32, 128, 8, 2)
+        # dq 169 registers, dk/dv 239.
+        return BackwardConfig(
+            128, 64 if options < 2 else 32, 8, 2, 64 if options == 0 else 32, 128 if options < 2 else 64, 8, 2
+        )
     if width <= 128:
-        # dq 251 registers, dk/dv 252; 64 queries at a time spill in the loop.
-        return BackwardConfig(128, 64 if plain else 32, 8, 2, 32, 128 if plain else 64, 8, 2)
+        # dq 251 registers, dk/dv 248; 64 queries at a time spill in the loop.
+        if options == 0:
+            return BackwardConfig(128, 64, 8, 2, 32, 128, 8, 2)
+        return (
+            BackwardConfig(128, 32, 8, 2, 32, 64, 8, 2) if options == 1 else BackwardConfig(64, 32, 8, 2, 16, 64, 8, 2)
+        )
     # dq 239 registers; for dk/dv wgmma's 64 rows would spill, so mma.sync.
-    return BackwardConfig(64, 32, 8, 2, 32, 32, 8, 2)
+    return BackwardConfig(64, 32, 8, 2, 32, 32, 8, 2) if options == 0 else BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
 
 
 @triton.jit
@@ -182,7 +188,7 @@ def attention_backward_dq_kernel(
             if sinks_ptr is not None:
                 row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32)
                 row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
-            for tile_n in range(bounds[0], bounds[3]):
+            for tile_n in range(bounds[4], bounds[3]):
                 start_n = tile_n * BLOCK_N
                 k_tile_ptr = k_ptr + tl.cast(start_n, tl.int64) * stride_k_seq
                 keys_left = seqlen_k - start_n
@@ -212,15 +218,15 @@ def attention_backward_dq_kernel(
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         tl.store(dsinks_ptr, -tl.sum(common.weights(sink, shift, norm, LOG2E, SCALE_FIRST) * delta, 0))
 
-    for run in tl.static_range(0 if HAS_LEFT else 1, 3):
-        for tile_n in range(bounds[run], bounds[run + 1]):
+    for run in tl.static_range(3 if HAS_LEFT else 2):
+        for tile_n in tl.range(bounds[2 * run], bounds[2 * run + 1], num_stages=None if run == 0 else 1):
             start_n = tile_n * BLOCK_N
             first_key = tl.cast(start_n, tl.int64)
             keys_left = seqlen_k - start_n
             k_tile_ptr = k_ptr + first_key * stride_k_seq
             v_tile_ptr = v_ptr + first_key * stride_v_seq
-            k = common.load_tile(k_tile_ptr, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, run != 1)
-            v = common.load_tile(v_tile_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, run != 1)
+            k = common.load_tile(k_tile_ptr, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, run > 0)
+            v = common.load_tile(v_tile_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, run > 0)
             capped = common.row_products(
                 q, q_ptr, stride_q_seq, rows_left, offs_m, k, k_tile_ptr, stride_k_seq, keys_left, offs_n, HEAD_DIM, PRECISION, STREAMED
             )  # fmt: skip
@@ -228,7 +234,7 @@ def attention_backward_dq_kernel(
             scores = common.score_terms(
                 capped, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k,
                 bias_ptr, stride_bias_row, stride_bias_col, mask_ptr, stride_mask_row, stride_mask_col,
-                padding_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
+                padding_ptr, stride_padding_col, alibi_slope, window_left, window_right, run > 0, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             p = common.weights(scores, shift[:, None], norm[:, None], factor, SCALE_FIRST)
             dp = common.row_products(
@@ -318,27 +324,26 @@ def attention_backward_dkv_kernel(
         start_n, tl.minimum(start_n + BLOCK_N, seqlen_k) - 1, seqlen_q - seqlen_k - window_right, seqlen_q - seqlen_k + window_left,
         seqlen_q, BLOCK_M, HAS_RIGHT, HAS_LEFT,
     )  # fmt: skip
-    for run in tl.static_range(0 if HAS_RIGHT else 1, 3):
-        # One loop over (head of the group, query tile), so that loads run ahead across heads too; in the few masked tiles they don't, as
-        # addresses, masks and buffers of all runs together spill.
-        tiles = bounds[run + 1] - bounds[run]
-        for step in tl.range(0, tiles * HEADS_PER_KV, num_stages=None if run == 1 else 1):
+    for run in tl.static_range(3 if HAS_RIGHT else 2):
+        # One loop over (head of the group, query tile), so that loads run ahead across heads too.
+        tiles = bounds[2 * run + 1] - bounds[2 * run]
+        for step in tl.range(0, tiles * HEADS_PER_KV, num_stages=None if run == 0 else 1):
             head = kv_head * HEADS_PER_KV + step // tiles
-            start_m = (bounds[run] + step % tiles) * BLOCK_M
+            start_m = (bounds[2 * run] + step % tiles) * BLOCK_M
             first_row = tl.cast(start_m, tl.int64)
             rows_left = seqlen_q - start_m
             q_tile_ptr = q_ptr + head * stride_q_head + first_row * stride_q_seq
-            q = common.load_tile(q_tile_ptr, stride_q_seq, rows_left, offs_m, offs_d, HEAD_DIM, BLOCK_D, run != 1)
+            q = common.load_tile(q_tile_ptr, stride_q_seq, rows_left, offs_m, offs_d, HEAD_DIM, BLOCK_D, run > 0)
             dout_tile_ptr = dout_ptr + head * stride_dout_head + first_row * stride_dout_seq
             dout = common.load_tile(
-                dout_tile_ptr, stride_dout_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, run != 1
+                dout_tile_ptr, stride_dout_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, run > 0
             )
             statistic = first_statistic + head * stride_lse_head + first_row
-            shift = common.load_statistic(shift_ptr + statistic, rows_left, offs_m, float("inf"), run != 1)
+            shift = common.load_statistic(shift_ptr + statistic, rows_left, offs_m, float("inf"), run > 0)
             norm = shift
             if SCALE_FIRST:
-                norm = common.load_statistic(norm_ptr + statistic, rows_left, offs_m, 0.0, run != 1)
-            delta = common.load_statistic(delta_ptr + statistic, rows_left, offs_m, 0.0, run != 1)
+                norm = common.load_statistic(norm_ptr + statistic, rows_left, offs_m, 0.0, run > 0)
+            delta = common.load_statistic(delta_ptr + statistic, rows_left, offs_m, 0.0, run > 0)
             bias_head_ptr = None
             mask_head_ptr = None
             padding_row_ptr = None
@@ -366,7 +371,7 @@ def attention_backward_dkv_kernel(
             scores = common.score_terms(
                 capped, (start_m + offs_m)[None, :], (start_n + offs_n)[:, None], seqlen_q, seqlen_k,
                 bias_head_ptr, stride_bias_row, stride_bias_col, mask_head_ptr, stride_mask_row, stride_mask_col,
-                padding_row_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
+                padding_row_ptr, stride_padding_col, alibi_slope, window_left, window_right, run > 0, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             p = common.weights(scores, shift[None, :], norm[None, :], factor, SCALE_FIRST)
             if EXACT:
@@ -458,7 +463,7 @@ def attention_backward(
     )
     if config is None:
         arch = device_limits(q.device).arch
-        config = backward_config(shape.head_dim, shape.value_dim, q.dtype, arch, plain=options.plain)
+        config = backward_config(shape.head_dim, shape.value_dim, q.dtype, arch, options.pressure)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     out = out if out.stride(-1) == 1 else out.contiguous()
     lse = lse.contiguous()
@@ -537,4 +542,4 @@ def wgmma_kernels(case_name: str) -> tuple[str, ...]:
     if "float16" not in case_name:
         return ()
     dq, dkv = "attention_backward_dq_kernel", "attention_backward_dkv_kernel"
-    return (dq,) if "d256" in case_name else (dq, dkv)
+    return (dq,) if "d256" in case_name else (dq, dkv)  # see backward_config

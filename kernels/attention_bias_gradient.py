@@ -116,7 +116,7 @@ def attention_bias_gradient_kernel(
                 dout = common.load_tile(
                     dout_tile_ptr, stride_dout_seq, rows_left, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, True
                 )
-                begin_n, _, _, end_n = common.tile_ranges(
+                _, _, _, end_n, begin_n, _ = common.tile_ranges(
                     start_m, tl.minimum(start_m + BLOCK_M, rows_here) - 1, keys_here - rows_here - window_left,
                     keys_here - rows_here + window_right, keys_here, BLOCK_N, HAS_LEFT, HAS_RIGHT,
                 )  # fmt: skip

@@ -107,12 +107,16 @@ def dot_precision(dtype: torch.dtype, allow_tf32: bool) -> str:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """Kernel arguments that say what a score is, the same for the forward and the backward kernels, in the order of their signatures."""
+    """Kernel arguments that say what a score is, the same for the forward and the backward kernels, in the order of their signatures.
+
+    Attributes:
+        pressure: how many options need registers in the loops, dropout counted twice.
+    """
 
     tensors: tuple[Any, ...]
     scalars: tuple[Any, ...]
     constexprs: dict[str, Any]
-    plain: bool
+    pressure: int
 
 
 def score_options(
@@ -136,6 +140,8 @@ def score_options(
     mask, key_padding_mask = _as_bytes(mask), _as_bytes(key_padding_mask)
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("dropout_seed must be an int64[2] tensor when dropout_p > 0")
+    tensors = (bias, mask, key_padding_mask, alibi_slopes)
+    pressure = (left >= 0) + (softcap > 0.0) + 2 * (dropout_p > 0.0) + sum(tensor is not None for tensor in tensors)
     return ScoreOptions(
         tensors=(
             bias,
@@ -175,10 +181,7 @@ def score_options(
             "PRECISION": dot_precision(dtype, allow_tf32),
             "STREAMED": dtype == torch.float32 and not allow_tf32 and max(shape.head_dim, shape.value_dim) > 64,
         },
-        plain=left < 0
-        and softcap == 0.0
-        and dropout_p == 0.0
-        and all(t is None for t in (bias, mask, key_padding_mask, alibi_slopes)),
+        pressure=pressure,
     )
 
 
@@ -209,10 +212,12 @@ def compile_calls() -> Iterator[tuple[str, dict[str, Any]]]:
         )
         return {"q": q, "k": k, "v": v, "softmax_scale": 0.1, "causal": True, **options}
 
+    bias = torch.empty(1, 4, 256, 256, dtype=torch.bfloat16)
     everything = {
         "window": (64, 0),
         "softcap": 30.0,
         "alibi_slopes": torch.empty(4),
+        "bias": bias,
         "mask": torch.empty(1, 1, 256, 256, dtype=torch.bool),
         "key_padding_mask": torch.empty(1, 256, dtype=torch.bool),
         "sinks": torch.empty(4),
@@ -220,15 +225,13 @@ def compile_calls() -> Iterator[tuple[str, dict[str, Any]]]:
         "dropout_seed": torch.empty(2, dtype=torch.int64),
     }
     for head_dim in (64, 128, 256):
-        yield f"float32-d{head_dim}-causal", call(head_dim, head_dim, torch.float32)
         yield f"bfloat16-d{head_dim}-causal", call(head_dim, head_dim, torch.bfloat16)
-        bias = torch.empty(1, 4, 256, 256, dtype=torch.bfloat16)
-        yield f"bfloat16-d{head_dim}-options", call(head_dim, head_dim, torch.bfloat16, bias=bias, **everything)
-    yield "float16-d128-full", call(128, 128, torch.float16, causal=False)
+    yield "float16-d80-dv40-full", call(80, 40, torch.float16, causal=False)
     yield "bfloat16-d128-window-packed", call(128, 128, torch.bfloat16, packed=True, window=(64, 0))
-    yield "bfloat16-d80-dv40", call(80, 40, torch.bfloat16)
+    yield "bfloat16-d128-bias", call(128, 128, torch.bfloat16, bias=bias)
+    yield "bfloat16-d64-options", call(64, 64, torch.bfloat16, **everything)
+    yield "float32-d256-causal", call(256, 256, torch.float32)
     yield "float32-d64-tf32", call(64, 64, torch.float32, allow_tf32=True)
-    yield "float32-d128-options", call(128, 128, torch.float32, bias=torch.empty(1, 256, 256), **everything)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -363,9 +366,9 @@ def store_tile(tile_ptr, stride_row, rows_left, offs_row, offs_dim, value, DIM: 
 def tile_ranges(
     first, last, low_shift, high_shift, length, BLOCK: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr
 ):
-    """The four bounds of three runs over the tiles of the other axis, of which row r, ``first <= r <= last``, meets the positions
-    ``r + low_shift .. r + high_shift`` within ``0 .. length - 1``: tiles cut by the low edge; tiles that every row meets whole, which
-    need no mask; tiles cut by the high edge or by the end. Tiles that no row meets are in none of them."""
+    """Bounds (begin, end, begin, …) of three runs over the tiles of the other axis, of which row r, ``first <= r <= last``, meets the
+    positions ``r + low_shift .. r + high_shift`` within ``0 .. length - 1``: tiles that every row meets whole, which need no mask; tiles
+    cut by the high edge or by the end; tiles cut by the low edge. Tiles that no row meets are in none of them."""
     begin = 0
     inside_begin = 0
     end_position = length
@@ -379,7 +382,7 @@ def tile_ranges(
     end = tl.maximum(begin, (tl.maximum(end_position, 0) + BLOCK - 1) // BLOCK)
     inside_begin = tl.minimum(inside_begin, end)
     inside_end = tl.minimum(tl.maximum(tl.maximum(inside_end_position, 0) // BLOCK, inside_begin), end)
-    return begin, inside_begin, inside_end, end
+    return inside_begin, inside_end, inside_end, end, begin, inside_begin
 
 
 @triton.jit

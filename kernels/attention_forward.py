@@ -33,11 +33,11 @@ class ForwardConfig:
     num_stages: int
 
 
-def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, plain: bool = True) -> ForwardConfig:
-    """Launch policy. ``plain``: no left window and nothing added to the scores; else addresses and masks need registers too.
+def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, options: int = 0) -> ForwardConfig:
+    """Launch policy. ``options``: how much there is beside causality, each part of which needs registers (see ``ScoreOptions``).
 
     Registers decide: at 8 warps a thread holds block_m · dv / 256 values of the output and block_m · block_n / 256 scores. Shared memory
-    holds q once and block_n rows of k and v for each stage. Figures are for sm_90, no spills unless said.
+    holds q once and block_n rows of k and v for each stage. Figures are for sm_90.
     """
     width = max(common.block_dim(head_dim), common.block_dim(value_dim))
     if dtype == torch.float32:
@@ -45,14 +45,17 @@ def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int,
     if arch < 90:
         # mma.sync keeps q in registers and both operands of a product: half the tile, and 163 KB hold two stages up to d = 128.
         if width <= 64:
-            return ForwardConfig(128, 64, 8, 2)
-        return ForwardConfig(128, 32, 8, 2) if width <= 128 else ForwardConfig(64, 32, 8, 2)
-    if width <= 64:
-        return ForwardConfig(128, 128 if plain else 64, 8, 2)  # 218 registers, 80 KB
+            return ForwardConfig(128, 64 if options < 2 else 32, 8, 2)
+        return ForwardConfig(128 if width <= 128 else 64, 32, 8, 2)
     if width <= 128:
-        return ForwardConfig(128, 128 if plain else 64, 8, 2)  # 255 registers, 160 KB; 4 warps spill
+        # Up to 255 registers and 160 KB without a spill; 4 warps spill.
+        return ForwardConfig(128, {0: 128, 1: 64}.get(options, 32), 8, 2)
     # sm_90: 255 registers and 16 bytes of spills before the loop, 192 KB. sm_100 spills more.
-    return ForwardConfig(128, 64 if plain and arch == 90 else 32, 8, 2)
+    return (
+        ForwardConfig(128, 64, 8, 2)
+        if options == 0 and arch == 90
+        else ForwardConfig(128 if options < 2 else 64, 32, 8, 2)
+    )
 
 
 @triton.jit
@@ -137,15 +140,16 @@ def attention_forward_kernel(
         start_m, tl.minimum(start_m + BLOCK_M, seqlen_q) - 1, seqlen_k - seqlen_q - window_left, seqlen_k - seqlen_q + window_right,
         seqlen_k, BLOCK_N, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
-    for run in tl.static_range(0 if HAS_LEFT else 1, 3):
-        # Loads run ahead in the long run only: addresses, masks and buffers of all three together spill.
-        for tile_n in tl.range(bounds[run], bounds[run + 1], num_stages=None if run == 1 else 1):
+    # Whole tiles come first, and only their loads run ahead: the buffers and addresses of all three runs together would spill, and a run
+    # without look-ahead that comes first makes ptxas serialise the wgmma of the others.
+    for run in tl.static_range(3 if HAS_LEFT else 2):
+        for tile_n in tl.range(bounds[2 * run], bounds[2 * run + 1], num_stages=None if run == 0 else 1):
             start_n = tile_n * BLOCK_N
             first_key = tl.cast(start_n, tl.int64)
             keys_left = seqlen_k - start_n
             k_tile_ptr = k_ptr + first_key * stride_k_seq
             v_tile_ptr = v_ptr + first_key * stride_v_seq
-            k = common.load_tile(k_tile_ptr, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, run != 1)
+            k = common.load_tile(k_tile_ptr, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, run > 0)
             scores = common.row_products(
                 q, q_ptr, stride_q_seq, rows_left, offs_m, k, k_tile_ptr, stride_k_seq, keys_left, offs_n, HEAD_DIM, PRECISION, STREAMED
             )  # fmt: skip
@@ -153,14 +157,14 @@ def attention_forward_kernel(
             scores = common.score_terms(
                 scores, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k,
                 bias_ptr, stride_bias_row, stride_bias_col, mask_ptr, stride_mask_row, stride_mask_col,
-                padding_ptr, stride_padding_col, alibi_slope, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
+                padding_ptr, stride_padding_col, alibi_slope, window_left, window_right, run > 0, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             tile_max = tl.max(scores, 1)
             if not SCALE_FIRST:
                 tile_max = tile_max * factor
             new_max = tl.maximum(row_max, tile_max)
             shift = new_max
-            if HAS_DATA_MASK or run != 1:  # a row may have seen nothing yet
+            if HAS_DATA_MASK or run > 0:  # a row may have seen nothing yet
                 shift = tl.where(new_max == float("-inf"), 0.0, new_max)
             p = common.exponentials(scores, shift[:, None], factor, SCALE_FIRST)
             rescale = common.exponentials(row_max, shift, 1.0, SCALE_FIRST)
@@ -169,7 +173,7 @@ def attention_forward_kernel(
                 place = sequence * num_heads + head
                 keep = common.dropout_keep(seed, offset, place, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
-            v = common.load_tile(v_tile_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, run != 1)
+            v = common.load_tile(v_tile_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, run > 0)
             acc = acc * rescale[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             row_max = new_max
@@ -249,7 +253,7 @@ def attention_forward(
     )
     if config is None:
         arch = device_limits(q.device).arch
-        config = forward_config(shape.head_dim, shape.value_dim, q.dtype, arch, plain=options.plain)
+        config = forward_config(shape.head_dim, shape.value_dim, q.dtype, arch, options.pressure)
     num_tiles = shape.tiles(shape.seqlen_q, config.block_m)
     num_slots = shape.slots(shape.num_heads)
     with on_device(q):
