@@ -221,9 +221,10 @@ def _install_arithmetic(active: _Interpreter) -> None:
     # Triton 3.6 lets NaN through where tl.minimum and tl.maximum return the other operand on a GPU, as 3.9 does.
     active.replace(builder, "create_minnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin))
     active.replace(builder, "create_maxnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax))
-    if active.options.debug:
-        options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
-        active.replace(interpreter.interpreter_builder, "options", options)
+    # Where nobody looks at the overflow checks they are not computed either: they are half of an integer-heavy kernel's time.
+    debug = active.options.debug
+    options = dataclasses.replace(interpreter.interpreter_builder.options, debug=debug, sanitize_overflow=debug)
+    active.replace(interpreter.interpreter_builder, "options", options)
 
 
 def _element_size(pointers: Any) -> int:
