@@ -11,11 +11,12 @@ and nothing else, in each layout torch offers: what no decoder on top of them ca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +117,26 @@ def check_same_tokens(ours: Transformer, theirs: Any, prompt: Tensor, count: int
 
 def our_times(model: Transformer, prompt: Tensor, count: int, *, pack: bool) -> list[float]:
     """Seconds of each decoded token of one call of ``generate``, from callback to callback."""
-    packing = Linear.pack
-    if not pack:
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.unpack()
-        Linear.pack = lambda self, rows=1: False  # type: ignore[method-assign]
     times: list[float] = []
 
     def clock(step: Step) -> None:
         times.append(time.perf_counter())
 
-    try:
-        generate(model, prompt, count + 1, callback=clock)
-    finally:
-        Linear.pack = packing  # type: ignore[method-assign]
+    with contextlib.nullcontext() if pack else packed_weights_kept(model):
+        generate(model, prompt, count + 1, pack_weights=pack, callback=clock)
     return [after - before for before, after in itertools.pairwise(times)]
+
+
+@contextlib.contextmanager
+def packed_weights_kept(model: Transformer) -> Iterator[None]:
+    """Afterwards the packed weights are back that decoding from plain ones frees: packing them anew would disturb what is timed next."""
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    packed = [layer._packed for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, packed):
+            layer._packed = weight
 
 
 @torch.no_grad()

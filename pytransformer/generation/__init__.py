@@ -2,7 +2,7 @@
 
 from .cache import KVCache
 from .generate import Generation, Step, generate
-from .prepare import prepare_for_decoding
+from .prepare import prepare_for_decoding, release
 from .sampling import Sampler
 
-__all__ = ["Generation", "KVCache", "Sampler", "Step", "generate", "prepare_for_decoding"]
+__all__ = ["Generation", "KVCache", "Sampler", "Step", "generate", "prepare_for_decoding", "release"]

@@ -59,7 +59,7 @@ def why_not_bound(model: Transformer) -> str | None:
 def _bound(module: nn.Module) -> Any:
     """The stand-in of a module, or the module itself where it has none."""
     if type(module) is Linear:
-        return _bound_linear(module)
+        return module.product()
     if type(module) is LayerNorm or type(module) is RMSNorm:
         return _bound_norm(module)
     if isinstance(module, nn.ModuleList):
@@ -84,15 +84,8 @@ def _stand_in_class(kind: type[nn.Module]) -> type:
     return type(f"Bound{kind.__name__}", (), {**functions, "__call__": kind.forward})
 
 
-def _bound_linear(module: Linear) -> Callable[[Tensor], Tensor]:
-    weight, bias, packed = module.weight, module.bias, module._packed
-    if packed is not None:
-        return packed.bound(weight, bias)
-    return lambda x: F.linear(x, weight, bias)
-
-
 def _bound_head(module: LMHead) -> Callable[[Tensor], Tensor]:
-    product, softcap = _bound_linear(module), module.softcap
+    product, softcap = module.product(), module.softcap
     return product if softcap == 0.0 else lambda x: softcap * torch.tanh(product(x) / softcap)
 
 

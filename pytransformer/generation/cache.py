@@ -151,7 +151,11 @@ class _LayerCache:
         """See :class:`pytransformer.nn.LayerCache`; the norms, RoPE and the write are one op."""
         cache = self._cache
         cache.require(k.shape[1])
-        if cache.is_direct and rotary is None and k_norm is None:
+        if cache.is_direct:
+            if q_norm is not None and k_norm is not None:
+                q, k = q_norm(q), k_norm(k)
+            if rotary is not None:
+                q, k = rotary(q, k, offsets=cache.max_length)
             places = slice(cache.max_length, cache.max_length + k.shape[1])
             self.k_cache[:, places] = k
             self.v_cache[:, places] = v

@@ -17,7 +17,7 @@ from pytransformer.model.transformer import Transformer
 
 from .bound import bind
 from .cache import KVCache
-from .prepare import prepare_for_decoding
+from .prepare import prepare
 from .sampling import Sampler
 
 STOP_REASONS = ("eos", "length", "context")
@@ -70,12 +70,12 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     use_cache: bool = True,
+    pack_weights: bool | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> Generation:
     """Continues each prompt until an end token, ``max_new_tokens``, or the model's context limit.
 
-    The model runs in evaluation mode and is put back afterwards. On a CPU its linear layers are packed first: see
-    :func:`prepare_for_decoding`.
+    The model runs in evaluation mode and is put back afterwards. Its parameters must not be changed meanwhile (by the callback).
 
     Args:
         prompts: (batch, seqlen) or (seqlen) ids, or a list of 1-D tensors of any lengths of at least 1.
@@ -84,6 +84,8 @@ def generate(
         eos_token_id: one or several end tokens; ``None`` = the configuration's, an empty sequence = none.
         pad_token_id: fills up sequences that ended early in a tensor of results; ``None`` = the configuration's, else the end token.
         use_cache: ``False`` computes the whole sequence again for every token: slow, for comparison.
+        pack_weights: on a CPU, decode from packed copies of the linear layers' weights (see :func:`prepare_for_decoding`), which are kept
+            for later calls; ``False`` frees them; ``None`` = if they are there already, or so many tokens are asked for that it pays.
         callback: called after each step; what it raises ends the generation.
 
     Raises:
@@ -100,6 +102,8 @@ def generate(
     training = model.training
     model.eval()
     try:
+        if use_cache and not run.finished:
+            prepare(model, len(rows), max_new_tokens, pack_weights)
         (run.with_cache if use_cache else run.without_cache)(sampler)
     finally:
         model.train(training)
@@ -143,7 +147,6 @@ class _Run:
         if self.finished:
             return
         model, batch = self.model, len(self.rows)
-        prepare_for_decoding(model, batch)
         capacity = max(length + limit for length, (limit, _) in zip(self.prompt_lengths, self.limits))
         # The last token that is chosen is not fed again; a prompt alone must fit nevertheless.
         capacity = max(capacity - 1, *self.prompt_lengths)

@@ -22,41 +22,45 @@ MIN_PACKED_ELEMENTS = 1 << 16
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear``; :meth:`pack` prepares it for decoding on a CPU.
+    """``torch.nn.Linear``; on a CPU it can be prepared for decoding.
 
-    The packed copy is outside the state_dict, is used only without autograd, and is dropped as soon as the weight is another tensor or
-    was written in place. A write through ``weight.data`` leaves no trace on the weight: :meth:`pack`, called again, finds it.
+    Its forward pass is torch's and knows nothing of packing. :meth:`pack` makes a packed copy, which is outside the state_dict, and
+    :meth:`product` gives the layer as a function that reads it. A decoder calls both before it starts, every time.
     """
 
     _packed: PackedWeight | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, in_features) -> (…, out_features)."""
-        packed = self._packed
-        if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.linear(input, self.weight, self.bias)
-        if not packed.is_of(self.weight):
-            self._packed = None
-        elif packed.serves(input):
-            return packed.linear(input, self.weight, self.bias)
-        return F.linear(input, self.weight, self.bias)
-
     def pack(self, rows: int = 1) -> bool:
         """Packs the weight for inputs of ``rows`` rows, unless that has been done; returns whether a packed copy is there now.
 
-        False, without an error, where it would not help or cannot be done: see :func:`why_not_packed`.
+        A copy that no longer fits is made anew: another number of rows, another tensor, a write that torch has counted, or (by checksum,
+        which costs one read of the weight) a write through ``weight.data`` that it has not.
+
+        False, without an error, where packing would not help or cannot be done: see :func:`why_not_packed`.
         """
         packed = self._packed
-        if packed is not None and packed.rows == rows and packed.is_of(self.weight) and packed.matches(self.weight):
+        if packed is not None and packed.rows == rows and packed.is_of(self.weight):
             return True
         self._packed = None  # the old copy goes before the new one is made
         if why_not_packed(self.weight, rows) is None:
             self._packed = PackedWeight(self.weight, rows)
         return self._packed is not None
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether there is a packed copy, up to date or not."""
+        return self._packed is not None
+
     def unpack(self) -> None:
         """Frees the packed copy."""
         self._packed = None
+
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """x (…, in_features) -> x Wᵀ + bias, without autograd, with the weights of this moment: the packed ones if there are any."""
+        weight, bias = self.weight, self.bias
+        if self._packed is not None:
+            return self._packed.product(weight, bias)
+        return lambda x: F.linear(x, weight, bias)
 
     def __getstate__(self) -> dict[str, Any]:
         # copy.deepcopy and pickle: an opaque packed tensor does not follow, the copy packs again.
@@ -64,7 +68,7 @@ class Linear(nn.Linear):
 
 
 class PackedWeight:
-    """A weight (out_features, in_features) reordered for inputs of exactly ``rows`` rows.
+    """A weight (out_features, in_features) reordered for inputs of ``rows`` rows; others are served too, but no faster than plainly.
 
     One float32 row goes through MKL where torch was built with it: 4 µs per call, against oneDNN's 30 µs. More rows, bfloat16 and builds
     without MKL go through oneDNN. Both ops are those that torch's compiler emits when it freezes weights for a CPU; they are not a public
@@ -77,32 +81,18 @@ class PackedWeight:
         with torch.no_grad():
             self._reordered = _reorder(self.library, weight.detach().contiguous(), rows)
         self._product = _product(self.library)
-        self._checksum = _checksum(weight)
         self._version = weight._version
         self._pointer = weight.data_ptr()
         self._dtype = weight.dtype
-        self._elements = rows * weight.shape[1]
+        self._checksum = _checksum(weight)
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether ``weight`` is still the tensor that was packed, not written since (as far as torch counts writes)."""
-        return weight._version == self._version and weight.data_ptr() == self._pointer and weight.dtype == self._dtype
+        """Whether ``weight`` is still the tensor that was packed, with the bits that were packed."""
+        same = weight._version == self._version and weight.data_ptr() == self._pointer and weight.dtype == self._dtype
+        return same and _checksum(weight) == self._checksum
 
-    def matches(self, weight: Tensor) -> bool:
-        """Whether ``weight`` still holds the bits that were packed, by checksum: costs one read of it."""
-        return _checksum(weight) == self._checksum
-
-    def serves(self, x: Tensor) -> bool:
-        """Whether this input has the number of rows that was packed for, and the dtype."""
-        return (
-            x.numel() == self._elements and x.dtype == self._dtype and x.is_cpu and not torch.is_autocast_enabled("cpu")
-        )
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (…, in_features) Wᵀ + bias."""
-        return self.bound(weight, bias)(x)
-
-    def bound(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """The product as a function of x alone, which asks nothing: x must be one that :meth:`serves`, the weight unchanged."""
+    def product(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """The layer as a function of x alone, which checks nothing."""
         product, reordered, rows = self._product, self._reordered, self.rows
         if self.library == "mkl":
             return lambda x: product(x, reordered, weight, bias, rows)

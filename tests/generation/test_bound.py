@@ -7,29 +7,27 @@ import torch
 
 from pytransformer import TransformerConfig, use_backend
 from pytransformer.generation import bound, generate
-from tests.model.configs import CONFIGS, make_model, random_ids
+from pytransformer.nn.linear import why_not_packed
+from pytransformer.verification import SEEDS, Contract
+from tests.model.configs import CONFIGS, make_model, make_twin, random_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reference.*:RuntimeWarning")
 CPU = torch.device("cpu")  # binding is for CPUs alone
-CASES = {
-    **CONFIGS,
-    "packed": TransformerConfig.gpt2(vocab_size=300, hidden_size=256, num_layers=2, num_heads=4, max_seqlen=32),
-    "packed-llama": TransformerConfig.llama(
-        vocab_size=300, hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2, max_seqlen=32
-    ),
-}
+WIDE = {"vocab_size": 300, "hidden_size": 256, "num_layers": 2, "num_heads": 4, "max_seqlen": 32}
+PACKED = {"gpt2": TransformerConfig.gpt2(**WIDE), "llama": TransformerConfig.llama(**WIDE, num_kv_heads=2)}
 
 
-def all_logits(model, prompts):
+def all_logits(model, prompts, new_tokens=10, pack_weights=False):
+    """(new tokens, batch, vocab_size)."""
     found = []
-    generate(model, prompts, 10, callback=lambda step: found.append(step.logits))
+    generate(model, prompts, new_tokens, pack_weights=pack_weights, callback=lambda step: found.append(step.logits))
     return torch.stack(found)
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (3,), (2, 9, 5)], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_bits_as_through_the_modules(name, lengths, monkeypatch):
-    model = make_model(CASES[name], 0, CPU)
+    model = make_model(CONFIGS[name], 0, CPU)
     prompts = [random_ids(model.config, (length,), length, CPU) for length in lengths]
     with torch.no_grad():
         assert bound.why_not_bound(model) is None
@@ -38,9 +36,24 @@ def test_the_same_bits_as_through_the_modules(name, lengths, monkeypatch):
     assert torch.equal(actual, all_logits(model, prompts))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_weights_give_the_logits_of_the_full_forward(name, batch):
+    contract = Contract(torch.float32)
+    for seed in range(SEEDS):
+        model = make_model(PACKED[name], seed, CPU)
+        ids = random_ids(model.config, (batch, 4), seed, CPU)
+        actual = all_logits(model, ids, 8, pack_weights=True)
+        ids = torch.cat([ids, actual.argmax(-1).T], dim=1)
+        assert model.lm_head.is_packed or why_not_packed(model.lm_head.weight) is not None
+        plain, golden = make_twin(model)(ids[:, :-1]), make_twin(model, torch.float64)(ids[:, :-1])
+        contract.add("logits", actual=actual.transpose(0, 1), plain=plain[:, 3:], golden=golden[:, 3:])
+    contract.check()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_too(dtype, monkeypatch):
-    model = make_model(CASES["packed"], 0, CPU, dtype)
+    model = make_model(CONFIGS["llama"], 0, CPU, dtype)
     prompts = [random_ids(model.config, (4,), 0, CPU)]
     actual = all_logits(model, prompts)
     monkeypatch.setattr(bound, "why_not_bound", lambda model: "not now")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pytransformer import Transformer, TransformerConfig, use_backend
-from pytransformer.generation import generate, prepare_for_decoding
+from pytransformer.generation import generate, prepare_for_decoding, release
+from pytransformer.nn import Linear
 from pytransformer.nn.linear import why_not_packed
 from tests.model.configs import CONFIGS, TINY_CONFIGS, make_model, make_twin, random_ids
 
@@ -168,18 +169,39 @@ needs_packing = pytest.mark.skipif(
 @needs_packing
 def test_packed_weights_give_the_same_tokens_and_follow_the_parameters():
     cpu = torch.device("cpu")
-    model = make_model(WIDE, 0, cpu)
+    model, other = make_model(WIDE, 0, cpu), make_model(WIDE, 1, cpu)
     ids = random_ids(WIDE, (1, 5), 0, cpu)
+    expected = make_twin(model, torch.float64).generate(ids, max_new_tokens=20)
     # qkv_proj, out_proj, up_proj, down_proj and the head
     assert prepare_for_decoding(model) == 5
-    assert torch.equal(model.generate(ids, 20), make_twin(model, torch.float64).generate(ids, max_new_tokens=20))
-    other = make_model(WIDE, 1, cpu)
-    expected = make_twin(other, torch.float64).generate(ids, max_new_tokens=20)
+    assert torch.equal(model.generate(ids, 20), expected)
     for parameter, source in zip(model.parameters(), other.parameters()):
         parameter.data.copy_(source.data)  # leaves no trace on the parameter
+    expected = make_twin(other, torch.float64).generate(ids, max_new_tokens=20)
     assert torch.equal(model.generate(ids, 20), expected)
     batch = random_ids(WIDE, (3, 5), 0, cpu)
     assert torch.equal(model.generate(batch, 8), make_twin(model, torch.float64).generate(batch, max_new_tokens=8))
+
+
+@needs_packing
+def test_weights_are_packed_when_asked_or_when_it_pays():
+    cpu = torch.device("cpu")
+    config = TransformerConfig.from_dict({**WIDE.to_dict(), "max_seqlen": 64})
+    model = make_model(config, 0, cpu)
+    ids = random_ids(config, (1, 5), 0, cpu)
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+
+    def packed_after(new_tokens, **options):
+        model.generate(ids, new_tokens, **options)
+        return {layer.is_packed for layer in layers}
+
+    assert packed_after(2) == {False}
+    assert packed_after(50) == {True}
+    assert packed_after(2) == {True}  # they are there, and kept up to date
+    assert packed_after(50, pack_weights=False) == {False}
+    assert packed_after(2, pack_weights=True) == {True}
+    release(model)
+    assert packed_after(50, use_cache=False) == {False}
 
 
 REFUSED = [
