@@ -26,8 +26,9 @@ def load_broken(folder: Path, name: str, *substitutions: tuple[str, str]) -> Mod
         if text.count(good) != 1:
             raise ValueError(f"{good!r} occurs {text.count(good)} times in kernels/{name}.py; once is needed")
         text = text.replace(good, bad)
-    module_name = f"broken_{name}_{next(_numbers)}"
-    path = folder / f"{module_name}.py"
+    # Named as a member of the package, so that its relative imports find the other kernel files.
+    module_name = f"pytransformer.kernels.broken_{name}_{next(_numbers)}"
+    path = folder / f"{module_name.rsplit('.', 1)[1]}.py"
     path.write_text(text)
     specification = importlib.util.spec_from_file_location(module_name, path)
     assert specification is not None and specification.loader is not None

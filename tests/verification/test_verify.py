@@ -10,7 +10,7 @@ from pytransformer.kernels import attention_forward
 from pytransformer.ops.overview import CHOICES
 from pytransformer.verification import Outcome, measure, plan, run_matrix
 from pytransformer.verification.cases import CASES
-from tests.support.broken_kernel import break_kernel
+from tests.support.broken_kernel import load_broken
 
 
 def outcome(status: str) -> Outcome:
@@ -65,15 +65,12 @@ def test_cells_are_shared_among_processes(device):
     ("old", "new"),
     [
         ("acc = acc * rescale[:, None]", "acc = acc * 1.0"),
-        (
-            "scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)",
-            "scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * 1.02",
-        ),
+        ("row_sum = row_sum * rescale + tl.sum(p, 1)", "row_sum = row_sum * rescale + tl.sum(p, 1) * 1.02"),
     ],
-    ids=["no rescale in the online softmax", "scores 2 % too large"],
+    ids=["no rescale in the online softmax", "sums 2 % too large"],
 )
 def test_a_broken_kernel_makes_it_exit_with_1(old, new, tmp_path, monkeypatch, capsys):
-    broken = break_kernel("attention_forward", old, new, tmp_path)
+    broken = load_broken(tmp_path, "attention_forward", (old, new))
     monkeypatch.setattr(attention_forward, "attention_forward", broken.attention_forward)
     arguments = ["--op", "attention", "--backend", "triton", "--dtype", "float32", "--seeds", "2", "--jobs", "1"]
     assert main(["verify", *arguments]) == 1
