@@ -53,23 +53,31 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
     """
     width = max(common.block_dim(head_dim), common.block_dim(value_dim))
     if dtype == torch.float32:
-        # Exact products run on the FMA units from registers.
-        return BackwardConfig(32, 32, 8 if width <= 64 else 4, 1, 32, 32, 8, 1)
+        # Exact products run on the FMA units from registers; two accumulators of 32 · 256 are too many of them.
+        return BackwardConfig(32, 32, 8 if width <= 64 else 4, 1, 32 if width <= 128 else 16, 32, 8, 1)
     if arch < 90:
         if width <= 64:
-            return BackwardConfig(64, 64, 8, 2, 32, 64, 4, 2)
-        return (
-            BackwardConfig(64, 32, 8, 2, 32, 64, 8, 2) if width <= 128 else BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
-        )
+            return (
+                BackwardConfig(64, 64, 8, 2, 32, 64, 4, 2)
+                if options < 2
+                else BackwardConfig(64, 32, 8, 2, 16, 64, 4, 2)
+            )
+        if width <= 128 and options < 2:
+            return BackwardConfig(64, 32, 8, 2, 32, 64, 8, 2)
+        return BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
     if width <= 64:
-        # dq 169 registers, dk/dv 239.
-        return BackwardConfig(
-            128, 64 if options < 2 else 32, 8, 2, 64 if options == 0 else 32, 128 if options < 2 else 64, 8, 2
+        if options == 0:
+            return BackwardConfig(128, 64, 8, 2, 64, 128, 8, 2)  # dq 169 registers, dk/dv 239
+        return (
+            BackwardConfig(128, 64, 8, 2, 32, 128, 8, 2)
+            if options == 1
+            else BackwardConfig(128, 32, 8, 2, 32, 64, 8, 2)
         )
     if width <= 128:
-        # dq 251 registers, dk/dv 248; 64 queries at a time spill in the loop.
         if options == 0:
-            return BackwardConfig(128, 64, 8, 2, 32, 128, 8, 2)
+            return BackwardConfig(
+                128, 64, 8, 2, 32, 128, 8, 2
+            )  # dq 251 registers, dk/dv 248; 64 queries at a time spill
         return (
             BackwardConfig(128, 32, 8, 2, 32, 64, 8, 2) if options == 1 else BackwardConfig(64, 32, 8, 2, 16, 64, 8, 2)
         )
@@ -219,7 +227,7 @@ def attention_backward_dq_kernel(
         tl.store(dsinks_ptr, -tl.sum(common.weights(sink, shift, norm, LOG2E, SCALE_FIRST) * delta, 0))
 
     for run in tl.static_range(3 if HAS_LEFT else 2):
-        for tile_n in tl.range(bounds[2 * run], bounds[2 * run + 1], num_stages=None if run == 0 else 1):
+        for tile_n in range(bounds[2 * run], bounds[2 * run + 1]):
             start_n = tile_n * BLOCK_N
             first_key = tl.cast(start_n, tl.int64)
             keys_left = seqlen_k - start_n
@@ -463,7 +471,7 @@ def attention_backward(
     )
     if config is None:
         arch = device_limits(q.device).arch
-        config = backward_config(shape.head_dim, shape.value_dim, q.dtype, arch, options.pressure)
+        config = backward_config(shape.head_dim, shape.value_dim, q.dtype, arch, options.pressure + (bias is not None))
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     out = out if out.stride(-1) == 1 else out.contiguous()
     lse = lse.contiguous()

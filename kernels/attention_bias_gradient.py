@@ -184,7 +184,7 @@ def attention_bias_gradient(
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     dbias_4d = dbias.view((1,) * (4 - bias.dim()) + tuple(bias.shape))
     sum_batch, sum_heads, sum_rows, sum_cols = is_broadcast(bias, shape)
-    block_m, block_n, num_warps = (16, 16, 4) if inputs[4].dtype == torch.float32 else (64, 64, 8)
+    block_m, block_n, num_warps = (16, 16, 4) if inputs[4].dtype == torch.float32 else (64, 32, 8)
     tiles_m, tiles_n = (cdiv(size, block) for size, block in zip(dbias_4d.shape[2:], (block_m, block_n), strict=True))
     programs = tiles_m * tiles_n * dbias_4d.shape[0] * dbias_4d.shape[1]
     if programs == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,28 +12,21 @@ from torch import Tensor
 
 from pytransformer.kernels.attention_backward import BackwardConfig
 from pytransformer.kernels.attention_forward import ForwardConfig
-from tests.conftest import INTERPRETING
 
-from .attention_contract import SQUARE_BACKWARD_TILES, SQUARE_FORWARD_TILES, Case, contract_of, covering
+from .attention_contract import (
+    SQUARE_BACKWARD_TILES,
+    SQUARE_FORWARD_TILES,
+    Case,
+    contract_of,
+    covering,
+)
 
-
-@pytest.fixture(autouse=True)
-def _without_overflow_checks() -> Iterator[None]:
-    """Checking each integer operation for overflow doubles the time; test_attention_edges.py keeps the checks on."""
-    if not INTERPRETING:
-        yield
-        return
-    from pytransformer import triton_interpreter
-
-    triton_interpreter.install(debug=False)
-    yield
-    triton_interpreter.install()
-
+pytestmark = pytest.mark.usefixtures("without_overflow_checks")
 
 # Every pair of choices occurs in some case. Tiles are 32 by 32; the lengths are one row, a tile and one row less or more, more queries than
 # keys, several tiles, and packed sequences, some of a whole tile, some without queries or keys.
 GRID: dict[str, list[Any]] = {
-    "lengths": [(1, 1), (31, 33), (33, 31), (70, 40), (40, 100), ((5, 7), (0, 3), (32, 32), (4, 0), (1, 40))],
+    "lengths": [(1, 1), (31, 33), (33, 31), (40, 20), (20, 70), ((5, 0), (32, 32), (0, 3), (1, 40))],
     "dims": [(8, 64), (40, 24), (80, 96), (128, 128), (192, 16), (256, 256)],
     "window": ["none", "causal", "left", "both", "causal, left"],
     "dtype": [torch.float32, torch.bfloat16, torch.float16],
@@ -101,7 +94,7 @@ def bias_with_infinities(*shape: int) -> Callable[[Case, torch.Generator], Tenso
     return make
 
 
-PACKED = ((5, 7), (0, 3), (17, 33), (4, 0))
+PACKED = ((5, 7), (0, 3), (17, 33))
 SEED = torch.tensor([2**40 + 5, -(2**33) - 7])
 OPTION_CASES = {
     "softcap-float32": Case(options={"softcap": 0.8, "causal": True}),
@@ -109,17 +102,17 @@ OPTION_CASES = {
     "softcap-bfloat16": Case(options={"softcap": 2.0}, dtype=torch.bfloat16),
     "alibi": Case((20, 40), options={"alibi_slopes": torch.tensor([0.5, 0.1]), "causal": True}),
     "alibi-per-batch-packed": Case(
-        PACKED, dtype=torch.float16, options={"alibi_slopes": torch.rand(4, 2, generator=torch.manual_seed(0))}
+        PACKED, dtype=torch.float16, options={"alibi_slopes": torch.rand(3, 2, generator=torch.manual_seed(0))}
     ),
     "key-padding": Case((20, 40), batch=2, options={"key_padding_mask": attend(2, 40), "causal": True}),
-    "key-padding-packed": Case(PACKED, options={"key_padding_mask": attend(4, 33)}),
+    "key-padding-packed": Case(PACKED, options={"key_padding_mask": attend(3, 33)}),
     "mask": Case((20, 33), batch=2, options={"mask": attend(2, 2, 20, 33)}),
     "mask-over-batch-and-head": Case(
         (20, 33), batch=2, dtype=torch.bfloat16, options={"mask": attend(1, 1, 20, 33), "causal": True}
     ),
     "mask-over-queries": Case((20, 33), batch=2, options={"mask": attend(2, 1, 1, 33, dtype=torch.int32)}),
     "mask-of-two-dimensions": Case((20, 33), options={"mask": attend(20, 33, dtype=torch.int64)}),
-    "mask-packed": Case(PACKED, options={"mask": attend(4, 1, 17, 33), "window": (9, 2)}),
+    "mask-packed": Case(PACKED, options={"mask": attend(3, 1, 17, 33), "window": (9, 2)}),
     "bias": Case((20, 33), batch=2, lse_gradient=False, options={"bias": bias_with_infinities(2, 2, 20, 33)}),
     "bias-over-batch": Case(
         (20, 33), batch=2, dtype=torch.bfloat16, options={"bias": normal(1, 2, 20, 33), "causal": True}
@@ -130,7 +123,7 @@ OPTION_CASES = {
     "bias-over-queries": Case((20, 33), batch=2, options={"bias": normal(2, 2, 1, 33)}),
     "bias-over-keys": Case((20, 33), batch=2, options={"bias": normal(2, 2, 20, 1), "softcap": 1.0}),
     "bias-over-everything": Case((20, 33), options={"bias": normal(1), "window": (9, 9)}),
-    "bias-packed": Case(PACKED, options={"bias": normal(4, 2, 17, 33), "causal": True}),
+    "bias-packed": Case(PACKED, options={"bias": normal(3, 2, 17, 33), "causal": True}),
     "bias-over-batch-packed": Case(PACKED, options={"bias": normal(2, 17, 33), "causal": True}),
     "sinks": Case((20, 33), batch=2, options={"sinks": normal(2), "causal": True}),
     "sinks-rows-that-see-nothing": Case((40, 20), dtype=torch.bfloat16, options={"sinks": normal(2), "causal": True}),
@@ -141,18 +134,17 @@ OPTION_CASES = {
     "scale-zero": Case((20, 33), options={"softmax_scale": 0.0, "causal": True}),
     "everything": Case(
         (20, 40),
-        heads=(4, 2),
         batch=2,
         dtype=torch.bfloat16,
         options={
             "causal": True,
             "window": (25, 0),
             "softcap": 5.0,
-            "alibi_slopes": torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.0, 0.1, 0.2]]),
+            "alibi_slopes": torch.tensor([[0.1, 0.2], [0.5, 0.0]]),
             "key_padding_mask": attend(2, 40),
-            "mask": attend(1, 4, 20, 40),
-            "bias": normal(1, 4, 20, 40),
-            "sinks": normal(4),
+            "mask": attend(1, 2, 20, 40),
+            "bias": normal(1, 2, 20, 40),
+            "sinks": normal(2),
             "dropout_p": 0.2,
             "dropout_seed": SEED,
         },

@@ -15,7 +15,15 @@ from pytransformer.kernels.attention_backward import BackwardConfig, attention_b
 from pytransformer.kernels.attention_forward import ForwardConfig, attention_forward
 from tests.conftest import INTERPRETING
 
-from .attention_contract import FORWARD_TILES, Case, Inputs, contract_of, draw, run_kernels, run_reference
+from .attention_contract import (
+    FORWARD_TILES,
+    Case,
+    Inputs,
+    contract_of,
+    draw,
+    run_kernels,
+    run_reference,
+)
 
 
 def results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -33,6 +41,7 @@ PACKED = Case(((5, 7), (0, 3), (17, 33), (4, 0)), heads=(4, 2), options={"causal
 
 
 @pytest.mark.parametrize("case", [Case((40, 33), heads=(4, 2), batch=2), PACKED], ids=["dense", "packed"])
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_program_order_does_not_change_a_bit(case: Case, device: torch.device) -> None:
     """Each run gives the same bits: on a GPU programs run in whatever order they get, here in two that are drawn."""
     inputs = draw(case, 0, device)
@@ -58,6 +67,7 @@ def test_hundreds_of_runs_give_the_same_bits(device: torch.device) -> None:
         assert_same_bits(first, results(case, inputs))
 
 
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_a_broadcast_bias_and_sinks_have_deterministic_gradients(device: torch.device) -> None:
     bias, sinks = torch.randn(1, 1, 20, 33), torch.randn(2)
     case = Case((20, 33), heads=(2, 1), batch=2, options={"bias": bias, "sinks": sinks})
@@ -93,6 +103,7 @@ def test_nothing_beside_the_inputs_is_read(
     assert_same_bits(expected, results(case, strided))
 
 
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_key_and_value_of_one_head_may_be_expanded(device: torch.device) -> None:
     """A stride of 0 over heads or batch is a stride like any other."""
     inputs = draw(Case((20, 33), heads=(4, 1), batch=1), 0, device)
@@ -105,6 +116,7 @@ def test_key_and_value_of_one_head_may_be_expanded(device: torch.device) -> None
     assert_same_bits(results(case, copies), results(case, Inputs(expanded, inputs.options, dout, dlse)))
 
 
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_layout_heads_before_length(device: torch.device) -> None:
     """The (batch, heads, length, dim) layout of SDPA, transposed, and odd base addresses."""
     case = Case((17, 33), heads=(4, 2), batch=2, dtype=torch.bfloat16)
@@ -154,6 +166,7 @@ def test_queries_that_see_nothing(device: torch.device, poison_empty: None) -> N
     assert bool((got["lse"][..., :40] == -math.inf).all()) and bool(got["lse"][..., 40:].isfinite().all())
 
 
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_tokens_behind_the_last_sequence(device: torch.device, poison_empty: None) -> None:
     """Padding of a packed batch up to a fixed size: outputs and gradients 0, lse -inf, and no influence on the sequences."""
     inputs = draw(PACKED, 0, device)
@@ -175,6 +188,7 @@ def test_tokens_behind_the_last_sequence(device: torch.device, poison_empty: Non
         assert torch.equal(rest, torch.full_like(rest, -math.inf if name == "lse" else 0.0)), name
 
 
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_packed_sequences_equal_their_own_calls(device: torch.device) -> None:
     """A sequence's result doesn't depend on what it is packed with."""
     inputs = draw(PACKED, 3, device)
@@ -195,6 +209,7 @@ def test_packed_sequences_equal_their_own_calls(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("hint", [None, 1, 33, 10**6])
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_length_hints_are_only_hints(hint: int | None, device: torch.device) -> None:
     inputs = draw(PACKED, 0, device)
     expected = attention_forward(*inputs.tensors.values(), **inputs.options, config=FORWARD_TILES)
@@ -204,6 +219,7 @@ def test_length_hints_are_only_hints(hint: int | None, device: torch.device) -> 
     assert torch.equal(hinted[0], expected[0]) and torch.equal(hinted[1], expected[1])
 
 
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_many_sequences_are_found(device: torch.device) -> None:
     """The search for a tile's sequence among more of them than a few, many of which are empty."""
     lengths = [0, 0, 1, 16, 17, 0, 15, 3, 0, 32, 1, 0, 0, 2, 9, 0]
@@ -215,6 +231,7 @@ def test_many_sequences_are_found(device: torch.device) -> None:
     torch.testing.assert_close(out, golden["out"].float())
 
 
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_groups_of_heads_cover_every_tile_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads are grouped to fit the L2 cache; groups that don't divide the number of heads leave none out."""
     from pytransformer.kernels import attention_backward as backward_module
@@ -277,6 +294,7 @@ def test_dropout_needs_a_seed(device: torch.device) -> None:
         attention_forward(q, q, q, softmax_scale=1.0, causal=False, dropout_p=0.5)
 
 
+@pytest.mark.usefixtures("without_overflow_checks")
 def test_tiles_of_another_shape(device: torch.device) -> None:
     """More keys than queries in a tile, and fewer, in all three kernels."""
     for forward, backward in (
