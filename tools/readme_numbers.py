@@ -25,8 +25,11 @@ def load(path: Path) -> dict[str, Any] | None:
 def cpu_table(title: str, result: dict[str, Any]) -> list[str]:
     """Tokens per second of each variant of one CPU benchmark."""
     where = result["environment"]
+    shape = result["shape"]
+    if isinstance(shape, dict):
+        shape = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shape.items())
     lines = [
-        f"{title} ({result['shape']}; {where['device']}, torch {where['torch']}, transformers {result['transformers']}):",
+        f"{title} ({shape}; {where['device']}, torch {where['torch']}, transformers {result['transformers']}):",
         "",
     ]
     lines += ["| variant | tokens/s |", "|---|---:|"]
