@@ -85,7 +85,7 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
     return BackwardConfig(64, 32, 8, 2, 32, 32, 8, 2) if options == 0 else BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.UNSPECIALISED)
 def attention_backward_dq_kernel(
     dout_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head,
     q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
@@ -264,7 +264,7 @@ def attention_backward_dq_kernel(
     common.store_tile(dq_ptr, stride_dq_seq, rows_left, offs_m, offs_d, dq * softmax_scale, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.UNSPECIALISED)
 def attention_backward_dkv_kernel(
     dout_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head,
     q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
@@ -406,11 +406,6 @@ def attention_backward_dkv_kernel(
     common.store_tile(dv_ptr, stride_dv_seq, keys_left, offs_n, offs_dv, dv, VALUE_DIM, BLOCK_DV)
 
 
-def unsupported(**options: object) -> str | None:
-    """Why the backward kernels cannot serve a call with these options (names as in ``attention_backward``), or None."""
-    return None
-
-
 def attention_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -512,7 +507,7 @@ def attention_backward(
                 dbias, *common.strides_of(dbias, 4)[:3],
                 dsinks, LARGE_LSE_FLOAT32 if q.dtype == torch.float32 else LARGE_LSE_16_BIT,
                 *packing, *options.tensors,
-                *sizes, num_tiles_q, num_slots_q, slots_per_group(shape, k, v),
+                *sizes, num_tiles_q, num_slots_q, slots_per_group(shape, k),
                 *options.scalars, **options.constexprs,
                 BLOCK_M=config.q_block_m, BLOCK_N=config.q_block_n, WIDE=wide,
                 num_warps=config.q_num_warps, num_stages=config.q_num_stages, **COMMON_OPTIONS,

@@ -24,7 +24,7 @@ def is_broadcast(bias: torch.Tensor, shape: common.Geometry) -> tuple[bool, bool
     return tuple(size == 1 and size != extent for size, extent in zip(sizes, full, strict=True))  # type: ignore[return-value]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.UNSPECIALISED)
 def attention_bias_gradient_kernel(
     dout_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head,
     q_ptr, stride_q_batch, stride_q_seq, stride_q_head,

@@ -24,6 +24,21 @@ import triton.language as tl
 
 from .launch import cdiv, next_power_of_2
 
+# Sizes that only bound loops or pick programs: no variant of a kernel is compiled for their being 1 or a multiple of 16.
+UNSPECIALISED = (
+    "batch",
+    "num_heads",
+    "seqlen_q",
+    "seqlen_k",
+    "num_tiles",
+    "num_slots",
+    "slots_per_group",
+    "stride_lse_batch",
+    "stride_lse_head",
+    "window_left",
+    "window_right",
+    "dropout_last_out",
+)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -137,6 +152,9 @@ def score_options(
 ) -> ScoreOptions:
     """Folds causality into the window, the scale into the exponent where it may be, and broadcasting into strides of 0."""
     left, right = window_limits(causal, window)
+    # What no pair of positions is far enough apart to leave is no limit. Packed, the totals stand for lengths.
+    left = -1 if left >= shape.seqlen_k - 1 else left
+    right = -1 if right >= shape.seqlen_q - 1 else right
     mask, key_padding_mask = _as_bytes(mask), _as_bytes(key_padding_mask)
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("dropout_seed must be an int64[2] tensor when dropout_p > 0")
@@ -213,7 +231,7 @@ def compile_calls() -> Iterator[tuple[str, dict[str, Any]]]:
         )
         return {"q": q, "k": k, "v": v, "softmax_scale": 0.1, "causal": True, **options}
 
-    everything = {
+    everything: dict[str, Any] = {
         "window": (64, 0),
         "softcap": 30.0,
         "alibi_slopes": torch.empty(4),

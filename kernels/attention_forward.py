@@ -50,15 +50,14 @@ def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int,
     if width <= 128:
         # Up to 255 registers and 160 KB without a spill; 4 warps spill.
         return ForwardConfig(128, {0: 128, 1: 64}.get(options, 32), 8, 2)
-    # sm_90: 255 registers and 16 bytes of spills before the loop, 192 KB. sm_100 spills more.
-    return (
-        ForwardConfig(128, 64, 8, 2)
-        if options == 0 and arch == 90
-        else ForwardConfig(128 if options < 2 else 64, 32, 8, 2)
-    )
+    if options == 0 and arch == 90:
+        return ForwardConfig(
+            128, 64, 8, 2
+        )  # 255 registers and 16 bytes of spills before the loop, 192 KB; sm_100 spills more
+    return ForwardConfig(128 if options < 2 else 64, 32, 8, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.UNSPECIALISED)
 def attention_forward_kernel(
     q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
     k_ptr, stride_k_batch, stride_k_seq, stride_k_head,
@@ -265,7 +264,7 @@ def attention_forward(
             lse, *common.statistic_strides(lse),
             cu_seqlens_q, cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens_q,
             *options.tensors,
-            shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k, num_tiles, num_slots, slots_per_group(shape, k, v),
+            shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k, num_tiles, num_slots, slots_per_group(shape, k),
             *options.scalars,
             **options.constexprs,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,
@@ -275,16 +274,11 @@ def attention_forward(
     return out, lse
 
 
-def unsupported(**options: object) -> str | None:
-    """Why the forward kernel cannot serve a call with these options (names as in ``attention_forward``), or None: it serves all of them."""
-    return None
-
-
-def slots_per_group(shape: common.Geometry, k: torch.Tensor, v: torch.Tensor) -> int:
+def slots_per_group(shape: common.Geometry, k: torch.Tensor) -> int:
     """Heads that share the L2 cache: whole GQA groups, as many as their keys and values fit."""
     heads_per_kv = shape.num_heads // shape.num_kv_heads
-    bytes_per_kv_head = shape.seqlen_k * (shape.head_dim + shape.value_dim) * k.element_size()
-    return heads_per_kv * max(1, L2_BYTES // max(bytes_per_kv_head, 1))
+    bytes_per_kv_head = max(1, shape.seqlen_k * (shape.head_dim + shape.value_dim) * k.element_size())
+    return min(shape.slots(shape.num_heads), heads_per_kv * max(1, L2_BYTES // bytes_per_kv_head))
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:

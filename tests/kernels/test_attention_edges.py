@@ -264,6 +264,17 @@ def test_offsets_beyond_2_to_the_31(axis: str, device: torch.device) -> None:
     assert_same_bits(results(case, inputs), results(case, far_apart))
 
 
+def test_a_window_wider_than_the_sequences_is_none(device: torch.device) -> None:
+    """Also one whose limits, added to a position, would not fit 32 bits."""
+    inputs = draw(Case((20, 33)), 0, device)
+    expected = attention_forward(*inputs.tensors.values(), **inputs.options, config=FORWARD_TILES)
+    for window in ((32, 19), (2**31 - 1, 2**31 - 1)):
+        wide = attention_forward(*inputs.tensors.values(), **inputs.options, window=window, config=FORWARD_TILES)
+        assert torch.equal(wide[0], expected[0]) and torch.equal(wide[1], expected[1])
+    narrower = attention_forward(*inputs.tensors.values(), **inputs.options, window=(31, 19), config=FORWARD_TILES)
+    assert not torch.equal(narrower[0], expected[0])
+
+
 def test_dropout_drops_what_the_reference_says(device: torch.device) -> None:
     """With v the identity, the output is the matrix of weights: zero exactly where the counter-based mask says so."""
     q, k = torch.randn(2, 17, 3, 16, device=device), torch.randn(2, 32, 3, 16, device=device)
