@@ -56,23 +56,19 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
         # Exact products run on the FMA units from registers; two accumulators of 32 · 256 are too many of them.
         return BackwardConfig(32, 32, 8 if width <= 64 else 4, 1, 32 if width <= 128 else 16, 32, 8, 1)
     if arch < 90:
+        if width <= 64 and options < 2:
+            return BackwardConfig(64, 64, 8, 2, 32, 64, 4, 2)
         if width <= 64:
-            return (
-                BackwardConfig(64, 64, 8, 2, 32, 64, 4, 2)
-                if options < 2
-                else BackwardConfig(64, 32, 8, 2, 16, 64, 4, 2)
-            )
+            return BackwardConfig(32, 32, 4, 2, 16, 64, 4, 2)
         if width <= 128 and options < 2:
             return BackwardConfig(64, 32, 8, 2, 32, 64, 8, 2)
         return BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
     if width <= 64:
         if options == 0:
-            return BackwardConfig(128, 64, 8, 2, 64, 128, 8, 2)  # dq 169 registers, dk/dv 239
-        return (
-            BackwardConfig(128, 64, 8, 2, 32, 128, 8, 2)
-            if options == 1
-            else BackwardConfig(128, 32, 8, 2, 32, 64, 8, 2)
-        )
+            return BackwardConfig(128, 64, 8, 2, 64, 128, 8, 2)  # dq 185 registers, dk/dv 230
+        if options == 1:
+            return BackwardConfig(128, 64, 8, 2, 32, 128, 8, 2)
+        return BackwardConfig(128, 32, 8, 2, 32 if options < 4 else 16, 64, 8, 2)
     if width <= 128:
         if options == 0:
             return BackwardConfig(
@@ -81,8 +77,10 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
         return (
             BackwardConfig(128, 32, 8, 2, 32, 64, 8, 2) if options == 1 else BackwardConfig(64, 32, 8, 2, 16, 64, 8, 2)
         )
-    # dq 239 registers; for dk/dv wgmma's 64 rows would spill, so mma.sync.
-    return BackwardConfig(64, 32, 8, 2, 32, 32, 8, 2) if options == 0 else BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
+    if options == 0:
+        # dq 220 registers on sm_90, where 32 keys spill; for dk/dv wgmma's 64 rows would spill, so mma.sync.
+        return BackwardConfig(64, 16 if arch == 90 else 32, 8, 2, 32, 32, 8, 2)
+    return BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
 
 
 @triton.jit(do_not_specialize=common.UNSPECIALISED)
