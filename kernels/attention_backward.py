@@ -53,8 +53,9 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
     """
     width = max(common.block_dim(head_dim), common.block_dim(value_dim))
     if dtype == torch.float32:
-        # Exact products run on the FMA units from registers; two accumulators of 32 · 256 are too many of them.
-        return BackwardConfig(32, 32, 8 if width <= 64 else 4, 1, 32 if width <= 128 else 16, 32, 8, 1)
+        # Exact products run on the FMA units from registers; two accumulators of 32 · 256, or an option's values too, are too many of them.
+        kv_block_m = 32 if width <= 128 and options == 0 else 16
+        return BackwardConfig(32, 32, 8 if width <= 64 else 4, 1, kv_block_m, 32, 8, 1)
     if arch < 90:
         if width <= 64 and options < 2:
             return BackwardConfig(64, 64, 8, 2, 32, 64, 4, 2)

@@ -7,6 +7,8 @@ the same bits every run. Cost: 2 more matrix products than the 7 of the other ba
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -199,3 +201,23 @@ def attention_bias_gradient(
         BLOCK_M=block_m, BLOCK_N=block_n, WIDE=wide, num_warps=num_warps, num_stages=1, **COMMON_OPTIONS,
     )  # fmt: skip
     return dbias
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Backward passes whose bias is shared by the batch, which is what launches this kernel."""
+    from .attention_backward import attention_backward  # imports this module
+
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, dout = (torch.empty(2, 128, 2, 64, dtype=dtype) for _ in range(4))
+        arguments = {
+            "out": torch.empty_like(dout),
+            "lse": torch.empty(2, 2, 128),
+            "dlse": None,
+            "softmax_scale": 0.125,
+            "causal": False,
+            "bias": torch.empty(1, 2, 128, 128, dtype=dtype),
+        }
+        yield (
+            f"{str(dtype).removeprefix('torch.')}-d64",
+            functools.partial(attention_backward, dout, q, k, v, **arguments),
+        )
