@@ -39,7 +39,7 @@ class Linear(nn.Linear):
         False, without an error, where packing would not help or cannot be done: see :func:`why_not_packed`.
         """
         packed = self._packed
-        if packed is not None and packed.rows == rows and packed.is_of(self.weight):
+        if packed is not None and packed.serves(rows) and packed.is_of(self.weight):
             return True
         self._packed = None  # the old copy goes before the new one is made
         if why_not_packed(self.weight, rows) is None:
@@ -70,13 +70,14 @@ class Linear(nn.Linear):
 class PackedWeight:
     """A weight (out_features, in_features) reordered for inputs of ``rows`` rows; others are served too, but no faster than plainly.
 
-    One float32 row goes through MKL where torch was built with it: 4 µs per call, against oneDNN's 30 µs. More rows, bfloat16 and builds
-    without MKL go through oneDNN. Both ops are those that torch's compiler emits when it freezes weights for a CPU; they are not a public
-    interface, so :func:`why_not_packed` tries them before they are relied on.
+    oneDNN's product uses every thread: with two, GPT-2's projections take 0.6 to 0.8 of the time that MKL's take, which stays on one. A
+    single thread with one float32 row goes through MKL where torch was built with it: a call costs 4 µs, against oneDNN's 30. Both ops are
+    those that torch's compiler emits when it freezes weights for a CPU; they are not a public interface, so :func:`why_not_packed` tries
+    them before they are relied on.
     """
 
     def __init__(self, weight: Tensor, rows: int) -> None:
-        self.library = "mkl" if rows == 1 and _works("mkl", weight.dtype) else "onednn"
+        self.library = _library(rows, weight.dtype)
         self.rows = rows
         with torch.no_grad():
             self._reordered = _reorder(self.library, weight.detach().contiguous(), rows)
@@ -85,6 +86,10 @@ class PackedWeight:
         self._pointer = weight.data_ptr()
         self._dtype = weight.dtype
         self._checksum = _checksum(weight)
+
+    def serves(self, rows: int) -> bool:
+        """Whether this is what would be packed now for so many rows: the number of threads may have changed."""
+        return self.rows == rows and self.library == _library(rows, self._dtype)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether ``weight`` is still the tensor that was packed, with the bits that were packed."""
@@ -111,9 +116,15 @@ def why_not_packed(weight: Tensor, rows: int = 1) -> str | None:
         return f"packing is for weights of at least {MIN_PACKED_ELEMENTS} elements, this one has {weight.numel()}"
     if weight.is_inference():
         return "the weight was made under torch.inference_mode(), which does not count writes"
-    if not ((rows == 1 and _works("mkl", weight.dtype)) or _works("onednn", weight.dtype)):
+    if not _works(_library(rows, weight.dtype), weight.dtype):
         return f"this build of torch packs no {weight.dtype} weights"
     return None
+
+
+def _library(rows: int, dtype: torch.dtype) -> str:
+    """The faster of the libraries that serve; "onednn" where none does."""
+    mkl_is_faster = rows == 1 and torch.get_num_threads() == 1
+    return "mkl" if (mkl_is_faster or not _works("onednn", dtype)) and rows == 1 and _works("mkl", dtype) else "onednn"
 
 
 def _reorder(library: str, weight: Tensor, rows: int) -> Tensor:

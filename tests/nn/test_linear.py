@@ -83,6 +83,35 @@ def test_another_number_of_rows_is_packed_anew(packed):
     assert packed.pack(5) and packed._packed is not before
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_packing
+@torch.no_grad()
+def test_the_library_follows_the_number_of_threads(threads):
+    """MKL's packed product runs on one thread whatever there is, so several take oneDNN."""
+    contract = Contract(torch.float32)
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        module = Linear(300, 257, device=CPU)
+        x = torch.randn(1, 300)
+        golden = F.linear(x.double(), module.weight.double(), module.bias.double())
+        for count in (1, 2):
+            threads(count)
+            assert module.pack()
+            if count > 1 and linear._works("onednn", torch.float32):
+                assert module._packed.library == "onednn"
+            elif count == 1 and linear._works("mkl", torch.float32):
+                assert module._packed.library == "mkl"
+            plain = F.linear(x, module.weight, module.bias)
+            contract.add(f"{count} threads", actual=module.product()(x), plain=plain, golden=golden)
+    contract.check()
+
+
 def test_the_forward_pass_is_torchs(packed):
     """Training, autocast and torch.compile never see the packed weight."""
     assert Linear.forward is torch.nn.Linear.forward
