@@ -209,7 +209,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v, dout = (torch.empty(2, 128, 2, 64, dtype=dtype) for _ in range(4))
-        arguments = {
+        arguments: dict[str, Any] = {
             "out": torch.empty_like(dout),
             "lse": torch.empty(2, 2, 128),
             "dlse": None,
