@@ -1,0 +1,33 @@
+"""``attn_implementation="pytransformer"`` for Hugging Face transformers.
+
+Importing this module registers two functions under the name "pytransformer", both through transformers' own registries, and changes
+nothing else:
+
+* :func:`attention_forward`, the attention itself, served by this package's ops;
+* :func:`attention_mask`, which makes the mask. A name that is known for attention but not for masks gets *no mask at all* from
+  transformers, so that padding would be ignored silently; that is why there are two.
+
+What a mask says — causal, a window, padding, packed sequences — reaches the op as options rather than as a boolean of
+(batch, 1, query_length, kv_length). In between it passes through code of the models, which expects a tensor: :class:`DeferredMask` is one,
+of the right shape and dtype, that is filled only when something other than :func:`attention_forward` looks into it. Patterns that are not
+recognised, anything traced by torch.compile, and a single query get an ordinary boolean mask from transformers' ``sdpa_mask``.
+
+Source: transformers' "Attention interface" (``AttentionInterface``, ``AttentionMaskInterface``), 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError(
+        "pytransformer.interop.huggingface needs transformers 5 (pip install 'transformers>=5')"
+    ) from error
+
+from pytransformer.interop.huggingface.attention import NAME, attention_forward
+from pytransformer.interop.huggingface.masks import DeferredMask, MaskPattern, attention_mask
+
+__all__ = ["NAME", "DeferredMask", "MaskPattern", "attention_forward", "attention_mask"]
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)
