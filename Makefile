@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
-.PHONY: help demo test test-all gate lint types gpu bench readme-numbers clean venv
+.PHONY: help demo test test-all cuda sanitize gate lint types gpu bench readme-numbers clean venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
@@ -36,14 +36,22 @@ demo: $(VENV)/.run ## verify the kernels, train a small model on real text, draw
 	@PATH="$$PWD/$(BIN):$$PATH" RUN=$(RUN) bash tools/demo.sh
 
 test: $(VENV)/.dev ## the tests, without a GPU (≤ 10 minutes on 2 cores)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/compile --cov --cov-report=term:skip-covered --cov-report=xml:.coverage.xml
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/compile --ignore=tests/cuda --cov --cov-report=term:skip-covered --cov-report=xml:.coverage.xml
 	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 PYTRANSFORMER_COMPILE_ARCHS=90 $(BIN)/python -m pytest tests/compile
+	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor address -n $(WORKERS) -m "not slow" tests/cuda
+
+cuda: $(VENV)/.dev ## the CUDA extension, in place (nvcc needed); ARCHS="80 90" or ARCHS=all, by default the GPUs that are here
+	$(BIN)/python csrc/build.py $(if $(ARCHS),--archs "$(ARCHS)")
+
+sanitize: $(VENV)/.dev ## every CUDA kernel test on the CPU, under AddressSanitizer and UBSan, then under ThreadSanitizer
+	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor address -n $(WORKERS) tests/cuda
+	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor thread -n $(WORKERS) tests/cuda
 
 gate: $(VENV)/.dev ## every kernel × shipped configuration compiled for sm_80, sm_90 and sm_100 and judged, without a GPU
 	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 $(BIN)/python -m pytest tests/compile
 
-test-all: test gate ## all of it: the slow tests, and the kernels under the oldest supported Triton
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --ignore=tests/compile
+test-all: test gate sanitize ## all of it: the slow tests, and the kernels under the oldest supported Triton
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --ignore=tests/compile --ignore=tests/cuda
 	bash tools/test_oldest_triton.sh
 
 lint: $(VENV)/.dev ## ruff (lint and format), and the import contract

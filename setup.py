@@ -9,9 +9,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-version = re.search(r'^__version__ = "([^"]+)"', (ROOT / "pytransformer/__init__.py").read_text(), re.MULTILINE)
+version = re.search(r'^__version__ = "([^"]+)"', (ROOT / "pytransformer/_version.py").read_text(), re.MULTILINE)
 if version is None:
-    raise RuntimeError("pytransformer/__init__.py has no __version__")
+    raise RuntimeError("pytransformer/_version.py has no __version__")
 
 setup(
     version=version.group(1),

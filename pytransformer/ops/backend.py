@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from pytransformer import extension
+
 BACKENDS = ("cuda", "triton", "torch", "reference")
 
 # A thread-local rather than a ContextVar: torch.compile can trace (and guard on) it.
@@ -84,6 +86,11 @@ def _triton_installed() -> bool:
     return _is_triton_installed()
 
 
+@_constant_under_compile
+def _cuda_why_not(device_type: str) -> str | None:
+    return extension.why_not(device_type)
+
+
 def _interpreting() -> bool:
     # Triton reads the variable when it is imported; the kernels are imported on first use, so the variable decides until then.
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -95,7 +102,8 @@ def unavailable(backend: str, device_type: str) -> str | None:
     Options that a backend lacks for one op are the op's own ``can_serve``.
     """
     if backend == "cuda":
-        return "the CUDA extension is not part of this version"
+        reason: str | None = _cuda_why_not(device_type)
+        return reason
     if backend == "triton":
         if not _triton_installed():
             return "triton is not installed (pip install 'triton>=3.6')"
@@ -149,8 +157,8 @@ class BackendChoice:
                 return named
             raise NotImplementedError(f"{self.op}: backend {named!r} cannot serve this call: {reason}")
         for candidate in self.candidates:
-            # Interpreted kernels are for proofs, a thousand times slower than torch: only on request.
-            if candidate.backend == "triton" and device_type == "cpu":
+            # Interpreted and emulated kernels are for proofs, a thousand times slower than torch: only on request.
+            if candidate.backend in ("triton", "cuda") and device_type == "cpu":
                 continue
             if unavailable(candidate.backend, device_type) is None and candidate.can_serve(call) is None:
                 return candidate.backend
@@ -206,3 +214,18 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
         if tensor is not None and type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
             return False
     return True
+
+
+def goes_straight_to_cuda(backend: str | None, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether an eager call of an op whose first choice is "cuda" may skip its Python checks and call the extension's op.
+
+    That op checks all arguments itself. Where it raises, the caller goes the long way, whose checks say in clearer words what is wrong.
+
+    Args:
+        backend: the op's ``backend`` argument.
+        first, others: the call's tensors.
+    """
+    named = backend or getattr(_override, "name", None) or _environment
+    if named != "cuda" and (named is not None or not first.is_cuda):
+        return False
+    return is_plain(first, *others) and extension.why_not(first.device.type) is None

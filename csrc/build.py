@@ -1,0 +1,397 @@
+"""Builds the CUDA extension with ninja: nvcc for the kernels, the C++ compiler for the rest, against torch's stable ABI.
+
+Used by setup.py, by ``make cuda`` and by the tests, which build the same sources for the host emulator (``--flavor``). Nothing here imports
+torch: its headers are found beside the interpreter, so that an isolated build (which sees no torch) works too.
+
+    python csrc/build.py [--flavor cuda|emulated|address|thread] [--archs "80 90a"] [--define NAME=VALUE …] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+EMULATOR = ROOT / "tests/cuda_emulator"
+LIBRARY = ROOT / "pytransformer/_cuda.so"
+# One binary for torch 2.10 and later: the oldest stable ABI that has what the ops need.
+TORCH_TARGET = "0x020a000000000000"
+# What each GPU generation needs; sm_90a because wgmma is not in plain sm_90. Everything newer is compiled from PTX by the driver.
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+PTX = "80"
+FLAVORS = ("cuda", "emulated", "address", "thread")
+SANITIZE = {
+    "emulated": ("-O2",),
+    "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "thread": ("-O1", "-g1", "-fsanitize=thread"),
+}
+
+
+class BuildError(RuntimeError):
+    """The extension cannot be built here; the message says what to install."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """Where torch's headers and libraries are."""
+
+    root: Path
+
+    @property
+    def include_flags(self) -> list[str]:
+        return [f"-isystem{self.root}/include", f"-isystem{self.root}/include/torch/csrc/api/include"]
+
+
+def find_torch() -> Torch:
+    """torch of this interpreter, also from inside an isolated build, whose import path leaves it out."""
+    candidates = [Path(path) / "torch" for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))]
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        candidates.insert(0, Path(spec.origin).parent)
+    for root in candidates:
+        if (root / "include/torch/csrc/stable/library.h").is_file():
+            return Torch(root)
+    raise BuildError(
+        "the CUDA extension is built against torch's headers and no torch >= 2.10 was found for "
+        f"{sys.executable}: install torch first (pip install 'torch>=2.10'), then this package"
+    )
+
+
+def find_nvcc() -> Path:
+    """nvcc: $CUDA_HOME, the path, or the usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [Path(home) / "bin/nvcc"] if home else []
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append(Path(on_path).resolve())
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    for nvcc in candidates:
+        if nvcc.is_file():
+            return nvcc
+    raise BuildError(
+        "no CUDA compiler: nvcc is neither in $CUDA_HOME/bin nor on the path nor in /usr/local/cuda/bin; install the CUDA toolkit "
+        "(12.8 or newer), or set PYTRANSFORMER_CUDA=0 to install without the CUDA backend"
+    )
+
+
+def toolkit_root(nvcc: Path) -> Path:
+    """The toolkit that this nvcc belongs to; nvcc itself is asked, as it may be a link or a script that starts another."""
+    dry_run = subprocess.run([str(nvcc), "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
+    return Path(found.group(1).strip()).resolve() if found else nvcc.parent.parent
+
+
+def find_cuda_headers() -> Path:
+    """cuda_bf16.h and its like for the emulator: of the toolkit, or those that come with triton."""
+    candidates = []
+    with contextlib.suppress(BuildError):  # without a toolkit triton's copy serves as well
+        candidates.append(toolkit_root(find_nvcc()) / "include")
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        candidates.append(Path(triton.origin).parent / "backends/nvidia/include")
+    for include in candidates:
+        if (include / "cuda_bf16.h").is_file():
+            return include
+    raise BuildError("no CUDA headers: neither a CUDA toolkit nor triton is installed")
+
+
+def find_compiler() -> str:
+    """The C++ compiler: $CXX or g++ (ThreadSanitizer with fibers works with g++ only)."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        raise BuildError("no C++ compiler: install g++ 11 or newer, or set CXX")
+    return compiler
+
+
+def find_ninja() -> list[str]:
+    """How to call ninja: its Python package, or the program."""
+    if importlib.util.find_spec("ninja") is not None:
+        return [sys.executable, "-m", "ninja"]
+    program = shutil.which("ninja") or shutil.which("ninja-build")
+    if program is None:
+        raise BuildError("ninja is missing: pip install ninja")
+    return [program]
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """E.g. "13.0"."""
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    if found is None:
+        raise BuildError(f"{nvcc} --version does not say its release: {text!r}")
+    return found.group(1)
+
+
+def known_architectures(nvcc: Path) -> set[str]:
+    """Architectures this nvcc compiles for, e.g. {"80", "90a"}."""
+    text = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"sm_(\d+[af]?)", text))
+    # Listed without its suffix by some releases, though compiled all the same since CUDA 12.0.
+    return known | ({"90a"} if "90" in known else set())
+
+
+def local_architectures() -> list[str]:
+    """Architectures of the GPUs here, e.g. ["90a"]; empty without a GPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True, check=False)
+    if result.returncode:
+        return []
+    found = {
+        line.strip().replace(".", "") for line in result.stdout.splitlines() if re.fullmatch(r"\d+\.\d+", line.strip())
+    }
+    return sorted("90a" if arch == "90" else arch for arch in found)
+
+
+def chosen_architectures(nvcc: Path, asked: str | None = None) -> list[str]:
+    """What to compile for: asked for, else PYTRANSFORMER_CUDA_ARCHS, else the GPUs that are here, else everything ("all" says so).
+
+    Raises:
+        BuildError: an architecture that nvcc does not know, or one older than sm_80.
+    """
+    known = known_architectures(nvcc)
+    asked = asked or os.environ.get("PYTRANSFORMER_CUDA_ARCHS", "")
+    wanted = asked.replace(",", " ").replace(".", "").replace("sm_", "").split()
+    if not wanted:
+        wanted = local_architectures()
+    if not wanted or wanted == ["all"]:
+        return [arch for arch in ARCHITECTURES if arch in known]
+    wanted = ["90a" if arch == "90" else arch for arch in wanted]
+    for arch in wanted:
+        number = re.match(r"\d+", arch)
+        if arch not in known or number is None or int(number.group()) < 80:
+            possible = " ".join(
+                sorted((a for a in known if int(re.match(r"\d+", a).group()) >= 80), key=lambda a: (len(a), a))
+            )
+            raise BuildError(
+                f"PYTRANSFORMER_CUDA_ARCHS: {arch!r} is not one of those that {nvcc} compiles for: {possible}"
+            )
+    return wanted
+
+
+def source_files(suffix: str) -> list[Path]:
+    return sorted(CSRC.rglob(f"*{suffix}"))
+
+
+def source_id() -> str:
+    """Hash of everything that is compiled: a binary built from other sources is refused."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h")):
+        digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def package_version() -> str:
+    text = (ROOT / "pytransformer/_version.py").read_text()
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise BuildError("pytransformer/_version.py has no __version__")
+    return found.group(1)
+
+
+def info_defines(architectures: str, cuda_version: str) -> list[str]:
+    facts = {
+        "PYT_VERSION": package_version(),
+        "PYT_SOURCE_ID": source_id(),
+        "PYT_ARCHITECTURES": architectures,
+        "PYT_CUDA_VERSION": cuda_version,
+    }
+    return [f'-D{name}=\\"{value}\\"' for name, value in facts.items()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Compiler and flags of one build."""
+
+    cxx: str
+    cxx_flags: Sequence[str]
+    kernel_compiler: str
+    kernel_flags: Sequence[str]
+    info_flags: Sequence[str]
+    link_flags: Sequence[str]
+    extra_sources: Sequence[Path] = ()
+
+
+def cuda_plan(torch: Torch, archs: str | None, defines: Sequence[str]) -> Plan:
+    nvcc = find_nvcc()
+    toolkit = toolkit_root(nvcc)
+    architectures = chosen_architectures(nvcc, archs)
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    names = [f"sm_{arch}" for arch in architectures]
+    if len(architectures) > 1:
+        codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
+        names.append(f"compute_{PTX}")
+    common = [f"-I{CSRC}/common", *(f"-D{define}" for define in defines)]
+    kernel_flags = [
+        *("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-Werror=all-warnings"),
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror",
+        *(*codes, *common),
+    ]
+    cxx_flags = [
+        *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
+        *("-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"),
+        *(*torch.include_flags, f"-isystem{toolkit}/include", *common),
+    ]
+    library_folder = next(
+        (
+            folder
+            for folder in (toolkit / name for name in ("lib64", "targets/x86_64-linux/lib", "lib"))
+            if folder.is_dir()
+        ),
+        toolkit / "lib64",
+    )
+    link_flags = [
+        *(f"-L{torch.root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"),
+        *(f"-L{library_folder}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"),
+    ]
+    info = info_defines(" ".join(names), nvcc_version(nvcc))
+    return Plan(find_compiler(), cxx_flags, str(nvcc), kernel_flags, info, link_flags)
+
+
+def emulated_plan(torch: Torch, flavor: str, defines: Sequence[str]) -> Plan:
+    sanitize = SANITIZE[flavor]
+    common = [
+        *(
+            "-std=c++20",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-DPYT_EMULATED",
+            *sanitize,
+            f"-I{CSRC}/common",
+            f"-I{EMULATOR}/include",
+        ),
+        *(
+            f"-isystem{find_cuda_headers()}",
+            f"-idirafter{EMULATOR}/include_after",
+            *(f"-D{define}" for define in defines),
+        ),
+    ]
+    kernel_flags = [*common, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-x", "c++"]
+    cxx_flags = [*common, "-Wall", "-Wextra", "-Werror", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch.include_flags]
+    link_flags = [
+        *(f"-L{torch.root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"),
+        *(flag for flag in sanitize if flag.startswith("-fsanitize")),
+    ]
+    compiler = find_compiler()
+    info = info_defines("emulated", "none")
+    return Plan(compiler, cxx_flags, compiler, kernel_flags, info, link_flags, (EMULATOR / "exports.cpp",))
+
+
+def ninja_file(plan: Plan, output: Path, only: Iterable[str] = ()) -> str:
+    """The build description; ``only`` limits it to the op folders named (and what all need)."""
+    lines = [
+        f"cxx = {plan.cxx}",
+        f"kernel_compiler = {plan.kernel_compiler}",
+        f"cxx_flags = {' '.join(plan.cxx_flags)}",
+        f"kernel_flags = {' '.join(plan.kernel_flags)}",
+        "rule cxx",
+        "  command = $cxx -MMD -MF $out.d $cxx_flags $extra -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = C++ $in",
+        "rule kernel",
+        "  command = $kernel_compiler -MMD -MF $out.d $kernel_flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = kernel $in",
+        "rule link",
+        f"  command = $cxx -shared -o $out $in {' '.join(plan.link_flags)}",
+        "  description = link $out",
+    ]
+    objects = []
+    for rule, sources in (("kernel", source_files(".cu")), ("cxx", [*source_files(".cpp"), *plan.extra_sources])):
+        for source in sources:
+            name = source.relative_to(ROOT).as_posix().replace("/", "_") + ".o"
+            objects.append(name)
+            lines.append(f"build {name}: {rule} {source}")
+            if source.name == "build_info.cpp":
+                lines.append(f"  extra = {' '.join(plan.info_flags)}")
+    lines.append(f"build {output}: link {' '.join(objects)}")
+    lines.append(f"default {output}")
+    return "\n".join(lines) + "\n"
+
+
+def build(
+    flavor: str = "cuda",
+    *,
+    output: Path | None = None,
+    folder: Path | None = None,
+    archs: str | None = None,
+    defines: Sequence[str] = (),
+    jobs: int | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Builds one flavor of the extension and returns its path; only what has changed since the last call is compiled.
+
+    Args:
+        flavor: "cuda", or for the host emulator "emulated" (no sanitizer), "address" (ASan and UBSan), "thread" (TSan).
+        output: the library; by default inside the build folder, for "cuda" pytransformer/_cuda.so.
+        folder: objects; by default build/<flavor> in the checkout.
+        archs: see :func:`chosen_architectures`.
+        defines: macros, "NAME" or "NAME=VALUE" (the tests inject faults with them).
+        jobs: parallel compilations; ninja's default if None.
+
+    Raises:
+        BuildError: something needed is missing, or a compiler failed; its output is in the message.
+    """
+    torch = find_torch()
+    folder = folder or ROOT / "build" / flavor
+    output = output or (LIBRARY if flavor == "cuda" else folder / "_cuda.so")
+    plan = cuda_plan(torch, archs, defines) if flavor == "cuda" else emulated_plan(torch, flavor, defines)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = folder / "build.ninja"
+    text = ninja_file(plan, output)
+    if not description.is_file() or description.read_text() != text:
+        description.write_text(text)
+    command = [*find_ninja(), "-C", str(folder), *(["-j", str(jobs)] if jobs else [])]
+    result = subprocess.run(command, capture_output=quiet, text=True, check=False)
+    if result.returncode:
+        raise BuildError(
+            f"the {flavor} build failed" + (f":\n{result.stdout}{result.stderr}" if quiet else " (see above)")
+        )
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python csrc/build.py", description="Builds the CUDA extension, or its emulated flavors."
+    )
+    parser.add_argument("--flavor", choices=FLAVORS, default="cuda")
+    parser.add_argument("--archs", help='e.g. "80 90a"; "all"; default: the GPUs here, else all')
+    parser.add_argument("--define", action="append", default=[], metavar="NAME[=VALUE]")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--jobs", type=int)
+    arguments = parser.parse_args(argv)
+    try:
+        path = build(
+            arguments.flavor,
+            output=arguments.output,
+            folder=arguments.folder,
+            archs=arguments.archs,
+            defines=arguments.define,
+            jobs=arguments.jobs,
+        )
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+// CUDA's own names, for the kernels: barriers, shuffles, votes, atomics, and intrinsics that the host headers lack.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+namespace emulator {
+
+template <class T>
+struct Shuffle {
+  T in, out;
+  int source;
+};
+
+template <class T>
+EMULATOR_RUNTIME void exchange_lanes(void** lanes, unsigned mask) {
+  for (unsigned left = mask; left != 0; left &= left - 1) {
+    auto& to = *static_cast<Shuffle<T>*>(lanes[__builtin_ctz(left)]);
+    if ((mask >> to.source & 1) == 0) {
+      memset(static_cast<void*>(&to.out), 0xff, sizeof(T));  // undefined on a GPU
+    } else {
+      to.out = static_cast<Shuffle<T>*>(lanes[to.source])->in;
+    }
+  }
+}
+
+template <class T>
+EMULATOR_RUNTIME T shuffle(unsigned mask, T value, int source, const char* what, const Location& location) {
+  Shuffle<T> exchange{value, value, source};
+  warp_collective(mask, &exchange, &exchange_lanes<T>, what, location);
+  return exchange.out;
+}
+
+// Lane `source` where it lies in the calling lane's segment of `width` lanes, else the calling lane itself.
+inline int within_segment(int source, int width) {
+  const int first = lane() / width * width;
+  return source < first || source >= first + width ? lane() : source;
+}
+
+struct Vote {
+  bool in;
+  unsigned out;
+};
+
+EMULATOR_RUNTIME inline void count_votes(void** lanes, unsigned mask) {
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1) != 0) result |= static_cast<unsigned>(static_cast<Vote*>(lanes[lane])->in) << lane;
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1) != 0) static_cast<Vote*>(lanes[lane])->out = result;
+  }
+}
+
+EMULATOR_RUNTIME inline unsigned ballot(unsigned mask, bool vote, const char* what, const Location& location) {
+  Vote exchange{vote, 0};
+  warp_collective(mask, &exchange, &count_votes, what, location);
+  return exchange.out;
+}
+
+// What a warp barrier orders, for the sanitizer: two addresses per warp, alternating.
+struct WarpOrder {
+  char address[2];
+};
+
+EMULATOR_RUNTIME inline void warp_barrier(unsigned mask, const Location& location) {
+  static WarpOrder orders[kMaxThreads / 32];
+  static unsigned generations[kMaxThreads];
+  const int self = state.current;
+  void* order = &orders[self / 32].address[generations[self]++ % 2];
+  sanitizers::release(order);
+  warp_collective(mask, nullptr, +[](void**, unsigned) {}, "__syncwarp", location);
+  sanitizers::acquire(order);
+}
+
+}  // namespace emulator
+
+#define EMULATOR_HERE emulator::Location location = emulator::Location::current()
+
+inline void __syncthreads(EMULATOR_HERE) { emulator::block_barrier(0, emulator::state.num_threads, "__syncthreads", location); }
+inline void __syncwarp(unsigned mask = ~0u, EMULATOR_HERE) { emulator::warp_barrier(mask, location); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMULATOR_HERE) {
+  return emulator::shuffle(mask, value, emulator::lane() / width * width + source % width, "__shfl_sync", location);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, EMULATOR_HERE) {
+  return emulator::shuffle(mask, value, emulator::within_segment(emulator::lane() ^ bits, width), "__shfl_xor_sync", location);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATOR_HERE) {
+  return emulator::shuffle(mask, value, emulator::within_segment(emulator::lane() + int(delta), width), "__shfl_down_sync", location);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATOR_HERE) {
+  return emulator::shuffle(mask, value, emulator::within_segment(emulator::lane() - int(delta), width), "__shfl_up_sync", location);
+}
+inline unsigned __ballot_sync(unsigned mask, int vote, EMULATOR_HERE) {
+  return emulator::ballot(mask, vote != 0, "__ballot_sync", location);
+}
+inline int __any_sync(unsigned mask, int vote, EMULATOR_HERE) {
+  return emulator::ballot(mask, vote != 0, "__any_sync", location) != 0;
+}
+inline int __all_sync(unsigned mask, int vote, EMULATOR_HERE) {
+  return emulator::ballot(mask, vote != 0, "__all_sync", location) == mask;
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  if constexpr (std::is_integral_v<T>) {
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  } else {
+    T before, after;
+    __atomic_load(address, &before, __ATOMIC_RELAXED);
+    do {
+      after = before + value;
+    } while (!__atomic_compare_exchange(address, &before, &after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return before;
+  }
+}
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+// Loads and stores with a cache hint.
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+
+template <class A, class B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  using Common = std::common_type_t<A, B>;
+  return Common(b) < Common(a) ? Common(b) : Common(a);
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  using Common = std::common_type_t<A, B>;
+  return Common(a) < Common(b) ? Common(b) : Common(a);
+}
