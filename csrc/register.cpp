@@ -1,9 +1,13 @@
 // The ops of torch.ops.pytransformer_cuda: their schemas, and the functions that serve them (each op's ops.cpp).
 #include <string>
 
+#include "attention/ops.h"
 #include "common/build_info.h"
 #include "common/tensor.h"
+#include "decode_attention/ops.h"
+#include "kv_cache/ops.h"
 #include "norm/ops.h"
+#include "rope/ops.h"
 
 namespace pytransformer {
 
@@ -16,7 +20,11 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY(pytransformer_cuda, library) {
   library.def("build_info() -> str");
+  pytransformer::define_attention_ops(library);
+  pytransformer::define_decode_attention_ops(library);
+  pytransformer::define_kv_append_ops(library);
   pytransformer::define_norm_ops(library);
+  pytransformer::define_rope_ops(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pytransformer_cuda, CompositeExplicitAutograd, library) {
@@ -28,5 +36,9 @@ STABLE_TORCH_LIBRARY_IMPL(pytransformer_cuda, CPU, library) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(pytransformer_cuda, CUDA, library) {
 #endif
+  pytransformer::implement_attention_ops(library);
+  pytransformer::implement_decode_attention_ops(library);
+  pytransformer::implement_kv_append_ops(library);
   pytransformer::implement_norm_ops(library);
+  pytransformer::implement_rope_ops(library);
 }

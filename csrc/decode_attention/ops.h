@@ -1,0 +1,10 @@
+#pragma once
+
+#include "../common/tensor.h"
+
+namespace pytransformer {
+
+void define_decode_attention_ops(torch::stable::detail::StableLibrary& library);
+void implement_decode_attention_ops(torch::stable::detail::StableLibrary& library);
+
+}  // namespace pytransformer
