@@ -18,11 +18,13 @@ from pytransformer.interop.flash_attn.checks import (
     window_of,
     with_contiguous_rows,
 )
+from pytransformer.interop.flash_attn.probabilities import signed_probabilities
 from pytransformer.ops import checks
 from pytransformer.ops.attention import attention
 from pytransformer.ops.decode_attention import decode_attention
+from pytransformer.reference.philox import draw_dropout_seed
 
-AttentionResult = Tensor | tuple[Tensor, Tensor, Tensor | None]
+AttentionResult = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
 class Options(NamedTuple):
@@ -83,8 +85,8 @@ def flash_attn_func(
     Returns:
         out (batch, seqlen_q, num_heads, value head_dim) in q's dtype; with ``return_attn_probs`` (out, softmax_lse, S_dmask):
         softmax_lse float32 (batch, num_heads, seqlen_q), the natural logarithm of each row's softmax denominator, -inf for a row that sees
-        no key; S_dmask an empty tensor, as flash_attn's is without dropout, and None with dropout, where flash_attn gives a dump of
-        quadratic size for its own tests.
+        no key; S_dmask empty without dropout, and with it (batch, num_heads, seqlen_q, seqlen_k), the softmax with a negative sign where
+        a weight was dropped: quadratic in length, for tests.
 
     Raises:
         TypeError: q, k or v is not a tensor.
@@ -262,22 +264,26 @@ def _attend_dense_or_packed(
 ) -> AttentionResult:
     check_head_dim(q=q, k=k, v=v)
     check_alibi_slopes(options.alibi_slopes)
-    result = attention(
-        _padded(q),
-        _padded(k),
-        _padded(v),
-        causal=options.causal,
-        window=window_of(options.window_size),
-        softmax_scale=_scale(q, options),
-        softcap=softcap_of(options.softcap),
-        alibi_slopes=options.alibi_slopes,
-        dropout_p=checks.check_float("dropout_p", options.dropout_p, minimum=0.0, below=1.0),
-        # flash_attn knows nothing of torch's global setting; where that asks for more than the argument, it is followed.
-        deterministic=True if checks.check_bool("deterministic", options.deterministic) else None,
-        return_lse=checks.check_bool("return_attn_probs", options.return_attn_probs),
+    dropout_p = checks.check_float("dropout_p", options.dropout_p, minimum=0.0, below=1.0)
+    return_attn_probs = checks.check_bool("return_attn_probs", options.return_attn_probs)
+    # flash_attn knows nothing of torch's global setting; where that asks for more than the argument, it is followed.
+    deterministic = True if checks.check_bool("deterministic", options.deterministic) else None
+    meaning: dict[str, Any] = {
+        "causal": options.causal,
+        "window": window_of(options.window_size),
+        "softmax_scale": _scale(q, options),
+        "softcap": softcap_of(options.softcap),
+        "alibi_slopes": options.alibi_slopes,
+        "dropout_p": dropout_p,
+        # None is drawn by the op, in the same way.
+        "dropout_seed": draw_dropout_seed(q.device) if return_attn_probs and dropout_p > 0.0 else None,
         **({} if packing is None else _read(packing)._asdict()),
-    )
-    return _result(result, v, q.new_empty(0) if options.dropout_p == 0 else None)
+    }
+    q, k = _padded(q), _padded(k)
+    result = attention(q, k, _padded(v), deterministic=deterministic, return_lse=return_attn_probs, **meaning)
+    if meaning["dropout_seed"] is None:
+        return _result(result, v, q.new_empty(0))
+    return _result(result, v, signed_probabilities(q, k, **meaning))
 
 
 @raises_as_flash_attn
@@ -332,7 +338,7 @@ def _read(packing: Packing) -> Packing:
     return packing._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k)
 
 
-def _result(result: Tensor | tuple[Tensor, Tensor], v: Tensor, dropped: Tensor | None) -> AttentionResult:
+def _result(result: Tensor | tuple[Tensor, Tensor], v: Tensor, dropped: Tensor) -> AttentionResult:
     """What flash_attn returns, out without the features that were padded."""
     out, lse = result if isinstance(result, tuple) else (result, None)
     out = out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]]
