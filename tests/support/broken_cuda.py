@@ -1,0 +1,79 @@
+"""Faults put into a CUDA kernel on purpose: one source is changed, compiled anew, and linked with the sound rest of the emulated library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.support.emulator import ROOT, builder, environment, prefix
+
+
+def build_broken(
+    folder: Path, source: str, changes: Sequence[tuple[str, str]], *, flavor: str = "address", recompile: Sequence[str] = ()
+) -> Path:
+    """The emulated library with ``changes`` (good, bad) made to ``source``, each of whose good texts must stand there exactly once.
+
+    Args:
+        folder: where to build.
+        source: path below csrc/, e.g. "norm/forward.cu".
+        changes: texts and what replaces them.
+        flavor: "emulated", "address" or "thread".
+        recompile: the .cu files below csrc/ that need it when ``source`` is a header; by default ``source`` itself.
+    """
+    build = builder()
+    build.build(flavor, quiet=True)
+    text = (build.CSRC / source).read_text()
+    for good, bad in changes:
+        if text.count(good) != 1:
+            raise ValueError(f"{source}: {good!r} stands there {text.count(good)} times, not once")
+        text = text.replace(good, bad)
+    mirror = folder / "csrc"
+    for path in build.CSRC.rglob("*"):
+        copy = mirror / path.relative_to(build.CSRC)
+        if path.suffix in (".cu", ".cuh", ".h"):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(path)
+    (mirror / source).unlink()
+    (mirror / source).write_text(text)
+    plan = build.emulated_plan(build.find_torch(), flavor, ())
+    objects = {path.name: path for path in (ROOT / "build" / flavor).glob("*.o")}
+    for unit in recompile or [source]:
+        name = "csrc_" + unit.replace("/", "_") + ".o"
+        if name not in objects:
+            raise ValueError(f"{unit} is not compiled on its own: name the .cu files that include it (recompile=…)")
+        objects[name] = folder / name
+        _run([plan.kernel_compiler, f"-I{mirror}/common", *plan.kernel_flags, "-c", str(mirror / unit), "-o", str(folder / name)])
+    library = folder / "_cuda.so"
+    _run([plan.cxx, "-shared", "-o", str(library), *map(str, objects.values()), *plan.link_flags])
+    return library
+
+
+def run_broken(
+    folder: Path,
+    source: str,
+    changes: Sequence[tuple[str, str]],
+    script: str,
+    *,
+    flavor: str = "address",
+    recompile: Sequence[str] = (),
+) -> subprocess.CompletedProcess[str]:
+    """Builds as :func:`build_broken` and runs a Python script in a process that has the broken library; its output is to be judged."""
+    library = build_broken(folder, source, changes, flavor=flavor, recompile=recompile)
+    return subprocess.run(
+        [*prefix(flavor), sys.executable, "-c", script],
+        env=os.environ | environment(flavor, library),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def _run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command[:2])} …: {result.stderr[-3000:]}")
