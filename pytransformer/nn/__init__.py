@@ -3,7 +3,9 @@
 from .attention import Attention, LayerCache
 from .feed_forward import FeedForward
 from .linear import Linear
+from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
+from .patch import PatchReport, patch, unpatch
 from .position import AlibiSlopes, RotaryEmbedding, SinusoidalPositions
 
 __all__ = [
@@ -13,7 +15,11 @@ __all__ = [
     "LayerCache",
     "LayerNorm",
     "Linear",
+    "MultiheadAttention",
+    "PatchReport",
     "RMSNorm",
     "RotaryEmbedding",
     "SinusoidalPositions",
+    "patch",
+    "unpatch",
 ]

@@ -1,13 +1,15 @@
-"""Self-attention as a module: one projection to q, k and v, the attention op, one projection back."""
+"""Attention as a module, to the sequence itself or to another one: projections to q, k and v, the attention op, one projection back."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytransformer.ops.attention import attention
+from pytransformer.ops.rope import rope
 from pytransformer.reference import attention as reference_attention
 
 from .linear import Linear
@@ -45,7 +47,7 @@ class LayerCache(Protocol):
 
 
 class Attention(nn.Module):
-    """Multi-head, grouped-query or multi-query self-attention, causal unless told otherwise.
+    """Multi-head, grouped-query or multi-query attention: self-attention, causal unless told otherwise, or cross-attention to a memory.
 
     Args:
         hidden_size: width of the input and output.
@@ -53,13 +55,15 @@ class Attention(nn.Module):
             ``hidden_size / num_heads``; a multiple of 8 up to 256.
         bias: on both projections.
         causal, window, softmax_scale, softcap: see :func:`pytransformer.attention`.
-        rotary: tables shared by the layers, or ``None``.
+        rotary: tables shared by the layers, or ``None``. Self-attention only.
         alibi: ALiBi slopes shared by the layers, or ``None``.
         qk_norm_eps: RMSNorm over each head of q and k before RoPE, with this epsilon; ``None`` = no norm.
         qk_norm_weight_offset: as of :class:`pytransformer.nn.RMSNorm`.
         dropout: rate on the attention probabilities, in training.
+        memory_size: width of the memory, if it has one of its own: the module is then for cross-attention alone.
 
-    Weights: ``qkv_proj`` ((num_heads + 2 · num_kv_heads) · head_dim, hidden) with rows [q; k; v]; ``out_proj`` (hidden,
+    Weights: ``qkv_proj`` ((num_heads + 2 · num_kv_heads) · head_dim, hidden) with rows [q; k; v], with ``memory_size`` instead ``q_proj``
+    (num_heads · head_dim, hidden) and ``kv_proj`` (2 · num_kv_heads · head_dim, memory_size); ``out_proj`` (hidden,
     num_heads · head_dim); ``q_norm``, ``k_norm`` (head_dim).
     """
 
@@ -80,6 +84,7 @@ class Attention(nn.Module):
         qk_norm_eps: float | None = None,
         qk_norm_weight_offset: float = 0.0,
         dropout: float = 0.0,
+        memory_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -98,9 +103,16 @@ class Attention(nn.Module):
         self.softmax_scale = softmax_scale
         self.softcap = softcap
         self.dropout = dropout
+        self.memory_size = memory_size
         width = self.head_dim * num_heads
-        rows = width + 2 * self.head_dim * self.num_kv_heads
-        self.qkv_proj = Linear(hidden_size, rows, bias=bias, device=device, dtype=dtype)
+        kv_width = 2 * self.head_dim * self.num_kv_heads
+        if memory_size is None:
+            self.qkv_proj = Linear(hidden_size, width + kv_width, bias=bias, device=device, dtype=dtype)
+        else:
+            if rotary is not None:
+                raise ValueError("rotary is for self-attention: give rotary=None with memory_size")
+            self.q_proj = Linear(hidden_size, width, bias=bias, device=device, dtype=dtype)
+            self.kv_proj = Linear(memory_size, kv_width, bias=bias, device=device, dtype=dtype)
         self.out_proj = Linear(width, hidden_size, bias=bias, device=device, dtype=dtype)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
@@ -117,73 +129,157 @@ class Attention(nn.Module):
         """(num_heads), or ``None``."""
         return None if self.alibi is None else self.alibi.slopes
 
-    def forward(self, x: Tensor, *, cache: LayerCache | None = None) -> Tensor:
-        """(batch, seqlen, hidden) -> (batch, seqlen, hidden).
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        causal: bool | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        memory_cu_seqlens: Tensor | None = None,
+        memory_max_seqlen: int | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """(batch, seqlen, hidden), or packed (total, hidden) with ``cu_seqlens`` -> the same shape.
 
         Args:
+            memory: (batch, memory_seqlen, hidden or memory_size): keys and values come from here instead of x. Packed: (total, …) with
+                ``memory_cu_seqlens``.
+            causal: instead of the module's. A causal module must be told with a memory: ``False`` sees all of it, ``True`` takes x for
+                the last tokens of the memory (bottom-right alignment).
+            mask, bias, key_padding_mask: see :func:`pytransformer.attention`; True = attend. The keys are those of the memory, if any.
+            positions: int32 or int64 (seqlen) or (batch, seqlen), packed (total): for RoPE, where they do not simply count from 0
+                (left padding).
+            cu_seqlens, memory_cu_seqlens, max_seqlen, memory_max_seqlen: packed sequences; see :func:`pytransformer.attention`.
             cache: the tokens before x, to which x is appended; not differentiable. ``None`` = x is the whole sequence.
+
+        Raises:
+            ValueError: arguments that do not go together, or that the module was not made for.
+            Others: see :func:`pytransformer.attention`.
         """
-        q, k, v = self._project(x)
+        given: dict[str, Any] = {
+            "memory": memory, "causal": causal, "mask": mask, "bias": bias, "key_padding_mask": key_padding_mask,
+            "positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "memory_cu_seqlens": memory_cu_seqlens,
+            "memory_max_seqlen": memory_max_seqlen,
+        }  # fmt: skip
         if cache is not None:
-            q = cache.append(q, k, v, rotary=self.rotary, q_norm=self.q_norm, k_norm=self.k_norm)
-            attended = cache.attend(
-                q,
-                softmax_scale=self.softmax_scale,
-                window=self.window,
-                softcap=self.softcap,
-                alibi_slopes=self.alibi_slopes,
-            )
+            attended = self._attend_in_cache(x, cache, given)
         else:
-            q, k = self._normalise_and_rotate(q, k)
-            result = attention(
-                q,
-                k,
-                v,
-                causal=self.causal,
-                window=self.window,
-                softmax_scale=self.softmax_scale,
-                softcap=self.softcap,
-                alibi_slopes=self.alibi_slopes,
-                dropout_p=self.dropout if self.training else 0.0,
-            )
-            assert isinstance(result, Tensor)
-            attended = result
+            q, k, v, options = self._prepare(x, **given)
+            attended = attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, **options)  # type: ignore[assignment]
         return self.out_proj(attended.flatten(-2))  # type: ignore[no-any-return]
 
-    def weights(self, x: Tensor) -> Tensor:
-        """The attention probabilities, for inspection: (batch, num_heads, seqlen, seqlen), computed plainly, rows summing to 1.
+    def weights(self, x: Tensor, memory: Tensor | None = None, **options: Any) -> Tensor:
+        """The attention probabilities, for inspection: (batch, num_heads, seqlen, memory_seqlen), computed plainly, rows summing to 1.
 
         They are read off the naive attention by giving it the identity matrix as values, so they obey every option.
+
+        Args:
+            x, memory, options: as of :meth:`forward`, not packed and without a cache.
         """
-        q, k, _ = self._project(x)
-        q, k = self._normalise_and_rotate(q, k)
-        batch, seqlen = x.shape[:2]
-        identity = torch.eye(seqlen, dtype=q.dtype, device=q.device)
-        values = identity[None, :, None, :].expand(batch, seqlen, self.num_kv_heads, seqlen)
-        probabilities = reference_attention(
-            q,
-            k,
-            values,
-            causal=self.causal,
-            window=self.window,
-            softmax_scale=self.softmax_scale,
-            softcap=self.softcap,
-            alibi_slopes=self.alibi_slopes,
-        )
+        for name in ("cu_seqlens", "memory_cu_seqlens", "cache"):
+            if options.pop(name, None) is not None:
+                raise ValueError(f"weights are for sequences that are not packed and not in a cache: leave {name} out")
+        q, k, _, prepared = self._prepare(x, memory, **options)
+        batch, seqlen_k = k.shape[:2]
+        identity = torch.eye(seqlen_k, dtype=q.dtype, device=q.device)
+        values = identity[None, :, None, :].expand(batch, seqlen_k, self.num_kv_heads, seqlen_k)
+        probabilities = reference_attention(q, k, values, **prepared)
         assert isinstance(probabilities, Tensor)
         return probabilities.transpose(1, 2)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
-        return q, k, v
+    def _attend_in_cache(self, x: Tensor, cache: LayerCache, given: dict[str, Any]) -> Tensor:
+        refused = [name for name, value in given.items() if value is not None]
+        if refused:
+            raise ValueError(f"a cache knows the sequence and its positions: leave {', '.join(refused)} out")
+        q, k, v = self._project(x, None)
+        q = cache.append(q, k, v, rotary=self.rotary, q_norm=self.q_norm, k_norm=self.k_norm)
+        return cache.attend(
+            q,
+            softmax_scale=self.softmax_scale,
+            window=self.window,
+            softcap=self.softcap,
+            alibi_slopes=self.alibi_slopes,
+        )
 
-    def _normalise_and_rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _prepare(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        causal: bool | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        memory_cu_seqlens: Tensor | None = None,
+        memory_max_seqlen: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """q, k, v, normalised and rotated, and the options with which they attend."""
+        if memory is None:
+            if memory_cu_seqlens is not None or memory_max_seqlen is not None:
+                raise ValueError("memory_cu_seqlens and memory_max_seqlen describe a memory, and there is none")
+            memory_cu_seqlens, memory_max_seqlen = cu_seqlens, max_seqlen
+        elif self.causal and causal is None:
+            raise ValueError(
+                "this module is causal: to attend to a memory say causal=False (all of it) or causal=True (x are its last tokens), "
+                "or make the module with causal=False"
+            )
+        if memory is not None and self.rotary is not None:
+            raise ValueError("RoPE needs positions that q and k share: a module with rotary attends to no memory")
+        if positions is not None and self.rotary is None:
+            raise ValueError("positions are for RoPE, and this module has rotary=None")
+        q, k, v = self._project(x, memory)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary(q, k)
-        return q, k
+            q, k = self._rotate(q, k, positions, cu_seqlens)
+        options = {
+            "causal": self.causal if causal is None else causal, "window": self.window, "softmax_scale": self.softmax_scale,
+            "softcap": self.softcap, "alibi_slopes": self.alibi_slopes, "mask": mask, "bias": bias,
+            "key_padding_mask": key_padding_mask, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": memory_cu_seqlens,
+            "max_seqlen_q": max_seqlen, "max_seqlen_k": memory_max_seqlen,
+        }  # fmt: skip
+        return q, k, v, options
+
+    def _project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        width, heads = self.head_dim * self.num_heads, (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if self.memory_size is not None:
+            if memory is None:
+                raise ValueError("this module was made with memory_size, for cross-attention alone: pass memory")
+            projected = self.q_proj(x), *self.kv_proj(memory).chunk(2, dim=-1)
+        elif memory is None:
+            qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+            q, k, v = qkv.split(heads, dim=-2)
+            return q, k, v
+        elif type(self.qkv_proj) in (Linear, nn.Linear):
+            weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
+            bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+            keys_and_values = F.linear(memory, weight[width:], bias_kv)
+            projected = F.linear(x, weight[:width], bias_q), *keys_and_values.chunk(2, dim=-1)
+        else:  # something else has been put in its place (an adapter): it is called, and half of the work is thrown away
+            projected = self.qkv_proj(x)[..., :width], *self.qkv_proj(memory)[..., width:].chunk(2, dim=-1)
+        q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
+        return q, k, v
+
+    def _rotate(
+        self, q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert self.rotary is not None
+        if cu_seqlens is None or positions is not None:
+            rotated_q, rotated_k = self.rotary(q, k, positions=positions)
+            return rotated_q, rotated_k
+        tables, interleaved = (self.rotary.cos, self.rotary.sin), self.rotary.interleaved
+        rotated_q, rotated_k = rope(q, k, *tables, cu_seqlens=cu_seqlens, interleaved=interleaved)
+        assert rotated_k is not None
+        return rotated_q, rotated_k
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}"

@@ -41,6 +41,8 @@ class RMSNorm(nn.RMSNorm):
         weight_offset: added to the weight (Gemma: 1.0); the weight then starts at ``1 - weight_offset``.
     """
 
+    weight_offset: float = 0.0
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
