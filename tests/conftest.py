@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +73,23 @@ def poison_empty():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Names the injected faults that were caught: a test-suite that cannot fail proves nothing."""
+    caught = sorted(
+        {_fault_name(report.nodeid) for report in terminalreporter.stats.get("passed", []) if _is_fault(report)}
+    )
+    if caught:
+        terminalreporter.section(f"{len(caught)} injected faults, all caught")
+        terminalreporter.write_line(textwrap.fill("; ".join(caught), width=140))
+
+
+def _is_fault(report) -> bool:
+    return report.when == "call" and "fault" in report.nodeid and "are_silent" not in report.nodeid
+
+
+def _fault_name(nodeid: str) -> str:
+    path, _, test = nodeid.partition("::")
+    name = test.partition("[")[2].rstrip("]") or test.removeprefix("test_").replace("_", " ")
+    return f"{Path(path).stem.removeprefix('test_')}: {name}"

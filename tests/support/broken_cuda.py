@@ -1,4 +1,4 @@
-"""Faults put into a CUDA kernel on purpose: one source is changed, compiled anew, and linked with the sound rest of the emulated library."""
+"""Faults put into a CUDA kernel on purpose: one source is changed, compiled anew, linked with the sound rest of the library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from tests.support.emulator import ROOT, builder, environment, prefix
 
 
 def build_broken(
-    folder: Path, source: str, changes: Sequence[tuple[str, str]], *, flavor: str = "address", recompile: Sequence[str] = ()
+    folder: Path,
+    source: str,
+    changes: Sequence[tuple[str, str]],
+    *,
+    flavor: str = "address",
+    recompile: Sequence[str] = (),
 ) -> Path:
     """The emulated library with ``changes`` (good, bad) made to ``source``, each of whose good texts must stand there exactly once.
 
@@ -45,7 +50,17 @@ def build_broken(
         if name not in objects:
             raise ValueError(f"{unit} is not compiled on its own: name the .cu files that include it (recompile=…)")
         objects[name] = folder / name
-        _run([plan.kernel_compiler, f"-I{mirror}/common", *plan.kernel_flags, "-c", str(mirror / unit), "-o", str(folder / name)])
+        _run(
+            [
+                plan.kernel_compiler,
+                f"-I{mirror}/common",
+                *plan.kernel_flags,
+                "-c",
+                str(mirror / unit),
+                "-o",
+                str(folder / name),
+            ]
+        )
     library = folder / "_cuda.so"
     _run([plan.cxx, "-shared", "-o", str(library), *map(str, objects.values()), *plan.link_flags])
     return library

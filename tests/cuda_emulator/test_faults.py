@@ -1,0 +1,92 @@
+"""The emulator sees what it claims to see: each of many faults, switched on in small kernels, is reported; the sound kernels are silent."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.emulator import SCHEDULES, builder, environment, prefix
+
+SOURCE = Path(__file__).with_name("faults.cu")
+# Each fault: what reports it in the build with AddressSanitizer and UBSan, in at least one of the schedules.
+FAULTS = {
+    "load past the end": "heap-buffer-overflow",
+    "store past the end": "heap-buffer-overflow",
+    "store before the start": "heap-buffer-overflow",
+    "shared store past the end": "global-buffer-overflow|out of bounds",
+    "too little shared memory": "use-after-poison",
+    "misaligned vector": "misaligned address",
+    "misaligned cp.async": "misaligned address in cp.async",
+    "divergent barrier": "divergent barrier: __syncthreads",
+    "barrier that half of the threads skip": "deadlock or divergent barrier",
+    "different barriers": "divergent barrier: __syncthreads",
+    "shuffle by half a warp": "its mask names a lane that has ended",
+    "unwritten output": "wrong result",
+    "missing wait": "wrong result|never waited for",
+    "one group waited for too few": "wrong result",
+    "empty grid": "invalid grid dimensions",
+    "grid too high": "invalid grid dimensions",
+    "block too large": "invalid block dimensions",
+}
+# Races change the result in some schedule; ThreadSanitizer calls them by their name.
+RACES = (
+    "missing barrier before reading",
+    "missing barrier before reuse",
+    "missing barrier after wait",
+    "missing trailing barrier",
+    "missing warp barrier",
+    "two threads write one element",
+)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory) -> dict[str, Path]:
+    """The faulty kernels, built with each family of sanitizers."""
+    build = builder()
+    try:
+        plans = {flavor: build.emulated_plan(build.find_torch(), flavor, ()) for flavor in ("address", "thread")}
+    except build.BuildError as error:
+        pytest.skip(f"the emulator cannot be built here: {error}")
+    folder = tmp_path_factory.mktemp("faults")
+    compilations = []
+    for flavor, plan in plans.items():
+        command = [plan.kernel_compiler, *plan.kernel_flags, str(SOURCE), "-o", str(folder / flavor)]
+        compilations.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for compilation in compilations:
+        _, errors = compilation.communicate()
+        assert compilation.returncode == 0, errors
+    return {flavor: folder / flavor for flavor in plans}
+
+
+def run(program: Path, flavor: str, fault: str, schedule: int) -> tuple[int, str]:
+    variables = os.environ | environment(flavor, program)
+    variables.pop("LD_PRELOAD", None)  # the program is linked with its sanitizer
+    command = [*prefix(flavor), str(program), fault, str(schedule)]
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=120)
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("flavor", ["address", "thread"])
+def test_sound_kernels_are_silent_in_every_schedule(flavor: str, programs) -> None:
+    for schedule in SCHEDULES:
+        status, output = run(programs[flavor], flavor, "none", schedule)
+        assert (status, output) == (0, ""), f"schedule {schedule}: {output}"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_reported(fault: str, programs) -> None:
+    outputs = [run(programs["address"], "address", fault, schedule) for schedule in SCHEDULES]
+    reports = [output for status, output in outputs if status != 0]
+    assert any(re.search(FAULTS[fault], report) for report in reports), f"not seen in any schedule: {outputs}"
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_race_is_named(race: str, programs) -> None:
+    outputs = [run(programs["thread"], "thread", race, schedule) for schedule in SCHEDULES]
+    assert any(status == 66 and "ThreadSanitizer: data race" in output for status, output in outputs), outputs
+    # Without its help some schedule gives a wrong result.
+    assert any(run(programs["address"], "address", race, schedule)[0] == 3 for schedule in SCHEDULES)
