@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
-from pytransformer.ops.backend import use_backend
 from pytransformer.verification import SEEDS, Contract
 from tests.interop.huggingface_models import (
     CONFIGS,

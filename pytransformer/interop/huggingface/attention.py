@@ -148,7 +148,7 @@ def _visible(
 ) -> _Visible:
     if isinstance(mask, DeferredMask):
         pattern = mask.pattern
-        if mask.shape[-1] == kv_length and mask.shape[-2] == query_length:
+        if not mask.was_read() and mask.shape[-2:] == (query_length, kv_length):
             padding = None if pattern.padding is None else pattern.padding[:, : pattern.num_keys]
             packing = None
             if pattern.cu_seqlens is not None:

@@ -38,32 +38,46 @@ class MaskPattern:
     max_seqlen: int | None = None
 
 
+class _Contents:
+    """The values of a mask and of everything that aliases it, computed once."""
+
+    def __init__(self, build: Callable[[], Tensor]) -> None:
+        self._build = build
+        self.dense: Tensor | None = None
+
+    def read(self) -> Tensor:
+        if self.dense is None:
+            self.dense = self._build()
+        return self.dense
+
+
 class DeferredMask(Tensor):
     """A boolean mask (batch, 1, query_length, kv_length), True = attend, that is computed when an operation first reads it.
 
-    :func:`attention_forward` takes ``pattern`` and never reads it. Any torch operation on it sees an ordinary tensor.
+    ``attention_forward`` takes ``pattern`` instead as long as nothing has read it. Any torch operation sees an ordinary tensor, and may
+    have changed it: from then on the tensor counts.
     """
 
     pattern: MaskPattern
-    _build: Callable[[], Tensor]
-    _dense: Tensor | None
+    _contents: _Contents
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
-        cls, pattern: MaskPattern, build: Callable[[], Tensor], shape: Sequence[int], device: torch.device
+        cls, pattern: MaskPattern, contents: _Contents, shape: Sequence[int], device: torch.device
     ) -> DeferredMask:
         mask: DeferredMask = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=torch.bool, device=device)
-        mask.pattern, mask._build = pattern, build
-        mask._dense = None
+        mask.pattern, mask._contents = pattern, contents
         return mask
 
     def dense(self) -> Tensor:
         """The mask as an ordinary tensor."""
-        if self._dense is None:
-            self._dense = self._build()
-        return self._dense
+        return self._contents.read()
+
+    def was_read(self) -> bool:
+        """Whether the tensor counts, and no longer the pattern."""
+        return self._contents.dense is not None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -71,9 +85,12 @@ class DeferredMask(Tensor):
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             mask = args[0]
-            return cls(mask.pattern, mask.dense, mask.shape, mask.device)
+            return cls(mask.pattern, mask._contents, mask.shape, mask.device)
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dense().clone()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeferredMask(shape={tuple(self.shape)}, pattern={self.pattern})"
@@ -132,7 +149,7 @@ def attention_mask(
     if q_length == 1:  # linear in the length as it is, and of one shape at every step
         row: Tensor = build()
         return row
-    return DeferredMask(pattern, build, (batch_size, 1, q_length, kv_length), torch.device(device))
+    return DeferredMask(pattern, _Contents(build), (batch_size, 1, q_length, kv_length), torch.device(device))
 
 
 def _recognise(
