@@ -8,7 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 RUN ?= runs/demo
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
+# `make cuda` builds the CUDA extension; nothing else here waits for it.
+PIP := PYTRANSFORMER_CUDA=0 $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 

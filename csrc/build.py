@@ -31,6 +31,7 @@ TORCH_TARGET = "0x020a000000000000"
 # What each GPU generation needs; sm_90a because wgmma is not in plain sm_90. Everything newer is compiled from PTX by the driver.
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 PTX = "80"
+OLDEST = 80
 FLAVORS = ("cuda", "emulated", "address", "thread")
 SANITIZE = {
     "emulated": ("-O2",),
@@ -70,19 +71,20 @@ def find_torch() -> Torch:
 
 
 def find_nvcc() -> Path:
-    """nvcc: $CUDA_HOME, the path, or the usual place."""
+    """nvcc of $CUDA_HOME where that is set, else the one on the path, else in the usual place."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [Path(home) / "bin/nvcc"] if home else []
     on_path = shutil.which("nvcc")
-    if on_path:
-        candidates.append(Path(on_path).resolve())
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates = [Path(home) / "bin/nvcc"] if home else [Path(on_path or "nvcc"), Path("/usr/local/cuda/bin/nvcc")]
     for nvcc in candidates:
         if nvcc.is_file():
             return nvcc
+    where = (
+        f"CUDA_HOME is {home}, which has no bin/nvcc"
+        if home
+        else "nvcc is neither on the path nor in /usr/local/cuda/bin"
+    )
     raise BuildError(
-        "no CUDA compiler: nvcc is neither in $CUDA_HOME/bin nor on the path nor in /usr/local/cuda/bin; install the CUDA toolkit "
-        "(12.8 or newer), or set PYTRANSFORMER_CUDA=0 to install without the CUDA backend"
+        f"no CUDA compiler: {where}; install the CUDA toolkit (12 or newer), or set PYTRANSFORMER_CUDA=0 to install without"
     )
 
 
@@ -157,6 +159,10 @@ def local_architectures() -> list[str]:
     return sorted("90a" if arch == "90" else arch for arch in found)
 
 
+def _number(arch: str) -> int:
+    return int(arch.rstrip("af")) if arch.rstrip("af").isdigit() else 0
+
+
 def chosen_architectures(nvcc: Path, asked: str | None = None) -> list[str]:
     """What to compile for: asked for, else PYTRANSFORMER_CUDA_ARCHS, else the GPUs that are here, else everything ("all" says so).
 
@@ -172,11 +178,9 @@ def chosen_architectures(nvcc: Path, asked: str | None = None) -> list[str]:
         return [arch for arch in ARCHITECTURES if arch in known]
     wanted = ["90a" if arch == "90" else arch for arch in wanted]
     for arch in wanted:
-        number = re.match(r"\d+", arch)
-        if arch not in known or number is None or int(number.group()) < 80:
-            possible = " ".join(
-                sorted((a for a in known if int(re.match(r"\d+", a).group()) >= 80), key=lambda a: (len(a), a))
-            )
+        if arch not in known or _number(arch) < OLDEST:
+            usable = [name for name in known if _number(name) >= OLDEST]
+            possible = " ".join(sorted(usable, key=lambda name: (_number(name), name)))
             raise BuildError(
                 f"PYTRANSFORMER_CUDA_ARCHS: {arch!r} is not one of those that {nvcc} compiles for: {possible}"
             )

@@ -20,11 +20,10 @@ import torch
 from pytransformer._version import __version__
 
 LIBRARY = Path(__file__).parent / "_cuda.so"
+ABSENT = LIBRARY.with_name("_cuda_absent.txt")  # left by an installation that could not build it: why
 OLDEST_TORCH = (2, 10)
 OLDEST_ARCHITECTURE = (8, 0)
-HOW_TO_GET_IT = (
-    "with nvcc (CUDA 12.8 or newer) there, reinstall with PYTRANSFORMER_CUDA=1, or run `make cuda` in a checkout"
-)
+HOW_TO_GET_IT = "to get it, install where nvcc is with PYTRANSFORMER_CUDA=1, or run `make cuda` in a checkout"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ def _load() -> Extension | str:
     if not path.is_file():
         if named:
             return f"PYTRANSFORMER_CUDA_LIBRARY names {named}, which is not there"
-        return f"the CUDA extension was not built; {HOW_TO_GET_IT}"
+        reason = f" ({ABSENT.read_text().strip()})" if ABSENT.is_file() else ""
+        return f"the CUDA extension was not built{reason}; {HOW_TO_GET_IT}"
     if _torch_version() < OLDEST_TORCH:
         return f"the CUDA extension needs torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, and this is torch {torch.__version__}"
     try:

@@ -1,0 +1,264 @@
+"""How the CUDA extension is built and found: what is missing, too old or left out is said in one clear sentence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from pytransformer import extension
+from tests.support.emulator import ROOT, builder
+
+BuildError = builder().BuildError
+
+
+@pytest.fixture
+def nvcc(monkeypatch, tmp_path) -> Path:
+    """A stand-in for nvcc that knows sm_75 to sm_120."""
+    program = tmp_path / "bin/nvcc"
+    program.parent.mkdir()
+    codes = "\\n".join(f"sm_{arch}" for arch in (75, 80, 86, 89, 90, 100, 120))
+    program.write_text(
+        f"#!/bin/sh\ncase $1 in --version) echo 'release 13.0, V13.0.88';; --list-gpu-code) printf '{codes}\\n';; esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("PYTRANSFORMER_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(builder(), "local_architectures", lambda: [])
+    return program
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_everything_known_is_compiled(nvcc):
+    assert builder().chosen_architectures(nvcc) == ["80", "86", "89", "90a", "100", "120"]
+
+
+def test_with_a_gpu_only_its_own_architecture_is_compiled(nvcc, monkeypatch):
+    monkeypatch.setattr(builder(), "local_architectures", lambda: ["90a"])
+    assert builder().chosen_architectures(nvcc) == ["90a"]
+    assert len(builder().chosen_architectures(nvcc, "all")) == 6
+
+
+@pytest.mark.parametrize("asked", ["8.0 9.0", "80,90", "sm_80 sm_90a", "80 90a"])
+def test_architectures_may_be_asked_for_in_many_spellings(asked, nvcc, monkeypatch):
+    monkeypatch.setenv("PYTRANSFORMER_CUDA_ARCHS", asked)
+    assert builder().chosen_architectures(nvcc) == ["80", "90a"]
+
+
+@pytest.mark.parametrize("asked", ["75", "130", "hopper"])
+def test_an_architecture_that_cannot_be_compiled_is_refused(asked, nvcc):
+    with pytest.raises(
+        BuildError, match=f"'{asked}' is not one of those that .* compiles for: 80 86 89 90 90a 100 120$"
+    ):
+        builder().chosen_architectures(nvcc, asked)
+
+
+def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    with pytest.raises(BuildError, match="CUDA_HOME is /nonexistent, which has no bin/nvcc; install the CUDA toolkit"):
+        builder().find_nvcc()
+
+
+def test_the_source_id_follows_the_sources(monkeypatch, tmp_path):
+    before = builder().source_id()
+    (tmp_path / "norm").mkdir()
+    (tmp_path / "norm/forward.cu").write_text("// nothing\n")
+    monkeypatch.setattr(builder(), "CSRC", tmp_path)
+    empty = builder().source_id()
+    (tmp_path / "norm/forward.cu").write_text("// something\n")
+    assert len({before, empty, builder().source_id()}) == 3
+
+
+# --- what an installation does ----------------------------------------------------------------------------------------------------------
+
+
+def _wheel(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    # A copy: a build leaves files in its folder, and tests run side by side.
+    tree = folder / "tree"
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for name in filter(None, files):
+        if (
+            not name.startswith(("tests/", "benchmarks/", "docs/"))
+            and (ROOT / name).is_file()
+            and not (ROOT / name).is_symlink()
+        ):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(folder)]
+    return subprocess.run(command, cwd=tree, env=os.environ | variables, capture_output=True, text=True, check=False)
+
+
+def test_without_nvcc_the_wheel_is_pure_python_and_remembers_why(tmp_path):
+    result = _wheel(tmp_path, CUDA_HOME="/nonexistent", PYTRANSFORMER_CUDA="")
+    assert result.returncode == 0, result.stderr
+    assert "installing without the CUDA backend: no CUDA compiler" in result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as files:
+        assert "no CUDA compiler" in files.read("pytransformer/_cuda_absent.txt").decode()
+        assert "pytransformer/kernels/norm.py" in files.namelist()
+
+
+def test_without_nvcc_an_extension_that_was_asked_for_is_an_error(tmp_path):
+    result = _wheel(tmp_path, CUDA_HOME="/nonexistent", PYTRANSFORMER_CUDA="1")
+    assert result.returncode != 0
+    assert "PYTRANSFORMER_CUDA=1: no CUDA compiler" in result.stderr and "install the CUDA toolkit" in result.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_zero_never_builds_and_nonsense_is_refused(tmp_path):
+    assert _wheel(tmp_path / "0", PYTRANSFORMER_CUDA="0").returncode == 0
+    (wheel,) = (tmp_path / "0").glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        assert not [name for name in files.namelist() if "_cuda" in name and name != "pytransformer/_cuda.so"]
+    result = _wheel(tmp_path / "yes", PYTRANSFORMER_CUDA="yes")
+    assert result.returncode != 0 and "PYTRANSFORMER_CUDA must be 0 or 1, or not be set, got 'yes'" in result.stderr
+
+
+# --- what is loaded ---------------------------------------------------------------------------------------------------------------------
+
+
+def _reason(monkeypatch, device_type: str = "cuda", **facts) -> str | None:
+    """What extension.why_not says where the loaded library has these facts."""
+    defaults = {
+        "path": Path("_cuda.so"),
+        "version": extension.__version__,
+        "source_id": builder().source_id(),
+        "architectures": "sm_80 sm_90a",
+        "cuda_version": "13.0",
+        "emulated": False,
+    }
+    found = extension.Extension(**(defaults | facts))
+    monkeypatch.setattr(extension, "_load", lambda: extension._mismatch(found) or found)
+    extension._gpu_problem.cache_clear()
+    return extension.why_not(device_type)
+
+
+def test_a_library_that_was_not_built_is_said_with_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("PYTRANSFORMER_CUDA_LIBRARY", raising=False)
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_cuda.so")
+    monkeypatch.setattr(extension, "ABSENT", tmp_path / "_cuda_absent.txt")
+    assert "was not built; to get it, install where nvcc is with PYTRANSFORMER_CUDA=1" in extension._load.__wrapped__()
+    extension.ABSENT.write_text("no CUDA compiler\n")
+    assert "was not built (no CUDA compiler); to get it" in extension._load.__wrapped__()
+
+
+def test_a_named_library_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("PYTRANSFORMER_CUDA_LIBRARY", "/nonexistent.so")
+    assert extension._load.__wrapped__() == "PYTRANSFORMER_CUDA_LIBRARY names /nonexistent.so, which is not there"
+
+
+def test_a_library_that_does_not_load(monkeypatch, tmp_path):
+    (tmp_path / "_cuda.so").write_bytes(b"not a library")
+    monkeypatch.setenv("PYTRANSFORMER_CUDA_LIBRARY", str(tmp_path / "_cuda.so"))
+    assert "does not load: " in extension._load.__wrapped__()
+
+
+def test_a_torch_that_is_too_old(monkeypatch, tmp_path):
+    (tmp_path / "_cuda.so").write_bytes(b"")
+    monkeypatch.setenv("PYTRANSFORMER_CUDA_LIBRARY", str(tmp_path / "_cuda.so"))
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    assert extension._load.__wrapped__() == "the CUDA extension needs torch >= 2.10, and this is torch 2.9.1+cu128"
+
+
+def test_a_library_of_another_version(monkeypatch):
+    assert "was built for version 0.0.9 and this is" in _reason(monkeypatch, version="0.0.9")
+
+
+def test_a_library_built_from_other_sources(monkeypatch):
+    assert "built from other sources than those in csrc/: run `make cuda` again" in _reason(monkeypatch, source_id="0")
+
+
+def test_tensors_on_another_kind_of_device(monkeypatch):
+    assert "runs on a GPU, and the tensors are on device type 'cpu'" in _reason(monkeypatch, "cpu")
+    assert "runs on the CPU, in the host emulator" in _reason(monkeypatch, "cuda", emulated=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "reason"),
+    [
+        ((7, 5), "sm_80", "need a GPU of compute capability 8.0 or newer, and this one has 7.5"),
+        ((8, 0), "sm_80", None),
+        ((8, 9), "sm_80", None),
+        ((8, 0), "sm_86", "leaves out this GPU (sm_80): rebuild it with PYTRANSFORMER_CUDA_ARCHS=80"),
+        ((9, 0), "sm_80", "leaves out this GPU (sm_90)"),
+        ((9, 0), "sm_80 compute_80", None),
+        ((9, 0), "sm_90a", None),
+        ((10, 3), "sm_100", None),
+        ((10, 0), "sm_90a", "leaves out this GPU (sm_100)"),
+        ((8, 0), "compute_90", "leaves out this GPU"),
+    ],
+)
+def test_a_gpu_that_the_library_does_not_serve(capability, architectures, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = _reason(monkeypatch, architectures=architectures)
+    assert (found is None) if reason is None else (reason in found)
+
+
+def test_a_machine_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _reason(monkeypatch) == "torch sees no GPU"
+
+
+# --- a launch that CUDA refuses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def launch_failure(tmp_path_factory) -> Path:
+    """A program that reports a failed launch with the error number it is given."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "main.cpp").write_text(
+        """
+        #include <cstdio>
+        #include <cstdlib>
+        #include "launch_error.h"
+        int main(int, char** argv) {
+          try {
+            pytransformer::throw_launch_error("norm_kernel", {8, 2, 1}, {128, 1, 1}, 4096, std::atoi(argv[1]), "refused");
+          } catch (const pytransformer::LaunchError& error) {
+            std::puts(error.what());
+          }
+        }
+        """
+    )
+    build = builder()
+    sources = [
+        str(folder / "main.cpp"),
+        *(str(build.CSRC / f"common/{name}.cpp") for name in ("launch_error", "build_info")),
+    ]
+    defines = [flag.replace('\\"', '"') for flag in build.info_defines("sm_80 sm_90a", "13.0")]
+    command = [
+        build.find_compiler(),
+        "-std=c++20",
+        f"-I{build.CSRC}/common",
+        *defines,
+        *sources,
+        "-o",
+        str(folder / "main"),
+    ]
+    subprocess.run(command, check=True)
+    return folder / "main"
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (1, ""),
+        (35, "the NVIDIA driver is too old for a binary built with CUDA 13.0 (CUDA 13 needs driver 580 or newer)"),
+        (209, "this binary was built for sm_80 sm_90a, which leaves this GPU out"),
+    ],
+)
+def test_a_failed_launch_names_the_kernel_its_sizes_and_the_remedy(error, remedy, launch_failure):
+    message = subprocess.run([str(launch_failure), str(error)], capture_output=True, text=True, check=True).stdout
+    sizes = "norm_kernel: launch failed: refused (grid 8x2x1, block 128x1x1, 4096 bytes of dynamic shared memory)"
+    assert message.startswith(sizes) and remedy in message
