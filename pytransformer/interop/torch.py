@@ -10,6 +10,7 @@ The module is :class:`pytransformer.nn.MultiheadAttention`.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,8 +57,9 @@ def scaled_dot_product_attention(
         enable_gqa: num_kv_heads may divide num_heads; query head h reads key head ``h // (num_heads // num_kv_heads)``.
 
     Returns:
-        (..., num_heads, seqlen_q, value head_dim). The memory is ordered (batch, seqlen_q, num_heads, value head_dim), so that merging the
-        heads costs nothing; where ``view`` needs another order, ``reshape`` copies. A query that may attend to nothing gives 0.
+        (..., num_heads, seqlen_q, value head_dim). A query that may attend to nothing gives 0. As with torch's function the order of the
+        dimensions in memory is the kernel's (on a GPU heads lie behind the sequence, so that merging them costs nothing): ``reshape`` works
+        always, ``view`` where it happens to fit.
 
     Raises:
         TypeError: an argument that is no tensor, number or bool where it must be.
@@ -123,7 +125,9 @@ class patch_sdpa(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # fmt: skip
         kwargs = {} if kwargs is None else kwargs
-        # torch calls a function of this mode with the mode off, so neither this nor what it calls comes back here.
+        # torch calls this with the mode off, but with those around it on.
+        if getattr(_serving, "here", False):
+            return func(*args, **kwargs)
         replacement: Callable[..., Any] | None = None
         if func is F.scaled_dot_product_attention:
             replacement = scaled_dot_product_attention
@@ -132,6 +136,15 @@ class patch_sdpa(TorchFunctionMode):
             replacement = multi_head_attention_forward
         if replacement is None:
             return func(*args, **kwargs)
+        _serving.here = True
+        try:
+            return self._serve(replacement, func, args, kwargs)
+        finally:
+            _serving.here = False
+
+    def _serve(
+        self, replacement: Callable[..., Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if not self.fallback:
             return replacement(*args, **kwargs)
         try:
@@ -139,6 +152,10 @@ class patch_sdpa(TorchFunctionMode):
         except NotImplementedError as error:
             warn_once(f"patch_sdpa leaves a call to torch: {error}")
             return func(*args, **kwargs)
+
+
+# Whether this thread is inside a call that a patch_sdpa serves: what that call asks of torch is then not for another one around it.
+_serving = threading.local()
 
 
 def _check_kinds(
