@@ -50,6 +50,12 @@ CASES = {
     "rotary, all queries at one position": Case(seqlen_q=3, seqlen_new=3, rotary_dim=16),
     "rotary, window without causal": Case(seqlen_q=3, seqlen_new=3, rotary_dim=16, options={"window_size": (4, 2)}),
     "rotary, fewer new tokens than queries": Case(seqlen_q=4, seqlen_new=2, rotary_dim=16, options={"causal": True}),
+    "rotary, half, fewer new tokens than queries": Case(
+        seqlen_q=4, seqlen_new=2, rotary_dim=8, options={"causal": True, "rotary_interleaved": False}
+    ),
+    "rotary, half, all queries at one position": Case(
+        seqlen_q=3, seqlen_new=2, rotary_dim=8, options={"rotary_interleaved": False}
+    ),
     "window, more new tokens than queries": Case(seqlen_q=2, seqlen_new=4, options={"window_size": (3, 0)}),
     "leftpad": Case(seqlen_new=1, leftpad=(2, 5)),
     "leftpad, rotary, window": Case(

@@ -277,8 +277,11 @@ def _attend_dense_or_packed(
         "dropout_p": dropout_p,
         # None is drawn by the op, in the same way.
         "dropout_seed": draw_dropout_seed(q.device) if return_attn_probs and dropout_p > 0.0 else None,
-        **({} if packing is None else _read(packing)._asdict()),
     }
+    if packing is not None:
+        packing = _read(packing)
+        meaning |= {"cu_seqlens_q": packing.cu_seqlens_q, "cu_seqlens_k": packing.cu_seqlens_k}
+        meaning |= {"max_seqlen_q": packing.max_seqlen_q, "max_seqlen_k": packing.max_seqlen_k}
     q, k = _padded(q), _padded(k)
     result = attention(q, k, _padded(v), deterministic=deterministic, return_lse=return_attn_probs, **meaning)
     if meaning["dropout_seed"] is None:
