@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -323,7 +324,7 @@ def ninja_file(plan: Plan, output: Path, only: Iterable[str] = ()) -> str:
             objects.append(name)
             lines.append(f"build {name}: {rule} {source}")
             if source.name == "build_info.cpp":
-                lines.append(f"  extra = {' '.join(plan.info_flags)}")
+                lines.append(f"  extra = {shlex.join(plan.info_flags)}")
     lines.append(f"build {output}: link {' '.join(objects)}")
     lines.append(f"default {output}")
     return "\n".join(lines) + "\n"

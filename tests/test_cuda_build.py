@@ -236,7 +236,7 @@ def launch_failure(tmp_path_factory) -> Path:
         str(folder / "main.cpp"),
         *(str(build.CSRC / f"common/{name}.cpp") for name in ("launch_error", "build_info")),
     ]
-    defines = [flag.replace('\\"', '"') for flag in build.info_defines("sm_80 sm_90a", "13.0")]
+    defines = build.info_defines("sm_80 sm_90a", "13.0")
     command = [
         build.find_compiler(),
         "-std=c++20",
