@@ -215,7 +215,7 @@ def info_defines(architectures: str, cuda_version: str) -> list[str]:
         "PYT_ARCHITECTURES": architectures,
         "PYT_CUDA_VERSION": cuda_version,
     }
-    return [f'-D{name}=\\"{value}\\"' for name, value in facts.items()]
+    return [f'-D{name}="{value}"' for name, value in facts.items()]
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ def build(
     """
     torch = find_torch()
     folder = folder or ROOT / "build" / flavor
-    output = output or (LIBRARY if flavor == "cuda" else folder / "_cuda.so")
+    output = (output or (LIBRARY if flavor == "cuda" else folder / "_cuda.so")).resolve()
     plan = cuda_plan(torch, archs, defines) if flavor == "cuda" else emulated_plan(torch, flavor, defines)
     folder.mkdir(parents=True, exist_ok=True)
     description = folder / "build.ninja"
