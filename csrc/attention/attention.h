@@ -35,9 +35,9 @@ struct AttentionCall {
   float softcap;  // 0: none
   bool is_bfloat16;
 
-  bool is_packed() const { return cu_seqlens_q != nullptr; }
+  constexpr bool is_packed() const { return cu_seqlens_q != nullptr; }
   // Whether a score is more than a positive multiple of q·k: then it is formed in natural units before the maximum is taken.
-  bool has_score_terms() const { return softcap > 0.0f || alibi_slopes != nullptr || !(softmax_scale > 0.0f); }
+  constexpr bool has_score_terms() const { return softcap > 0.0f || alibi_slopes != nullptr || !(softmax_scale > 0.0f); }
 };
 
 struct AttentionForward {
