@@ -198,8 +198,6 @@ def _attends_here(module: nn.Module) -> bool:
 
 
 def _why_not_at_all(module: nn.Module) -> str | None:
-    if isinstance(module, torch.jit.ScriptModule):
-        return "compiled by torch.jit"
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"
     if module.__dict__.get("_compiled_call_impl") is not None:
