@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import pytransformer.nn.functional as served_by
 from pytransformer.interop.torch import patch_sdpa
 from pytransformer.ops.backend import use_backend
 from pytransformer.verification import SEEDS, Contract
+from tests.support.snippets import run_snippets
 
 
 @pytest.fixture
@@ -157,3 +160,10 @@ def test_fullgraph_of_torchs_module(served, device):
     with patch_sdpa():
         torch.testing.assert_close(compiled(x), module(x, x, x, need_weights=False)[0])
     assert served
+
+
+def test_the_guide_runs():
+    guide = Path(__file__).resolve().parents[2] / "docs" / "pytorch.md"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run_snippets(guide) == 8
