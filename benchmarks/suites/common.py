@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 
+from pytransformer import extension
+
 BF16 = torch.bfloat16
 
 
 def ours(device: torch.device) -> tuple[str, ...]:
-    """Our backends worth timing on this device: the kernels on a GPU, plain torch on a CPU."""
-    return ("triton",) if device.type == "cuda" else ("torch",)
+    """Our backends worth timing on this device: the kernels on a GPU, CUDA's where they are built; plain torch on a CPU."""
+    if device.type != "cuda":
+        return ("torch",)
+    return ("triton",) if extension.why_not("cuda") else ("cuda", "triton")
 
 
 def generator(device: torch.device, seed: int) -> torch.Generator:

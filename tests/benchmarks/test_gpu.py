@@ -123,3 +123,12 @@ def test_variants_are_interleaved():
 def test_timing_summarises_with_the_median():
     timing = Timing.of([5.0, 1.0, 2.0, 3.0, 100.0], "clock")
     assert (timing.median, timing.low, timing.high) == (3.0, 1.0, 100.0)
+
+
+def test_a_backend_that_says_it_does_not_serve_a_row_is_no_fault():
+    from benchmarks.run import _is_fault
+
+    assert not _is_fault("cuda", "NotImplementedError: attention: backend 'cuda' cannot serve this call")
+    assert not _is_fault("liger", "ModuleNotFoundError: No module named 'liger_kernel'")
+    assert _is_fault("cuda", "RuntimeError: launch failed")
+    assert _is_fault("row", "RuntimeError: out of memory")
