@@ -1,0 +1,82 @@
+"""What nvcc made of the CUDA kernels: the extension is compiled for a few architectures, and its machine code read, without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import triton
+
+from tests.support.emulator import ROOT, builder
+from tests.support.sass import Statistics
+
+ARCHITECTURES = ("80", "90a", "100")
+
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_FUNCTION = re.compile(r"^\s*Function\s*:?\s*(\S+?):?$", re.MULTILINE)
+_ARCHITECTURE = re.compile(r"^arch = sm_(\d+)[af]?$", re.MULTILINE)
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+# nvcc names an anonymous namespace after a hash of the file's path.
+_ANONYMOUS = re.compile(r"_GLOBAL__N__[0-9a-f]+_\d+_\w+?_cu_[0-9a-f]+::|\(anonymous namespace\)::")
+
+
+def compile_all() -> Path:
+    """The folder with the objects of the extension, compiled for :data:`ARCHITECTURES`.
+
+    Raises:
+        BuildError: nvcc is missing, or warns: warnings are errors in this build.
+    """
+    folder = ROOT / "build/gate"
+    builder().build("cuda", folder=folder, output=folder / "_cuda.so", archs=" ".join(ARCHITECTURES), quiet=True)
+    return folder
+
+
+def statistics(folder: Path) -> dict[str, Statistics]:
+    """Of every kernel in the objects of a folder, by "file kernel<...> sm_90"."""
+    found = {}
+    for path in sorted(folder.glob("*.cu.o")):
+        file = path.name.removeprefix("csrc_").removesuffix(".cu.o")
+        usage = dict(_sections(_run("cuobjdump", "-res-usage", str(path))))
+        for key, text in _sections(_run("cuobjdump", "-sass", str(path))):
+            registers, stack, shared, _ = map(int, _USAGE.search(usage[key]).groups())  # type: ignore[union-attr]
+            arch, function = key
+            found[f"{file} {readable(function)} sm_{arch}"] = Statistics(
+                registers=registers,
+                stack_bytes=stack,
+                shared_memory=shared,
+                instructions=dict(sorted(Counter(_INSTRUCTION.findall(text)).items())),
+            )
+    return found
+
+
+def _sections(listing: str) -> list[tuple[tuple[str, str], str]]:
+    """((architecture, mangled name), text) for every function of a listing."""
+    sections = []
+    architectures = list(_ARCHITECTURE.finditer(listing))
+    for index, arch in enumerate(architectures):
+        end = architectures[index + 1].start() if index + 1 < len(architectures) else len(listing)
+        functions = list(_FUNCTION.finditer(listing, arch.end(), end))
+        for number, function in enumerate(functions):
+            stop = functions[number + 1].start() if number + 1 < len(functions) else end
+            sections.append(((arch.group(1), function.group(1)), listing[function.end() : stop]))
+    return sections
+
+
+def readable(mangled: str) -> str:
+    """E.g. "rms_row_kernel<__nv_bfloat16>" for a kernel's mangled name: without its namespaces and parameters."""
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = _ANONYMOUS.sub("", name).removeprefix("void ").replace("pytransformer::", "")
+    depth, end = 0, len(name)
+    for index, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0 and index:
+            end = index
+            break
+    return name[:end]
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,84 @@
+"""The committed figures of the static gate: what each kernel compiled to, per architecture, and how that compares with now.
+
+For one compiler and one source they are always the same, so a difference is a change of the code. Large ones are said, since they may be
+meant; a kernel without figures fails: `make gate-figures` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping
+
+import triton
+
+from tests.support.emulator import ROOT, builder
+from tests.support.sass import GLOBAL_128_BIT, GLOBAL_ACCESS, TENSOR_MEMORY_MMA, WARP_GROUP_MMA, Statistics
+
+FOLDER = ROOT / "benchmarks/results/gate"
+WARP_MMA = re.compile(r"[HIQ]MMA")
+LOCAL_ACCESS = re.compile(r"LDL|STL")
+# A change of more than this is said.
+NOTEWORTHY = 0.10
+
+
+def compiler(kind: str) -> str:
+    """What the figures of a kind ("triton" or "cuda") depend on beside the sources."""
+    if kind == "triton":
+        ptxas = ROOT / triton.knobs.nvidia.ptxas.path
+        release = re.search(
+            r"V[\d.]+", subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+        )
+        return f"triton {triton.__version__}, ptxas {release.group() if release else 'unknown'}"
+    nvcc = builder().find_nvcc()
+    return f"nvcc {builder().nvcc_version(nvcc)}"
+
+
+def figures(statistics: Statistics) -> dict[str, int]:
+    """What is kept of a compiled kernel."""
+    accesses = statistics.count(GLOBAL_ACCESS)
+    wide = statistics.count(GLOBAL_128_BIT)
+    return {
+        "registers": statistics.registers,
+        "spill_bytes": statistics.spill_bytes,
+        "stack_bytes": statistics.stack_bytes,
+        "shared_memory": statistics.shared_memory,
+        "instructions": sum(statistics.instructions.values()),
+        "mma": statistics.count(WARP_MMA),
+        "wgmma": statistics.count(WARP_GROUP_MMA),
+        "tcgen05": statistics.count(TENSOR_MEMORY_MMA),
+        "ex2": statistics.count(r"MUFU\.EX2"),
+        "tma_loads": statistics.count("UTMALDG"),
+        "async_copies": statistics.count("LDGSTS"),
+        "global_128_bit": wide,
+        "global_narrower": accesses - wide,
+        "local": statistics.count(LOCAL_ACCESS),
+    }
+
+
+def write(kind: str, kernels: Mapping[str, Statistics]) -> None:
+    """Makes these the committed figures of a kind."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    lines = [f"    {json.dumps(name)}: {json.dumps(figures(kernels[name]))}" for name in sorted(kernels)]
+    text = f'{{\n  "compiler": {json.dumps(compiler(kind))},\n  "kernels": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+    (FOLDER / f"{kind}.json").write_text(text)
+
+
+def compare(kind: str, kernels: Mapping[str, Statistics]) -> tuple[list[str], list[str]]:
+    """(what is wrong, what is worth knowing) about ``kernels`` beside the committed figures; nothing is wrong with another compiler."""
+    committed = json.loads((FOLDER / f"{kind}.json").read_text())
+    if committed["compiler"] != compiler(kind):
+        return [], [f"the figures were made with {committed['compiler']}, this is {compiler(kind)}: not compared"]
+    wrong, changes = [], []
+    for name, statistics in kernels.items():
+        before = committed["kernels"].get(name)
+        if before is None:
+            wrong.append(
+                f"{name} has no committed figures: run `make gate-figures` and commit {FOLDER.name}/{kind}.json"
+            )
+            continue
+        for figure, value in figures(statistics).items():
+            if abs(value - before[figure]) > NOTEWORTHY * before[figure]:
+                changes.append(f"{name}: {figure} {before[figure]} -> {value}")
+    return wrong, changes
