@@ -13,7 +13,7 @@ PIP := PYTRANSFORMER_CUDA=0 $(BIN)/python -m pip --disable-pip-version-check ins
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
-.PHONY: help demo test test-all cuda sanitize gate lint types gpu bench readme-numbers clean venv
+.PHONY: help demo test test-all cuda sanitize gate gate-figures lint types gpu bench readme-numbers clean venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
@@ -54,6 +54,9 @@ gate: $(VENV)/.dev ## every kernel × shipped configuration compiled for sm_80, 
 test-all: test gate sanitize ## all of it: the slow tests, and the kernels under the oldest supported Triton
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --ignore=tests/compile --ignore=tests/cuda
 	bash tools/test_oldest_triton.sh
+
+gate-figures: $(VENV)/.dev ## commits to what the kernels compile to now (benchmarks/results/gate)
+	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 PYTRANSFORMER_UPDATE_FIGURES=1 $(BIN)/python -m pytest tests/compile
 
 lint: $(VENV)/.dev ## ruff (lint and format), and the import contract
 	$(BIN)/ruff check .

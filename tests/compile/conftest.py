@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 
 import pytest
 
@@ -47,3 +48,20 @@ def reports(request: pytest.FixtureRequest):
 
     chosen = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
     return compile_gate.run_cases([case for case in chosen if case is not None])
+
+
+@pytest.fixture
+def record_figures():
+    """Compares compiled kernels with the committed figures, or commits them if PYTRANSFORMER_UPDATE_FIGURES=1."""
+    from tests.support import gate_figures
+
+    def compare(kind, kernels) -> None:
+        if os.environ.get("PYTRANSFORMER_UPDATE_FIGURES") == "1":
+            gate_figures.write(kind, kernels)
+            return
+        wrong, changes = gate_figures.compare(kind, kernels)
+        for change in changes:
+            warnings.warn(change, stacklevel=2)
+        assert not wrong, "\n".join(wrong)
+
+    return compare

@@ -22,3 +22,11 @@ def test_cases_launch_every_kernel_of_the_module(module_name):
     recorded = {launch.name for case in compile_gate.cases(module) for launch in record(case.call, case.arch)}
     assert recorded
     assert launched_by_name <= recorded
+
+
+def test_figures_are_those_committed(reports, record_figures):
+    kernels = {}
+    for case, report in reports.items():
+        for number, outcome in enumerate(report.outcomes):
+            kernels[f"{case} {outcome.launch.name} {number}"] = outcome.statistics
+    record_figures("triton", kernels)
