@@ -1,0 +1,3 @@
+#include "forward.cuh"
+
+template void pytransformer::attention_forward_of_width<pytransformer::float16, 128>(const AttentionForward&, CUstream_st*);
