@@ -102,7 +102,7 @@ def _forward(
     out, lse = result
     nothing = torch.empty(0, dtype=query.dtype, device=query.device)
     unused = torch.empty((), dtype=torch.uint64, device=query.device)
-    return out, lse, rng_state.view(torch.uint64), unused, nothing
+    return _like(query, out), lse, rng_state.view(torch.uint64), unused, nothing
 
 
 def _forward_inplace(out: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -164,7 +164,7 @@ def _backward(
         return_lse=False,
         backend=_backend(query, key, value),
     )
-    return dq, dk, dv
+    return _like(query, dq), _like(key, dk), _like(value, dv)
 
 
 def _sdpa_forward(
@@ -183,7 +183,7 @@ def _sdpa_forward(
     out, lse, rng_state, unused, debug_mask = _forward(
         q, k, v, None, None, max_q, max_k, dropout_p, is_causal, return_debug_mask, scale=scale
     )
-    return _like(query, out.transpose(1, 2)), lse, None, None, max_q, max_k, rng_state, unused, debug_mask
+    return out.transpose(1, 2), lse, None, None, max_q, max_k, rng_state, unused, debug_mask
 
 
 def _sdpa_backward(
@@ -209,9 +209,7 @@ def _sdpa_backward(
         dout, q, k, v, attended, logsumexp, None, None, max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset,
         scale=scale,
     )  # fmt: skip
-    return tuple(
-        _like(tensor, gradient.transpose(1, 2)) for tensor, gradient in zip((query, key, value), gradients, strict=True)
-    )
+    return tuple(gradient.transpose(1, 2) for gradient in gradients)
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

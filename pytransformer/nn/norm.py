@@ -81,10 +81,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _check_shape(x: Tensor, normalized_shape: Sequence[int]) -> int:
-    """Number of elements normalised together; ValueError if the input does not end in ``normalized_shape``."""
+    """Number of elements normalised together; RuntimeError, as torch, if the input does not end in ``normalized_shape``."""
     ending = tuple(x.shape[max(x.ndim - len(normalized_shape), 0) :])
     if ending != tuple(normalized_shape):
-        raise ValueError(f"input must have a shape ending in {tuple(normalized_shape)}, got {tuple(x.shape)}")
+        raise RuntimeError(f"input must have a shape ending in {tuple(normalized_shape)}, got {tuple(x.shape)}")
     return math.prod(normalized_shape)
 
 

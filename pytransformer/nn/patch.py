@@ -238,9 +238,10 @@ class OtherRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """norm(x) · (weight + offset), of x's shape and dtype; another dtype than the weight's is left to the library's own forward."""
-        weight = self._parameters["weight"]
+        weight = self.weight
         patch = self.__dict__[_PATCH]
-        if weight is None or weight.dtype != x.dtype:
+        assert isinstance(weight, Tensor)
+        if weight.dtype != x.dtype:
             theirs: Tensor = patch.original.forward(self, x)
             return theirs
         y = rms_norm(x, weight, eps=getattr(self, patch.eps_name), weight_offset=patch.weight_offset)

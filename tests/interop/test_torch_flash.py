@@ -100,10 +100,17 @@ def test_dropout_is_the_same_in_the_backward_pass(active, device):
 
 
 def test_results_lie_in_memory_as_torch_promises(active, device):
-    q, k, v = (leaf.detach() for leaf in draw(device, (1, 2, 20, 16), (1, 2, 20, 16), (1, 2, 20, 16)))
-    for layout in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(layout, k, v)
-        assert out.stride() == layout.stride() and lse.shape == (1, 2, 20) and lse.dtype == torch.float32
+    """Output and gradients have the strides of empty_like(input), which compiled code relies on."""
+    for order in ("heads first", "sequence first"):
+        leaves = [leaf.detach() for leaf in draw(device, (1, 2, 20, 16), (1, 2, 20, 16), (1, 2, 20, 16))]
+        if order == "sequence first":
+            leaves = [leaf.transpose(1, 2).contiguous().transpose(1, 2) for leaf in leaves]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*leaves)
+        assert out.stride() == leaves[0].stride() and lse.shape == (1, 2, 20) and lse.dtype == torch.float32
+        for gradient in torch.autograd.grad(out.sum(), leaves):
+            assert gradient.stride() == leaves[0].stride()
 
 
 def test_the_in_place_operator(active, device):
