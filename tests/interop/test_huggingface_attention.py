@@ -205,20 +205,6 @@ def test_bfloat16_meets_the_contract(family, device):
     contract.check()
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", ["mistral", "bert"])
-def test_gradient_checkpointing_changes_no_bit(family, reentrant, device):
-    inputs = inputs_for(family, 0, device, padding="right")
-    model = build(family, NAME, device).train()
-    logits, gradients = logits_and_gradients(model, inputs)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    again, checkpointed = logits_and_gradients(model, inputs)
-    assert torch.equal(again, logits)
-    for name, gradient in gradients.items():
-        assert torch.equal(checkpointed[name], gradient), name
-
-
 @pytest.mark.parametrize("what", ["model", "layers"])
 @pytest.mark.parametrize("family", ["mistral", "gpt2"])
 def test_compiles_with_fullgraph_as_a_whole_and_by_layers(family, what, device):

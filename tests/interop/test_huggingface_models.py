@@ -20,13 +20,14 @@ from tests.interop.huggingface_models import (
 NAME = "pytransformer"
 
 
-def judge(family: str, device: torch.device, *, padding: str | None, checkpointing: bool = False) -> None:
+def judge(family: str, device: torch.device, *, padding: str | None, checkpointing: dict | None = None) -> None:
     """The contract: golden = eager in float64, plain = eager in float32."""
     plain = build(family, "eager", device)
     golden, ours = in_float64(plain), build(family, NAME, device)
     assert ours.config._attn_implementation == NAME
-    if checkpointing:
-        ours.train().gradient_checkpointing_enable()
+    if checkpointing is not None:
+        ours.train().gradient_checkpointing_enable(checkpointing)
+        ours.enable_input_require_grads()
     contract = Contract(torch.float32)
     for seed in range(SEEDS):
         inputs = inputs_for(family, seed, device, padding=padding)
@@ -50,9 +51,11 @@ def test_logits_and_all_gradients_meet_the_contract_without_padding(family, devi
     judge(family, device, padding=None)
 
 
-def test_t5s_bias_meets_the_contract_with_gradient_checkpointing(device):
-    """It is handed from layer to layer, and where there is none T5 makes one of zeros that requires a gradient."""
-    judge("t5", device, padding="right", checkpointing=True)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["mistral", "bert", "t5"])
+def test_gradient_checkpointing_meets_the_contract(family, reentrant, device):
+    """Masks are saved and handed in again; T5 makes a bias of zeros that requires a gradient."""
+    judge(family, device, padding="right", checkpointing={"use_reentrant": reentrant})
 
 
 def generate(model, inputs, **options):
