@@ -79,6 +79,8 @@ def _forward(
     for name, given in {"return_debug_mask": return_debug_mask or None, **unsupported}.items():
         if given is not None and not (name == "num_splits" and given <= 1):
             raise NotImplementedError(f"flash attention by pytransformer does not serve {name}, got {given!r}")
+    window = _window(window_size_left, window_size_right)
+    backend = _backend(query, key, value, is_causal, window, dropout_p, cum_seq_q, cum_seq_k)
     rng_state = torch.empty(2, dtype=torch.int64, device=query.device)
     if dropout_p > 0.0:
         rng_state.random_(-(2**63), 2**63 - 1)
@@ -88,7 +90,7 @@ def _forward(
             key,
             value,
             causal=is_causal,
-            window=_window(window_size_left, window_size_right),
+            window=window,
             softmax_scale=scale,
             dropout_p=dropout_p,
             dropout_seed=rng_state if dropout_p > 0.0 else None,
@@ -97,7 +99,7 @@ def _forward(
             max_seqlen_q=None if cum_seq_q is None else max_q,
             max_seqlen_k=None if cum_seq_k is None else max_k,
             return_lse=True,
-            backend=_backend(query, key, value, return_lse=True),
+            backend=backend,
         )
     out, lse = result
     nothing = torch.empty(0, dtype=query.dtype, device=query.device)
@@ -133,7 +135,7 @@ def _backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the layout of :func:`_forward`."""
-    left, right = _window(window_size_left, window_size_right)
+    window = _window(window_size_left, window_size_right)
     packed = cum_seq_q is not None
     dq, dk, dv, _, _ = torch.ops.pytransformer.attention_backward(
         grad_out,
@@ -156,13 +158,13 @@ def _backward(
         max_seqlen_k=max_k if packed else None,
         softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
         causal=is_causal,
-        window_left=left,
-        window_right=right,
+        window_left=window[0],
+        window_right=window[1],
         softcap=0.0,
         dropout_p=dropout_p,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         return_lse=False,
-        backend=_backend(query, key, value),
+        backend=_backend(query, key, value, is_causal, window, dropout_p, cum_seq_q, cum_seq_k),
     )
     return _like(query, dq), _like(key, dk), _like(value, dv)
 
@@ -231,12 +233,23 @@ def _like(pattern: Tensor, tensor: Tensor) -> Tensor:
     return tensor if tensor.stride() == wanted.stride() else wanted.copy_(tensor)
 
 
-def _backend(q: Tensor, k: Tensor, v: Tensor, return_lse: bool = False) -> str:
-    """The kernels that serve; torch's own attention would end here again."""
+def _backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: tuple[int, int],
+    dropout_p: float,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+) -> str:
+    """The kernels that serve both passes; torch's own attention would end here again."""
     named = requested_backend(None)
     if named is not None and named != "torch":
         return named
-    call = AttentionCall(q, k, v, return_lse=return_lse)
+    call = AttentionCall(
+        q, k, v, causal, window, dropout_p=dropout_p, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, return_lse=True
+    )
     reasons = []
     for candidate in CHOICE.candidates:
         if candidate.backend not in ("torch", "reference"):

@@ -222,7 +222,8 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, weights: Weights, o
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.is_nested:
             raise NotImplementedError(
-                f"MultiheadAttention takes no nested tensors, {name} is one; pad it and pass key_padding_mask"
+                f"MultiheadAttention takes no nested tensors, {name} is one; pad it and pass key_padding_mask "
+                "(torch.nn.TransformerEncoder makes them unless enable_nested_tensor=False)"
             )
     if query.dim() not in (2, 3):
         raise AssertionError(f"query must have 2 dimensions (without a batch) or 3, got shape {tuple(query.shape)}")

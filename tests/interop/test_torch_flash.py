@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pytransformer import attention, reference
 from pytransformer.interop import torch_flash
+from pytransformer.ops.backend import use_backend
 from pytransformer.verification import Contract
 
 SMALL = 4  # seeds of the cases that the interpreter runs
@@ -90,7 +90,7 @@ def test_dropout_is_the_same_in_the_backward_pass(active, device):
         dropout_p=0.3,
         dropout_seed=rng_state.view(torch.int64),
         deterministic=False,
-        backend="triton",
+        backend=backend(leaves, 0.3),
     ).transpose(1, 2)
     assert torch.equal(out, expected)
     dout = torch.randn_like(out)
@@ -151,12 +151,19 @@ def test_registry():
     assert registry.current_flash_attention_impl() is None
 
 
+def backend(leaves, dropout_p=0.0):
+    q, k, v = (leaf.transpose(1, 2) for leaf in leaves)
+    return torch_flash._backend(q, k, v, True, (-1, -1), dropout_p, None, None)
+
+
 def test_torchs_own_attention_is_no_choice_here(active, device, monkeypatch):
     """It would end in these operators again."""
-    assert importlib.util.find_spec("triton") is not None
-    assert torch_flash._backend(*draw(device, *[(1, 20, 2, 16)] * 3)) in ("cuda", "triton")
+    leaves = draw(device, *[(1, 2, 20, 16)] * 3)
+    for name in ("torch", None):
+        with use_backend(name):
+            assert backend(leaves) in ("cuda", "triton")
+    with use_backend("reference"):
+        assert backend(leaves) == "reference"
     monkeypatch.setattr(torch_flash.CHOICE.__class__, "why_not", lambda *args: "away")
-    with pytest.raises(
-        NotImplementedError, match=r"no kernel serves this call in place of torch's flash attention: .*away"
-    ):
-        torch_flash._backend(*draw(device, *[(1, 20, 2, 16)] * 3))
+    with pytest.raises(NotImplementedError, match=r"in place of torch's flash attention: .*away"):
+        backend(leaves)
