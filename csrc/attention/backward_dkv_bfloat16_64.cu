@@ -1,0 +1,3 @@
+#include "backward_dkv.cuh"
+
+template void pytransformer::attention_backward_dkv_of_width<pytransformer::bfloat16, 64>(const AttentionBackward&, CUstream_st*);

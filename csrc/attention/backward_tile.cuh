@@ -1,0 +1,121 @@
+// What the kernels of the backward pass share beside tile.cuh: products over whole tiles, weights from saved statistics, launch policy.
+#pragma once
+
+#include "tile.cuh"
+
+namespace pytransformer {
+
+// products += a bᵀ: SLICES · 16 rows of tile `a` from a_row on, the first N rows of tile `b`.
+template <int WIDTH, int SLICES, int N, class T>
+__device__ __forceinline__ void multiply_rows(float (&products)[SLICES][N / 8][4], const T* a, int a_row, const T* b) {
+  const ReadA<T, WIDTH> read_a(a);
+  const ReadTransposedB<T, WIDTH> read_b(b);
+#pragma unroll
+  for (int k = 0; k < WIDTH; k += 16) {
+    uint32_t left[SLICES][4];
+#pragma unroll
+    for (int m = 0; m < SLICES; ++m) read_a.read(left[m], a_row + m * 16, k);
+#pragma unroll
+    for (int n = 0; n < N / 8; n += 2) {
+      uint32_t right[4];
+      read_b.read(right, n * 8, k);
+#pragma unroll
+      for (int m = 0; m < SLICES; ++m) {
+        ptx::mma_m16n8k16<T>(products[m][n], left[m], right[0], right[1]);
+        ptx::mma_m16n8k16<T>(products[m][n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// sums += values b: `values` rounded to T, the first N rows of tile `b`.
+template <int WIDTH, int SLICES, int N, class T>
+__device__ __forceinline__ void accumulate_product(float (&sums)[SLICES][WIDTH / 8][4], const float (&values)[SLICES][N / 8][4], const T* b) {
+  const ReadB<T, WIDTH> read_b(b);
+#pragma unroll
+  for (int k = 0; k < N / 8; k += 2) {
+    uint32_t left[SLICES][4];
+#pragma unroll
+    for (int m = 0; m < SLICES; ++m) accumulators_as_a<T>(left[m], values[m][k], values[m][k + 1]);
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; n += 2) {
+      uint32_t right[4];
+      read_b.read(right, k * 8, n * 8);
+#pragma unroll
+      for (int m = 0; m < SLICES; ++m) {
+        ptx::mma_m16n8k16<T>(sums[m][n], left[m], right[0], right[1]);
+        ptx::mma_m16n8k16<T>(sums[m][n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// Writes a warp's sums, times `factor`, to memory, by way of the rows of `tile` from tile_row on, which no other warp uses any more.
+template <int WIDTH, int SLICES, class T>
+__device__ __forceinline__ void write_sums(T* rows, int64_t stride, int rows_left, int cols, float (&sums)[SLICES][WIDTH / 8][4], float factor,
+                                           T* tile, int tile_row) {
+#pragma unroll
+  for (int m = 0; m < SLICES; ++m) {
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; ++n) {
+#pragma unroll
+      for (float& sum : sums[m][n]) sum *= factor;
+      store_accumulator<WIDTH>(tile, tile_row + m * 16, n * 8, sums[m][n]);
+    }
+  }
+  __syncwarp();
+  write_rows<SLICES * 16, WIDTH>(rows, stride, rows_left, cols, tile, tile_row);
+}
+
+// Which of the pairs of a rectangle of queries and keys are seen.
+struct Sight {
+  int32_t seqlen_q, seqlen_k, window_left, window_right;
+
+  // query + seqlen_k - seqlen_q - key
+  __device__ __forceinline__ int32_t distance(int32_t query, int32_t key) const { return query + (seqlen_k - seqlen_q) - key; }
+
+  __device__ __forceinline__ bool sees(int32_t query, int32_t key) const {
+    const int32_t d = distance(query, key);
+    return query < seqlen_q && key < seqlen_k && d >= -window_right && d <= window_left;
+  }
+
+  // Whether some pair of the rectangle is seen: whether its edges are inside and the range of its distances meets the window.
+  __device__ __forceinline__ bool any(int32_t query, int32_t queries, int32_t key, int32_t keys) const {
+    return query < seqlen_q && key < seqlen_k && distance(query + queries - 1, key) >= -window_right &&
+           distance(query, key + keys - 1) <= window_left;
+  }
+
+  // Whether every pair of it is.
+  __device__ __forceinline__ bool all(int32_t query, int32_t queries, int32_t key, int32_t keys) const {
+    return sees(query, key + keys - 1) && sees(query + queries - 1, key);
+  }
+};
+
+// Weight of a query and a key; what the gradient of its score is multiplied with to pass through softcap goes to `slope`.
+template <bool TERMS>
+__device__ __forceinline__ float weight_of(float product, float shift, int32_t distance, const Scores<TERMS>& scores, float& slope) {
+  const float capped = scores.capped(product);
+  slope = 1.0f;
+  if constexpr (!TERMS) return scores.weight(capped, shift);
+  if (scores.has_softcap) {
+    const float ratio = capped * scores.inverse_softcap;
+    slope = 1.0f - ratio * ratio;
+  }
+  return scores.weight(capped - scores.slope * fabsf(static_cast<float>(distance)), shift);
+}
+
+// The workspace: two statistics of each query, laid out like lse.
+__host__ __device__ inline int64_t num_statistics(const AttentionCall& call) {
+  return (call.cu_seqlens_q != nullptr ? 1 : static_cast<int64_t>(call.batch)) * call.num_heads * call.seqlen_q;
+}
+
+// Stages of a pipeline over tiles. Two hide the latency of loads behind products, but so does a second block on the same SM: two where two
+// blocks have room with them, or where there is no room for two blocks anyway.
+inline int choose_stages(int bytes_of_one, int bytes_of_two, const DeviceLimits& limits) {
+  constexpr int kReserved = 1024;  // of each block, by the runtime
+  const auto blocks = [&](int bytes) { return (limits.shared_memory + kReserved) / (bytes + kReserved); };
+  if (blocks(bytes_of_two) >= 2) return 2;
+  return blocks(bytes_of_one) >= 2 || blocks(bytes_of_two) == 0 ? 1 : 2;
+}
+
+}  // namespace pytransformer
