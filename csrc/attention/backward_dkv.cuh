@@ -27,13 +27,14 @@ struct KeyTiles {
 };
 
 // What a pair's first warp makes of its products: weights, and for the second warp the weights times softcap's slope.
-template <int SLICES, int QUERIES, bool TERMS>
-__device__ __forceinline__ void transposed_weights(float (&products)[SLICES][QUERIES / 8][4], float4* passing, const float* shifts,
-                                                   const Scores<TERMS>& scores, const Sight& sight, int32_t start_m, int32_t start_n) {
+template <int SLICES, int QUERIES, bool TERMS, bool MASKED, bool SOFTCAP>
+__device__ __forceinline__ void weigh_transposed(float (&products)[SLICES][QUERIES / 8][4], float4* passing, const float* shifts,
+                                                 const Scores<TERMS>& scores, const Sight& sight, int32_t start_m, int32_t start_n) {
   const int lane = threadIdx.x % kWarpSize;
-  const bool whole = sight.all(start_m, QUERIES, start_n, 16 * SLICES);
 #pragma unroll
   for (int m = 0; m < SLICES; ++m) {
+    const int32_t key = start_n + m * 16 + lane / 4;
+    const PositionRange seeing[2] = {sight.queries_of(key), sight.queries_of(key + 8)};
 #pragma unroll
     for (int n = 0; n < QUERIES / 8; ++n) {
       const int column = n * 8 + lane % 4 * 2;
@@ -42,9 +43,10 @@ __device__ __forceinline__ void transposed_weights(float (&products)[SLICES][QUE
       float slopes[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int32_t query = start_m + column + i % 2, key = start_n + m * 16 + lane / 4 + i / 2 * 8;
-        weights[i] = weight_of(weights[i], i % 2 ? shift.y : shift.x, sight.distance(query, key), scores, slopes[i]);
-        if (!whole && !sight.sees(query, key)) weights[i] = 0.0f;
+        const int32_t query = start_m + column + i % 2;
+        const float weight = weight_of<TERMS, SOFTCAP>(weights[i], i % 2 ? shift.y : shift.x, sight.distance(query, key + i / 2 * 8), scores,
+                                                       slopes[i]);
+        weights[i] = MASKED && ((query < seeing[i / 2].low) | (query > seeing[i / 2].high)) ? 0.0f : weight;
       }
       passing[(m * (QUERIES / 8) + n) * kWarpSize] =
           make_float4(weights[0] * slopes[0], weights[1] * slopes[1], weights[2] * slopes[2], weights[3] * slopes[3]);
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(KeyTiles<WIDTH>::kThreads, 1)
   const int32_t num_steps = (range.end - range.begin) * group;
   int32_t loaded = 0, loaded_tile = range.begin, loaded_head = place.head * group;
   const auto load_step = [&] {
-    T* const queries = reinterpret_cast<T*>(first_stage + loaded % stages * Tiles::kStage);
+    T* const queries = reinterpret_cast<T*>(first_stage + (loaded & (stages - 1)) * Tiles::kStage);
     T* const gradients = queries + QUERIES * WIDTH;
     auto* const statistics = reinterpret_cast<float*>(gradients + QUERIES * WIDTH);
     const int32_t start_m = loaded_tile * QUERIES, rows_left = place.other_length - start_m;
@@ -138,9 +140,13 @@ __global__ void __launch_bounds__(KeyTiles<WIDTH>::kThreads, 1)
   float sums[SLICES][WIDTH / 8][4] = {};
   int32_t tile = range.begin, head = place.head * group;
   for (int32_t step = 0; step < num_steps; ++step) {
-    const T* const queries = reinterpret_cast<const T*>(first_stage + step % stages * Tiles::kStage);
+    const T* const queries = reinterpret_cast<const T*>(first_stage + (step & (stages - 1)) * Tiles::kStage);
     const T* const gradients = queries + QUERIES * WIDTH;
     const auto* const statistics = reinterpret_cast<const float*>(gradients + QUERIES * WIDTH);
+    if (stages == 1 && step > 0) {
+      __syncthreads();  // no thread reads the only stage any more
+      load_step();
+    }
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage has landed for every thread, and none reads the other any more
     if (stages > 1 && step + 1 < num_steps) load_step();
@@ -151,17 +157,17 @@ __global__ void __launch_bounds__(KeyTiles<WIDTH>::kThreads, 1)
       multiply_rows<WIDTH, SLICES, QUERIES>(products, own_tile, warp_row, owns_dk ? gradients : queries);
       if (!owns_dk) {
         const Scores<TERMS> scores(call, place.sequence, head);
-        transposed_weights<SLICES, QUERIES>(products, passing, statistics, scores, sight, tile * QUERIES, start_n + warp_row);
+        with_constants<TERMS>(!sight.all(tile * QUERIES, QUERIES, start_n + warp_row, Tiles::kKeysPerPair), scores.has_softcap,
+                              [&](auto masked, auto softcap) {
+                                weigh_transposed<SLICES, QUERIES, TERMS, masked.value, softcap.value>(
+                                    products, passing, statistics, scores, sight, tile * QUERIES, start_n + warp_row);
+                              });
       }
     }
     __syncthreads();  // the weights have passed
     if (meets) {
       if (owns_dk) transposed_score_gradients<SLICES, QUERIES>(products, passing, statistics + QUERIES);
       accumulate_product<WIDTH, SLICES, QUERIES>(sums, products, owns_dk ? queries : gradients);
-    }
-    if (stages == 1 && step + 1 < num_steps) {
-      __syncthreads();  // no thread reads the only stage any more
-      load_step();
     }
     if (++tile == range.end) {
       tile = range.begin;

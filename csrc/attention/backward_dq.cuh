@@ -16,28 +16,53 @@ struct QueryTiles {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kKeys = 32;  // visited at a time; more would need the registers of twice as many scores
 
-  // Bytes of shared memory: queries and their dO, and stages of keys and values.
-  static constexpr int shared_bytes(int stages) { return 2 * kQueries * WIDTH * 2 + stages * 2 * kKeys * WIDTH * 2; }
+  // Bytes of shared memory: queries, their dO and two statistics of each; stages of keys and values.
+  static constexpr int kStatistics = 2 * kQueries * 4;
+  static constexpr int shared_bytes(int stages) { return 2 * kQueries * WIDTH * 2 + kStatistics + stages * 2 * kKeys * WIDTH * 2; }
 };
 
-// dS of a warp's queries and a tile of keys, from the products of both kinds, in the place of the first.
-template <int SLICES, int KEYS, bool TERMS>
-__device__ __forceinline__ void score_gradients(float (&products)[SLICES][KEYS / 8][4], const float (&weight_gradients)[SLICES][KEYS / 8][4],
-                                                const float (&shifts)[SLICES][2], const float (&deltas)[SLICES][2],
-                                                const Scores<TERMS>& scores, const Sight& sight, int32_t start_m, int32_t start_n) {
+// The weights of a warp's queries and a tile of keys, times softcap's slope, in the place of their products.
+template <int SLICES, int KEYS, bool TERMS, bool MASKED, bool SOFTCAP>
+__device__ __forceinline__ void weigh(float (&products)[SLICES][KEYS / 8][4], const float* shifts, const Scores<TERMS>& scores,
+                                      const Sight& sight, int32_t start_m, int32_t start_n) {
   const int lane = threadIdx.x % kWarpSize;
-  const bool whole = sight.all(start_m, 16 * SLICES, start_n, KEYS);
 #pragma unroll
   for (int m = 0; m < SLICES; ++m) {
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      const int row = m * 16 + half * 8 + lane / 4;
+      const float shift = shifts[row];
+      const int32_t query = start_m + row;
+      const PositionRange seen = sight.keys_of(query);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int32_t query = start_m + m * 16 + lane / 4 + i / 2 * 8, key = start_n + n * 8 + lane % 4 * 2 + i % 2;
-        float slope;
-        float weight = weight_of(products[m][n][i], shifts[m][i / 2], sight.distance(query, key), scores, slope);
-        if (!whole && !sight.sees(query, key)) weight = 0.0f;
-        products[m][n][i] = weight * slope * (weight_gradients[m][n][i] - deltas[m][i / 2]);
+      for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& product = products[m][n][2 * half + i];
+          const int32_t key = start_n + n * 8 + lane % 4 * 2 + i;
+          float slope;
+          const float weight = weight_of<TERMS, SOFTCAP>(product, shift, sight.distance(query, key), scores, slope);
+          product = MASKED && ((key < seen.low) | (key > seen.high)) ? 0.0f : weight * slope;
+        }
+      }
+    }
+  }
+}
+
+// dS = P ∘ (dP - delta) in the place of the weights.
+template <int SLICES, int KEYS>
+__device__ __forceinline__ void score_gradients(float (&weights)[SLICES][KEYS / 8][4], const float (&weight_gradients)[SLICES][KEYS / 8][4],
+                                                const float* deltas) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int m = 0; m < SLICES; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float delta = deltas[m * 16 + half * 8 + lane / 4];
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) weights[m][n][i] *= weight_gradients[m][n][i] - delta;
       }
     }
   }
@@ -49,7 +74,7 @@ __global__ void __launch_bounds__(QueryTiles<WIDTH>::kThreads, 1)
   using Tiles = QueryTiles<WIDTH>;
   constexpr int SLICES = Tiles::kSlices, QUERIES = Tiles::kQueries, KEYS = Tiles::kKeys, THREADS = Tiles::kThreads;
   const AttentionCall& call = backward.call;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warp_row = warp * Tiles::kRowsPerWarp;
+  const int warp_row = static_cast<int>(threadIdx.x) / kWarpSize * Tiles::kRowsPerWarp;
 
   const Place place = find_place<QUERIES>(tile_and_slot(schedule, call.window_right != kUnlimited), call.batch, call.num_heads,
                                           call.cu_seqlens_q, call.seqlen_q, call.cu_seqlens_k, call.seqlen_k);
@@ -63,11 +88,11 @@ __global__ void __launch_bounds__(QueryTiles<WIDTH>::kThreads, 1)
   PYT_DYNAMIC_SHARED(shared);
   T* const queries = reinterpret_cast<T*>(shared);
   T* const gradients = queries + QUERIES * WIDTH;
-  T* const first_stage = gradients + QUERIES * WIDTH;
-  int32_t loaded = range.begin;
-  const auto load_step = [&] {
-    T* const keys = first_stage + loaded % stages * (2 * KEYS * WIDTH);
-    const int32_t start_n = loaded * KEYS, rows_left = place.other_length - start_n;
+  auto* const statistics = reinterpret_cast<float*>(gradients + QUERIES * WIDTH);  // in registers they would spill
+  T* const first_stage = gradients + QUERIES * WIDTH + Tiles::kStatistics / sizeof(T);
+  const auto load_keys = [&](int32_t tile) {
+    T* const keys = first_stage + (tile & (stages - 1)) * (2 * KEYS * WIDTH);
+    const int32_t start_n = tile * KEYS, rows_left = place.other_length - start_n;
     load_tile_async<KEYS, WIDTH, THREADS>(
         keys, row_address(static_cast<const T*>(call.k), call.stride_k, place.sequence, place.other_first, start_n, kv_head), call.stride_k.row,
         rows_left, call.head_dim);
@@ -75,21 +100,8 @@ __global__ void __launch_bounds__(QueryTiles<WIDTH>::kThreads, 1)
         keys + KEYS * WIDTH, row_address(static_cast<const T*>(call.v), call.stride_v, place.sequence, place.other_first, start_n, kv_head),
         call.stride_v.row, rows_left, call.value_dim);
     ptx::cp_async_commit();
-    ++loaded;
   };
 
-  float shifts[SLICES][2], deltas[SLICES][2];
-  const float* const statistics = backward.workspace + statistic_index(call, place.sequence, place.first, place.head);
-#pragma unroll
-  for (int m = 0; m < SLICES; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int32_t row = start_m + warp_row + m * 16 + half * 8 + lane / 4;
-      const bool exists = row < place.length;
-      shifts[m][half] = exists ? statistics[row] : kInfinity;
-      deltas[m][half] = exists ? statistics[num_statistics(call) + row] : 0.0f;
-    }
-  }
   if (range.begin < range.end) {
     load_tile_async<QUERIES, WIDTH, THREADS>(
         queries, row_address(static_cast<const T*>(call.q), call.stride_q, place.sequence, place.first, start_m, place.head), call.stride_q.row,
@@ -97,26 +109,38 @@ __global__ void __launch_bounds__(QueryTiles<WIDTH>::kThreads, 1)
     load_tile_async<QUERIES, WIDTH, THREADS>(
         gradients, row_address(static_cast<const T*>(backward.dout), backward.stride_dout, place.sequence, place.first, start_m, place.head),
         backward.stride_dout.row, place.length - start_m, call.value_dim);
-    load_step();
+    const float* const source = backward.workspace + statistic_index(call, place.sequence, place.first, place.head) + start_m;
+    for (int row = threadIdx.x; row < QUERIES; row += THREADS) {
+      const bool exists = row < place.length - start_m;
+      statistics[row] = exists ? source[row] : kInfinity;
+      statistics[QUERIES + row] = exists ? source[num_statistics(call) + row] : 0.0f;
+    }
+    load_keys(range.begin);
   }
   const Scores<TERMS> scores(call, place.sequence, place.head);
   float sums[SLICES][WIDTH / 8][4] = {};
   for (int32_t tile = range.begin; tile < range.end; ++tile) {
-    const T* const keys = first_stage + tile % stages * (2 * KEYS * WIDTH);
+    const T* const keys = first_stage + (tile & (stages - 1)) * (2 * KEYS * WIDTH);
+    if (stages == 1 && tile > range.begin) {
+      __syncthreads();  // no thread reads the only stage any more
+      load_keys(tile);
+    }
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage has landed for every thread, and none reads the other any more
-    if (stages > 1 && tile + 1 < range.end) load_step();
+    if (stages > 1 && tile + 1 < range.end) load_keys(tile + 1);
 
     if (sight.any(start_m + warp_row, Tiles::kRowsPerWarp, tile * KEYS, KEYS)) {
-      float products[SLICES][KEYS / 8][4] = {}, weight_gradients[SLICES][KEYS / 8][4] = {};
+      float products[SLICES][KEYS / 8][4] = {};
       multiply_rows<WIDTH, SLICES, KEYS>(products, queries, warp_row, keys);
+      with_constants<TERMS>(!sight.all(start_m + warp_row, Tiles::kRowsPerWarp, tile * KEYS, KEYS), scores.has_softcap,
+                            [&](auto masked, auto softcap) {
+                              weigh<SLICES, KEYS, TERMS, masked.value, softcap.value>(products, statistics + warp_row, scores, sight,
+                                                                                      start_m + warp_row, tile * KEYS);
+                            });
+      float weight_gradients[SLICES][KEYS / 8][4] = {};
       multiply_rows<WIDTH, SLICES, KEYS>(weight_gradients, gradients, warp_row, keys + KEYS * WIDTH);
-      score_gradients<SLICES, KEYS>(products, weight_gradients, shifts, deltas, scores, sight, start_m + warp_row, tile * KEYS);
+      score_gradients<SLICES, KEYS>(products, weight_gradients, statistics + QUERIES + warp_row);
       accumulate_product<WIDTH, SLICES, KEYS>(sums, products, keys);
-    }
-    if (stages == 1 && tile + 1 < range.end) {
-      __syncthreads();  // no thread reads the only stage any more
-      load_step();
     }
   }
 

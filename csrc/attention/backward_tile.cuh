@@ -1,6 +1,8 @@
 // What the kernels of the backward pass share beside tile.cuh: products over whole tiles, weights from saved statistics, launch policy.
 #pragma once
 
+#include <type_traits>
+
 #include "tile.cuh"
 
 namespace pytransformer {
@@ -67,19 +69,32 @@ __device__ __forceinline__ void write_sums(T* rows, int64_t stride, int rows_lef
   write_rows<SLICES * 16, WIDTH>(rows, stride, rows_left, cols, tile, tile_row);
 }
 
-// Which of the pairs of a rectangle of queries and keys are seen.
+struct PositionRange {
+  int32_t low, high;
+};
+
+// Which pairs of queries and keys are seen.
 struct Sight {
   int32_t seqlen_q, seqlen_k, window_left, window_right;
 
   // query + seqlen_k - seqlen_q - key
   __device__ __forceinline__ int32_t distance(int32_t query, int32_t key) const { return query + (seqlen_k - seqlen_q) - key; }
 
-  __device__ __forceinline__ bool sees(int32_t query, int32_t key) const {
-    const int32_t d = distance(query, key);
-    return query < seqlen_q && key < seqlen_k && d >= -window_right && d <= window_left;
+  // Queries that see `key`: low <= query <= high.
+  __device__ __forceinline__ PositionRange queries_of(int32_t key) const {
+    const int64_t diagonal = static_cast<int64_t>(key) - (seqlen_k - seqlen_q);
+    return {static_cast<int32_t>(max(diagonal - window_right, int64_t{0})),
+            static_cast<int32_t>(min(max(diagonal + window_left, int64_t{-1}), int64_t{seqlen_q} - 1))};
   }
 
-  // Whether some pair of the rectangle is seen: whether its edges are inside and the range of its distances meets the window.
+  // Keys that `query` sees, likewise.
+  __device__ __forceinline__ PositionRange keys_of(int32_t query) const {
+    const int64_t diagonal = static_cast<int64_t>(query) + (seqlen_k - seqlen_q);
+    return {static_cast<int32_t>(max(diagonal - window_left, int64_t{0})),
+            static_cast<int32_t>(min(max(diagonal + window_right, int64_t{-1}), int64_t{seqlen_k} - 1))};
+  }
+
+  // Whether some pair of a rectangle of queries and keys is seen: its first ones exist and the range of its distances meets the window.
   __device__ __forceinline__ bool any(int32_t query, int32_t queries, int32_t key, int32_t keys) const {
     return query < seqlen_q && key < seqlen_k && distance(query + queries - 1, key) >= -window_right &&
            distance(query, key + keys - 1) <= window_left;
@@ -87,21 +102,37 @@ struct Sight {
 
   // Whether every pair of it is.
   __device__ __forceinline__ bool all(int32_t query, int32_t queries, int32_t key, int32_t keys) const {
-    return sees(query, key + keys - 1) && sees(query + queries - 1, key);
+    return query + queries <= seqlen_q && key + keys <= seqlen_k && distance(query, key + keys - 1) >= -window_right &&
+           distance(query + queries - 1, key) <= window_left;
   }
 };
 
-// Weight of a query and a key; what the gradient of its score is multiplied with to pass through softcap goes to `slope`.
-template <bool TERMS>
-__device__ __forceinline__ float weight_of(float product, float shift, int32_t distance, const Scores<TERMS>& scores, float& slope) {
-  const float capped = scores.capped(product);
-  slope = 1.0f;
-  if constexpr (!TERMS) return scores.weight(capped, shift);
-  if (scores.has_softcap) {
-    const float ratio = capped * scores.inverse_softcap;
-    slope = 1.0f - ratio * ratio;
+// Calls function(masked, softcap) with the two as constants, so that its loops are compiled without branches; softcap exists with TERMS only.
+template <bool TERMS, class Function>
+__device__ __forceinline__ void with_constants(bool masked, bool softcap, const Function& function) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if constexpr (TERMS) {
+    if (softcap) {
+      masked ? function(yes, yes) : function(no, yes);
+      return;
+    }
   }
-  return scores.weight(capped - scores.slope * fabsf(static_cast<float>(distance)), shift);
+  masked ? function(yes, no) : function(no, no);
+}
+
+// Weight of a query and a key; what the gradient of its score is multiplied with to pass through softcap goes to `slope`.
+template <bool TERMS, bool SOFTCAP>
+__device__ __forceinline__ float weight_of(float product, float shift, int32_t distance, const Scores<TERMS>& scores, float& slope) {
+  slope = 1.0f;
+  if constexpr (!TERMS) return scores.weight(product, shift);
+  float score = product * scores.factor;
+  if constexpr (SOFTCAP) {
+    const float ratio = fast_tanh(score * scores.inverse_softcap);
+    slope = 1.0f - ratio * ratio;
+    score = scores.softcap * ratio;
+  }
+  return scores.weight(score - scores.slope * fabsf(static_cast<float>(distance)), shift);
 }
 
 // The workspace: two statistics of each query, laid out like lse.
