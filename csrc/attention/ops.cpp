@@ -1,5 +1,6 @@
 #include "ops.h"
 
+#include "ops_backward.h"
 #include "ops_call.h"
 
 namespace pytransformer {
@@ -30,10 +31,12 @@ void define_attention_ops(torch::stable::detail::StableLibrary& library) {
   library.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
       "float softmax_scale, bool causal, int window_left, int window_right, float softcap) -> (Tensor, Tensor)");
+  library.def(kAttentionBackwardSchema);
 }
 
 void implement_attention_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("attention_forward", TORCH_BOX(&attention_forward_op));
+  library.impl("attention_backward", TORCH_BOX(&attention_backward_op));
 }
 
 }  // namespace pytransformer
