@@ -47,7 +47,8 @@ def _backward(
     q, k, v, *options = call
     # Scores and dP over head_dim and value head_dim; dQ and dK over head_dim, dV over value head_dim.
     head_dim, value_dim = q.shape[-1], v.shape[-1]
-    return attention_flops(q, k, v, options[6], options[7]) * (3 * head_dim + 2 * value_dim) // (head_dim + value_dim)
+    total: int = attention_flops(q, k, v, options[6], options[7])
+    return total * (3 * int(head_dim) + 2 * int(value_dim)) // int(head_dim + value_dim)
 
 
 def _decode(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import pytransformer
-import pytransformer.flops  # noqa: F401
+import pytransformer.flops
 from pytransformer import reference
 
 
