@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, masking_utils
 
 import pytransformer.interop.huggingface.attention as surface
 from pytransformer import reference
-from pytransformer.interop.huggingface import attention_forward
+from pytransformer.interop.huggingface import attention_forward, attention_mask
 from pytransformer.verification import SEEDS, Contract
 from tests.interop.huggingface_models import (
     ComputeInFloat64,
@@ -113,6 +113,18 @@ def test_a_longer_mask_is_cut_to_the_keys(device):
     bias = torch.randn(2, 4, 6, 9, device=device)
     out, _ = attention_forward(Module(), *tensors, bias)
     judge(tensors, out, bias=bias[..., :6])
+
+
+def test_a_mask_that_the_model_changed_counts_as_changed(device):
+    tensors = qkv(device)
+    window = masking_utils.sliding_window_causal_mask_function(2)
+    masks = [attention_mask(2, 6, 6, mask_function=window, device=device) for _ in range(3)]
+    masks[0][:, :, :, 0] = True
+    masks[1].mul_(False)
+    for mask in masks:
+        out, _ = attention_forward(Module(), *tensors, mask)
+        judge(tensors, out, mask=mask.dense())
+    assert masks[2].dense().sum() == 2 * 11 and masks[1].dense().sum() == 0 and masks[0].dense().sum() == 2 * (11 + 4)
 
 
 def test_dropout_is_that_of_the_op_with_a_seed_of_torchs_generator(device):

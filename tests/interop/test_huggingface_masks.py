@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, masking_utils
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MptConfig, masking_utils
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from pytransformer.interop.huggingface import DeferredMask, attention_mask
@@ -110,6 +110,14 @@ def config(name: str, **changes: object) -> LlamaConfig:
     return made
 
 
+def test_packing_is_never_left_out():
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    causal, packed = masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(ids)
+    for mask_function in (masking_utils.and_masks(causal, packed), masking_utils.and_masks(packed, causal)):
+        mask = attention_mask(1, 6, 6, mask_function=mask_function, allow_is_causal_skip=True)
+        assert mask.pattern.cu_seqlens.tolist() == [0, 3, 5, 6] and mask.pattern.causal
+
+
 def test_packed_positions_become_cu_seqlens():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
     embeddings = torch.zeros(BATCH, 6, 8)
@@ -161,3 +169,16 @@ def test_a_deferred_mask_that_was_changed_in_place_counts_as_changed():
     expected[:, :, :, 3] = False
     assert mask.was_read() and alias.was_read()
     assert torch.equal(mask.dense(), expected) and torch.equal(alias.dense(), expected)
+
+
+def test_models_with_attention_of_their_own_are_refused():
+    """They would add a boolean mask to their scores and attend to the future."""
+    ids = torch.ones(1, 4, dtype=torch.long)
+    for made in (
+        BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1),
+        MptConfig(vocab_size=8, d_model=8, n_layers=1, n_heads=1),
+    ):
+        model = AutoModelForCausalLM.from_config(made, attn_implementation="pytransformer")
+        assert not model._can_set_attn_implementation()
+        with pytest.raises(ValueError, match="does not take its attention from transformers' registry"):
+            model(ids)

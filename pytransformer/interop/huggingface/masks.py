@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from transformers import masking_utils
 from pytransformer.ops.checks import readable
 
 UNLIMITED = (-1, -1)
+CALLERS = 8  # frames between a mask function and the model's code: transformers' create_…_mask and its decorators
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,9 @@ def attention_mask(
     Returns:
         None, where every key is visible that causality (of the module) leaves; a :class:`DeferredMask`; or a boolean tensor. Both of shape
         (batch, 1, q_length, kv_length), True = attend.
+
+    Raises:
+        ValueError: the mask is for a model that computes attention in code of its own, which expects masks of another kind.
     """
     build = partial(
         masking_utils.sdpa_mask,
@@ -137,6 +142,7 @@ def attention_mask(
         }
         traced: Tensor | None = build(**skips)
         return traced
+    _refuse_attention_of_its_own()
     build = partial(build, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     pattern = _recognise(mask_function, q_length, kv_length, q_offset - kv_offset)
     if pattern is None or (attention_mask is not None and attention_mask.ndim != 2):
@@ -150,6 +156,37 @@ def attention_mask(
         row: Tensor = build()
         return row
     return DeferredMask(pattern, _Contents(build), (batch_size, 1, q_length, kv_length), torch.device(device))
+
+
+def _refuse_attention_of_its_own() -> None:
+    """ValueError if the model that asks for a mask defines attention beside transformers' registry.
+
+    transformers lets such models (Bloom, MPT, …) take any registered name and only keeps them from its own "sdpa". They would add
+    a boolean mask to their scores, or take None for "no mask", and attend to padding and to the future without a word.
+    """
+    frame = sys._getframe(2)
+    for _ in range(CALLERS):
+        names = frame.f_globals
+        if str(names.get("__name__")).rpartition(".")[2].startswith("modeling_"):
+            if "ALL_ATTENTION_FUNCTIONS" not in names and _defines_attention(names):
+                raise ValueError(
+                    f"{names['__name__']} does not take its attention from transformers' registry, so attn_implementation='pytransformer' "
+                    "cannot serve it: use attn_implementation='eager'"
+                )
+            return
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+
+
+def _defines_attention(names: dict[str, Any]) -> bool:
+    return any(
+        isinstance(value, type)
+        and issubclass(value, torch.nn.Module)
+        and "Attention" in name
+        and value.__module__ == names["__name__"]
+        for name, value in names.items()
+    )
 
 
 def _recognise(
