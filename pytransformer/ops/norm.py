@@ -35,13 +35,14 @@ class NormCall(NamedTuple):
     weight_offset: float
     is_rms: bool
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.x, self.weight, self.bias, self.residual
+
+# A function rather than a property: the tracer of torch 2.10 follows no property of a NamedTuple.
+def _tensors(call: NormCall) -> tuple[Tensor | None, ...]:
+    return call.x, call.weight, call.bias, call.residual
 
 
 def _triton_can_serve(call: NormCall) -> str | None:
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in call.tensors):
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in _tensors(call)):
         return "float64 is served by torch and reference only"
     return None
 
@@ -197,7 +198,7 @@ def _plain_norm(call: NormCall, backend: str) -> NormResult:
 
 
 def _torch_norm(call: NormCall) -> NormResult:
-    x, weight, bias, residual = call.tensors
+    x, weight, bias, residual = _tensors(call)
     assert x is not None
     # 16-bit sums are computed in float32 and rounded once by torch itself.
     s = x if residual is None else (x + residual).to(residual.dtype)
@@ -374,8 +375,10 @@ for _name, _implementation, _fake in (
 
 
 def _triton_norm(call: NormCall) -> NormResult:
-    plain = is_plain(*call.tensors)
-    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in call.tensors)
+    plain = is_plain(*_tensors(call))
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in _tensors(call)
+    )
     # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked. The tracer of torch.compile
     # knows, and cannot inline a Function none of whose inputs need a gradient.
     if torch.compiler.is_compiling() and not needs_grad:

@@ -32,9 +32,10 @@ class RopeCall(NamedTuple):
     interleaved: bool
     reverse: bool
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.cos, self.sin, self.positions, self.sequence_offsets, self.cu_seqlens
+
+# A function rather than a property: the tracer of torch 2.10 follows no property of a NamedTuple.
+def _tensors(call: RopeCall) -> tuple[Tensor | None, ...]:
+    return call.q, call.k, call.cos, call.sin, call.positions, call.sequence_offsets, call.cu_seqlens
 
 
 def _triton_can_serve(call: RopeCall) -> str | None:
@@ -391,7 +392,7 @@ torch.library.register_fake("pytransformer::rope_", _fake_rope_)
 
 def _rope(call: RopeCall, backend: str, inplace: bool) -> tuple[Tensor, Tensor | None]:
     q, k = call.q, call.k
-    plain = is_plain(*call.tensors)
+    plain = is_plain(*_tensors(call))
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
     if inplace and not needs_grad:
         _rotate_inplace(call, backend, plain)
@@ -411,7 +412,7 @@ def _rotate(call: RopeCall, backend: str) -> tuple[Tensor, Tensor | None]:
     """Out of place, without autograd."""
     if backend == "torch":
         return _torch_rotate(call)
-    if is_plain(*call.tensors):
+    if is_plain(*_tensors(call)):
         return _launch(call, inplace=False)
     q, k = torch.ops.pytransformer.rope(*call)
     return q, None if call.k is None else k
@@ -441,7 +442,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.backend, call = inputs[0], RopeCall(*inputs[1:])
-        ctx.save_for_backward(*call.tensors[2:])
+        ctx.save_for_backward(*_tensors(call)[2:])
         ctx.offset, ctx.interleaved, ctx.reverse = call.offset, call.interleaved, call.reverse
 
     @staticmethod
