@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytransformer import reference
+from pytransformer import extension, reference
 from pytransformer.ops import checks, decode_attention_torch
 from pytransformer.ops.attention_checks import is_autocasting
 from pytransformer.ops.backend import (
@@ -34,10 +35,18 @@ def _triton_why_not(call: DecodeCall) -> str | None:
     return None
 
 
+def _cuda_why_not(call: DecodeCall) -> str | None:
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernels are for float16 and bfloat16 queries, got {checks.short(call.q.dtype)}"
+    return None
+
+
 CHOICE = BackendChoice(
     "decode_attention",
     (
         Candidate("triton", _triton_why_not, "float64"),
+        # Behind Triton until it has been measured on a GPU.
+        Candidate("cuda", _cuda_why_not, "float32 and float64"),
         Candidate("torch", decode_attention_torch.why_not, "softcap, sinks, return_lse; anything on a GPU"),
         Candidate("reference", serves_all),
     ),
@@ -75,7 +84,7 @@ def decode_attention(
     ``cache_seqlens[b] - seqlen_q + t`` among them; with d = position - key, it sees the key iff every given condition holds: causal:
     d >= 0; window: -right <= d <= left; ``mask``; ``bias`` is not -inf. A query that sees no key gives output 0 and lse -inf. Any seqlen_q
     serves: one token, a few (speculation), a chunk of a prompt. The result for a sequence has the same bits whatever else is in the
-    batch, whatever the capacity, paged or not (Triton). Not differentiable.
+    batch, whatever the capacity, paged or not (Triton, CUDA). Not differentiable.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with ``cu_seqlens_q``. float32, float16,
@@ -106,8 +115,8 @@ def decode_attention(
         num_splits: how many programs share a sequence's keys; 0 leaves it to the launch policy. A fixed number changes the order of
             summation, never the meaning.
         return_lse: return the log-sum-exp too.
-        backend: "triton", "torch" or "reference"; None takes what was set by ``use_backend`` or PYTRANSFORMER_BACKEND, else the first that
-            can serve the call. The reference warns once when it was not asked for by name.
+        backend: "triton", "cuda", "torch" or "reference"; None takes what was set by ``use_backend`` or PYTRANSFORMER_BACKEND, else the
+            first that can serve the call. The reference warns once when it was not asked for by name.
 
     Returns:
         (batch, seqlen_q, num_heads, value head_dim) or (total_q, num_heads, value head_dim) in q's dtype. With ``return_lse`` also the
@@ -190,6 +199,8 @@ def _decode_op(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _decode(call: DecodeCall, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         return _triton(call)
+    if backend == "cuda":
+        return _cuda(call)
     if is_autocasting(call.q.device.type):
         with torch.autocast(call.q.device.type, enabled=False):
             return _composite(call, backend)
@@ -216,6 +227,27 @@ def _triton(call: DecodeCall) -> tuple[Tensor, Tensor]:
         sinks=call.sinks, k_scale=call.k_scale, v_scale=call.v_scale, num_splits=call.num_splits,
         allow_tf32=call.q.dtype == torch.float32 and allows_tf32(),
     )  # fmt: skip
+
+
+@functools.cache
+def _cuda_op() -> Any:
+    op = extension.op("decode_attention")
+    torch.library.register_fake("pytransformer_cuda::decode_attention", _fake_cuda)
+    return op
+
+
+def _fake_cuda(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+
+
+def _cuda(call: DecodeCall) -> tuple[Tensor, Tensor]:
+    out, lse = _cuda_op()(
+        call.q, call.k_cache, call.v_cache, call.cache_seqlens, call.cu_seqlens_q, call.max_seqlen_q, call.block_table,
+        call.cache_batch_idx, call.cache_leftpad, _expanded(call.mask, call), _expanded(call.bias, call), call.alibi_slopes, call.sinks,
+        call.k_scale, call.v_scale, call.softmax_scale, call.causal, *call.window, call.softcap, call.num_splits,
+    )  # fmt: skip
+    return out, lse
 
 
 def _expanded(tensor: Tensor | None, call: DecodeCall) -> Tensor | None:

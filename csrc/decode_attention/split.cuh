@@ -1,0 +1,489 @@
+// One split of a sequence's keys for a tile of its query rows: unnormalised output, maximum and sum in float32.
+//
+// A row is (query token, head of the group that shares a key head), so that a key is read once for all of them. Each warp takes 16 keys
+// at a time, from its own double buffer, which it fills itself. With up to 16 rows the warps of a block take different keys, never wait
+// for each other, and are merged at the end, in order of their numbers; with more rows each warp has 16 rows of its own and meets all keys
+// of the block. Which keys a warp takes depends on their positions only.
+//
+// Cost: every visible key and value is read once per tile of rows: (head_dim + value_dim) · itemsize bytes per key and key head.
+#pragma once
+
+#include "cache_tile.cuh"
+
+namespace pytransformer::decode {
+
+inline constexpr int kStages = 2;
+inline constexpr int kTileRows = 16;  // of a tensor-core product
+
+// Features are padded to 64, 128 or 256. At 256 the output of a row tile takes 128 registers, and a stage of two warps as much shared
+// memory as one of four warps at 128.
+template <int DIM>
+inline constexpr int kWarps = DIM == 256 ? 2 : 4;
+
+// Shared memory of a block, in bytes from its start.
+template <class Element, int DIM>
+struct Layout {
+  static constexpr int WARPS = kWarps<DIM>;
+  static constexpr bool WIDENED = sizeof(Element) == 1;
+  static constexpr int KEYS = kChunkKeys * DIM * int(sizeof(Element));      // 16 keys, or 16 values
+  static constexpr int SCALES = WIDENED ? 2 * kChunkKeys * 4 : 0;           // of keys, then of values
+  static constexpr int STAGE = 2 * KEYS + SCALES;                           // of one warp
+  static constexpr int TILE = 2 * kChunkKeys * DIM * 2;                     // 16 keys and values widened, of one warp
+  static constexpr int TILES = kStages * WARPS * STAGE;                     // where those begin
+  static constexpr int BUFFERS = TILES + (WIDENED ? WARPS * TILE : 0);      // end of what the loop uses
+  static constexpr int OUT_ROW = DIM + 8;                                   // floats; padded against bank conflicts
+  static constexpr int STATS = WARPS * kTileRows * OUT_ROW * 4;             // the outputs of the warps, once the loop is through
+  static constexpr int EPILOGUE = STATS + WARPS * kTileRows * 8;
+  static constexpr int Q = BUFFERS > EPILOGUE ? BUFFERS : EPILOGUE;         // q comes last, as its size varies
+  static constexpr int bytes(int block_rows) { return Q + block_rows * DIM * 2; }
+};
+
+// Which program a block is. Heads run fastest (neighbours in memory), then sequences; low splits first, as every sequence has those.
+struct Program {
+  int kv_head, sequence, tile, split;
+};
+
+__device__ __forceinline__ Program program_of(const DecodeAttention& call, const DecodeClass& programs) {
+  unsigned index = blockIdx.x;
+  Program program;
+  program.kv_head = index % call.num_kv_heads;
+  index /= call.num_kv_heads;
+  program.sequence = index % call.batch;
+  index /= call.batch;
+  program.tile = programs.num_tiles - 1 - index % programs.num_tiles;
+  program.split = index / programs.num_tiles;
+  return program;
+}
+
+// Where the keys of one sequence and key head lie.
+struct CachePlace {
+  const void *k, *v;
+  const float *k_scale, *v_scale;
+  const int32_t* table_row;
+  int cache_row;
+};
+
+template <class Element>
+__device__ __forceinline__ CachePlace cache_place(const DecodeAttention& call, const Program& program) {
+  CachePlace place{};
+  place.k = static_cast<const Element*>(call.k) + program.kv_head * call.stride_k_head;
+  place.v = static_cast<const Element*>(call.v) + program.kv_head * call.stride_v_head;
+  if (call.k_scale != nullptr) {
+    place.k_scale = call.k_scale + program.kv_head * call.stride_k_scale_head;
+    place.v_scale = call.v_scale + program.kv_head * call.stride_v_scale_head;
+  }
+  if (call.block_table != nullptr) place.table_row = call.block_table + program.sequence * call.stride_block_table;
+  place.cache_row = call.cache_batch_idx != nullptr ? call.cache_batch_idx[program.sequence] : program.sequence;
+  return place;
+}
+
+// The page of a key, or -1 for one that is not to be read.
+__device__ __forceinline__ int page_of(const DecodeAttention& call, const CachePlace& place, int slot, bool wanted) {
+  if (!wanted) return -1;
+  return place.table_row != nullptr ? place.table_row[slot / call.page_size] : place.cache_row;
+}
+
+// Starts the copies of a warp's next 16 keys and values. Lane i and lane i + 16 know the page and slot of key i.
+template <class Element, int DIM>
+__device__ __forceinline__ void copy_chunk(const DecodeAttention& call, const CachePlace& place, unsigned char* stage, int page, int slot) {
+  using Smem = Layout<Element, DIM>;
+  const int lane = threadIdx.x % kWarpSize;
+  const bool is_value = lane >= kChunkKeys, valid = page >= 0;
+  const int64_t offset_in_page = call.page_size > 0 ? slot % call.page_size : slot;
+  const int64_t offset = is_value ? page * call.stride_v_page + offset_in_page * call.stride_v_token
+                                  : page * call.stride_k_page + offset_in_page * call.stride_k_token;
+  copy_rows<Element, DIM>(stage, place.k, valid ? offset : -1, 0, call.head_dim, call.k_vector_bytes);
+  copy_rows<Element, DIM>(stage + Smem::KEYS, place.v, valid ? offset : -1, kChunkKeys, call.value_dim, call.v_vector_bytes);
+  if constexpr (Smem::WIDENED) {
+    if (call.scale_per_token) {
+      const float* scale = is_value ? place.v_scale : place.k_scale;
+      const int64_t scale_offset = is_value ? page * call.stride_v_scale_page + offset_in_page * call.stride_v_scale_token
+                                            : page * call.stride_k_scale_page + offset_in_page * call.stride_k_scale_token;
+      ptx::cp_async<4>(stage + 2 * Smem::KEYS + lane * 4, valid ? scale + scale_offset : scale, valid);
+    }
+  }
+}
+
+// Fills q's rows of the block: tile rows in order, zeros where there is no row or no feature.
+template <class T, int DIM>
+__device__ __forceinline__ void load_queries(const DecodeAttention& call, const Program& program, const Sequence& sequence, int first_row,
+                                             int block_rows, unsigned char* tile) {
+  constexpr int PIECES = DIM / 8;
+  const int num_rows = sequence.seqlen_q * call.group;
+  for (int index = threadIdx.x; index < block_rows * PIECES; index += blockDim.x) {
+    const int row = index / PIECES, piece = index % PIECES;
+    uint4 words{0, 0, 0, 0};
+    if (first_row + row < num_rows && piece * 8 < call.head_dim) {
+      const RowPlace place = place_of(call, program.kv_head, first_row + row);
+      const T* from = static_cast<const T*>(call.q) + program.sequence * call.stride_q_batch +
+                      int64_t(sequence.first_token + place.token) * call.stride_q_token + place.head * call.stride_q_head + piece * 8;
+      if (call.q_vector_bytes == 16) {
+        words = *reinterpret_cast<const uint4*>(from);
+      } else {
+        T elements[8];
+        for (int i = 0; i < 8; ++i) elements[i] = from[i];
+        memcpy(&words, elements, sizeof words);
+      }
+    }
+    *reinterpret_cast<uint4*>(tile + piece_offset<DIM>(row, piece)) = words;
+  }
+}
+
+// Zeros the features that copies never write, of `tiles` tiles of 16 keys and 16 values that lie `stride` bytes apart.
+template <int DIM>
+__device__ __forceinline__ void clear_padding(const DecodeAttention& call, unsigned char* first_tile, int tiles, int stride) {
+  constexpr int PIECES = DIM / 8;
+  if (call.head_dim == DIM && call.value_dim == DIM) return;
+  for (int index = threadIdx.x; index < tiles * 2 * kChunkKeys * PIECES; index += blockDim.x) {
+    const int row = index / PIECES % (2 * kChunkKeys), piece = index % PIECES;
+    if (piece * 8 < (row < kChunkKeys ? call.head_dim : call.value_dim)) continue;
+    unsigned char* tile = first_tile + index / (PIECES * 2 * kChunkKeys) * stride;
+    *reinterpret_cast<uint4*>(tile + piece_offset<DIM>(row, piece)) = uint4{0, 0, 0, 0};
+  }
+}
+
+// What one lane knows of its two rows of the scores, lane / 4 and that + 8: the keys they see.
+struct LaneRows {
+  int row[2];
+  int low[2], high[2];
+};
+
+// A lane's scores of a chunk: key 8 t + 2 (lane % 4) + c of row r is score[t][2 r + c].
+using Scores = float[2][4];
+
+// Everything beyond scaling: softcap, bias, ALiBi, mask.
+__device__ __forceinline__ void add_score_terms(const DecodeAttention& call, const Program& program, const Sequence& sequence,
+                                                const LaneRows& rows, int first_key, Scores& scores) {
+  const int position_offset = sequence.seqlen_k - sequence.seqlen_q;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const RowPlace place = place_of(call, program.kv_head, rows.row[r]);
+    float slope = 0.0f;
+    if (call.alibi_slopes != nullptr && rows.high[r] > rows.low[r]) {
+      slope = load_as_float(call.alibi_slopes, call.alibi_type, program.sequence * call.stride_alibi_batch + place.head);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int t = i / 2, c = i % 2;
+      const int key = first_key + 8 * t + 2 * (threadIdx.x % 4) + c;
+      float score = scores[t][2 * r + c];
+      if (call.softcap > 0.0f) score = call.softcap * tanhf(score / call.softcap);
+      const bool sees = key >= rows.low[r] && key < rows.high[r];
+      if (call.bias != nullptr && sees) {
+        score += place.token < call.bias_rows
+                     ? load_as_float(call.bias, call.bias_type,
+                                     program.sequence * call.stride_bias_batch + place.head * call.stride_bias_head +
+                                         place.token * call.stride_bias_token + key * call.stride_bias_key)
+                     : -kInfinity;
+      }
+      score -= slope * static_cast<float>(abs(position_offset + place.token - key));
+      if (call.mask != nullptr && sees) {
+        const bool attend = place.token < call.mask_rows &&
+                            call.mask[program.sequence * call.stride_mask_batch + place.head * call.stride_mask_head +
+                                      place.token * call.stride_mask_token + key * call.stride_mask_key] != 0;
+        if (!attend) score = -kInfinity;
+      }
+      scores[t][2 * r + c] = score;
+    }
+  }
+}
+
+// The softmax and the output of a warp's 16 rows so far.
+template <int DIM>
+struct Accumulator {
+  float out[DIM / 8][4];
+  float max[2], sum[2];  // sum: this lane's share
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < DIM / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[j][i] = 0.0f;
+    }
+    max[0] = max[1] = -kInfinity;
+    sum[0] = sum[1] = 0.0f;
+  }
+
+  // Takes scores in (-inf = hidden), leaves the weights e^(score - max) in their place, and rescales what was before.
+  __device__ __forceinline__ void weigh(Scores& scores) {
+    float rescale[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = fmaxf(fmaxf(scores[0][2 * r], scores[0][2 * r + 1]), fmaxf(scores[1][2 * r], scores[1][2 * r + 1]));
+      largest = fmaxf(max[r], warp_reduce<4>(largest, Max{}));
+      const float shift = exponent_shift(largest);
+      rescale[r] = exponential(max[r] - shift);
+      max[r] = largest;
+      float total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& score = scores[i / 2][2 * r + i % 2];
+        score = exponential(score - shift);
+        total += score;
+      }
+      sum[r] = sum[r] * rescale[r] + total;
+    }
+    // A product with 1 changes no bit, and most chunks bring no new maximum.
+    if (__any_sync(kFullWarp, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+#pragma unroll
+      for (int j = 0; j < DIM / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[j][i] *= rescale[i / 2];
+      }
+    }
+  }
+};
+
+// scores = q kᵀ for 16 rows and 16 keys.
+template <class T, int DIM>
+__device__ __forceinline__ void multiply_keys(Scores& scores, const uint32_t (*q_fragments)[4], const unsigned char* q_tile,
+                                              const unsigned char* k_tile) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < DIM / 16; ++step) {
+    uint32_t q[4], k[4];
+    if constexpr (DIM == 256) {  // no room for q in registers
+      ptx::ldmatrix_x4<false>(q, q_tile + piece_offset<DIM>(lane % 16, 2 * step + lane / 16));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) q[i] = q_fragments[step][i];
+    }
+    ptx::ldmatrix_x4<false>(k, k_tile + piece_offset<DIM>(lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+    ptx::mma_m16n8k16<T>(scores[0], q, k[0], k[1]);
+    ptx::mma_m16n8k16<T>(scores[1], q, k[2], k[3]);
+  }
+}
+
+// out += weights v, the weights rounded to T.
+template <class T, int DIM>
+__device__ __forceinline__ void multiply_values(float (&out)[DIM / 8][4], const Scores& weights, const unsigned char* v_tile) {
+  const int lane = threadIdx.x % kWarpSize;
+  const uint32_t p[4] = {ptx::pack<T>(weights[0][0], weights[0][1]), ptx::pack<T>(weights[0][2], weights[0][3]),
+                         ptx::pack<T>(weights[1][0], weights[1][1]), ptx::pack<T>(weights[1][2], weights[1][3])};
+#pragma unroll
+  for (int j = 0; j < DIM / 16; ++j) {
+    uint32_t v[4];
+    ptx::ldmatrix_x4<true>(v, v_tile + piece_offset<DIM>(lane / 8 % 2 * 8 + lane % 8, 2 * j + lane / 16));
+    ptx::mma_m16n8k16<T>(out[2 * j], p, v[0], v[1]);
+    ptx::mma_m16n8k16<T>(out[2 * j + 1], p, v[2], v[3]);
+  }
+}
+
+// The merge of the block's warps and the end: eight features of a row per thread and step.
+template <class T, class Element, int DIM>
+__device__ __forceinline__ void store_block(const DecodeAttention& call, const DecodeClass& programs, const Program& program,
+                                            const Sequence& sequence, int first_row, const unsigned char* shared) {
+  using Smem = Layout<Element, DIM>;
+  constexpr int PIECES = DIM / 8;
+  const auto* outs = reinterpret_cast<const float*>(shared);
+  const auto* stats = reinterpret_cast<const RowStats*>(shared + Smem::STATS);
+  const bool shares_rows = programs.block_rows == kTileRows;
+  const int num_rows = sequence.seqlen_q * call.group;
+  const float v_scale = call.v_scale != nullptr && !call.scale_per_token ? call.v_scale[program.kv_head * call.stride_v_scale_head] : 1.0f;
+  for (int index = threadIdx.x; index < programs.block_rows * PIECES; index += blockDim.x) {
+    const int row = index / PIECES, piece = index % PIECES;
+    if (first_row + row >= num_rows || piece * 8 >= call.value_dim) continue;
+    const int first_part = shares_rows ? 0 : row / kTileRows, parts = shares_rows ? Smem::WARPS : 1;
+    RowStats total{-kInfinity, 0.0f};
+    for (int part = first_part; part < first_part + parts; ++part) total.max = fmaxf(total.max, stats[part * kTileRows + row % kTileRows].max);
+    const float shift = exponent_shift(total.max);
+    float out[8] = {};
+    for (int part = first_part; part < first_part + parts; ++part) {
+      const RowStats stat = stats[part * kTileRows + row % kTileRows];
+      const float weight = exponential(stat.max - shift);
+      const float* from = outs + (part * kTileRows + row % kTileRows) * Smem::OUT_ROW + piece * 8;
+      total.sum += weight * stat.sum;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] += weight * from[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] *= v_scale;
+    if (programs.partial_out != nullptr) {
+      const int64_t place = (int64_t(program.sequence * call.num_kv_heads + program.kv_head) * programs.num_splits + program.split) * programs.rows;
+      auto* to = reinterpret_cast<float4*>(programs.partial_out + (place + first_row + row) * call.value_dim + piece * 8);
+      to[0] = float4{out[0], out[1], out[2], out[3]};
+      to[1] = float4{out[4], out[5], out[6], out[7]};
+      if (piece == 0) {
+        programs.partial_stats[2 * place + first_row + row] = total.max;
+        programs.partial_stats[2 * place + programs.rows + first_row + row] = total.sum;
+      }
+      continue;
+    }
+    const RowPlace at = place_of(call, program.kv_head, first_row + row);
+    const RowEnd end = finish_row(call, total, at.head);
+    const int token = sequence.first_token + at.token;
+    uint4 words;
+    words.x = ptx::pack<T>(out[0] * end.factor, out[1] * end.factor);
+    words.y = ptx::pack<T>(out[2] * end.factor, out[3] * end.factor);
+    words.z = ptx::pack<T>(out[4] * end.factor, out[5] * end.factor);
+    words.w = ptx::pack<T>(out[6] * end.factor, out[7] * end.factor);
+    *reinterpret_cast<uint4*>(static_cast<T*>(call.out) + out_offset(call, program.sequence, token, at.head) + piece * 8) = words;
+    if (piece == 0) store_lse(call, program.sequence, token, at.head, end.lse);
+  }
+}
+
+// Barrier of those who share tiles: the block, or the warp alone.
+__device__ __forceinline__ void sync_tiles(bool shares_rows) {
+  if (shares_rows) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+template <class T, class Element, int DIM>
+__global__ void __launch_bounds__(kWarps<DIM>* kWarpSize) decode_split_kernel(const DecodeAttention call, const DecodeClass programs) {
+  using Smem = Layout<Element, DIM>;
+  constexpr int WARPS = kWarps<DIM>, STEP_KEYS = WARPS * kChunkKeys;
+  PYT_DYNAMIC_SHARED(shared);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const Program program = program_of(call, programs);
+  const Sequence sequence = sequence_of(call, program.sequence);
+  const int num_rows = sequence.seqlen_q * call.group, first_row = program.tile * programs.block_rows;
+  if (num_rows <= programs.rows_above || num_rows > programs.rows_up_to || first_row >= num_rows) return;
+  const KeyRange range = tile_keys(call, sequence, first_row, programs.block_rows);
+  const int end = min(range.high, split_start(programs.splits, program.split + 1));
+  const int begin = max(split_start(programs.splits, program.split), range.low / STEP_KEYS * STEP_KEYS);
+  if (begin >= end && programs.partial_out != nullptr) return;  // the merge knows the same bounds
+  const bool shares_rows = programs.block_rows == kTileRows;
+
+  // The first copies start before anything else. Page numbers are read a step ahead of the copies that need them.
+  const CachePlace place = cache_place<Element>(call, program);
+  const int steps = begin < end ? ceil_div(end - begin, STEP_KEYS) : 0;
+  const int lane_key = begin + warp * kChunkKeys + lane % kChunkKeys;
+  const auto next_page = [&](int step) {
+    const int key = lane_key + step * STEP_KEYS;
+    return page_of(call, place, sequence.leftpad + key, key >= range.low && key < end);
+  };
+  const auto stage_of = [&](int step, int of_warp) { return shared + (step % kStages * WARPS + of_warp) * Smem::STAGE; };
+  int page = next_page(0);
+  if (steps > 0) copy_chunk<Element, DIM>(call, place, stage_of(0, warp), page, sequence.leftpad + lane_key);
+  ptx::cp_async_commit();
+  page = next_page(1);
+
+  unsigned char* q_tiles = shared + Smem::Q;
+  load_queries<T, DIM>(call, program, sequence, first_row, programs.block_rows, q_tiles);
+  if constexpr (Smem::WIDENED) {
+    clear_padding<DIM>(call, shared + Smem::TILES, WARPS, Smem::TILE);
+  } else {
+    clear_padding<DIM>(call, shared, kStages * WARPS, Smem::STAGE);
+  }
+  __syncthreads();
+  const int warp_row = first_row + (shares_rows ? 0 : warp * kTileRows);
+  const unsigned char* q_tile = q_tiles + (warp_row - first_row) * DIM * 2;
+  uint32_t q_fragments[DIM / 16][4];
+  if constexpr (DIM < 256) {
+#pragma unroll
+    for (int step = 0; step < DIM / 16; ++step) {
+      ptx::ldmatrix_x4<false>(q_fragments[step], q_tile + piece_offset<DIM>(lane % 16, 2 * step + lane / 16));
+    }
+  }
+
+  LaneRows rows;
+  for (int r = 0; r < 2; ++r) {
+    rows.row[r] = warp_row + lane / 4 + 8 * r;
+    const int token = rows.row[r] / call.group;
+    const KeyRange seen = visible_keys(call, sequence, token, token);
+    rows.low[r] = seen.low;
+    rows.high[r] = rows.row[r] < num_rows ? min(seen.high, end) : 0;
+  }
+  // What the warp's rows see together: chunks outside would change no bit.
+  const KeyRange warp_range = warp_row < num_rows ? tile_keys(call, sequence, warp_row, kTileRows) : KeyRange{0, 0};
+  const bool has_terms = call.softcap > 0.0f || call.bias != nullptr || call.alibi_slopes != nullptr || call.mask != nullptr;
+  float score_scale = call.softmax_scale;
+  if (call.k_scale != nullptr && !call.scale_per_token) score_scale *= place.k_scale[0];
+
+  Accumulator<DIM> total;
+  total.clear();
+  for (int step = 0; step < steps; ++step) {
+    if (step + 1 < steps) {
+      copy_chunk<Element, DIM>(call, place, stage_of(step + 1, warp), page, sequence.leftpad + lane_key + (step + 1) * STEP_KEYS);
+      page = next_page(step + 2);
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
+    if constexpr (Smem::WIDENED) {
+      __syncwarp();
+      unsigned char* tile = shared + Smem::TILES + warp * Smem::TILE;
+      const unsigned char* stage = stage_of(step, warp);
+      const auto* scales = reinterpret_cast<const float*>(stage + 2 * Smem::KEYS);
+      const bool is_float8 = call.cache_type == DecodeAttention::CacheType::float8_e4m3;
+      widen_rows<T, DIM>(tile, stage, call.head_dim, is_float8, nullptr);
+      widen_rows<T, DIM>(tile + Smem::TILE / 2, stage + Smem::KEYS, call.value_dim, is_float8,
+                         call.scale_per_token ? scales + kChunkKeys : nullptr);
+    }
+    sync_tiles(shares_rows);
+    for (int chunk = shares_rows ? warp : 0; chunk < (shares_rows ? warp + 1 : WARPS); ++chunk) {
+      const int first_key = begin + step * STEP_KEYS + chunk * kChunkKeys;
+      if (first_key >= min(warp_range.high, end) || first_key + kChunkKeys <= warp_range.low) continue;
+      const unsigned char* stage = stage_of(step, chunk);
+      const unsigned char* tile = Smem::WIDENED ? shared + Smem::TILES + chunk * Smem::TILE : stage;
+      Scores scores;
+      multiply_keys<T, DIM>(scores, q_fragments, q_tile, tile);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float factor = score_scale;
+        if constexpr (Smem::WIDENED) {
+          if (call.scale_per_token) {
+            factor *= reinterpret_cast<const float*>(stage + 2 * Smem::KEYS)[i / 4 * 8 + 2 * (lane % 4) + i % 2];
+          }
+        }
+        scores[i / 4][i % 4] *= factor;
+      }
+      if (has_terms) add_score_terms(call, program, sequence, rows, first_key, scores);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int key = first_key + i / 4 * 8 + 2 * (lane % 4) + i % 2, r = i % 4 / 2;
+        if (key < rows.low[r] || key >= rows.high[r]) scores[i / 4][i % 4] = -kInfinity;
+      }
+      total.weigh(scores);
+      multiply_values<T, DIM>(total.out, scores, tile + kChunkKeys * DIM * 2);
+    }
+    sync_tiles(shares_rows);  // the next copies overwrite this stage
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+
+  auto* outs = reinterpret_cast<float*>(shared) + (warp * kTileRows + lane / 4) * Smem::OUT_ROW + 2 * (lane % 4);
+  auto* stats = reinterpret_cast<RowStats*>(shared + Smem::STATS) + warp * kTileRows + lane / 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int j = 0; j < DIM / 8; ++j) {
+      *reinterpret_cast<float2*>(outs + 8 * r * Smem::OUT_ROW + 8 * j) = float2{total.out[j][2 * r], total.out[j][2 * r + 1]};
+    }
+    const float sum = warp_reduce<4>(total.sum[r], Sum{});
+    if (lane % 4 == 0) stats[8 * r] = {total.max[r], sum};
+  }
+  __syncthreads();
+  store_block<T, Element, DIM>(call, programs, program, sequence, first_row, shared);
+}
+
+template <class T, class Element, int DIM>
+void launch_split(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream) {
+  const int64_t blocks = int64_t(call.batch) * call.num_kv_heads * programs.num_tiles * programs.num_splits;
+  launch("decode_split_kernel", &decode_split_kernel<T, Element, DIM>, dim3(static_cast<unsigned>(blocks)), dim3(kWarps<DIM> * kWarpSize),
+         Layout<Element, DIM>::bytes(programs.block_rows), stream, call, programs);
+}
+
+template <class T, class Element>
+void launch_split(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream) {
+  const int dim = call.head_dim > call.value_dim ? call.head_dim : call.value_dim;
+  if (dim <= 64) {
+    launch_split<T, Element, 64>(call, programs, stream);
+  } else if (dim <= 128) {
+    launch_split<T, Element, 128>(call, programs, stream);
+  } else {
+    launch_split<T, Element, 256>(call, programs, stream);
+  }
+}
+
+// One per translation unit.
+void split_float16(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
+void split_float16_widened(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
+void split_bfloat16(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
+void split_bfloat16_widened(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
+
+}  // namespace pytransformer::decode
