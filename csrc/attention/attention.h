@@ -10,7 +10,9 @@ struct CUstream_st;
 
 namespace pytransformer {
 
-inline constexpr int32_t kUnlimited = 0x7fffffff;  // a window without an edge on that side
+// Most rows of a tensor, so that sums of positions, distances and window edges stay within 32 bits.
+inline constexpr int32_t kMaxRows = 1 << 29;
+inline constexpr int32_t kUnlimited = 1 << 30;  // a window without an edge on that side
 
 // Elements between neighbours; features are contiguous, and each row of them is 16-byte aligned. 0 where there is one only, or (batch)
 // where sequences are packed.

@@ -11,6 +11,14 @@
 
 namespace pytransformer {
 
+// What a block has to do. It lies in shared memory, as each step needs little of it and registers are short.
+struct ForwardPlan {
+  Place place;
+  TileRange tiles;
+  int32_t num_cut;    // of the tiles, those that are not seen whole
+  const void *k, *v;  // the sequence's first key and value of the head
+};
+
 // Tile sizes for features padded to WIDTH.
 //
 // A warp owns 16 or 32 rows. 32 rows use each fragment of k and v twice, which halves the reads of shared memory that bound 16 rows, and
@@ -22,7 +30,8 @@ struct ForwardTiles {
   static constexpr int kBlockM = kWarps * kRowsPerWarp;
   static constexpr int kBlockN = 64;
   // 32, 64 and 96 KB: two blocks per SM and more, but for WIDTH 256 on GPUs with less than 192 KB.
-  static constexpr int kSharedBytes = 2 * WIDTH * (kBlockM + 2 * kBlockN);
+  static constexpr int kTileBytes = 2 * WIDTH * (kBlockM + 2 * kBlockN);
+  static constexpr int kSharedBytes = kTileBytes + sizeof(ForwardPlan);
 };
 
 template <class T, int WIDTH, bool TERMS>
@@ -34,8 +43,11 @@ class ForwardWarp {
 
  public:
   __device__ __forceinline__ ForwardWarp(const AttentionCall& call, const Place& place, const T* q_tile, const T* k_tile, const T* v_tile)
-      : call_(call), place_(place), scores_(call, place.sequence, place.head), read_q_(q_tile), read_k_(k_tile), read_v_(v_tile) {
+      : call_(call), scores_(call, place.sequence, place.head), read_q_(q_tile), read_k_(k_tile), read_v_(v_tile) {
     first_row_ = static_cast<int>(threadIdx.x / kWarpSize) * Tiles::kRowsPerWarp;
+    const int lane = threadIdx.x % kWarpSize;
+    num_keys_ = place.other_length - lane % 4 * 2;
+    distance_ = place.start + first_row_ + lane / 4 - place.length + num_keys_;
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
       maximum_[m][0] = maximum_[m][1] = -kInfinity;
@@ -60,6 +72,7 @@ class ForwardWarp {
   // or the end of the keys cuts the tile.
   template <bool MASKED>
   __device__ __forceinline__ void exponentiate(int first_key) {
+    scores_.cap(s_);
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -76,9 +89,9 @@ class ForwardWarp {
   }
 
   // Divides by the sums and writes out and lse, through this warp's own rows of `staging`.
-  __device__ __forceinline__ void finish(const AttentionForward& forward, T* staging) {
-    const int rows_left = place_.length - place_.start - first_row_, lane = threadIdx.x % kWarpSize;
-    float* lse = forward.lse + statistic_index(call_, place_.sequence, place_.first, place_.head) + place_.start + first_row_;
+  __device__ __forceinline__ void finish(const AttentionForward& forward, const Place& place, T* staging) {
+    const int rows_left = place.length - place.start - first_row_, lane = threadIdx.x % kWarpSize;
+    float* lse = forward.lse + statistic_index(call_, place.sequence, place.first, place.head) + place.start + first_row_;
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -98,7 +111,7 @@ class ForwardWarp {
     }
     __syncwarp();
     const RowStrides strides = contiguous_strides(call_.is_packed(), call_.seqlen_q, call_.num_heads, call_.value_dim);
-    T* rows = row_address(static_cast<T*>(forward.out), strides, place_.sequence, place_.first, place_.start + first_row_, place_.head);
+    T* rows = row_address(static_cast<T*>(forward.out), strides, place.sequence, place.first, place.start + first_row_, place.head);
     write_rows<Tiles::kRowsPerWarp, WIDTH>(rows, strides.row, rows_left, call_.value_dim, staging, first_row_);
   }
 
@@ -142,19 +155,17 @@ class ForwardWarp {
 
   template <bool MASKED>
   __device__ __forceinline__ void exponentiate_row(int m, int half, int first_key) {
-    const int lane = threadIdx.x % kWarpSize;
-    const int row = place_.start + first_row_ + 16 * m + 8 * half + lane / 4, first_col = first_key + lane % 4 * 2;
-    const int diagonal = row + place_.other_length - place_.length;
-    const KeyRange visible = keys_of(call_, row, place_.length, place_.other_length);
+    const int distance = distance_ - first_key + 16 * m + 8 * half;
+    const KeyRange visible = visible_keys(call_, distance, num_keys_ - first_key);
     float tile_maximum = -kInfinity;
 #pragma unroll
     for (int n = 0; n < 2 * KEY_BLOCKS; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int key = first_col + 8 * n + i;
+        const int key = 8 * n + i;
         float& s = s_[m][n][2 * half + i];
-        s = scores_.score(s, diagonal - key);
-        if (MASKED && (key < visible.low || key > visible.high)) s = -kInfinity;
+        s = scores_.with_distance(s, distance - key);
+        if (MASKED && !visible.has(key)) s = -kInfinity;
         tile_maximum = fmaxf(tile_maximum, s);
       }
     }
@@ -184,17 +195,28 @@ class ForwardWarp {
   }
 
   const AttentionCall& call_;
-  const Place& place_;
   const Scores<TERMS> scores_;
   const ReadA<T, WIDTH> read_q_;
   const ReadTransposedB<T, WIDTH> read_k_;
   const ReadB<T, WIDTH> read_v_;
-  int first_row_;  // of this warp in the block's tile
+  int first_row_;           // of this warp in the block's tile
+  int distance_, num_keys_;  // of this thread's first row from its first key, and keys from that one on
   float out_[M_TILES][2 * ALL][4];
   float s_[M_TILES][2 * KEY_BLOCKS][4];
   uint32_t weights_[M_TILES][KEY_BLOCKS][4];
   float maximum_[M_TILES][2], sum_[M_TILES][2];  // the sums are of this thread's columns; shifts of Scores::weight
 };
+
+template <class T, class Tiles>
+__device__ __forceinline__ void make_plan(ForwardPlan& plan, const AttentionCall& call, const Place& place) {
+  const int32_t diagonal = place.other_length - place.length, kv_head = place.head / (call.num_heads / call.num_kv_heads);
+  plan.place = place;
+  plan.tiles = tile_range(place.start, min(place.start + Tiles::kBlockM, place.length) - 1, diagonal - call.window_left,
+                          diagonal + call.window_right, place.other_length, Tiles::kBlockN);
+  plan.num_cut = plan.tiles.end - plan.tiles.whole_end + plan.tiles.whole_begin - plan.tiles.begin;
+  plan.k = row_address(static_cast<const T*>(call.k), call.stride_k, place.sequence, place.other_first, 0, kv_head);
+  plan.v = row_address(static_cast<const T*>(call.v), call.stride_v, place.sequence, place.other_first, 0, kv_head);
+}
 
 template <class T, int WIDTH, bool TERMS>
 __global__ void __launch_bounds__(ForwardTiles<WIDTH>::kWarps* kWarpSize, 2)
@@ -209,52 +231,43 @@ __global__ void __launch_bounds__(ForwardTiles<WIDTH>::kWarps* kWarpSize, 2)
   T* q_tile = reinterpret_cast<T*>(shared);
   T* k_tile = q_tile + Tiles::kBlockM * WIDTH;
   T* v_tile = k_tile + Tiles::kBlockN * WIDTH;
-  const int kv_head = place.head / (call.num_heads / call.num_kv_heads);
-  const T* k = row_address(static_cast<const T*>(call.k), call.stride_k, place.sequence, place.other_first, 0, kv_head);
-  const T* v = row_address(static_cast<const T*>(call.v), call.stride_v, place.sequence, place.other_first, 0, kv_head);
-  const auto load_keys = [&](int tile) {
-    const int first = tile * Tiles::kBlockN;
-    load_tile_async<Tiles::kBlockN, WIDTH, THREADS>(k_tile, k + first * call.stride_k.row, call.stride_k.row, place.other_length - first,
-                                                    call.head_dim);
-    ptx::cp_async_commit();
-  };
-  const auto load_values = [&](int tile) {
-    const int first = tile * Tiles::kBlockN;
-    load_tile_async<Tiles::kBlockN, WIDTH, THREADS>(v_tile, v + first * call.stride_v.row, call.stride_v.row, place.other_length - first,
-                                                    call.value_dim);
-    ptx::cp_async_commit();
-  };
+  ForwardPlan& plan = *reinterpret_cast<ForwardPlan*>(shared + Tiles::kTileBytes);
+  if (threadIdx.x == 0) make_plan<T, Tiles>(plan, call, place);
+  __syncthreads();
 
-  const int64_t diagonal = static_cast<int64_t>(place.other_length) - place.length;
-  const TileRange range = tile_range(place.start, min(place.start + Tiles::kBlockM, place.length) - 1, diagonal - call.window_left,
-                                     diagonal + call.window_right, place.other_length, Tiles::kBlockN);
+  // The other operand of a step, while it multiplies the first.
+  const auto load = [&](T* tile, const void* rows, int64_t stride, int32_t number, int32_t features) {
+    const int32_t first = number * Tiles::kBlockN;
+    load_tile_async<Tiles::kBlockN, WIDTH, THREADS>(tile, static_cast<const T*>(rows) + first * stride, stride,
+                                                    plan.place.other_length - first, features);
+    ptx::cp_async_commit();
+  };
   ForwardWarp<T, WIDTH, TERMS> warp(call, place, q_tile, k_tile, v_tile);
   // Tiles that all rows see whole come first, then those that an edge cuts: on to the end, and then from the beginning.
-  int tile = range.whole_begin < range.end ? range.whole_begin : range.begin;
-  if (range.begin < range.end) {
+  int tile = plan.tiles.whole_begin < plan.tiles.end ? plan.tiles.whole_begin : plan.tiles.begin;
+  int left = plan.tiles.end - plan.tiles.begin;
+  if (left > 0) {
     const T* q = row_address(static_cast<const T*>(call.q), call.stride_q, place.sequence, place.first, place.start, place.head);
     load_tile_async<Tiles::kBlockM, WIDTH, THREADS>(q_tile, q, call.stride_q.row, place.length - place.start, call.head_dim);
-    load_keys(tile);
+    load(k_tile, plan.k, call.stride_k.row, tile, call.head_dim);
   }
-  const auto visit = [&](auto masked, bool is_last) {
+  const auto step = [&](auto masked) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // the keys are there, and all are done with the values of the tile before
-    load_values(tile);
+    load(v_tile, plan.v, call.stride_v.row, tile, call.value_dim);
     warp.multiply_keys();
+    warp.template exponentiate<decltype(masked)::value>(tile * Tiles::kBlockN);
     ptx::cp_async_wait<0>();
     __syncthreads();  // the values are there, and all are done with the keys
-    const int first_key = tile * Tiles::kBlockN;
-    tile = tile + 1 == range.end ? range.begin : tile + 1;
-    if (!is_last) load_keys(tile);
-    warp.template exponentiate<decltype(masked)::value>(first_key);
+    tile = tile + 1 == plan.tiles.end ? plan.tiles.begin : tile + 1;
+    if (--left > 0) load(k_tile, plan.k, call.stride_k.row, tile, call.head_dim);
     warp.multiply_values();
   };
-  const int num_whole = range.whole_end - range.whole_begin, num_cut = range.end - range.begin - num_whole;
 #pragma unroll 1
-  for (int i = 0; i < num_whole; ++i) visit(std::false_type{}, i + 1 == num_whole && num_cut == 0);
+  while (left > plan.num_cut) step(std::false_type{});
 #pragma unroll 1
-  for (int i = 0; i < num_cut; ++i) visit(std::true_type{}, i + 1 == num_cut);
-  warp.finish(forward, q_tile);
+  while (left > 0) step(std::true_type{});
+  warp.finish(forward, plan.place, q_tile);
 }
 
 template <class T, int WIDTH, bool TERMS>

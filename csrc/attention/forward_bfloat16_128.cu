@@ -1,3 +1,6 @@
 #include "forward.cuh"
+#include "forward.h"
 
-template void pytransformer::attention_forward_of_width<pytransformer::bfloat16, 128>(const AttentionForward&, CUstream_st*);
+void pytransformer::attention_forward_bfloat16_128(const AttentionForward& forward, CUstream_st* stream) {
+  attention_forward_of_width<bfloat16, 128>(forward, stream);
+}

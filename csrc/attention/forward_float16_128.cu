@@ -1,3 +1,6 @@
 #include "forward.cuh"
+#include "forward.h"
 
-template void pytransformer::attention_forward_of_width<pytransformer::float16, 128>(const AttentionForward&, CUstream_st*);
+void pytransformer::attention_forward_float16_128(const AttentionForward& forward, CUstream_st* stream) {
+  attention_forward_of_width<float16, 128>(forward, stream);
+}

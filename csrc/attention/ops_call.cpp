@@ -6,8 +6,6 @@
 namespace pytransformer {
 namespace {
 
-// Room for a tile beyond the last row in 32-bit positions.
-constexpr int64_t kMaxRows = INT32_MAX - 1024;
 // Fewer rows than a tile of any of the kernels has, for the check that a grid is not too large.
 constexpr int64_t kSmallestTile = 16;
 

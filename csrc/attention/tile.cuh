@@ -36,10 +36,11 @@ __device__ __forceinline__ void load_tile_async(T* tile, const T* rows, int64_t 
   const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
   const bool inside = chunk * kChunk < cols;
   const T* source = rows + first * stride + chunk * kChunk;
+  rows_left -= first;
 #pragma unroll
   for (int row = 0; row < ROWS; row += ROWS_AT_ONCE) {
-    const bool valid = inside && first + row < rows_left;
-    ptx::cp_async<16>(tile + tile_offset<COLS>(first + row, chunk), valid ? source : rows, valid);
+    const bool valid = inside && row < rows_left;
+    ptx::cp_async<16>(tile + tile_offset<COLS>(first + row, chunk), source, valid);
     source += ROWS_AT_ONCE * stride;
   }
 }
@@ -217,27 +218,27 @@ struct TileRange {
   int32_t begin, whole_begin, whole_end, end;
 };
 
-// Row r, first <= r <= last, meets positions r + low_shift to r + high_shift within 0 to length - 1.
-__device__ __forceinline__ TileRange tile_range(int64_t first, int64_t last, int64_t low_shift, int64_t high_shift, int64_t length,
+// Row r, first <= r <= last, meets positions r + low_shift to r + high_shift within 0 to length - 1. No sum here leaves 32 bits: see kMaxRows.
+__device__ __forceinline__ TileRange tile_range(int32_t first, int32_t last, int32_t low_shift, int32_t high_shift, int32_t length,
                                                 int32_t block) {
-  const auto within = [&](int64_t position) { return position < 0 ? int64_t{0} : position > length ? length : position; };
-  const int32_t begin = static_cast<int32_t>(within(first + low_shift) / block);
-  const int32_t end = max(begin, static_cast<int32_t>(ceil_div<int64_t>(within(last + high_shift + 1), block)));
-  const int32_t whole_begin = min(static_cast<int32_t>(ceil_div<int64_t>(within(last + low_shift), block)), end);
-  const int32_t whole_end = static_cast<int32_t>(within(first + high_shift + 1) / block);
+  const auto within = [&](int32_t position) { return min(max(position, 0), length); };
+  const int32_t begin = within(first + low_shift) / block;
+  const int32_t end = max(begin, ceil_div(within(last + high_shift + 1), block));
+  const int32_t whole_begin = min(ceil_div(within(last + low_shift), block), end);
+  const int32_t whole_end = within(first + high_shift + 1) / block;
   return {begin, whole_begin, min(max(whole_end, whole_begin), end), end};
 }
 
-// Keys that query `row` sees: low <= key <= high.
+// Keys that a query sees, counted from some key: low <= key <= high.
 struct KeyRange {
   int32_t low, high;
+
+  __device__ __forceinline__ bool has(int32_t key) const { return key >= low && key <= high; }
 };
 
-__device__ __forceinline__ KeyRange keys_of(const AttentionCall& call, int32_t row, int32_t seqlen_q, int32_t seqlen_k) {
-  const int64_t diagonal = static_cast<int64_t>(row) + seqlen_k - seqlen_q;
-  const int64_t low = diagonal - call.window_left, high = diagonal + call.window_right;
-  return {low < 0 ? 0 : low > seqlen_k ? seqlen_k : static_cast<int32_t>(low),
-          high < seqlen_k ? (high < -1 ? -1 : static_cast<int32_t>(high)) : seqlen_k - 1};
+// distance: of the query from the key that is counted from; keys_left: keys from that one to the sequence's end.
+__device__ __forceinline__ KeyRange visible_keys(const AttentionCall& call, int32_t distance, int32_t keys_left) {
+  return {distance - call.window_left, min(distance + call.window_right, keys_left - 1)};
 }
 
 // --- What a score is --------------------------------------------------------------------------------------------------------------------
@@ -272,6 +273,27 @@ struct Scores {
     if constexpr (!TERMS) return product;
     const float score = product * factor;
     return has_softcap ? softcap * fast_tanh(score * inverse_softcap) : score;
+  }
+
+  // The scores of an array of products, before ALiBi.
+  template <int M, int N>
+  __device__ __forceinline__ void cap(float (&products)[M][N][4]) const {
+    if constexpr (TERMS) {
+      const auto each = [&](auto function) {
+#pragma unroll
+        for (int i = 0; i < M * N * 4; ++i) {
+          float& value = products[i / (4 * N)][i / 4 % N][i % 4];
+          value = function(value);
+        }
+      };
+      each([&](float product) { return product * factor; });
+      if (has_softcap) each([&](float score) { return softcap * fast_tanh(score * inverse_softcap); });
+    }
+  }
+
+  // A capped score with ALiBi. distance: query + seqlen_k - seqlen_q - key.
+  __device__ __forceinline__ float with_distance(float score, int32_t distance) const {
+    return TERMS ? score - slope * fabsf(static_cast<float>(distance)) : score;
   }
 
   // distance: query + seqlen_k - seqlen_q - key.
