@@ -49,7 +49,7 @@ class _Contents:
 
     def read(self) -> Tensor:
         if self.dense is None:
-            self.dense = self._build()
+            self.dense = self._build().contiguous()  # as the mask's strides say; it may be written to
         return self.dense
 
 
