@@ -217,21 +217,32 @@ def test_bfloat16_meets_the_contract(family, device):
     contract.check()
 
 
-@pytest.mark.parametrize("what", ["model", "layers"])
-@pytest.mark.parametrize("family", ["mistral", "gpt2"])
-def test_compiles_with_fullgraph_as_a_whole_and_by_layers(family, what, device):
-    compiled = build(family, NAME, device)
+def test_autocast_computes_in_its_dtype(device):
+    tensors = qkv(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out, _ = attention_forward(Module(), *tensors, None, sliding_window=3)
+    low = [tensor.bfloat16() for tensor in tensors]
+    assert torch.equal(out, attention_forward(Module(), *low, None, sliding_window=3)[0])
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family, what", [("mistral", "model"), ("gpt2", "layers")])
+def test_compiles_with_fullgraph_and_any_length_as_a_whole_and_by_layers(family, what, device):
+    compiled = build(family, NAME, device, num_hidden_layers=1)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     if what == "model":
         compiled.compile(fullgraph=True, backend="aot_eager")
     else:
         for layer in compiled.model.layers if family == "mistral" else compiled.transformer.h:
             layer.compile(fullgraph=True, backend="aot_eager")
     contract = Contract(torch.float32)
-    golden = in_float64(build(family, "eager", device))
-    plain = build(family, "eager", device)
+    golden = in_float64(build(family, "eager", device, num_hidden_layers=1))
+    plain = build(family, "eager", device, num_hidden_layers=1)
     for seed in range(SEEDS):
-        inputs = inputs_for(family, seed, device, padding=None if seed % 3 == 2 else "left")
+        length = 12 if seed < 5 else 16 + seed  # one more graph, of any length
+        inputs = inputs_for(family, seed, device, length=length, padding=None if seed % 3 == 2 else "left")
+        inputs.pop("position_ids", None)
         if seed % 2:  # other padding than the mask that was traced
             inputs["attention_mask"] = inputs["attention_mask"].roll(1, 0)
         with ComputeInFloat64():
@@ -240,6 +251,9 @@ def test_compiles_with_fullgraph_as_a_whole_and_by_layers(family, what, device):
         contract.add("logits", actual=actual[0], plain=expected[0], golden=exact[0])
         contract.add_all(actual[1], expected[1], exact[1], kind="gradient")
     contract.check()
+    # For one length and for any; the layers see a mask or None, too.
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= (2 if what == "model" else 4)
     torch._dynamo.reset()
 
 
