@@ -246,11 +246,9 @@ def _causal_and_window(mask_function: Callable[..., Any]) -> tuple[bool, tuple[i
     parts = _conjuncts(mask_function)
     if len(parts) != 2:
         return None
-    for overlay, causal in (
-        (masking_utils.sliding_window_overlay, True),
-        (masking_utils.sliding_window_bidirectional_overlay, False),
-    ):
-        found = _captured(parts[0], overlay(1))
+    for name, causal in (("sliding_window_overlay", True), ("sliding_window_bidirectional_overlay", False)):
+        overlay = getattr(masking_utils, name, None)  # the second is younger than transformers 5.0
+        found = None if overlay is None else _captured(parts[0], overlay(1))
         inner = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
         if found is not None and parts[1] is inner:
             width = int(found["sliding_window"])
