@@ -268,13 +268,6 @@ struct Scores {
     }
   }
 
-  // The score of a product, before ALiBi.
-  __device__ __forceinline__ float capped(float product) const {
-    if constexpr (!TERMS) return product;
-    const float score = product * factor;
-    return has_softcap ? softcap * fast_tanh(score * inverse_softcap) : score;
-  }
-
   // The scores of an array of products, before ALiBi.
   template <int M, int N>
   __device__ __forceinline__ void cap(float (&products)[M][N][4]) const {
@@ -294,12 +287,6 @@ struct Scores {
   // A capped score with ALiBi. distance: query + seqlen_k - seqlen_q - key.
   __device__ __forceinline__ float with_distance(float score, int32_t distance) const {
     return TERMS ? score - slope * fabsf(static_cast<float>(distance)) : score;
-  }
-
-  // distance: query + seqlen_k - seqlen_q - key.
-  __device__ __forceinline__ float score(float product, int32_t distance) const {
-    if constexpr (!TERMS) return product;
-    return capped(product) - slope * fabsf(static_cast<float>(distance));
   }
 
   // A row's maximum of scores as the shift of weight().

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.ops import attention_torch
+from pytransformer.ops import attention_cuda, attention_torch
 from pytransformer.ops.attention_checks import (
     AttentionCall,
     check_attention,
@@ -45,6 +45,7 @@ CHOICE = BackendChoice(
     "attention",
     (
         Candidate("triton", _triton_why_not, "float64"),
+        Candidate("cuda", attention_cuda.why_not, attention_cuda.LIMITS),
         Candidate("torch", attention_torch.why_not, "softcap, sinks, return_lse, dropout_p; packed sequences on a GPU"),
         Candidate("reference", serves_all),
     ),
@@ -108,8 +109,8 @@ def attention(
         max_seqlen_q, max_seqlen_k: hints for packed sequences; nothing is read back from the device when they are absent.
         deterministic: whether gradients must have the same bits each run; None follows ``torch.use_deterministic_algorithms``.
         return_lse: return the log-sum-exp too.
-        backend: "triton", "torch" or "reference"; None takes what was set by ``use_backend`` or PYTRANSFORMER_BACKEND, else the first that
-            can serve the call. The reference materialises the score matrix and warns once when it was not asked for by name.
+        backend: "triton", "cuda", "torch" or "reference"; None takes what was set by ``use_backend`` or PYTRANSFORMER_BACKEND, else the
+            first that can serve the call. The reference materialises the score matrix and warns once when it was not asked for by name.
 
     Returns:
         (batch, seqlen_q, num_heads, value head_dim) or (total_q, num_heads, value head_dim) in q's dtype. With ``return_lse`` also the
@@ -144,7 +145,7 @@ def _materialises(call: AttentionCall) -> str:
     device_type = call.q.device.type
     by_request = "interpreted kernels serve on request only"
     reasons = "; ".join(
-        f"{name}: {CHOICE.why_not(name, call, device_type) or by_request}" for name in ("triton", "torch")
+        f"{name}: {CHOICE.why_not(name, call, device_type) or by_request}" for name in ("triton", "cuda", "torch")
     )
     return (
         "attention: no fused backend serves this call, so the reference does, which materialises the "
@@ -153,7 +154,7 @@ def _materialises(call: AttentionCall) -> str:
 
 
 def _run(call: AttentionCall, backend: str) -> Tensor | tuple[Tensor, Tensor]:
-    if not is_empty(call) and backend != "triton":
+    if not is_empty(call) and backend in ("torch", "reference"):
         # The tracer of torch.compile cannot read cu_seqlens, nor need it see the reference: there both hide behind the registered ops.
         traced = torch.compiler.is_compiling()
         if backend == "torch" and not (traced and is_packed(call)):
@@ -303,6 +304,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Te
         from pytransformer.kernels.attention_forward import attention_forward
 
         return attention_forward(q, k, v, **_kernel_options(call))
+    if backend == "cuda":
+        return attention_cuda.forward(call)
     with torch.no_grad():
         out, lse = _composite(call, backend)
     # A view or another layout would break the promise of the fake tensors.
@@ -351,6 +354,8 @@ def _backward(
         from pytransformer.kernels.attention_backward import attention_backward
 
         gradients = attention_backward(dout, q, k, v, out, lse, dlse, want_dbias=want_dbias, **_kernel_options(call))
+    elif backend == "cuda":
+        gradients = attention_cuda.backward(call, dout, dlse, out, lse)
     else:
         gradients = _recompute(call, backend, want_dbias, dout, dlse)
     dq, dk, dv, dbias, dsinks = (
