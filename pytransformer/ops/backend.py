@@ -71,7 +71,7 @@ def requested_backend(argument: str | None) -> str | None:
     return None
 
 
-def _constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile runs ``function`` while tracing and keeps its result: what torch.compiler.assume_constant_result does, without
     importing the compiler for it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -81,12 +81,12 @@ def _constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
 _is_triton_installed = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
 
 
-@_constant_under_compile
+@constant_under_compile
 def _triton_installed() -> bool:
     return _is_triton_installed()
 
 
-@_constant_under_compile
+@constant_under_compile
 def _cuda_why_not(device_type: str) -> str | None:
     return extension.why_not(device_type)
 
@@ -190,7 +190,7 @@ class BackendChoice:
 _given_warnings: set[str] = set()
 
 
-@_constant_under_compile
+@constant_under_compile
 def warn_once(message: str) -> None:
     """Warns (RuntimeWarning) the first time a message is given in this process; under torch.compile, while tracing."""
     if message not in _given_warnings:

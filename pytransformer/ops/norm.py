@@ -9,10 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer import reference
+from pytransformer import extension, reference
 from pytransformer.ops import checks
 from pytransformer.ops.autograd import records_backward, refuse_double_backward, vmap_by_loop
-from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, serves_all
+from pytransformer.ops.backend import (
+    BackendChoice,
+    Candidate,
+    constant_under_compile,
+    goes_straight_to_cuda,
+    is_plain,
+    serves_all,
+)
 
 NormResult = Tensor | tuple[Tensor, Tensor]
 
@@ -41,14 +48,22 @@ def _tensors(call: NormCall) -> tuple[Tensor | None, ...]:
     return call.x, call.weight, call.bias, call.residual
 
 
-def _triton_can_serve(call: NormCall) -> str | None:
+def _kernels_can_serve(call: NormCall) -> str | None:
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in _tensors(call)):
         return "float64 is served by torch and reference only"
     return None
 
 
+def _cuda_can_serve(call: NormCall) -> str | None:
+    reason = _kernels_can_serve(call)
+    if reason is None:
+        _cuda_ops()
+    return reason
+
+
 _CANDIDATES = (
-    Candidate("triton", _triton_can_serve, limits="float64"),
+    Candidate("cuda", _cuda_can_serve, limits="float64"),
+    Candidate("triton", _kernels_can_serve, limits="float64"),
     Candidate("torch", serves_all),
     Candidate("reference", serves_all),
 )
@@ -83,8 +98,8 @@ def layer_norm(
     """``(s - mean(s)) / sqrt(var(s) + eps) · weight + bias`` over the last dimension, of s = x or x + residual (Ba et al. 2016).
 
     The sum s is rounded to residual's dtype before it is normalised, so that the next block adds to exactly what this one has normalised.
-    The variance divides by the width, not width - 1, and is taken from centred values. Differentiable once with the Triton backend;
-    keeps its dtype under autocast.
+    The variance divides by the width, not width - 1, and is taken from centred values. Differentiable once with the backends "cuda"
+    and "triton"; keeps its dtype under autocast.
 
     Args:
         x: (..., width), float32, float16 or bfloat16 (or float64), any strides, at least one dimension. With width 0 or no rows the result
@@ -92,7 +107,7 @@ def layer_norm(
         weight, bias: (width), each of any of these dtypes; None = 1 and 0. Float32 weights with a 16-bit x are usual.
         eps: at least 0, added to the variance.
         residual: shape of x, any of these dtypes.
-        backend: "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
+        backend: "cuda", "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
             PYTRANSFORMER_BACKEND says otherwise.
 
     Returns:
@@ -103,6 +118,13 @@ def layer_norm(
         ValueError: shapes or devices that do not fit, eps negative or not finite.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
+    if _goes_straight(backend, x, weight, bias, residual):
+        try:
+            if residual is None:
+                return _cuda_layer_norm()(x, weight, bias, eps)  # type: ignore[no-any-return]
+            return _cuda_add_layer_norm()(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
+        except (RuntimeError, TypeError):  # the checks below say in clearer words what is wrong
+            pass
     call = _check(x, weight, bias, eps=eps, weight_offset=0.0, residual=residual, is_rms=False)
     return _norm(call, LAYER_NORM_CHOICE.select(call, x.device.type, backend))
 
@@ -134,7 +156,7 @@ def rms_norm(
     """``s / sqrt(mean(s²) + eps) · (weight + weight_offset)`` over the last dimension, of s = x or x + residual (Zhang, Sennrich 2019).
 
     The sum s is rounded to residual's dtype before it is normalised. The product with the weight is taken in float32, before the only
-    rounding. Differentiable once with the Triton backend; keeps its dtype under autocast.
+    rounding. Differentiable once with the backends "cuda" and "triton"; keeps its dtype under autocast.
 
     Args:
         x: (..., width), float32, float16 or bfloat16 (or float64), any strides, at least one dimension. For QK-norm
@@ -143,7 +165,7 @@ def rms_norm(
         eps: at least 0, added to the mean square.
         weight_offset: added to the weight in float32: 1.0 for Gemma, whose weights are stored as differences from 1.
         residual: shape of x, any of these dtypes.
-        backend: "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
+        backend: "cuda", "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
             PYTRANSFORMER_BACKEND says otherwise.
 
     Returns:
@@ -154,6 +176,13 @@ def rms_norm(
         ValueError: shapes or devices that do not fit, eps negative, eps or weight_offset not finite.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
+    if _goes_straight(backend, x, weight, residual):
+        try:
+            if residual is None:
+                return _cuda_rms_norm()(x, weight, eps, weight_offset)  # type: ignore[no-any-return]
+            return _cuda_add_rms_norm()(x, residual, weight, eps, weight_offset)  # type: ignore[no-any-return]
+        except (RuntimeError, TypeError):  # the checks below say in clearer words what is wrong
+            pass
     call = _check(x, weight, None, eps=eps, weight_offset=weight_offset, residual=residual, is_rms=True)
     return _norm(call, RMS_NORM_CHOICE.select(call, x.device.type, backend))
 
@@ -176,8 +205,8 @@ def _check(x: Any, weight: Any, bias: Any, *, eps: Any, weight_offset: Any, resi
 
 
 def _norm(call: NormCall, backend: str) -> NormResult:
-    if backend == "triton":
-        return _triton_norm(call)
+    if backend in ("cuda", "triton"):
+        return _kernel_norm(call, backend)
     if torch.is_autocast_enabled(call.x.device.type):
         # It would turn the result of torch's norms to float32.
         with torch.autocast(call.x.device.type, enabled=False):
@@ -374,33 +403,116 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"pytransformer::{_name}", _fake)
 
 
-def _triton_norm(call: NormCall) -> NormResult:
-    plain = is_plain(*_tensors(call))
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in _tensors(call)
-    )
+# --- CUDA: the extension's ops, two of them the same as Triton's, and lean ones for inference --------------------------------------------
+
+# The ops themselves, kept so that an eager call does not look them up.
+_cuda_layer_norm = functools.cache(lambda: extension.op("layer_norm"))
+_cuda_rms_norm = functools.cache(lambda: extension.op("rms_norm"))
+_cuda_add_layer_norm = functools.cache(lambda: extension.op("add_layer_norm"))
+_cuda_add_rms_norm = functools.cache(lambda: extension.op("add_rms_norm"))
+
+
+def _fake_norm(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _fake_add_norm(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _fake_norm(x), torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+
+
+@functools.cache
+def _register_cuda_fakes() -> None:
+    fakes: dict[str, Any] = {
+        "layer_norm": _fake_norm,
+        "rms_norm": _fake_norm,
+        "add_layer_norm": _fake_add_norm,
+        "add_rms_norm": _fake_add_norm,
+        "norm_forward": _fake_forward,
+        "norm_backward": _fake_backward,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"pytransformer_cuda::{name}", fake)
+
+
+@constant_under_compile
+def _cuda_ops() -> None:
+    """The extension is loaded (the choice of the backend has seen to that): its ops learn what they return for fake tensors."""
+    _register_cuda_fakes()
+
+
+def _goes_straight(backend: str | None, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an inference op of the extension may be called at once."""
+    if torch.is_grad_enabled():
+        for tensor in (x, *others):
+            if tensor is not None and tensor.requires_grad:
+                return False
+    return goes_straight_to_cuda(backend, x, *others)
+
+
+def _cuda_inference(call: NormCall) -> NormResult:
+    ops, options = torch.ops.pytransformer_cuda, (call.eps, call.weight_offset)
+    result: NormResult
+    if call.is_rms and call.residual is None:
+        result = ops.rms_norm(call.x, call.weight, *options)
+    elif call.is_rms:
+        result = ops.add_rms_norm(call.x, call.residual, call.weight, *options)
+    elif call.residual is None:
+        result = ops.layer_norm(call.x, call.weight, call.bias, call.eps)
+    else:
+        result = ops.add_layer_norm(call.x, call.residual, call.weight, call.bias, call.eps)
+    return result
+
+
+# --- autograd, of both ------------------------------------------------------------------------------------------------------------------
+
+
+def _run_forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...]
+    if backend == "cuda":
+        results = torch.ops.pytransformer_cuda.norm_forward(*args)
+    elif is_plain(*args[:4]):
+        results = _forward(*args)
+    else:
+        results = torch.ops.pytransformer.norm_forward(*args)
+    return results
+
+
+def _run_backward(backend: str, *args: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...]
+    if backend == "cuda":
+        results = torch.ops.pytransformer_cuda.norm_backward(*args)
+    elif is_plain(*args[:6]):
+        results = _backward(*args)
+    else:
+        results = torch.ops.pytransformer.norm_backward(*args)
+    return results
+
+
+def _kernel_norm(call: NormCall, backend: str) -> NormResult:
+    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in _tensors(call))
     # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked. The tracer of torch.compile
     # knows, and cannot inline a Function none of whose inputs need a gradient.
-    if torch.compiler.is_compiling() and not needs_grad:
+    if needs_grad or not (torch.compiler.is_compiling() or is_plain(*_tensors(call))):
+        y, s, *_ = _KernelNorm.apply(backend, *call)  # type: ignore[no-untyped-call]
+    elif backend == "cuda":
+        return _cuda_inference(call)
+    elif torch.compiler.is_compiling():
         y, s, *_ = torch.ops.pytransformer.norm_forward(*call)
     else:
-        y, s, *_ = _forward(*call) if plain and not needs_grad else _TritonNorm.apply(*call)  # type: ignore[no-untyped-call]
+        y, s, *_ = _forward(*call)
     return y if call.residual is None else (y, s)
 
 
-class _TritonNorm(torch.autograd.Function):
+class _KernelNorm(torch.autograd.Function):
     """(y, s, mean, rstd) with the gradient of y and s."""
 
     @staticmethod
-    def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        if is_plain(x, *args[:3]):
-            return _forward(x, *args)
-        results: tuple[Tensor, ...] = torch.ops.pytransformer.norm_forward(x, *args)
-        return results
+    def forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
+        return _run_forward(backend, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, _, ctx.weight_offset, ctx.is_rms = inputs
+        ctx.backend, x, weight, bias, residual, _, ctx.weight_offset, ctx.is_rms = inputs
         _, s, mean, rstd = output
         if residual is None:
             ctx.mark_non_differentiable(s, mean, rstd)
@@ -413,14 +525,15 @@ class _TritonNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, ds: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         s, weight, mean, rstd = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
+        wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[1:5]
         args = (
-            *(dy, ds if ctx.has_residual else None, s, weight, mean, rstd, ctx.weight_offset, ctx.is_rms),
+            *(ctx.backend, dy, ds if ctx.has_residual else None, s, weight, mean, rstd, ctx.weight_offset, ctx.is_rms),
             *(wants_weight, ctx.bias_dtype if wants_bias else None),
         )
-        results = _TritonNormBackward.apply(*args) if records_backward() else _run_backward(*args)  # type: ignore[no-untyped-call]
+        results = _KernelNormBackward.apply(*args) if records_backward() else _run_backward(*args)  # type: ignore[no-untyped-call]
         dtotal, dweight, dbias = results
         return (
+            None,
             dtotal.to(ctx.x_dtype) if wants_x else None,
             dweight if wants_weight else None,
             dbias if wants_bias else None,
@@ -430,22 +543,15 @@ class _TritonNorm(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return vmap_by_loop(_TritonNorm, info, in_dims, *args)
+        return vmap_by_loop(_KernelNorm, info, in_dims, *args)
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    if is_plain(*args[:6]):
-        return _backward(*args)
-    results: tuple[Tensor, ...] = torch.ops.pytransformer.norm_backward(*args)
-    return results
-
-
-class _TritonNormBackward(torch.autograd.Function):
+class _KernelNormBackward(torch.autograd.Function):
     """The backward pass where it is itself recorded: a second derivative is refused rather than wrong."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _run_backward(*args)
+    def forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
+        return _run_backward(backend, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -457,4 +563,4 @@ class _TritonNormBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return vmap_by_loop(_TritonNormBackward, info, in_dims, *args)
+        return vmap_by_loop(_KernelNormBackward, info, in_dims, *args)
