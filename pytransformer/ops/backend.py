@@ -198,20 +198,28 @@ def warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+# Bound once: each look-up through torch's modules takes as long as the question itself.
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
+_forward_ad = torch.autograd.forward_ad
+
+
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether eager code may skip the dispatcher for these tensors and launch directly.
 
     False under torch.compile, functorch transforms, dispatch or function modes, and for tensor subclasses: all of these must see a
     registered op. (Autocast need not: an op that casts does so before it gets here.)
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or _functorch_level() is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_torch_function_mode_enabled():
+    if _dispatch_modes() > 0 or _is_function_mode_enabled():
         return False
-    if torch.autograd.forward_ad._current_level >= 0:  # a dual tensor is plain by its type, and would lose its tangent
+    if _forward_ad._current_level >= 0:  # a dual tensor is plain by its type, and would lose its tangent
         return False
     for tensor in tensors:
-        if tensor is not None and type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        if type(tensor) not in _PLAIN_TYPES:
             return False
     return True
 
@@ -220,12 +228,15 @@ def goes_straight_to_cuda(backend: str | None, first: torch.Tensor, *others: tor
     """Whether an eager call of an op whose first choice is "cuda" may skip its Python checks and call the extension's op.
 
     That op checks all arguments itself. Where it raises, the caller goes the long way, whose checks say in clearer words what is wrong.
+    Whether a gradient is wanted is the caller's to ask.
 
     Args:
         backend: the op's ``backend`` argument.
-        first, others: the call's tensors.
+        first, others: the call's tensors, or whatever was given in their place.
     """
     named = backend or getattr(_override, "name", None) or _environment
-    if named != "cuda" and (named is not None or not first.is_cuda):
+    if named != "cuda" and (named is not None or not getattr(first, "is_cuda", False)):
         return False
-    return is_plain(first, *others) and extension.why_not(first.device.type) is None
+    if first is None or not is_plain(first, *others):
+        return False
+    return extension.why_not("cuda" if first.is_cuda else first.device.type) is None

@@ -412,12 +412,16 @@ _cuda_add_layer_norm = functools.cache(lambda: extension.op("add_layer_norm"))
 _cuda_add_rms_norm = functools.cache(lambda: extension.op("add_rms_norm"))
 
 
-def _fake_norm(x: Tensor, *_: Any) -> Tensor:
+def _fake_norm(x: Tensor, *others: Any) -> Tensor:
+    for other in others:
+        if isinstance(other, Tensor) and other.device != x.device:
+            # A tensor on the meta device among real ones brings the call here.
+            raise RuntimeError("all tensors must be on the device of the first")
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _fake_add_norm(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _fake_norm(x), torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+def _fake_add_norm(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _fake_norm(x, residual, *others), torch.empty(x.shape, dtype=residual.dtype, device=x.device)
 
 
 @functools.cache
@@ -442,11 +446,13 @@ def _cuda_ops() -> None:
 
 def _goes_straight(backend: str | None, x: Tensor, *others: Tensor | None) -> bool:
     """Whether an inference op of the extension may be called at once."""
+    if not goes_straight_to_cuda(backend, x, *others):
+        return False
     if torch.is_grad_enabled():
         for tensor in (x, *others):
             if tensor is not None and tensor.requires_grad:
                 return False
-    return goes_straight_to_cuda(backend, x, *others)
+    return True
 
 
 def _cuda_inference(call: NormCall) -> NormResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 
@@ -12,15 +13,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pytransformer
-from pytransformer import layer_norm, reference, rms_norm, use_backend
+from pytransformer import extension, layer_norm, reference, rms_norm, use_backend
 from pytransformer.verification import SEEDS, Contract
 
-BACKENDS = ("triton", "torch", "reference")
+# In the emulator's process (tests/cuda/test_norm_op.py) these tests are about the extension alone.
+EMULATED = "PYTRANSFORMER_CUDA_LIBRARY" in os.environ
+HAS_CUDA = extension.why_not("cuda") is None
+BACKENDS = ("cuda",) if EMULATED else (*(("cuda",) if HAS_CUDA else ()), "triton", "torch", "reference")
+KERNEL_BACKENDS = tuple(backend for backend in BACKENDS if backend in ("cuda", "triton"))
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 OPS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
     "layer_norm": (layer_norm, reference.layer_norm),
     "rms_norm": (rms_norm, reference.rms_norm),
 }
+ALL_KERNELS = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 ALL_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
 ALL_OPS = pytest.mark.parametrize("op", OPS)
 
@@ -178,19 +184,21 @@ def test_only_what_requires_grad_gets_a_gradient(backend: str, device: torch.dev
         torch.testing.assert_close(expected, tensors[wanted].grad)
 
 
-def test_gradients_of_x_and_residual_do_not_share_memory(device: torch.device) -> None:
+@ALL_KERNELS
+def test_gradients_of_x_and_residual_do_not_share_memory(backend: str, device: torch.device) -> None:
     tensors = draw("rms_norm", device)
-    y, total = run(rms_norm, tensors, backend="triton")
+    y, total = run(rms_norm, tensors, backend=backend)
     (y.sum() + total.sum()).backward()
     assert torch.equal(tensors["x"].grad, tensors["residual"].grad)
     tensors["x"].grad.zero_()
     assert bool(tensors["residual"].grad.any())
 
 
+@ALL_KERNELS
 @ALL_OPS
-def test_double_backward_of_the_kernel_is_refused(op: str, device: torch.device) -> None:
+def test_double_backward_of_the_kernel_is_refused(op: str, backend: str, device: torch.device) -> None:
     tensors = draw(op, device, residual=None)
-    (y,) = run(OPS[op][0], tensors, backend="triton")
+    (y,) = run(OPS[op][0], tensors, backend=backend)
     (dx,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="no double backward"):
         dx.sum().backward()
@@ -224,13 +232,14 @@ def test_functorch(op: str, backend: str, device: torch.device) -> None:
     torch.testing.assert_close(mapped, OPS[op][0](x, weight, backend=backend))
 
 
+@ALL_KERNELS
 @ALL_OPS
-def test_forward_mode_is_refused_by_the_kernel_rather_than_lost(op: str, device: torch.device) -> None:
+def test_forward_mode_is_refused_by_the_kernel_rather_than_lost(op: str, backend: str, device: torch.device) -> None:
     x = torch.randn(2, 8, device=device)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(NotImplementedError, match="jvp"):
-            OPS[op][0](dual, backend="triton")
+            OPS[op][0](dual, backend=backend)
         assert torch.autograd.forward_ad.unpack_dual(OPS[op][0](dual, backend="torch")).tangent is not None
 
 
@@ -247,15 +256,16 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(backward, (x, None, x, None, mean, rstd, 0.0, False, False, None))
 
 
+@ALL_KERNELS
 @ALL_OPS
-def test_fake_tensors_are_like_the_real_ones(op: str, device: torch.device) -> None:
+def test_fake_tensors_are_like_the_real_ones(op: str, backend: str, device: torch.device) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     tensors = draw(op, device, (4, 3, 8), BFLOAT16, residual=FLOAT32)
     tensors["x"] = tensors["x"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    real = run(OPS[op][0], tensors, backend="triton")
+    real = run(OPS[op][0], tensors, backend=backend)
     with FakeTensorMode() as mode:
-        fake = run(OPS[op][0], {name: mode.from_tensor(value) for name, value in tensors.items()}, backend="triton")
+        fake = run(OPS[op][0], {name: mode.from_tensor(value) for name, value in tensors.items()}, backend=backend)
     for one, other in zip(real, fake, strict=True):
         assert (one.shape, one.dtype, one.stride(), one.device) == (
             other.shape,
@@ -265,7 +275,7 @@ def test_fake_tensors_are_like_the_real_ones(op: str, device: torch.device) -> N
         )
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
 def test_compiles_whole_with_dynamic_shapes(backend: str, device: torch.device) -> None:
     def block(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
         y, total = layer_norm(x, weight, bias, residual=residual, backend=backend)
@@ -305,17 +315,20 @@ class _Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@ALL_KERNELS
 @ALL_OPS
-def test_modes_see_registered_ops(op: str, device: torch.device) -> None:
+def test_modes_see_registered_ops(op: str, backend: str, device: torch.device) -> None:
     tensors = draw(op, device)
-    expected = results(OPS[op][0], tensors, backend="triton")
+    expected = results(OPS[op][0], tensors, backend=backend)
     with _Seen() as seen:
-        again = results(OPS[op][0], tensors, backend="triton")
-    assert {"pytransformer.norm_forward.default", "pytransformer.norm_backward.default"} <= set(seen.names)
+        again = results(OPS[op][0], tensors, backend=backend)
+    namespace = "pytransformer_cuda" if backend == "cuda" else "pytransformer"
+    assert {f"{namespace}.norm_forward.default", f"{namespace}.norm_backward.default"} <= set(seen.names)
     for one, other in zip(expected, again):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.skipif(EMULATED, reason="about Triton: an op of the extension is always called through the dispatcher")
 @ALL_OPS
 def test_plain_tensors_skip_the_dispatcher(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     class _Refused:
@@ -370,17 +383,24 @@ def test_choice(device: torch.device) -> None:
     x = torch.randn(2, 8, device=device)
     with use_backend("reference"):
         assert torch.equal(layer_norm(x), reference.layer_norm(x))
-    assert torch.equal(rms_norm(x), rms_norm(x, backend="triton" if device.type == "cuda" else "torch"))
-    with pytest.raises(NotImplementedError, match=r"layer_norm: backend 'triton' cannot serve this call: float64"):
-        layer_norm(x.double(), backend="triton")
-    with pytest.raises(NotImplementedError, match=r"rms_norm: backend 'cuda' cannot serve"):
-        rms_norm(x, backend="cuda")
+    # On a CPU kernels are interpreted or emulated on request only.
+    chosen = BACKENDS[0] if device.type == "cuda" else "torch"
+    assert torch.equal(rms_norm(x), rms_norm(x, backend=chosen))
+    for backend in KERNEL_BACKENDS:
+        message = f"layer_norm: backend {backend!r} cannot serve this call: float64"
+        with pytest.raises(NotImplementedError, match=re.escape(message)):
+            layer_norm(x.double(), backend=backend)
+    if "cuda" not in BACKENDS:
+        with pytest.raises(NotImplementedError, match=r"rms_norm: backend 'cuda' cannot serve"):
+            rms_norm(x, backend="cuda")
     assert layer_norm(x.double()).dtype == torch.float64
     assert pytransformer.rms_norm is rms_norm
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------------------------
 
+# The extension's own checks come first where it is called at once, and must leave the words to the op.
+ON_REQUEST = "cuda" if EMULATED else None
 X = torch.ones(2, 3, 8)
 W = torch.ones(8)
 BAD_INPUT = [
@@ -422,7 +442,7 @@ BAD_INPUT = [
 )
 def test_bad_input(op: str, error: type[Exception], message: str, arguments: dict[str, object]) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        OPS[op][0](**{"x": X, **arguments})
+        OPS[op][0](**{"x": X, "backend": ON_REQUEST, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -438,7 +458,7 @@ def test_bad_input(op: str, error: type[Exception], message: str, arguments: dic
 )
 def test_bad_bias(error: type[Exception], message: str, arguments: dict[str, object]) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        layer_norm(X, **arguments)
+        layer_norm(X, **arguments, backend=ON_REQUEST)
 
 
 @pytest.mark.parametrize(
@@ -450,4 +470,4 @@ def test_bad_bias(error: type[Exception], message: str, arguments: dict[str, obj
 )
 def test_bad_weight_offset(error: type[Exception], message: str, value: object) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        rms_norm(X, W, weight_offset=value)
+        rms_norm(X, W, weight_offset=value, backend=ON_REQUEST)
