@@ -218,10 +218,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
         return False
     if _forward_ad._current_level >= 0:  # a dual tensor is plain by its type, and would lose its tangent
         return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES:
-            return False
-    return True
+    return _PLAIN_TYPES.issuperset(map(type, tensors))
 
 
 def goes_straight_to_cuda(backend: str | None, first: torch.Tensor, *others: torch.Tensor | None) -> bool:

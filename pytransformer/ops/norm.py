@@ -495,7 +495,9 @@ def _run_backward(backend: str, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _kernel_norm(call: NormCall, backend: str) -> NormResult:
-    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in _tensors(call))
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in _tensors(call)
+    )
     # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked. The tracer of torch.compile
     # knows, and cannot inline a Function none of whose inputs need a gradient.
     if needs_grad or not (torch.compiler.is_compiling() or is_plain(*_tensors(call))):
