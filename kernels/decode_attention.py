@@ -386,8 +386,11 @@ def decode_attention_forward(
     page_size = k_cache.shape[1]
     capacity = page_size if block_table is None else block_table.shape[1] * page_size
     for keys_of in (mask, bias):
-        if keys_of is not None:
+        if keys_of is not None and cache_leftpad is None:
             capacity = min(capacity, keys_of.shape[-1])
+        elif keys_of is not None and keys_of.shape[-1] < capacity:
+            # Behind padding, slots and keys are counted from different places: the width bounds the keys, the capacity the slots.
+            cache_seqlens = cache_seqlens.clamp(max=keys_of.shape[-1])
     seqlen_q = q.shape[-3] if max_seqlen_q is None or not packed else min(max_seqlen_q, q.shape[-3])
     call = _Call(
         cache_seqlens, cu_seqlens_q, cache_leftpad, sinks,

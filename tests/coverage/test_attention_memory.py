@@ -1,0 +1,116 @@
+"""What attention allocates for itself grows like the length, not like its square, also with a mask, a bias and a window.
+
+On a CPU the kernels do nothing here (interpreting 16k tokens would take hours): what counts is what the op and its launchers ask memory
+for, and every allocation is counted by torch's profiler. On a GPU the kernels run and torch's own counters tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytransformer.ops.attention import attention
+from tests.conftest import INTERPRETING
+
+HEADS, HEAD_DIM = 2, 64
+# What each case gives beside q, k, v, as shapes that broadcast to (batch, heads, seqlen, seqlen) or, for key padding, (batch, seqlen).
+CASES: dict[str, Callable[[int], dict[str, tuple[int, ...]]]] = {
+    "bias of every score, mask over heads": lambda n: {"bias": (1, HEADS, n, n), "mask": (1, 1, n, n)},
+    "bias and mask over queries": lambda n: {
+        "bias": (1, HEADS, 1, n),
+        "mask": (1, 1, 1, n),
+        "key_padding_mask": (1, n),
+    },
+    "bias over heads, mask over keys": lambda n: {"bias": (n, n), "mask": (1, HEADS, n, 1)},
+    "bias over keys": lambda n: {"bias": (1, HEADS, n, 1)},
+    "one bias for all": lambda n: {"bias": (1,)},
+}
+
+
+@pytest.fixture
+def kernels_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETING:
+        from triton.runtime.interpreter import GridExecutor
+
+        monkeypatch.setattr(GridExecutor, "__call__", lambda *arguments, **options: None)
+
+
+def arguments(shapes: dict[str, tuple[int, ...]], seqlen: int, device: torch.device) -> dict[str, Tensor]:
+    """Inputs whose memory is asked for and, where the kernels do nothing, never touched."""
+    tensors: dict[str, Tensor] = {
+        name: torch.zeros(1, seqlen, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device) for name in ("q", "k", "v")
+    }
+    for name, shape in shapes.items():
+        dtype = torch.bfloat16 if name == "bias" else torch.bool
+        tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
+    for name in ("q", "k", "v", "bias"):
+        tensors[name].requires_grad_()
+    return tensors
+
+
+def bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def peak_allocated(function: Callable[[], Any], device: torch.device, folder: Path) -> tuple[int, Any]:
+    """(highest total of bytes that were allocated and not yet freed during the call, its result)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        return torch.cuda.max_memory_allocated(device) - before, result
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    trace = folder / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        highest = max(highest, held)
+    return highest, result
+
+
+def bytes_beyond(case: str, seqlen: int, device: torch.device, folder: Path) -> int:
+    """Peak of forward and backward, less the output and the gradients."""
+    tensors = arguments(CASES[case](seqlen), seqlen, device)
+    dout = torch.zeros_like(tensors["q"])
+
+    def forward_and_backward() -> list[Tensor]:
+        out = attention(**tensors, window=(128, 128), backend="triton")
+        wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
+        return [out, *torch.autograd.grad(out, wanted, dout)]
+
+    peak, results = peak_allocated(forward_and_backward, device, folder)
+    return peak - sum(bytes_of(result) for result in results)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_is_linear_in_the_length(
+    case: str, device: torch.device, tmp_path: Path, kernels_do_nothing: None
+) -> None:
+    at_8k, at_16k = (bytes_beyond(case, seqlen, device, tmp_path) for seqlen in (8192, 16384))
+    statistics = (
+        HEADS * 16384 * 4
+    )  # one float32 for each row, of which forward and backward keep three, and four with large scores
+    assert 0 < at_16k <= 8 * statistics
+    assert at_16k <= 2.1 * at_8k
+
+
+def test_the_counter_counts(device: torch.device, tmp_path: Path) -> None:
+    """What is freed again is seen at its peak."""
+
+    def squares() -> Tensor:
+        scores = torch.ones(1024, 1024, device=device)
+        total = scores.sum(1)
+        del scores
+        return total + 1
+
+    peak, total = peak_allocated(squares, device, tmp_path)
+    assert 4 * 1024 * 1024 + bytes_of(total) <= peak < 4 * 1024 * 1024 + 16 * bytes_of(total)
