@@ -1,0 +1,48 @@
+"""The CUDA attention ops with the arguments of the Triton launchers, for the measuring functions that both share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytransformer import extension, reference
+
+
+def op_options(
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    bias: None = None,
+    sinks: None = None,
+    config: Any = None,
+) -> tuple[Any, ...]:
+    """The arguments of the CUDA ops behind their tensors; ``config`` is Triton's, and here the launch policy's business."""
+    return alibi_slopes, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window, softcap
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of the CUDA kernels."""
+    gradients: tuple[Tensor, Tensor, Tensor] = extension.op("attention_backward")(
+        dout, dlse, out, lse, q, k, v, *op_options(**options)
+    )
+    return gradients
+
+
+def exact_forward(q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the reference in float32, out rounded once: what is measured then is the backward pass alone."""
+    out, lse = reference.attention(q.float(), k.float(), v.float(), **options, return_lse=True)
+    return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+def zeros_where_nothing_is_seen(lse: Tensor) -> Tensor:
+    """Mask of the queries, (…, seqlen_q, num_heads), that see no key."""
+    return (lse == -torch.inf).transpose(-1, -2)
