@@ -10,7 +10,7 @@
 
 namespace pytransformer {
 
-// Sizes that are compiled in, chosen so that the smallest GPUs served (99 KiB of shared memory) run them with one stage.
+// Sizes that are compiled in.
 template <int WIDTH>
 struct KeyTiles {
   static constexpr int kSlices = WIDTH <= 128 ? 2 : 1;  // of 16 keys: a warp's sums are 16 · kSlices · WIDTH, at most 128 registers
@@ -46,7 +46,7 @@ __device__ __forceinline__ void weigh_transposed(float (&products)[SLICES][QUERI
         const int32_t query = start_m + column + i % 2;
         const float weight = weight_of<TERMS, SOFTCAP>(weights[i], i % 2 ? shift.y : shift.x, sight.distance(query, key + i / 2 * 8), scores,
                                                        slopes[i]);
-        weights[i] = MASKED && ((query < seeing[i / 2].low) | (query > seeing[i / 2].high)) ? 0.0f : weight;
+        weights[i] = !MASKED || seeing[i / 2].has(query) ? weight : 0.0f;
       }
       passing[(m * (QUERIES / 8) + n) * kWarpSize] =
           make_float4(weights[0] * slopes[0], weights[1] * slopes[1], weights[2] * slopes[2], weights[3] * slopes[3]);
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(KeyTiles<WIDTH>::kThreads, 1)
   const int32_t start_n = place.start, warp_row = pair * Tiles::kKeysPerPair, group = call.num_heads / call.num_kv_heads;
   if (start_n >= place.length) return;
   const Sight sight{place.other_length, place.length, call.window_left, call.window_right};
-  const int64_t diagonal = static_cast<int64_t>(place.other_length) - place.length;
+  const int32_t diagonal = place.other_length - place.length;
   const TileRange range = tile_range(start_n, min(start_n + KEYS, place.length) - 1, diagonal - call.window_right,
                                      diagonal + call.window_left, place.other_length, QUERIES);
 
@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(KeyTiles<WIDTH>::kThreads, 1)
 template <class T, int WIDTH, bool TERMS>
 void launch_dkv(const AttentionBackward& backward, CUstream_st* stream) {
   using Tiles = KeyTiles<WIDTH>;
+  static_assert(Tiles::shared_bytes(1) <= kLeastSharedMemory);
   const AttentionCall& call = backward.call;
   Schedule schedule = make_schedule(call, call.seqlen_k, call.num_kv_heads, 1, Tiles::kKeys);
   // What the blocks share here is the queries, of which a key head has a group.

@@ -6,7 +6,7 @@
 
 namespace pytransformer {
 
-// Sizes that are compiled in, chosen so that the smallest GPUs served (99 KiB of shared memory) run them with one stage.
+// Sizes that are compiled in.
 template <int WIDTH>
 struct QueryTiles {
   static constexpr int kSlices = WIDTH <= 128 ? 2 : 1;  // of 16 queries: a warp's sums are 16 · kSlices · WIDTH, at most 128 registers
@@ -16,9 +16,9 @@ struct QueryTiles {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kKeys = 32;  // visited at a time; more would need the registers of twice as many scores
 
-  // Bytes of shared memory: queries, their dO and two statistics of each; stages of keys and values.
-  static constexpr int kStatistics = 2 * kQueries * 4;
-  static constexpr int shared_bytes(int stages) { return 2 * kQueries * WIDTH * 2 + kStatistics + stages * 2 * kKeys * WIDTH * 2; }
+  // Bytes of shared memory: queries, their dO and two statistics of each, what a score is; stages of keys and values.
+  static constexpr int kStatistics = 2 * kQueries * 4, kScores = 32;
+  static constexpr int shared_bytes(int stages) { return 2 * kQueries * WIDTH * 2 + kStatistics + kScores + stages * 2 * kKeys * WIDTH * 2; }
 };
 
 // The weights of a warp's queries and a tile of keys, times softcap's slope, in the place of their products.
@@ -42,7 +42,7 @@ __device__ __forceinline__ void weigh(float (&products)[SLICES][KEYS / 8][4], co
           const int32_t key = start_n + n * 8 + lane % 4 * 2 + i;
           float slope;
           const float weight = weight_of<TERMS, SOFTCAP>(product, shift, sight.distance(query, key), scores, slope);
-          product = MASKED && ((key < seen.low) | (key > seen.high)) ? 0.0f : weight * slope;
+          product = !MASKED || seen.has(key) ? weight * slope : 0.0f;
         }
       }
     }
@@ -81,15 +81,18 @@ __global__ void __launch_bounds__(QueryTiles<WIDTH>::kThreads, 1)
   const int32_t start_m = place.start, kv_head = place.head / (call.num_heads / call.num_kv_heads);
   if (start_m >= place.length) return;
   const Sight sight{place.length, place.other_length, call.window_left, call.window_right};
-  const int64_t diagonal = static_cast<int64_t>(place.other_length) - place.length;
+  const int32_t diagonal = place.other_length - place.length;
   const TileRange range = tile_range(start_m, min(start_m + QUERIES, place.length) - 1, diagonal - call.window_left,
                                      diagonal + call.window_right, place.other_length, KEYS);
 
   PYT_DYNAMIC_SHARED(shared);
   T* const queries = reinterpret_cast<T*>(shared);
   T* const gradients = queries + QUERIES * WIDTH;
-  auto* const statistics = reinterpret_cast<float*>(gradients + QUERIES * WIDTH);  // in registers they would spill
-  T* const first_stage = gradients + QUERIES * WIDTH + Tiles::kStatistics / sizeof(T);
+  // A step needs these once, and registers are short.
+  auto* const statistics = reinterpret_cast<float*>(gradients + QUERIES * WIDTH);
+  auto& shared_scores = *reinterpret_cast<Scores<TERMS>*>(statistics + 2 * QUERIES);
+  static_assert(sizeof shared_scores <= Tiles::kScores);
+  T* const first_stage = gradients + QUERIES * WIDTH + (Tiles::kStatistics + Tiles::kScores) / sizeof(T);
   const auto load_keys = [&](int32_t tile) {
     T* const keys = first_stage + (tile & (stages - 1)) * (2 * KEYS * WIDTH);
     const int32_t start_n = tile * KEYS, rows_left = place.other_length - start_n;
@@ -115,9 +118,9 @@ __global__ void __launch_bounds__(QueryTiles<WIDTH>::kThreads, 1)
       statistics[row] = exists ? source[row] : kInfinity;
       statistics[QUERIES + row] = exists ? source[num_statistics(call) + row] : 0.0f;
     }
+    if (TERMS && threadIdx.x == 0) shared_scores = Scores<TERMS>(call, place.sequence, place.head);
     load_keys(range.begin);
   }
-  const Scores<TERMS> scores(call, place.sequence, place.head);
   float sums[SLICES][WIDTH / 8][4] = {};
   for (int32_t tile = range.begin; tile < range.end; ++tile) {
     const T* const keys = first_stage + (tile & (stages - 1)) * (2 * KEYS * WIDTH);
@@ -132,6 +135,7 @@ __global__ void __launch_bounds__(QueryTiles<WIDTH>::kThreads, 1)
     if (sight.any(start_m + warp_row, Tiles::kRowsPerWarp, tile * KEYS, KEYS)) {
       float products[SLICES][KEYS / 8][4] = {};
       multiply_rows<WIDTH, SLICES, KEYS>(products, queries, warp_row, keys);
+      const Scores<TERMS> scores = TERMS ? shared_scores : Scores<TERMS>(call, place.sequence, place.head);
       with_constants<TERMS>(!sight.all(start_m + warp_row, Tiles::kRowsPerWarp, tile * KEYS, KEYS), scores.has_softcap,
                             [&](auto masked, auto softcap) {
                               weigh<SLICES, KEYS, TERMS, masked.value, softcap.value>(products, statistics + warp_row, scores, sight,
@@ -153,6 +157,7 @@ __global__ void __launch_bounds__(QueryTiles<WIDTH>::kThreads, 1)
 template <class T, int WIDTH, bool TERMS>
 void launch_dq(const AttentionBackward& backward, CUstream_st* stream) {
   using Tiles = QueryTiles<WIDTH>;
+  static_assert(Tiles::shared_bytes(1) <= kLeastSharedMemory);
   const AttentionCall& call = backward.call;
   const Schedule schedule =
       make_schedule(call, call.seqlen_q, call.num_heads, call.num_heads / call.num_kv_heads, Tiles::kQueries);

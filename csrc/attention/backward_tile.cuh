@@ -71,27 +71,27 @@ __device__ __forceinline__ void write_sums(T* rows, int64_t stride, int rows_lef
 
 struct PositionRange {
   int32_t low, high;
+
+  __device__ __forceinline__ bool has(int32_t position) const { return (position >= low) & (position <= high); }
 };
 
-// Which pairs of queries and keys are seen.
+// Which pairs of queries and keys are seen. No sum here leaves 32 bits: see kMaxRows.
 struct Sight {
   int32_t seqlen_q, seqlen_k, window_left, window_right;
 
   // query + seqlen_k - seqlen_q - key
   __device__ __forceinline__ int32_t distance(int32_t query, int32_t key) const { return query + (seqlen_k - seqlen_q) - key; }
 
-  // Queries that see `key`: low <= query <= high.
+  // Queries that see `key`.
   __device__ __forceinline__ PositionRange queries_of(int32_t key) const {
-    const int64_t diagonal = static_cast<int64_t>(key) - (seqlen_k - seqlen_q);
-    return {static_cast<int32_t>(max(diagonal - window_right, int64_t{0})),
-            static_cast<int32_t>(min(max(diagonal + window_left, int64_t{-1}), int64_t{seqlen_q} - 1))};
+    const int32_t diagonal = key - (seqlen_k - seqlen_q);
+    return {diagonal - window_right, min(diagonal + window_left, seqlen_q - 1)};
   }
 
-  // Keys that `query` sees, likewise.
+  // Keys that `query` sees.
   __device__ __forceinline__ PositionRange keys_of(int32_t query) const {
-    const int64_t diagonal = static_cast<int64_t>(query) + (seqlen_k - seqlen_q);
-    return {static_cast<int32_t>(max(diagonal - window_left, int64_t{0})),
-            static_cast<int32_t>(min(max(diagonal + window_right, int64_t{-1}), int64_t{seqlen_k} - 1))};
+    const int32_t diagonal = query + (seqlen_k - seqlen_q);
+    return {diagonal - window_left, min(diagonal + window_right, seqlen_k - 1)};
   }
 
   // Whether some pair of a rectangle of queries and keys is seen: its first ones exist and the range of its distances meets the window.
@@ -139,6 +139,9 @@ __device__ __forceinline__ float weight_of(float product, float shift, int32_t d
 __host__ __device__ inline int64_t num_statistics(const AttentionCall& call) {
   return (call.cu_seqlens_q != nullptr ? 1 : static_cast<int64_t>(call.batch)) * call.num_heads * call.seqlen_q;
 }
+
+// What a block may have on the smallest GPUs served (sm_86, sm_89, sm_120): one stage of every kernel fits.
+inline constexpr int kLeastSharedMemory = 99 * 1024;
 
 // Stages of a pipeline over tiles. Two hide the latency of loads behind products, but so does a second block on the same SM: two where two
 // blocks have room with them, or where there is no room for two blocks anyway.

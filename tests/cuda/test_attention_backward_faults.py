@@ -1,0 +1,69 @@
+"""Faults put into the backward kernels of attention must be found by the tools that watch the sound ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.broken_cuda import run_broken
+
+KEY_KERNEL = ("attention/backward_dkv.cuh", "attention/backward_dkv_bfloat16_64.cu")
+QUERY_KERNEL = ("attention/backward_dq.cuh", "attention/backward_dq_bfloat16_64.cu")
+# Several tiles on both sides, the last of them not whole; then the contract, in every order of threads, warps and blocks.
+SCRIPT = """
+import torch
+from tests.cuda.test_attention_backward import check_case
+from tests.kernels.attention_contract import Case
+check_case(Case((150, 140), heads=(2, 1), dims=(16, 16), dtype=torch.bfloat16, options={"causal": True}), torch.device("cpu"))
+print("nothing found")
+"""
+FAULTS = {
+    "weights read before they have passed": (
+        *KEY_KERNEL,
+        "    __syncthreads();  // the weights have passed\n",
+        "",
+        "ContractError|AssertionError",
+    ),
+    "a stage read before it has landed": (
+        *KEY_KERNEL,
+        "ptx::cp_async_wait<0>();\n    __syncthreads();  // this stage has landed",
+        "ptx::cp_async_wait<1>();\n    __syncthreads();  // this stage has landed",
+        "ContractError|AssertionError|never waited for",
+    ),
+    "a stage overwritten while it is read": (
+        *QUERY_KERNEL,
+        "__syncthreads();  // this stage has landed for every thread, and none reads the other any more",
+        "",
+        "ContractError|AssertionError|data race",
+    ),
+    "one row written too many": (
+        *QUERY_KERNEL,
+        "place.length - start_m - warp_row, call.head_dim, sums",
+        "place.length - start_m - warp_row + 1, call.head_dim, sums",
+        "heap-buffer-overflow",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_found(name: str, tmp_path: Path, device) -> None:
+    if device.type == "cuda":
+        pytest.skip("faults are put into what the host emulator runs")
+    source, unit, good, bad, report = FAULTS[name]
+    result = run_broken(tmp_path, source, [(good, bad)], SCRIPT, recompile=[unit])
+    output = result.stdout + result.stderr
+    assert result.returncode != 0 and "nothing found" not in output
+    assert any(text in output for text in report.split("|")), output[-3000:]
+
+
+@pytest.mark.slow
+def test_one_stage(tmp_path: Path, device) -> None:
+    """What GPUs with little shared memory run: tiles wait for each other in a single stage."""
+    if device.type == "cuda":
+        pytest.skip("a GPU runs what its shared memory allows")
+    changes = [("  if (blocks(bytes_of_two) >= 2) return 2;\n", "  if (blocks(bytes_of_one) > 0) return 1;\n")]
+    units = [KEY_KERNEL[1], QUERY_KERNEL[1]]
+    result = run_broken(tmp_path, "attention/backward_tile.cuh", changes, SCRIPT, recompile=units)
+    assert result.returncode == 0 and "nothing found" in result.stdout, result.stdout + result.stderr[-3000:]
