@@ -1,0 +1,75 @@
+"""Every pair of attention's options within the contract, forward and backward, and each option alone on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pytransformer import extension
+from tests.coverage import attention_rows as options
+from tests.coverage import record
+from tests.coverage.pairwise import Row, all_pairs, impossible_pairs, pairs_of
+from tests.kernels.attention_contract import run_reference
+
+ROWS = options.rows()
+# Triton is met above with every option. The extension takes part where it is loaded, on a GPU or in the emulator.
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("reference", "torch") if extension.why_not(_DEVICE) else ("reference", "torch", "cuda")
+
+
+def label(row: Row) -> str:
+    """The one level in which a row of the sweep differs from the plain call."""
+    return next((f"{name}: {level}" for name, level in row.items() if level != options.PLAIN[name]), "nothing else")
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)))
+@pytest.mark.usefixtures("without_overflow_checks", "poison_empty", "small_tiles")
+def test_pairs_of_options(number: int, device: torch.device) -> None:
+    options.contract_of(ROWS[number], "triton", device).check()
+    record.expect(
+        "attention", "pairs", "triton", f"{number:02d}", {"options": ROWS[number], "forward, backward": "passed"}
+    )
+
+
+def test_share_of_pairs_that_are_executed() -> None:
+    """All that are possible; at least 95 in a hundred of all, and the rest has its reason."""
+    everything = set(all_pairs(options.FACTORS))
+    executed = set().union(*(pairs_of(row, options.FACTORS) for row in ROWS))
+    left_out = impossible_pairs(options.FACTORS, options.RULES)
+    assert everything - executed == left_out.keys()
+    assert len(executed) >= 0.95 * len(everything)
+    assert not any(rule.matches(row) for rule in options.RULES for row in ROWS)
+    record.expect(
+        "attention", "share", "triton", "options", {name: list(levels) for name, levels in options.FACTORS.items()}
+    )
+    reasons = {
+        " + ".join(f"{name}: {level}" for name, level in pair): reason for pair, reason in sorted(left_out.items())
+    }
+    found = {"all": len(everything), "executed": len(executed), "calls": len(ROWS), "left out": reasons}
+    record.expect("attention", "share", "triton", "pairs", found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", [pytest.param(row, id=label(row)) for row in options.alone()])
+@pytest.mark.usefixtures("poison_empty")
+def test_option_alone(row: Row, backend: str, device: torch.device) -> None:
+    """Served within the contract, or refused with a reason, as docs/attention-options.md says."""
+    forward = record.outcome(lambda: options.contract_of(row, backend, device, gradients=False).check())
+    backward = record.outcome(lambda: options.contract_of(row, backend, device).check())
+    if device.type == "cpu":  # torch's own backend serves less on a GPU, where lengths cannot be read back
+        record.expect("attention", "alone", backend, label(row), {"forward": forward, "backward": backward})
+
+
+TERMS = ("visible", "softcap", "mask", "bias", "key_padding_mask", "alibi_slopes", "sinks", "dropout_p")
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=label(row)) for row in options.alone() if label(row).partition(":")[0] in TERMS]
+)
+def test_option_is_more_than_a_name(row: Row, device: torch.device) -> None:
+    """Each option changes the exact result: a kernel that ignored it would not pass."""
+    given = options.inputs_of(row, 0, device)
+    plain = options.inputs_of(options.PLAIN, 0, device)
+    plain.tensors.update({name: given.tensors[name] for name in ("q", "k", "v")})
+    with_option, without = (run_reference(inputs, torch.float64)[0]["out"] for inputs in (given, plain))
+    assert not torch.equal(with_option, without)

@@ -1,0 +1,73 @@
+"""Every pair of decode_attention's options within the contract, and each option alone on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.coverage import decode_rows as options
+from tests.coverage import record
+from tests.coverage.pairwise import Row, all_pairs, impossible_pairs, pairs_of
+from tests.coverage.test_attention_pairs import BACKENDS
+from tests.kernels.decode_contract import small_configs
+
+ROWS = options.rows()
+
+
+def label(row: Row) -> str:
+    """The one level in which a row of the sweep differs from the plain call."""
+    return next((f"{name}: {level}" for name, level in row.items() if level != options.PLAIN[name]), "nothing else")
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)))
+@pytest.mark.usefixtures("without_overflow_checks", "poison_empty")
+def test_pairs_of_options(number: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytransformer.kernels import decode_attention
+
+    monkeypatch.setattr(decode_attention, "decode_configs", lambda dim, value_dim, *_: small_configs(dim, value_dim))
+    options.contract_of(ROWS[number], "triton", device).check()
+    record.expect(
+        "decode_attention", "pairs", "triton", f"{number:02d}", {"options": ROWS[number], "forward": "passed"}
+    )
+
+
+def test_share_of_pairs_that_are_executed() -> None:
+    """All that are possible; at least 95 in a hundred of all, and the rest has its reason."""
+    everything = set(all_pairs(options.FACTORS))
+    executed = set().union(*(pairs_of(row, options.FACTORS) for row in ROWS))
+    left_out = impossible_pairs(options.FACTORS, options.RULES)
+    assert everything - executed == left_out.keys()
+    assert len(executed) >= 0.95 * len(everything)
+    record.expect(
+        "decode_attention",
+        "share",
+        "triton",
+        "options",
+        {name: list(levels) for name, levels in options.FACTORS.items()},
+    )
+    reasons = {
+        " + ".join(f"{name}: {level}" for name, level in pair): reason for pair, reason in sorted(left_out.items())
+    }
+    found = {"all": len(everything), "executed": len(executed), "calls": len(ROWS), "left out": reasons}
+    record.expect("decode_attention", "share", "triton", "pairs", found)
+
+
+@pytest.mark.parametrize("rule", options.RULES, ids=lambda rule: ", ".join(rule.levels))
+def test_impossible_pairs_are_refused(rule, device: torch.device) -> None:
+    """What no call can have, no call gets silently."""
+    row = {**options.PLAIN, **{factor: levels[0] for factor, levels in rule.levels.items()}}
+    contiguous = options.inputs_of({**row, "layout": "contiguous"}, 0, device)
+    paged = options.inputs_of({**row, "cache_batch_idx": "none"}, 0, device)
+    paged.tensors["cache_batch_idx"] = contiguous.tensors["cache_batch_idx"]
+    with pytest.raises(ValueError, match="cache_batch_idx is for contiguous caches"):
+        options.run_op(row, paged, "reference")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", [pytest.param(row, id=label(row)) for row in options.alone()])
+@pytest.mark.usefixtures("poison_empty")
+def test_option_alone(row: Row, backend: str, device: torch.device) -> None:
+    """Served within the contract, or refused with a reason, as docs/attention-options.md says."""
+    forward = record.outcome(lambda: options.contract_of(row, backend, device).check())
+    if device.type == "cpu":  # torch's own backend serves nothing on a GPU, where lengths cannot be read back
+        record.expect("decode_attention", "alone", backend, label(row), {"forward": forward})
