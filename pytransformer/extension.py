@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +52,17 @@ class Extension:
         return "cpu" if self.emulated else "cuda"
 
 
+_fakes: dict[str, Callable[..., Any]] = {}
+_fakes_are_registered: list[bool] = []
+
+
+def register_fake(name: str, function: Callable[..., Any]) -> None:
+    """Tells torch what op ``name`` of the extension returns for fake tensors, as soon as the library is loaded."""
+    _fakes[name] = function
+    if _fakes_are_registered:
+        torch.library.register_fake(f"pytransformer_cuda::{name}", function)
+
+
 @functools.cache
 def _load() -> Extension | str:
     """The extension, or why there is none."""
@@ -71,7 +83,13 @@ def _load() -> Extension | str:
         return f"the CUDA extension {path} does not load: {cause}"
     version, source_id, architectures, cuda_version, kind = facts
     extension = Extension(path, version, source_id, architectures, cuda_version, kind == "emulated")
-    return _mismatch(extension) or extension
+    mismatch = _mismatch(extension)
+    if mismatch is not None:
+        return mismatch
+    for name, function in _fakes.items():
+        torch.library.register_fake(f"pytransformer_cuda::{name}", function)
+    _fakes_are_registered.append(True)
+    return extension
 
 
 def _torch_version() -> tuple[int, int]:

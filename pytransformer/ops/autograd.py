@@ -46,6 +46,15 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def mark_changed(*tensors: Tensor) -> None:
+    """A kernel writes behind autograd's back; a tensor saved for some backward pass must be seen to have changed."""
+    for tensor in tensors:
+        if tensor.is_inference():  # has no version
+            tensors = tuple(tensor for tensor in tensors if not tensor.is_inference())
+            break
+    torch._C._increment_version(tensors)
+
+
 @contextlib.contextmanager
 def autograd_inside_an_op() -> Iterator[None]:
     """Lets the implementation of an op use autograd: inside a dispatch mode it runs below it, where nothing is recorded."""

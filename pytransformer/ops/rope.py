@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pytransformer import reference
+from pytransformer import extension, reference
 from pytransformer.ops import checks
-from pytransformer.ops.autograd import records_backward, vmap_by_loop
-from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, serves_all
+from pytransformer.ops.autograd import mark_changed, records_backward, vmap_by_loop
+from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight_to_cuda, is_plain, serves_all
 
 INTEGERS = (torch.int32, torch.int64)
 _LAYOUT = "(batch, seqlen, num_heads, head_dim) or packed (total, num_heads, head_dim)"
@@ -38,14 +38,15 @@ def _tensors(call: RopeCall) -> tuple[Tensor | None, ...]:
     return call.q, call.k, call.cos, call.sin, call.positions, call.sequence_offsets, call.cu_seqlens
 
 
-def _triton_can_serve(call: RopeCall) -> str | None:
+def _kernels_can_serve(call: RopeCall) -> str | None:
     return "float64 is served by torch and reference only" if call.q.dtype == torch.float64 else None
 
 
 CHOICE = BackendChoice(
     "rope",
     (
-        Candidate("triton", _triton_can_serve, limits="float64"),
+        Candidate("cuda", _kernels_can_serve, limits="float64"),
+        Candidate("triton", _kernels_can_serve, limits="float64"),
         Candidate("torch", serves_all),
         Candidate("reference", serves_all),
     ),
@@ -83,7 +84,7 @@ def rope(
             as Llama does.
         inplace: write into q and k and return them. Where a gradient is needed (grad mode on and q or k requires it) the result is
             computed out of place all the same.
-        backend: "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
+        backend: "cuda", "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
             PYTRANSFORMER_BACKEND says otherwise.
 
     Returns:
@@ -95,6 +96,16 @@ def rope(
             read back: there, those outside are clamped to the table, and PYTRANSFORMER_DEBUG=1 makes them raise.
         NotImplementedError: cos or sin requires grad, or the named backend cannot serve this call; the message says why.
     """
+    try:
+        if (
+            type(offsets) is int
+            and goes_straight_to_cuda(backend, q, k, cos, sin, positions, cu_seqlens)
+            and not checks.DEBUG
+            and not (torch.is_grad_enabled() and _requires_grad(q, k, cos, sin))
+        ):
+            return _straight(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
+    except (RuntimeError, TypeError, AttributeError):
+        pass  # an argument is not as it should be: the checks below say which, in clearer words than the op's
     call = _check(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
     chosen = CHOICE.select(call, q.device.type, backend)
     if torch.is_autocast_enabled(q.device.type):
@@ -385,6 +396,52 @@ torch.library.impl("pytransformer::rope", "CompositeExplicitAutograd", _op_rope)
 torch.library.register_fake("pytransformer::rope", _fake_rope)
 torch.library.impl("pytransformer::rope_", "CompositeExplicitAutograd", _op_rope_)
 torch.library.register_fake("pytransformer::rope_", _fake_rope_)
+extension.register_fake("rope", _fake_rope)
+extension.register_fake("rope_", _fake_rope_)
+extension.register_fake("rope_at", _fake_rope)
+extension.register_fake("rope_at_", _fake_rope_)
+
+
+# --- CUDA: the extension's ops, which check their arguments themselves ------------------------------------------------------------------
+
+
+@functools.cache
+def _cuda_ops() -> tuple[Any, ...]:
+    # What OpOverload.__call__ calls: a tenth of the time of a small call is in that step. "at" takes fewer arguments: each absent one costs
+    # its caller as much as a dictionary look-up.
+    return tuple(extension.op(name)._op for name in ("rope", "rope_", "rope_at", "rope_at_"))
+
+
+def _requires_grad(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
+    return q.requires_grad or (k is not None and k.requires_grad) or cos.requires_grad or sin.requires_grad
+
+
+def _straight(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    offset: int,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """An eager call without a gradient."""
+    rotate, rotate_inplace, rotate_at, rotate_at_inplace = _cuda_ops()
+    simple = positions is None and cu_seqlens is None
+    if inplace:
+        if simple:
+            rotate_at_inplace(q, k, cos, sin, offset, interleaved)
+        else:
+            rotate_inplace(q, k, cos, sin, positions, None, offset, cu_seqlens, interleaved, False)
+        mark_changed(*((q,) if k is None else (q, k)))
+        return q, k
+    if simple:
+        rotated = rotate_at(q, k, cos, sin, offset, interleaved)
+    else:
+        rotated = rotate(q, k, cos, sin, positions, None, offset, cu_seqlens, interleaved, False)
+    return (rotated[0], None) if k is None else rotated
 
 
 # --- the way to a backend ---------------------------------------------------------------------------------------------------------------
@@ -412,18 +469,25 @@ def _rotate(call: RopeCall, backend: str) -> tuple[Tensor, Tensor | None]:
     """Out of place, without autograd."""
     if backend == "torch":
         return _torch_rotate(call)
-    if is_plain(*_tensors(call)):
+    if backend == "cuda":
+        q, k = torch.ops.pytransformer_cuda.rope(*call)
+    elif is_plain(*_tensors(call)):
         return _launch(call, inplace=False)
-    q, k = torch.ops.pytransformer.rope(*call)
+    else:
+        q, k = torch.ops.pytransformer.rope(*call)
     return q, None if call.k is None else k
 
 
 def _rotate_inplace(call: RopeCall, backend: str, plain: bool) -> None:
-    if backend == "triton":
+    if backend == "cuda":
+        torch.ops.pytransformer_cuda.rope_(*call)
+    elif backend == "triton" and not plain:
+        torch.ops.pytransformer.rope_(*call)
+    elif backend == "triton":
+        _launch(call, inplace=True)
+    if backend in ("cuda", "triton"):
         if plain:
-            _launch(call, inplace=True)
-        else:
-            torch.ops.pytransformer.rope_(*call)
+            mark_changed(*((call.q,) if call.k is None else (call.q, call.k)))
         return
     q, k = _torch_rotate(call) if backend == "torch" else _reference_rotate(call)
     call.q.copy_(q)
