@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytransformer import reference
+from pytransformer import extension, reference
 from pytransformer.ops import checks, kv_append_torch
 from pytransformer.ops.attention_checks import is_autocasting
-from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, serves_all
+from pytransformer.ops.autograd import mark_changed
+from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight_to_cuda, is_plain, serves_all
 from pytransformer.ops.kv_append_checks import AppendCall, check_kv_append, count_tokens, scales_are_written, tensors_of
 
 
-def _triton_why_not(call: AppendCall) -> str | None:
+def _kernels_why_not(call: AppendCall) -> str | None:
     if call.k.dtype == torch.float64:
         return "the kernels compute in float32; float64 is served by torch and the reference"
     return None
@@ -23,7 +25,8 @@ def _triton_why_not(call: AppendCall) -> str | None:
 CHOICE = BackendChoice(
     "kv_append",
     (
-        Candidate("triton", _triton_why_not, "float64"),
+        Candidate("cuda", _kernels_why_not, "float64"),
+        Candidate("triton", _kernels_why_not, "float64"),
         Candidate("torch", kv_append_torch.why_not, "quantised caches; anything on a GPU"),
         Candidate("reference", serves_all),
     ),
@@ -54,7 +57,7 @@ def kv_append(
     v_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | None:
-    """Writes new keys and values into the caches, in place: QK-norm, RoPE, quantise, write; in one launch (Triton).
+    """Writes new keys and values into the caches, in place: QK-norm, RoPE, quantise, write; in one launch (CUDA, Triton).
 
     Only the caches and per-token scales are changed; what is written without norm, RoPE or quantisation has the bits of k and v. The
     place of a token comes from ``slot_mapping``, or is position ``cache_seqlens[b] + t`` for token t of sequence b: in row b of a
@@ -83,8 +86,8 @@ def kv_append(
         norm_weight_offset: added to the norm weights (1.0 for Gemma).
         k_scale, v_scale: float32, for quantised caches and required there: code = round(x / scale). Of shape (num_kv_heads) they are read;
             of shape ``cache.shape[:-1]`` they are written, one per token and head: amax(\\|x\\|) / highest code. Both alike.
-        backend: "triton", "torch" or "reference"; None takes what was set by ``use_backend`` or PYTRANSFORMER_BACKEND, else the first that
-            can serve the call.
+        backend: "cuda", "triton", "torch" or "reference"; None takes what was set by ``use_backend`` or PYTRANSFORMER_BACKEND, else the
+            first that can serve the call.
 
     Returns:
         The new q, in a new contiguous tensor; None if q is None.
@@ -99,6 +102,22 @@ def kv_append(
 
     Sources: Kwon et al. 2023 (paged caches); Su et al. 2021 (RoPE); Henry et al. 2020 (QK-norm).
     """
+    try:
+        if (
+            goes_straight_to_cuda(backend, k, v, k_cache, v_cache, q)
+            and not checks.DEBUG
+            and not (
+                torch.is_grad_enabled()
+                and _requires_grad(k, v, k_cache, v_cache, q, q_norm_weight, k_norm_weight, cos, sin)
+            )
+            and not torch._C._is_any_autocast_enabled()
+        ):
+            return _straight(
+                k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
+                positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
+            )  # fmt: skip
+    except (RuntimeError, TypeError, AttributeError):
+        pass  # an argument is not as it should be: the checks below say which, in clearer words than the op's
     call = check_kv_append(
         AppendCall(
             k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx, positions,
@@ -110,6 +129,8 @@ def kv_append(
         cos=cos, sin=sin,
     )  # fmt: skip
     chosen = CHOICE.select(call, call.k.device.type, backend)
+    if chosen == "cuda":
+        return _cuda(call)
     if is_plain(*tensors_of(call)):
         return _append(call, chosen)
     op = torch.ops.pytransformer.kv_append_scaled if scales_are_written(call) else torch.ops.pytransformer.kv_append
@@ -137,7 +158,7 @@ torch.library.define(
 
 
 def _fake(*arguments: Any) -> Tensor:
-    call = AppendCall._make(arguments[:-1])
+    call = AppendCall._make(arguments[: len(AppendCall._fields)])  # the extension's ops have no backend behind them
     return call.k.new_empty(0) if call.q is None else call.q.new_empty(call.q.shape)
 
 
@@ -167,13 +188,75 @@ def _options(call: AppendCall) -> dict[str, Any]:
 def _triton(call: AppendCall) -> Tensor | None:
     from pytransformer.kernels.kv_append import kv_append_forward
 
-    written = (call.k_cache, call.v_cache, *((call.k_scale, call.v_scale) if scales_are_written(call) else ()))
     new_q = kv_append_forward(call.k, call.v, call.k_cache, call.v_cache, **_options(call))
-    for tensor in written:
-        # A kernel writes behind autograd's back; a tensor saved for some backward pass must be seen to have changed.
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    mark_changed(*_written(call))
     return new_q
+
+
+def _written(call: AppendCall) -> tuple[Tensor, ...]:
+    scales = (call.k_scale, call.v_scale) if scales_are_written(call) else ()
+    return call.k_cache, call.v_cache, *(scale for scale in scales if scale is not None)
+
+
+@functools.cache
+def _cuda_ops() -> tuple[Any, ...]:
+    names = ("kv_append", "kv_append_scaled", "kv_store", "kv_rotate_store")
+    # What OpOverload.__call__ calls: a tenth of the time of a small call is in that step.
+    return tuple(extension.op(name)._op for name in names)
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    for tensor in tensors:  # noqa: SIM110 (a generator takes longer than the questions)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _straight(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, cache_seqlens: Tensor | None,
+    slot_mapping: Tensor | None, block_table: Tensor | None, cu_seqlens: Tensor | None, cache_batch_idx: Tensor | None,
+    positions: Tensor | None, cos: Tensor | None, sin: Tensor | None, q: Tensor | None, q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None, interleaved: bool, norm_eps: float, norm_weight_offset: float,
+) -> Tensor | None:  # fmt: skip
+    """An eager call, by the extension's op with the fewest arguments: each of them costs as much as a dictionary look-up."""
+    append, append_scaled, store, rotate_store = _cuda_ops()
+    new_q = None
+    written: tuple[Tensor, ...] = (k_cache, v_cache)
+    where = None
+    if (
+        cu_seqlens is None
+        and cache_batch_idx is None
+        and k_scale is None
+        and v_scale is None
+        and k_norm_weight is q_norm_weight is None
+    ):
+        where = cache_seqlens if slot_mapping is None else None if cache_seqlens is not None else slot_mapping
+    if where is not None and cos is sin is q is positions is None:
+        store(k, v, k_cache, v_cache, where, block_table)
+    elif where is not None and q is not None and cos is not None and sin is not None:
+        new_q = rotate_store(q, k, v, k_cache, v_cache, where, block_table, cos, sin, positions, interleaved)
+    else:
+        if k_scale is not None and v_scale is not None and k_scale.ndim > 1:
+            append, written = append_scaled, (k_cache, v_cache, k_scale, v_scale)
+        new_q = append(
+            k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
+            positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
+        )  # fmt: skip
+    mark_changed(*written)
+    return new_q if q is not None else None
+
+
+def _cuda(call: AppendCall) -> Tensor | None:
+    """By the extension's op, whatever the tensors are: it is the one that a compiled graph has."""
+    op = (
+        torch.ops.pytransformer_cuda.kv_append_scaled
+        if scales_are_written(call)
+        else torch.ops.pytransformer_cuda.kv_append
+    )
+    new_q: Tensor = op(*call)
+    if is_plain(*tensors_of(call)):
+        mark_changed(*_written(call))
+    return None if call.q is None else new_q
 
 
 def _reference(call: AppendCall) -> Tensor | None:
@@ -187,3 +270,6 @@ def _reference(call: AppendCall) -> Tensor | None:
 for _name in ("kv_append", "kv_append_scaled"):
     torch.library.register_fake(f"pytransformer::{_name}", _fake)
     torch.library.impl(f"pytransformer::{_name}", "CompositeExplicitAutograd", _append_op)
+    extension.register_fake(_name, _fake)
+extension.register_fake("kv_store", lambda *arguments: None)
+extension.register_fake("kv_rotate_store", lambda q, *arguments: q.new_empty(q.shape))
