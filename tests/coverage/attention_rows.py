@@ -33,8 +33,6 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "deterministic": ("no", "yes"),
     "strides": ("contiguous", "heads before tokens"),
 }
-# What a call has where nothing else is said: each factor's level in the sweep that takes one option at a time.
-PLAIN = {factor: levels[0] for factor, levels in FACTORS.items()}
 _TERMS = ("softcap", "mask", "bias", "key_padding_mask", "alibi_slopes", "dropout_p")
 # No pair is excluded; these rows are, because in them one of a pair would be there in name only.
 RULES = tuple(
@@ -69,11 +67,6 @@ Draw = Callable[[Case, torch.Generator], Any]
 def rows() -> list[Row]:
     """The covering array."""
     return covering_array(FACTORS, RULES)
-
-
-def alone() -> list[Row]:
-    """A call for each level of each factor, alone."""
-    return [PLAIN] + [{**PLAIN, factor: level} for factor, levels in FACTORS.items() for level in levels[1:]]
 
 
 def _sizes(case: Case) -> tuple[int, int, int, int]:

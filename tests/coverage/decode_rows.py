@@ -41,7 +41,6 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "num_splits": ("0", "1", "2"),
     "strides": ("contiguous", "heads before tokens"),
 }
-PLAIN = {factor: levels[0] for factor, levels in FACTORS.items()}
 RULES = (
     Impossible(
         {"cache_batch_idx": ("given",), "layout": FACTORS["layout"][1:]},
@@ -69,11 +68,6 @@ PACKED = (1, QUERIES)
 def rows() -> list[Row]:
     """The covering array."""
     return covering_array(FACTORS, RULES)
-
-
-def alone() -> list[Row]:
-    """A call for each level of each factor, alone."""
-    return [PLAIN] + [{**PLAIN, factor: level} for factor, levels in FACTORS.items() for level in levels[1:]]
 
 
 Draw = Callable[[torch.Generator], Tensor]

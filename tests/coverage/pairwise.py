@@ -57,6 +57,23 @@ def impossible_pairs(factors: Factors, rules: Iterable[Impossible]) -> dict[Pair
     return found
 
 
+def plain(factors: Factors) -> Row:
+    """The first level of every factor: a call in which nothing else is said."""
+    return {factor: levels[0] for factor, levels in factors.items()}
+
+
+def one_at_a_time(factors: Factors) -> list[Row]:
+    """The plain row, and one for each other level of each factor, alone."""
+    return [plain(factors)] + [
+        {**plain(factors), factor: level} for factor, levels in factors.items() for level in levels[1:]
+    ]
+
+
+def label(row: Row, factors: Factors) -> str:
+    """The one level in which a row of :func:`one_at_a_time` is not plain."""
+    return next((f"{name}: {level}" for name, level in row.items() if level != factors[name][0]), "nothing else")
+
+
 def covering_array(factors: Factors, rules: Iterable[Impossible] = (), seed: int = 0) -> list[Row]:
     """Rows that execute every pair not excluded by a rule; always the same for the same arguments.
 

@@ -8,18 +8,13 @@ import torch
 from pytransformer import extension
 from tests.coverage import attention_rows as options
 from tests.coverage import record
-from tests.coverage.pairwise import Row, all_pairs, impossible_pairs, pairs_of
+from tests.coverage.pairwise import Row, all_pairs, impossible_pairs, label, one_at_a_time, pairs_of, plain
 from tests.kernels.attention_contract import run_reference
 
 ROWS = options.rows()
 # Triton is met above with every option. The extension takes part where it is loaded, on a GPU or in the emulator.
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "torch") if extension.why_not(_DEVICE) else ("reference", "torch", "cuda")
-
-
-def label(row: Row) -> str:
-    """The one level in which a row of the sweep differs from the plain call."""
-    return next((f"{name}: {level}" for name, level in row.items() if level != options.PLAIN[name]), "nothing else")
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)))
@@ -50,26 +45,35 @@ def test_share_of_pairs_that_are_executed() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("row", [pytest.param(row, id=label(row)) for row in options.alone()])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=label(row, options.FACTORS)) for row in one_at_a_time(options.FACTORS)]
+)
 @pytest.mark.usefixtures("poison_empty")
 def test_option_alone(row: Row, backend: str, device: torch.device) -> None:
     """Served within the contract, or refused with a reason, as docs/attention-options.md says."""
     forward = record.outcome(lambda: options.contract_of(row, backend, device, gradients=False).check())
     backward = record.outcome(lambda: options.contract_of(row, backend, device).check())
     if device.type == "cpu":  # torch's own backend serves less on a GPU, where lengths cannot be read back
-        record.expect("attention", "alone", backend, label(row), {"forward": forward, "backward": backward})
+        record.expect(
+            "attention", "alone", backend, label(row, options.FACTORS), {"forward": forward, "backward": backward}
+        )
 
 
 TERMS = ("visible", "softcap", "mask", "bias", "key_padding_mask", "alibi_slopes", "sinks", "dropout_p")
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, id=label(row)) for row in options.alone() if label(row).partition(":")[0] in TERMS]
+    "row",
+    [
+        pytest.param(row, id=label(row, options.FACTORS))
+        for row in one_at_a_time(options.FACTORS)
+        if label(row, options.FACTORS).partition(":")[0] in TERMS
+    ],
 )
 def test_option_is_more_than_a_name(row: Row, device: torch.device) -> None:
     """Each option changes the exact result: a kernel that ignored it would not pass."""
     given = options.inputs_of(row, 0, device)
-    plain = options.inputs_of(options.PLAIN, 0, device)
-    plain.tensors.update({name: given.tensors[name] for name in ("q", "k", "v")})
-    with_option, without = (run_reference(inputs, torch.float64)[0]["out"] for inputs in (given, plain))
+    bare = options.inputs_of(plain(options.FACTORS), 0, device)
+    bare.tensors.update({name: given.tensors[name] for name in ("q", "k", "v")})
+    with_option, without = (run_reference(inputs, torch.float64)[0]["out"] for inputs in (given, bare))
     assert not torch.equal(with_option, without)

@@ -7,16 +7,11 @@ import torch
 
 from tests.coverage import decode_rows as options
 from tests.coverage import record
-from tests.coverage.pairwise import Row, all_pairs, impossible_pairs, pairs_of
+from tests.coverage.pairwise import Row, all_pairs, impossible_pairs, label, one_at_a_time, pairs_of, plain
 from tests.coverage.test_attention_pairs import BACKENDS
 from tests.kernels.decode_contract import small_configs
 
 ROWS = options.rows()
-
-
-def label(row: Row) -> str:
-    """The one level in which a row of the sweep differs from the plain call."""
-    return next((f"{name}: {level}" for name, level in row.items() if level != options.PLAIN[name]), "nothing else")
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)))
@@ -55,7 +50,7 @@ def test_share_of_pairs_that_are_executed() -> None:
 @pytest.mark.parametrize("rule", options.RULES, ids=lambda rule: ", ".join(rule.levels))
 def test_impossible_pairs_are_refused(rule, device: torch.device) -> None:
     """What no call can have, no call gets silently."""
-    row = {**options.PLAIN, **{factor: levels[0] for factor, levels in rule.levels.items()}}
+    row = {**plain(options.FACTORS), **{factor: levels[0] for factor, levels in rule.levels.items()}}
     contiguous = options.inputs_of({**row, "layout": "contiguous"}, 0, device)
     paged = options.inputs_of({**row, "cache_batch_idx": "none"}, 0, device)
     paged.tensors["cache_batch_idx"] = contiguous.tensors["cache_batch_idx"]
@@ -64,10 +59,12 @@ def test_impossible_pairs_are_refused(rule, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("row", [pytest.param(row, id=label(row)) for row in options.alone()])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=label(row, options.FACTORS)) for row in one_at_a_time(options.FACTORS)]
+)
 @pytest.mark.usefixtures("poison_empty")
 def test_option_alone(row: Row, backend: str, device: torch.device) -> None:
     """Served within the contract, or refused with a reason, as docs/attention-options.md says."""
     forward = record.outcome(lambda: options.contract_of(row, backend, device).check())
     if device.type == "cpu":  # torch's own backend serves nothing on a GPU, where lengths cannot be read back
-        record.expect("decode_attention", "alone", backend, label(row), {"forward": forward})
+        record.expect("decode_attention", "alone", backend, label(row, options.FACTORS), {"forward": forward})
