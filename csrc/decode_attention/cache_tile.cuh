@@ -20,14 +20,22 @@ __device__ __forceinline__ int piece_offset(int row, int piece) {
 
 // --- Copying --------------------------------------------------------------------------------------------------------------------------
 
-// Copies the up to 16 bytes of a piece that exist, element by element, from an address without alignment; zeros if it is not valid.
+// Up to 16 bytes of a row; zeros where they are not valid.
+struct Piece {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes;
+  bool valid;
+};
+
+// For rows without alignment.
 template <class Element>
-__device__ __forceinline__ void copy_elements(void* shared, const void* global, int bytes, bool valid) {
+__device__ __forceinline__ void copy_elements(const Piece& piece) {
   using Bits = std::conditional_t<sizeof(Element) == 2, uint16_t, uint8_t>;
-  auto* to = static_cast<Bits*>(shared);
-  const auto* from = static_cast<const Bits*>(global);
+  auto* to = reinterpret_cast<Bits*>(piece.to);
+  const auto* from = reinterpret_cast<const Bits*>(piece.from);
 #pragma unroll 1
-  for (int i = 0; i < bytes / int(sizeof(Element)); ++i) to[i] = valid ? from[i] : Bits{0};
+  for (int i = 0; i < piece.bytes / int(sizeof(Element)); ++i) to[i] = piece.valid ? from[i] : Bits{0};
 }
 
 // A warp starts copying 16 rows of `dim` elements. Lane i < 16 knows in `offset` where row i begins, negative if it is not to be read
@@ -38,22 +46,30 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, const void* cache
   const int lane = threadIdx.x % kWarpSize;
   const auto* base = static_cast<const unsigned char*>(cache);
   const int row_bytes = dim * int(sizeof(Element));
-#pragma unroll
-  for (int i = 0; i < kChunkKeys * PIECES / kWarpSize; ++i) {
+  const auto piece_at = [&](int i) {
     const int index = i * kWarpSize + lane, row = index / PIECES, piece = index % PIECES;
     const int64_t row_offset = __shfl_sync(kFullWarp, static_cast<long long>(offset), first_lane + row);
-    const bool valid = row_offset >= 0;
-    const unsigned char* from = valid ? base + row_offset * int64_t(sizeof(Element)) + piece * 16 : base;
     unsigned char* to = tile + (sizeof(Element) == 2 ? piece_offset<DIM>(row, piece) : row * DIM + piece * 16);
-    const int bytes = min(row_bytes - piece * 16, 16);
-    if (bytes <= 0) continue;
-    if (vector_bytes == 16) {
-      ptx::cp_async<16>(to, from, valid);
-    } else if (vector_bytes == 8) {
-      ptx::cp_async<8>(to, from, valid);
-      if (bytes == 16) ptx::cp_async<8>(to + 8, valid ? from + 8 : base, valid);
-    } else {
-      copy_elements<Element>(to, from, bytes, valid);
+    const bool valid = row_offset >= 0;
+    return Piece{to, valid ? base + row_offset * int64_t(sizeof(Element)) + piece * 16 : base, min(row_bytes - piece * 16, 16), valid};
+  };
+  constexpr int STEPS = kChunkKeys * PIECES / kWarpSize;
+  if (vector_bytes == 16) {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      const Piece piece = piece_at(i);
+      if (piece.bytes > 0) ptx::cp_async<16>(piece.to, piece.from, piece.valid);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < STEPS; ++i) {
+    const Piece piece = piece_at(i);
+    if (piece.bytes > 0 && vector_bytes == 8) {
+      ptx::cp_async<8>(piece.to, piece.from, piece.valid);
+      if (piece.bytes == 16) ptx::cp_async<8>(piece.to + 8, piece.valid ? piece.from + 8 : base, piece.valid);
+    } else if (piece.bytes > 0) {
+      copy_elements<Element>(piece);
     }
   }
 }
