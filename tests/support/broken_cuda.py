@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,12 @@ def build_broken(
     (mirror / source).unlink()
     (mirror / source).write_text(text)
     plan = build.emulated_plan(build.find_torch(), flavor, ())
-    objects = {path.name: path for path in (ROOT / "build" / flavor).glob("*.o")}
+    # Not all that lies there: a source that was renamed has left its object behind.
+    built = ROOT / "build" / flavor
+    objects = {
+        name: built / name
+        for name in re.findall(r"^build (\S+\.o):", (built / "build.ninja").read_text(), re.MULTILINE)
+    }
     for unit in recompile or [source]:
         name = "csrc_" + unit.replace("/", "_") + ".o"
         if name not in objects:
