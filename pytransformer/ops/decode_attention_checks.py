@@ -295,6 +295,8 @@ def _check_pages(call: DecodeCall, block_table: Tensor, lengths: list[int], left
     num_pages, page_size = call.k_cache.shape[:2]
     table = block_table.tolist()
     for sequence, (length, leftpad) in enumerate(zip(lengths, leftpads)):
+        if length == 0:  # a padding that ends inside a page would seem to reach into it
+            continue
         first = leftpad + first_visible_key(call, sequence, length)
         for entry in range(first // page_size, -(-(leftpad + length) // page_size)):
             if not 0 <= table[sequence][entry] < num_pages:

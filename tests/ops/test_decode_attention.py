@@ -427,3 +427,13 @@ def test_fake_tensors(device):
             assert out.is_contiguous()
         _, lse = decode_attention(**call, backend="reference", return_lse=True)
         assert lse.shape == (2, 4, 1)
+
+
+def test_a_sequence_without_keys_needs_no_page_behind_its_left_padding(device):
+    q, cache = torch.randn(1, 1, 2, 16, device=device), torch.randn(4, 3, 2, 16, device=device)
+    cache_seqlens, leftpad = (torch.tensor([number], dtype=torch.int32, device=device) for number in (0, 11))
+    block_table = torch.tensor([[0, 1, 2, 10**6]], dtype=torch.int32, device=device)
+    out = pytransformer.decode_attention(
+        q, cache, cache, cache_seqlens, block_table=block_table, cache_leftpad=leftpad, backend="reference"
+    )
+    assert torch.equal(out, torch.zeros_like(q))
