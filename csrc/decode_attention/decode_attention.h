@@ -48,7 +48,8 @@ struct DecodeAttention {
   bool scale_per_token;
   int batch, num_kv_heads, group, head_dim, value_dim;
   int page_size;  // 0 without a block table
-  int capacity;   // keys that one sequence can have; no key behind them is looked at
+  int capacity;   // slots for keys that one sequence has, left padding included; nothing behind them is looked at
+  int num_keys;   // keys that a mask or bias reaches, counted behind the left padding
   int seqlen_q;   // of each sequence; packed: the longest
   int total_q;    // packed: tokens in q
   int mask_rows, bias_rows;

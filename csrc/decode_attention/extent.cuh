@@ -46,7 +46,7 @@ struct KeyRange {
 // The keys that some of the query tokens [first_token, last_token] of a sequence see.
 __device__ __forceinline__ KeyRange visible_keys(const DecodeAttention& call, const Sequence& sequence, int first_token, int last_token) {
   const int offset = sequence.seqlen_k - sequence.seqlen_q;
-  KeyRange range{0, min(sequence.seqlen_k, call.capacity - sequence.leftpad)};
+  KeyRange range{0, min(min(sequence.seqlen_k, call.num_keys), call.capacity - sequence.leftpad)};
   if (call.window_left >= 0) range.low = max(range.low, offset + first_token - call.window_left);
   if (call.window_right >= 0) range.high = min(range.high, offset + last_token + call.window_right + 1);
   return range;

@@ -129,8 +129,8 @@ int decode_classes(const DecodeAttention& call, int num_splits, DecodeClass (&cl
       programs.rows_above = above;
       programs.rows_up_to = row_class.rows_up_to;
       programs.block_rows = row_class.rows_up_to == kTileRows ? kTileRows : kTileRows * warps;
-      programs.splits = num_splits > 0 ? fixed_splits(call.capacity, num_splits, warps * kChunkKeys) : row_class.splits;
-      programs.num_splits = count_splits(programs.splits, call.capacity);
+      programs.splits = num_splits > 0 ? fixed_splits(call.num_keys, num_splits, warps * kChunkKeys) : row_class.splits;
+      programs.num_splits = count_splits(programs.splits, call.num_keys);
       programs.rows = std::min(rows, row_class.rows_up_to);
       programs.num_tiles = ceil_div(programs.rows, programs.block_rows);
     }

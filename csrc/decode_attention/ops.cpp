@@ -249,9 +249,10 @@ void check_fits_32_bits(const char* what, int64_t value) {
 
 void set_sizes(const Arguments& from, DecodeAttention& call) {
   const int64_t pages = from.block_table ? from.block_table->size(1) : 1;
-  int64_t capacity = pages * from.k_cache.size(1);
-  if (from.mask) capacity = std::min(capacity, from.mask->size(3));
-  if (from.bias) capacity = std::min(capacity, from.bias->size(3));
+  const int64_t capacity = pages * from.k_cache.size(1);
+  int64_t num_keys = capacity;
+  if (from.mask) num_keys = std::min(num_keys, from.mask->size(3));
+  if (from.bias) num_keys = std::min(num_keys, from.bias->size(3));
   const int64_t tokens = from.q.size(from.q.dim() - 3);
   const int64_t group = from.num_heads() / from.k_cache.size(2);
   check_fits_32_bits("the capacity of the cache", capacity);
@@ -264,6 +265,7 @@ void set_sizes(const Arguments& from, DecodeAttention& call) {
   call.value_dim = static_cast<int>(from.v_cache.size(3));
   call.page_size = from.block_table ? static_cast<int>(from.k_cache.size(1)) : 0;
   call.capacity = static_cast<int>(capacity);
+  call.num_keys = static_cast<int>(num_keys);
   call.total_q = static_cast<int>(tokens);
   call.seqlen_q = static_cast<int>(std::min(tokens, from.max_seqlen_q.value_or(tokens)));
 }
