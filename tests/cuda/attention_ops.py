@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
@@ -41,8 +40,3 @@ def exact_forward(q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, **opti
     """(out, lse) by the reference in float32, out rounded once: what is measured then is the backward pass alone."""
     out, lse = reference.attention(q.float(), k.float(), v.float(), **options, return_lse=True)
     return out.to(q.dtype).contiguous(), lse.contiguous()
-
-
-def zeros_where_nothing_is_seen(lse: Tensor) -> Tensor:
-    """Mask of the queries, (…, seqlen_q, num_heads), that see no key."""
-    return (lse == -torch.inf).transpose(-1, -2)
