@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.support.broken_cuda import run_broken
 
+FLAVOR = os.environ.get("PYTRANSFORMER_TEST_CUDA", "address")
 KEY_KERNEL = ("attention/backward_dkv.cuh", "attention/backward_dkv_bfloat16_64.cu")
 QUERY_KERNEL = ("attention/backward_dq.cuh", "attention/backward_dq_bfloat16_64.cu")
 # Several tiles on both sides, the last of them not whole; then the contract, in every order of threads, warps and blocks.
@@ -23,13 +25,13 @@ FAULTS = {
         *KEY_KERNEL,
         "    __syncthreads();  // the weights have passed\n",
         "",
-        "ContractError|AssertionError",
+        "ContractError|AssertionError|data race",
     ),
     "a stage read before it has landed": (
         *KEY_KERNEL,
         "ptx::cp_async_wait<0>();\n    __syncthreads();  // this stage has landed",
         "ptx::cp_async_wait<1>();\n    __syncthreads();  // this stage has landed",
-        "ContractError|AssertionError|never waited for",
+        "ContractError|AssertionError|never waited for|data race",
     ),
     "a stage overwritten while it is read": (
         *QUERY_KERNEL,
@@ -51,8 +53,10 @@ FAULTS = {
 def test_fault_is_found(name: str, tmp_path: Path, device) -> None:
     if device.type == "cuda":
         pytest.skip("faults are put into what the host emulator runs")
+    if name == "one row written too many" and FLAVOR != "address":
+        pytest.skip("AddressSanitizer knows where memory ends")
     source, unit, good, bad, report = FAULTS[name]
-    result = run_broken(tmp_path, source, [(good, bad)], SCRIPT, recompile=[unit])
+    result = run_broken(tmp_path, source, [(good, bad)], SCRIPT, flavor=FLAVOR, recompile=[unit])
     output = result.stdout + result.stderr
     assert result.returncode != 0 and "nothing found" not in output
     assert any(text in output for text in report.split("|")), output[-3000:]
@@ -65,5 +69,5 @@ def test_one_stage(tmp_path: Path, device) -> None:
         pytest.skip("a GPU runs what its shared memory allows")
     changes = [("  if (blocks(bytes_of_two) >= 2) return 2;\n", "  if (blocks(bytes_of_one) > 0) return 1;\n")]
     units = [KEY_KERNEL[1], QUERY_KERNEL[1]]
-    result = run_broken(tmp_path, "attention/backward_tile.cuh", changes, SCRIPT, recompile=units)
+    result = run_broken(tmp_path, "attention/backward_tile.cuh", changes, SCRIPT, flavor=FLAVOR, recompile=units)
     assert result.returncode == 0 and "nothing found" in result.stdout, result.stdout + result.stderr[-3000:]
