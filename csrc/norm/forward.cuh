@@ -199,9 +199,16 @@ __device__ __forceinline__ Moments thread_moments(const NormForward& call, int64
   return moments;
 }
 
-// The moments of all threads of a block, in every thread; `count` of them together.
+// The moments of all threads of a block, in every thread; `count` of them together. The first thread has some.
 __device__ __forceinline__ Moments block_moments(const NormForward& call, Moments moments, float count, float* scratch) {
-  const float mean = call.is_rms ? 0.0f : row_sum(moments.mean * moments.count, scratch) / count;
+  float mean = 0.0f;
+  if (!call.is_rms) {
+    // Means are merged by what they differ from one of them: sums of many large ones would be rounded coarsely.
+    float* first = scratch + 2 * kWarpSize;
+    if (threadIdx.x == 0) *first = moments.mean;
+    __syncthreads();
+    mean = *first + row_sum((moments.mean - *first) * moments.count, scratch) / count;
+  }
   const float shift = moments.mean - mean;
   return {mean, row_sum(moments.squares + moments.count * shift * shift, scratch + kWarpSize), count};
 }
@@ -282,8 +289,8 @@ __global__ void __launch_bounds__(kWalkThreads) norm_forward_apply_kernel(const 
   const int lane = threadIdx.x % kWarpSize;
   const float count = static_cast<float>(call.cols);
   float mean = 0.0f, squares = 0.0f;
-  for (int part = lane; part < parts; part += kWarpSize) mean += of_row[2 * part] * count_of(part);
-  mean = warp_reduce<kWarpSize>(mean, Sum{}) / count;
+  for (int part = lane; part < parts; part += kWarpSize) mean += (of_row[2 * part] - of_row[0]) * count_of(part);
+  mean = of_row[0] + warp_reduce<kWarpSize>(mean, Sum{}) / count;
   for (int part = lane; part < parts; part += kWarpSize) {
     const float shift = of_row[2 * part] - mean;
     squares += of_row[2 * part + 1] + count_of(part) * shift * shift;

@@ -405,11 +405,12 @@ for _name, _implementation, _fake in (
 
 # --- CUDA: the extension's ops, two of them the same as Triton's, and lean ones for inference --------------------------------------------
 
-# The ops themselves, kept so that an eager call does not look them up.
-_cuda_layer_norm = functools.cache(lambda: extension.op("layer_norm"))
-_cuda_rms_norm = functools.cache(lambda: extension.op("rms_norm"))
-_cuda_add_layer_norm = functools.cache(lambda: extension.op("add_layer_norm"))
-_cuda_add_rms_norm = functools.cache(lambda: extension.op("add_rms_norm"))
+# The ops themselves, kept so that an eager call does not look them up, and without the Python frame around each, which only passes its
+# arguments on.
+_cuda_layer_norm = functools.cache(lambda: extension.op("layer_norm")._op)
+_cuda_rms_norm = functools.cache(lambda: extension.op("rms_norm")._op)
+_cuda_add_layer_norm = functools.cache(lambda: extension.op("add_layer_norm")._op)
+_cuda_add_rms_norm = functools.cache(lambda: extension.op("add_rms_norm")._op)
 
 
 def _fake_norm(x: Tensor, *others: Any) -> Tensor:

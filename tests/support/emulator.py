@@ -83,8 +83,12 @@ def configure(schedule: int = 0, *, stub_launches: bool = False, num_sms: int = 
     _control().pytransformer_emulator_configure(schedule, int(stub_launches), num_sms)
 
 
-def in_every_schedule(function: Callable[[], Sequence[Tensor | None]]) -> list[Tensor | None]:
+def in_every_schedule(function: Callable[[], Sequence[Tensor | None]], *, num_sms: int = 4) -> list[Tensor | None]:
     """Calls ``function`` under each schedule of the emulator (on a GPU: as often), and compares all results bit by bit.
+
+    Args:
+        function: launches, and returns what is to be compared.
+        num_sms: what launch policy is told in the emulator.
 
     Returns:
         The results of the first call.
@@ -93,7 +97,7 @@ def in_every_schedule(function: Callable[[], Sequence[Tensor | None]]) -> list[T
     first: list[Tensor | None] | None = None
     for schedule in SCHEDULES:
         if emulated:
-            configure(schedule)
+            configure(schedule, num_sms=num_sms)
         results = list(function())
         if first is None:
             first = results
