@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -229,20 +228,13 @@ def _triton(call: DecodeCall) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
 
 
-@functools.cache
-def _cuda_op() -> Any:
-    op = extension.op("decode_attention")
-    torch.library.register_fake("pytransformer_cuda::decode_attention", _fake_cuda)
-    return op
-
-
 def _fake_cuda(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
     return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), q.new_empty(lse, dtype=torch.float32)
 
 
 def _cuda(call: DecodeCall) -> tuple[Tensor, Tensor]:
-    out, lse = _cuda_op()(
+    out, lse = extension.op("decode_attention")(
         call.q, call.k_cache, call.v_cache, call.cache_seqlens, call.cu_seqlens_q, call.max_seqlen_q, call.block_table,
         call.cache_batch_idx, call.cache_leftpad, _expanded(call.mask, call), _expanded(call.bias, call), call.alibi_slopes, call.sinks,
         call.k_scale, call.v_scale, call.softmax_scale, call.causal, *call.window, call.softcap, call.num_splits,
@@ -290,3 +282,4 @@ def _reference(call: DecodeCall) -> tuple[Tensor, Tensor]:
 
 torch.library.register_fake("pytransformer::decode_attention", _fake)
 torch.library.impl("pytransformer::decode_attention", "CompositeExplicitAutograd", _decode_op)
+extension.register_fake("decode_attention", _fake_cuda)
