@@ -148,7 +148,7 @@ __device__ __forceinline__ void for_heads(const T* in, T* out, int64_t stride_in
 
 // Block (x, y): tokens_per_block tokens, every gridDim.y-th group of kHeadsAtOnce heads of q and k.
 template <class T, int VEC, bool INTERLEAVED>
-__global__ void __launch_bounds__(kMaxThreads) rope_kernel(const RopeCall call, int units, int tokens_per_block) {
+__global__ void __launch_bounds__(kMaxThreads, 2) rope_kernel(const RopeCall call, int units, int tokens_per_block) {
   const int thread = static_cast<int>(threadIdx.x);
   const int row = units < static_cast<int>(blockDim.x) ? thread / units : 0;
   const unsigned token = blockIdx.x * tokens_per_block + row;  // fewer than 2^31
