@@ -17,7 +17,8 @@ SCRIPT = """
 import torch
 from tests.cuda.test_attention_backward import check_case
 from tests.kernels.attention_contract import Case
-check_case(Case((150, 140), heads=(2, 1), dims=(16, 16), dtype=torch.bfloat16, options={"causal": True}), torch.device("cpu"))
+case = Case((150, 140), heads=(2, 1), dims=(16, 16), dtype=torch.bfloat16, options={"causal": True})
+check_case(case, torch.device("cpu"), every_schedule=True)
 print("nothing found")
 """
 FAULTS = {
