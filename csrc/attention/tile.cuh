@@ -110,7 +110,8 @@ __device__ __forceinline__ void write_rows(T* rows, int64_t stride, int rows_lef
 #pragma unroll 4
   for (int row = lane / CHUNKS; row < ROWS; row += ROWS_AT_ONCE) {
     if (row >= rows_left) return;
-    store_vector<kChunk>(rows + row * stride + chunk * kChunk, load_vector<kChunk>(tile + tile_offset<COLS>(first_row + row, chunk)));
+    const T* from = tile + tile_offset<COLS>(first_row + row, chunk);
+    *reinterpret_cast<uint4*>(rows + row * stride + chunk * kChunk) = *reinterpret_cast<const uint4*>(from);
   }
 }
 
