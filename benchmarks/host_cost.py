@@ -30,15 +30,22 @@ CALLS = 100  # a tenth of a time slice of a busy machine, so that the best repea
 
 def rows() -> list[tuple[str, Callable[[], object]]]:
     """Name and call of each row; the first is what the others are compared with."""
-    from pytransformer import layer_norm, rms_norm
+    from pytransformer import kv_append, layer_norm, rms_norm, rope
 
     x, weight, bias = torch.randn(1, 1), torch.randn(1), torch.randn(1)
+    q, table = torch.randn(1, 1, 1, 8), torch.randn(4, 4)
+    cache = {"k_cache": torch.zeros(1, 4, 1, 8), "v_cache": torch.zeros(1, 4, 1, 8), "backend": "cuda"}
+    where = {"cache_seqlens": torch.zeros(1, dtype=torch.int32), **cache}
     return [
         (BASE, lambda: F.layer_norm(x, (1,), weight, bias)),
         ("layer_norm", lambda: layer_norm(x, weight, bias, backend="cuda")),
         ("layer_norm, residual", lambda: layer_norm(x, weight, bias, residual=x, backend="cuda")),
         ("rms_norm", lambda: rms_norm(x, weight, backend="cuda")),
         ("rms_norm, residual", lambda: rms_norm(x, weight, residual=x, backend="cuda")),
+        ("rope", lambda: rope(q, q, table, table, backend="cuda")),
+        ("rope, in place", lambda: rope(q, q, table, table, inplace=True, backend="cuda")),
+        ("kv_append", lambda: kv_append(q, q, **where)),
+        ("kv_append, q and RoPE", lambda: kv_append(q, q, q=q, cos=table, sin=table, **where)),
     ]
 
 

@@ -46,13 +46,17 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+_increment_version = torch._C._increment_version
+
+
 def mark_changed(*tensors: Tensor) -> None:
     """A kernel writes behind autograd's back; a tensor saved for some backward pass must be seen to have changed."""
-    for tensor in tensors:
-        if tensor.is_inference():  # has no version
-            tensors = tuple(tensor for tensor in tensors if not tensor.is_inference())
-            break
-    torch._C._increment_version(tensors)
+    try:
+        _increment_version(tensors)
+    except (
+        RuntimeError
+    ):  # one was made under inference mode and has no version; asking each beforehand takes longer than all else here
+        _increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 @contextlib.contextmanager

@@ -236,4 +236,10 @@ def goes_straight_to_cuda(backend: str | None, first: torch.Tensor, *others: tor
         return False
     if first is None or not is_plain(first, *others):
         return False
-    return extension.why_not("cuda" if first.is_cuda else first.device.type) is None
+    return _extension_serves(first.is_cuda, first.is_cpu)
+
+
+@functools.cache
+def _extension_serves(is_cuda: bool, is_cpu: bool) -> bool:
+    # Kept for the process: the answer does not change, and its questions take longer than all others of a small call.
+    return (is_cuda or is_cpu) and extension.why_not("cuda" if is_cuda else "cpu") is None

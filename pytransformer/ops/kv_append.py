@@ -22,6 +22,11 @@ def _kernels_why_not(call: AppendCall) -> str | None:
     return None
 
 
+_is_autocasting = (
+    torch._C._is_any_autocast_enabled
+)  # bound once: a look-up through torch's modules takes as long as the question
+
+
 CHOICE = BackendChoice(
     "kv_append",
     (
@@ -110,8 +115,21 @@ def kv_append(
                 torch.is_grad_enabled()
                 and _requires_grad(k, v, k_cache, v_cache, q, q_norm_weight, k_norm_weight, cos, sin)
             )
-            and not torch._C._is_any_autocast_enabled()
+            and not _is_autocasting()
         ):
+            few = k_scale is v_scale is cu_seqlens is cache_batch_idx is q_norm_weight is k_norm_weight is None
+            if few and cos is sin is q is positions is None:
+                where = cache_seqlens if slot_mapping is None else _one_of(cache_seqlens, slot_mapping)
+                _few_ops()[0](k, v, k_cache, v_cache, where, block_table)
+                mark_changed(k_cache, v_cache)
+                return None
+            if few and q is not None and cos is not None and sin is not None:
+                where = cache_seqlens if slot_mapping is None else _one_of(cache_seqlens, slot_mapping)
+                rotated: Tensor = _few_ops()[1](
+                    q, k, v, k_cache, v_cache, where, block_table, cos, sin, positions, interleaved
+                )
+                mark_changed(k_cache, v_cache)
+                return rotated
             return _straight(
                 k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
                 positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
@@ -199,10 +217,17 @@ def _written(call: AppendCall) -> tuple[Tensor, ...]:
 
 
 @functools.cache
-def _cuda_ops() -> tuple[Any, ...]:
-    names = ("kv_append", "kv_append_scaled", "kv_store", "kv_rotate_store")
+def _few_ops() -> tuple[Any, ...]:
+    """The extension's ops with few arguments, for most calls: each argument costs as much as a dictionary look-up."""
     # What OpOverload.__call__ calls: a tenth of the time of a small call is in that step.
-    return tuple(extension.op(name)._op for name in names)
+    return tuple(extension.op(name)._op for name in ("kv_store", "kv_rotate_store"))
+
+
+def _one_of(cache_seqlens: Tensor | None, slot_mapping: Tensor | None) -> Tensor | None:
+    """The one that is given; ``None``, which the ops refuse, if both are or neither is."""
+    if cache_seqlens is None:
+        return slot_mapping
+    return cache_seqlens if slot_mapping is None else None
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -218,32 +243,17 @@ def _straight(
     positions: Tensor | None, cos: Tensor | None, sin: Tensor | None, q: Tensor | None, q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None, interleaved: bool, norm_eps: float, norm_weight_offset: float,
 ) -> Tensor | None:  # fmt: skip
-    """An eager call, by the extension's op with the fewest arguments: each of them costs as much as a dictionary look-up."""
-    append, append_scaled, store, rotate_store = _cuda_ops()
-    new_q = None
+    """An eager call by the extension's op."""
+    op = extension.op("kv_append")
     written: tuple[Tensor, ...] = (k_cache, v_cache)
-    where = None
-    if (
-        cu_seqlens is None
-        and cache_batch_idx is None
-        and k_scale is None
-        and v_scale is None
-        and k_norm_weight is q_norm_weight is None
-    ):
-        where = cache_seqlens if slot_mapping is None else None if cache_seqlens is not None else slot_mapping
-    if where is not None and cos is sin is q is positions is None:
-        store(k, v, k_cache, v_cache, where, block_table)
-    elif where is not None and q is not None and cos is not None and sin is not None:
-        new_q = rotate_store(q, k, v, k_cache, v_cache, where, block_table, cos, sin, positions, interleaved)
-    else:
-        if k_scale is not None and v_scale is not None and k_scale.ndim > 1:
-            append, written = append_scaled, (k_cache, v_cache, k_scale, v_scale)
-        new_q = append(
-            k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
-            positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
-        )  # fmt: skip
+    if k_scale is not None and v_scale is not None and k_scale.ndim > 1:
+        op, written = extension.op("kv_append_scaled"), (k_cache, v_cache, k_scale, v_scale)
+    new_q: Tensor = op(
+        k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
+        positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
+    )  # fmt: skip
     mark_changed(*written)
-    return new_q if q is not None else None
+    return None if q is None else new_q
 
 
 def _cuda(call: AppendCall) -> Tensor | None:

@@ -522,7 +522,7 @@ assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, r
 print("finished")
 """
 FAULTS = {
-    "a row behind the cache": ("place.position < (call.block_table", "place.position <= (call.block_table", "AddressSanitizer"),
+    "a row behind the cache": ("place.position < (call.block_table", "place.position <= (call.block_table", "schedules differ"),
     "a token too many": ("const bool is_token = token < call.tokens;", "const bool is_token = token <= call.tokens;", "AddressSanitizer"),
     "no barrier before the partner is read": ("  __syncwarp();\n  const float* cos_row", "  const float* cos_row", "schedules differ"),
     "a feature group too many": ("&& col < from.dim;", "&& col <= from.dim;", "AddressSanitizer"),
