@@ -8,11 +8,22 @@ import pytest
 
 from tests.support import cuda_sass, gate_figures
 from tests.support.emulator import builder
-from tests.support.sass import GLOBAL_128_BIT, GLOBAL_ACCESS, Statistics
+from tests.support.sass import GLOBAL_128_BIT, Statistics
 
 MAX_STACK_BYTES = 16
-# Kernels that stream tensors through registers, in the instance for aligned rows.
-STREAMING = re.compile(r"^(norm|rope|kv_cache)_")
+# What ptxas keeps on the stack in spite of everything, and is known: bytes by kernel and architecture.
+KNOWN_STACKS = {
+    # All 255 registers are taken; smaller tiles would read the keys twice as often on the architectures that have room.
+    ("attention_backward_dq_kernel", "128", "sm_100"): 48,
+    # Statistics of rows wider than 16384 columns; outside the loop over memory.
+    ("norm_forward_wide_kernel", "8", "sm_100"): 24,
+}
+# These files hold no kernel, but choose among those of others.
+DISPATCHERS = {"norm_forward"}
+# Kernels that stream tensors through registers, in the instances for 16-byte accesses: 8 elements of 16 bits, 4 of 32.
+STREAMING = re.compile(
+    r"(norm_forward_\w+|norm_backward_rows|rope)_kernel<(__half, 8|__nv_bfloat16, 8|float, 4)|kv_append_kernel<\w+, true"
+)
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +43,17 @@ def test_every_source_has_kernels_for_every_architecture(kernels):
     }
     architectures = {f"sm_{arch.rstrip('af')}" for arch in cuda_sass.ARCHITECTURES}
     compiled = {(name.split()[0], name.split()[-1]) for name in kernels}
-    assert compiled == {(source, arch) for source in sources for arch in architectures}
+    assert compiled == {(source, arch) for source in sources - DISPATCHERS for arch in architectures}
 
 
 def test_no_kernel_uses_local_memory(kernels):
-    spilling = {
-        name: (got.stack_bytes, got.count(gate_figures.LOCAL_ACCESS))
-        for name, got in kernels.items()
-        if got.stack_bytes > MAX_STACK_BYTES
-    }
+    spilling = {}
+    for name, got in kernels.items():
+        kernel, arch = name.split(" ", 1)[1].rsplit(" ", 1)
+        function, arguments = kernel.split("::")[-1].partition("<")[::2]
+        width = arguments.split(", ")[1].rstrip(">") if ", " in arguments else ""
+        if got.stack_bytes > KNOWN_STACKS.get((function, width, arch), MAX_STACK_BYTES):
+            spilling[name] = (got.stack_bytes, got.count(gate_figures.LOCAL_ACCESS))
     assert not spilling, "(bytes, accesses) of local memory"
 
 
@@ -48,19 +61,14 @@ def test_attention_uses_tensor_cores(kernels):
     attention = {
         name: got.count(gate_figures.WARP_MMA) for name, got in kernels.items() if "attention" in name.split()[0]
     }
-    attention = {
-        name: count for name, count in attention.items() if not re.search("combine|delta|reduce|preprocess", name)
-    }
+    attention = {name: count for name, count in attention.items() if not re.search("combine|statistics", name)}
     assert attention and all(attention.values()), attention
 
 
 def test_streaming_kernels_have_wide_accesses(kernels):
-    narrow = [
-        f"{name}: {got.count(GLOBAL_128_BIT)} of {got.count(GLOBAL_ACCESS)}"
-        for name, got in kernels.items()
-        if STREAMING.match(name) and "128bit" in name and not got.count(GLOBAL_128_BIT)
-    ]
-    assert not narrow
+    wide = {name: got.count(GLOBAL_128_BIT) for name, got in kernels.items() if STREAMING.search(name)}
+    assert {name.split("_")[0] for name in wide} == {"norm", "rope", "kv"}
+    assert all(wide.values()), wide
 
 
 def test_figures_are_those_committed(kernels, record_figures):
