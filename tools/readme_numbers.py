@@ -41,6 +41,20 @@ def cpu_table(title: str, result: dict[str, Any]) -> list[str]:
     return [*lines, "", f"That is {speedup:.2f} times transformers in the same run.", ""]
 
 
+def host_table(result: dict[str, Any]) -> list[str]:
+    """What one eager call costs the host."""
+    where = result["machine"]
+    lines = [
+        "**Host time of an eager call** of the CUDA backend, its launch left out, beside torch's own `F.layer_norm` in the same run "
+        f"({where['processor']}, Python {where['python']}, torch {where['torch']}):",
+        "",
+        "| call | µs | of F.layer_norm |",
+        "|---|---:|---:|",
+    ]
+    lines += [f"| {row['name']} | {row['microseconds']:.2f} | {row['of_base']:.2f} |" for row in result["rows"]]
+    return [*lines, ""]
+
+
 def gpu_tables() -> list[str]:
     """Fraction of the floor of each row of the newest result of each GPU."""
     newest: dict[str, dict[str, Any]] = {}
@@ -85,6 +99,9 @@ def _gpu_row(row: dict[str, Any]) -> str:
 def numbers() -> str:
     """The whole section."""
     lines = gpu_tables()
+    host = load(RESULTS / "cpu" / "host_cost.json")
+    if host is not None:
+        lines += host_table(host)
     for title, name in (("**Decoding on a CPU**", "decode"), ("**Training on a CPU**", "training")):
         result = load(RESULTS / "cpu" / f"{name}.json")
         if result is not None:
