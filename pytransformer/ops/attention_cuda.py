@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,11 +48,7 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if _has_aligned_rows(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-@functools.cache
-def _op(name: str) -> Any:
-    op = extension.op(name)
-    torch.library.register_fake(f"pytransformer_cuda::{name}", _FAKES[name])
-    return op
+_op = functools.cache(extension.op)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -91,4 +86,5 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_FAKES: dict[str, Callable[..., Any]] = {"attention_forward": _fake_forward, "attention_backward": _fake_backward}
+extension.register_fake("attention_forward", _fake_forward)
+extension.register_fake("attention_backward", _fake_backward)

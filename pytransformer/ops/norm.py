@@ -15,7 +15,6 @@ from pytransformer.ops.autograd import records_backward, refuse_double_backward,
 from pytransformer.ops.backend import (
     BackendChoice,
     Candidate,
-    constant_under_compile,
     goes_straight_to_cuda,
     is_plain,
     serves_all,
@@ -54,15 +53,8 @@ def _kernels_can_serve(call: NormCall) -> str | None:
     return None
 
 
-def _cuda_can_serve(call: NormCall) -> str | None:
-    reason = _kernels_can_serve(call)
-    if reason is None:
-        _cuda_ops()
-    return reason
-
-
 _CANDIDATES = (
-    Candidate("cuda", _cuda_can_serve, limits="float64"),
+    Candidate("cuda", _kernels_can_serve, limits="float64"),
     Candidate("triton", _kernels_can_serve, limits="float64"),
     Candidate("torch", serves_all),
     Candidate("reference", serves_all),
@@ -425,24 +417,16 @@ def _fake_add_norm(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, T
     return _fake_norm(x, residual, *others), torch.empty(x.shape, dtype=residual.dtype, device=x.device)
 
 
-@functools.cache
-def _register_cuda_fakes() -> None:
-    fakes: dict[str, Any] = {
-        "layer_norm": _fake_norm,
-        "rms_norm": _fake_norm,
-        "add_layer_norm": _fake_add_norm,
-        "add_rms_norm": _fake_add_norm,
-        "norm_forward": _fake_forward,
-        "norm_backward": _fake_backward,
-    }
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"pytransformer_cuda::{name}", fake)
-
-
-@constant_under_compile
-def _cuda_ops() -> None:
-    """The extension is loaded (the choice of the backend has seen to that): its ops learn what they return for fake tensors."""
-    _register_cuda_fakes()
+_CUDA_FAKES: dict[str, Any] = {
+    "layer_norm": _fake_norm,
+    "rms_norm": _fake_norm,
+    "add_layer_norm": _fake_add_norm,
+    "add_rms_norm": _fake_add_norm,
+    "norm_forward": _fake_forward,
+    "norm_backward": _fake_backward,
+}
+for _cuda_name, _cuda_fake in _CUDA_FAKES.items():
+    extension.register_fake(_cuda_name, _cuda_fake)
 
 
 def _goes_straight(backend: str | None, x: Tensor, *others: Tensor | None) -> bool:

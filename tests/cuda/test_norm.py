@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension
-from pytransformer.ops.norm import _register_cuda_fakes
 from pytransformer.verification import SEEDS, Contract
 from tests.kernels.test_norm import (
     BFLOAT16,
@@ -369,7 +368,6 @@ def test_backward_refuses(message: str, device: torch.device) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    _register_cuda_fakes()
     x, weight = torch.randn(3, 5, 16, device=device), torch.randn(16, device=device)
     utilities = ("test_schema", "test_faketensor")
     ops = torch.ops.pytransformer_cuda
