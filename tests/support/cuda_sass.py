@@ -11,7 +11,7 @@ from pathlib import Path
 import triton
 
 from tests.support.emulator import ROOT, builder
-from tests.support.sass import Statistics
+from tests.support.sass import INSTRUCTION, Statistics
 
 # PYTRANSFORMER_COMPILE_ARCHS=90 narrows them down, as it does for the Triton kernels.
 _CHOSEN = os.environ.get("PYTRANSFORMER_COMPILE_ARCHS", "80,90,100").split(",")
@@ -21,7 +21,6 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s*(\S+?):?$", re.MULTILINE)
 _ARCHITECTURE = re.compile(r"^arch = sm_(\d+)[af]?$", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 # nvcc names an anonymous namespace after a hash of the file's path.
 _ANONYMOUS = re.compile(r"_GLOBAL__N__[0-9a-f]+_\d+_\w+?_cu_[0-9a-f]+::|\(anonymous namespace\)::")
 
@@ -50,7 +49,7 @@ def statistics(folder: Path) -> dict[str, Statistics]:
                 registers=registers,
                 stack_bytes=stack,
                 shared_memory=shared,
-                instructions=dict(sorted(Counter(_INSTRUCTION.findall(text)).items())),
+                instructions=dict(sorted(Counter(INSTRUCTION.findall(text)).items())),
             )
     return found
 

@@ -32,7 +32,7 @@ from tests.support.launch_recorder import Launch
 _RECORD_VERSION = "1"
 _RECORD_FILE = "sass_statistics.json"
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 # "Potential Performance Loss": wgmma instructions are serialised, and why.
@@ -146,7 +146,7 @@ def count_instructions(cubin: bytes) -> dict[str, int]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         listing = subprocess.run([nvdisasm, "-c", path], capture_output=True, text=True, check=True).stdout
-    return dict(sorted(Counter(_INSTRUCTION.findall(listing)).items()))
+    return dict(sorted(Counter(INSTRUCTION.findall(listing)).items()))
 
 
 # Launches hold functions, which do not travel between processes: the workers are forked and find them here.
