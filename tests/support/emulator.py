@@ -123,7 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.support.emulator", description=__doc__)
     parser.add_argument("--flavor", choices=("emulated", "address", "thread"), default="address")
     arguments, pytest_arguments = parser.parse_known_args(argv)
-    library = builder().build(arguments.flavor)
+    try:
+        library = builder().build(arguments.flavor)
+    except builder().BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     command = [*prefix(arguments.flavor), sys.executable, "-m", "pytest", *(pytest_arguments or ["tests/cuda"])]
     return subprocess.run(
         command, env=os.environ | environment(arguments.flavor, library), cwd=ROOT, check=False
