@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension
-from tests.cuda.attention_ops import backward, exact_forward, op_options
+from tests.cuda.attention_ops import backward, exact_forward, op_options, surrounded
 from tests.kernels.attention_contract import Case, Inputs, contract_of, covering, draw, run_kernels
 from tests.support.emulator import SCHEDULES, configure, in_every_schedule
 
@@ -128,16 +128,6 @@ def test_hundreds_of_runs_give_the_same_bits(device: torch.device) -> None:
         for _ in range(100):
             again = backward(inputs.dout, *inputs.tensors.values(), out, lse, inputs.dlse, **inputs.options)
             assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
-
-
-def surrounded(tensor: Tensor) -> Tensor:
-    """The same values as a view whose neighbours in memory, on all sides and between the rows, are NaN."""
-    widened = [size + 1 for size in tensor.shape[:-1]] + [tensor.shape[-1] + 8]
-    memory = torch.full((math.prod(widened) + 16,), math.nan, dtype=tensor.dtype, device=tensor.device)
-    view = memory[8 : 8 + math.prod(widened)].view(widened)
-    view = view[tuple(slice(0, size) for size in tensor.shape)]
-    view.copy_(tensor)
-    return view
 
 
 @pytest.mark.parametrize("dims", [(16, 16), (40, 24), (136, 96)], ids=str)

@@ -18,6 +18,7 @@ from pytransformer.ops import attention as module
 from pytransformer.ops.attention import attention
 from pytransformer.ops.attention_checks import AttentionCall, check_attention
 from pytransformer.verification import SEEDS, Contract
+from tests.cuda.attention_ops import surrounded
 from tests.kernels.attention_contract import Case, covering, draw, run_reference
 from tests.support.broken_cuda import run_broken
 from tests.support.emulator import SCHEDULES, configure, in_every_schedule
@@ -138,16 +139,6 @@ def test_hundreds_of_runs_give_the_same_bits(device: torch.device) -> None:
         first = forward(inputs.tensors, inputs.options)
         for _ in range(300):
             assert_same_bits(forward(inputs.tensors, inputs.options), first)
-
-
-def surrounded(tensor: Tensor) -> Tensor:
-    """The same values as a view whose neighbours in memory, on all sides and between the rows, are NaN."""
-    widened = [size + 1 for size in tensor.shape[:-1]] + [tensor.shape[-1] + 8]
-    memory = torch.full((math.prod(widened) + 16,), math.nan, dtype=tensor.dtype, device=tensor.device)
-    view = memory[8 : 8 + math.prod(widened)].view(widened)
-    view = view[tuple(slice(0, size) for size in tensor.shape)]
-    view.copy_(tensor)
-    return view
 
 
 @pytest.mark.parametrize("dims", [(16, 16), (40, 24), (136, 96)], ids=str)
