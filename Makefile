@@ -75,7 +75,7 @@ readme-numbers: ## README.md's numbers from the committed results
 	$(PYTHON) tools/readme_numbers.py
 
 gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; results in $$OUT
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu
 
 clean: ## removes what was built, not the virtual environment
 	rm -rf build dist *.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks .coverage .coverage.xml gpu-results

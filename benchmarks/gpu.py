@@ -40,7 +40,7 @@ class Part:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all parts; 0 if each of them passed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.gpu", description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="walk through on a machine without a GPU")
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), help="folder for logs and JSON"
@@ -150,7 +150,7 @@ def run_sanitizer(out: Path, tool: str, backend: str, rehearse: bool) -> Part:
 
 def run_benchmarks(out: Path, rehearse: bool) -> Part:
     """The benchmark grid, most important rows first."""
-    command = [sys.executable, "-m", "benchmarks.run", "--out", str(out / "benchmarks.json")]
+    command = [sys.executable, "-m", "pytransformer.benchmarks.run", "--out", str(out / "benchmarks.json")]
     command += ["--tiny"] if rehearse else ["--limit-seconds", str(BENCHMARK_SECONDS - 30)]
     return _run("benchmarks", command, out / "benchmarks.log", BENCHMARK_SECONDS, {"PYTHONPATH": "."})
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.rows import Row
-from benchmarks.suites import attention, decode_attention, kv_append, norm, rope
+from pytransformer.benchmarks.rows import Row
+from pytransformer.benchmarks.suites import attention, decode_attention, kv_append, norm, rope
 
 SUITES = {
     "attention": attention.rows,

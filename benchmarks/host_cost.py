@@ -1,6 +1,6 @@
 """What an eager call costs the host: the public functions with the launch stubbed, beside torch's own layer_norm, in one run.
 
-    python -m benchmarks.host_cost [--repeats N] [--output FILE]
+    python -m pytransformer.benchmarks.host_cost [--repeats N] [--output FILE]
 
 CPU tensors of one element, no gradients, backend="cuda" served by the extension built for the host emulator, whose launches return at
 once: what is left is the checks, the choice of the backend, the dispatcher and the allocation of the results, as on a GPU. It builds that
@@ -87,12 +87,12 @@ def run_in_emulator(arguments: Sequence[str], **options: object) -> subprocess.C
     library = builder().build("emulated", quiet=True)
     variables = os.environ | environment("emulated", library) | {"PYTHONPATH": str(ROOT)}
     variables.pop("LD_PRELOAD", None)  # a sanitizer of the caller would be measured too
-    command = [sys.executable, "-m", "benchmarks.host_cost", *arguments]
+    command = [sys.executable, "-m", "pytransformer.benchmarks.host_cost", *arguments]
     return subprocess.run(command, env=variables, cwd=ROOT, text=True, check=False, **options)  # type: ignore[call-overload]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_cost", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.host_cost", description=__doc__)
     parser.add_argument("--repeats", type=int, default=300)
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.timing import time_interleaved
+from pytransformer.benchmarks.timing import time_interleaved
 
 
 @dataclass(frozen=True)

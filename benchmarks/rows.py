@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.roofline import Ceilings
-from benchmarks.timing import time_interleaved
+from pytransformer.benchmarks.roofline import Ceilings
+from pytransformer.benchmarks.timing import time_interleaved
 
 Inputs = dict[str, Any]
 Variant = Callable[[Inputs], Any]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run`: times the rows of the grid on this machine, writes JSON after each, prints a table."""
+"""`python -m pytransformer.benchmarks.run`: times the rows of the grid on this machine, writes JSON after each, prints a table."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.grid import SUITES, rows
-from benchmarks.record import Record
-from benchmarks.roofline import Ceilings, measure_ceilings
-from benchmarks.rows import run_row
-from benchmarks.timing import side_stream
+from pytransformer.benchmarks.grid import SUITES, rows
+from pytransformer.benchmarks.record import Record
+from pytransformer.benchmarks.roofline import Ceilings, measure_ceilings
+from pytransformer.benchmarks.rows import run_row
+from pytransformer.benchmarks.timing import side_stream
 
 OURS = ("cuda", "triton", "torch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs as much of the grid as the time limit allows; 0 unless a row of ours raised."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.run", description=__doc__)
     parser.add_argument("--suite", action="append", choices=sorted(SUITES), help="only this suite (may be repeated)")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU: smoke run, not a measurement")
     parser.add_argument(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.grid import SUITES, rows
-from benchmarks.rows import relative_error
+from pytransformer.benchmarks.grid import SUITES, rows
+from pytransformer.benchmarks.rows import relative_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [

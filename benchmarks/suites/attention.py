@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pytransformer
-from benchmarks.rows import Row
-from benchmarks.suites.common import backward_of, no_grad, normal, ours
+from pytransformer.benchmarks.rows import Row
+from pytransformer.benchmarks.suites.common import backward_of, no_grad, normal, ours
 
 # (batch, seqlen, q heads, kv heads, head_dim): 16k tokens a call, then one long sequence, then GPT-2's heads.
 FORWARD = (

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pytransformer
-from benchmarks.rows import Row
-from benchmarks.suites.common import generator, no_grad, normal, ours
+from pytransformer.benchmarks.rows import Row
+from pytransformer.benchmarks.suites.common import generator, no_grad, normal, ours
 
 # (batch, keys, q heads, kv heads, head_dim, page size; 0 = contiguous)
 SHAPES = (

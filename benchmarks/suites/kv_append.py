@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import pytransformer
-from benchmarks.rows import Row
-from benchmarks.suites.common import no_grad, normal, ours
+from pytransformer.benchmarks.rows import Row
+from pytransformer.benchmarks.suites.common import no_grad, normal, ours
 
 # (batch, new tokens, kv heads, head_dim, fused)
 SHAPES = ((64, 1, 8, 128, True), (1, 1, 8, 128, True), (4, 4096, 8, 128, False))

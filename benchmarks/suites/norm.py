@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pytransformer
-from benchmarks.rows import Row
-from benchmarks.suites.common import backward_of, no_grad, normal, ours
+from pytransformer.benchmarks.rows import Row
+from pytransformer.benchmarks.suites.common import backward_of, no_grad, normal, ours
 
 SHAPES = ((8192, 4096), (32768, 8192), (1024, 65536))
 TINY = ((32, 256),)

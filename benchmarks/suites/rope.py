@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import pytransformer
-from benchmarks.rows import Row
-from benchmarks.suites.common import no_grad, normal, ours
+from pytransformer.benchmarks.rows import Row
+from pytransformer.benchmarks.suites.common import no_grad, normal, ours
 
 # (tokens, q heads, kv heads, head_dim)
 SHAPES = ((8192, 32, 8, 128), (32768, 32, 8, 128))

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.grid import SUITES, rows
-from benchmarks.record import Record
-from benchmarks.roofline import Ceilings
-from benchmarks.rows import relative_error, run_row
-from benchmarks.timing import Timing, time_interleaved
+from pytransformer.benchmarks import gpu
+from pytransformer.benchmarks.grid import SUITES, rows
+from pytransformer.benchmarks.record import Record
+from pytransformer.benchmarks.roofline import Ceilings
+from pytransformer.benchmarks.rows import relative_error, run_row
+from pytransformer.benchmarks.timing import Timing, time_interleaved
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy=1e11, read=1e11, matmul=1e12)
@@ -126,7 +126,7 @@ def test_timing_summarises_with_the_median():
 
 
 def test_a_backend_that_says_it_does_not_serve_a_row_is_no_fault():
-    from benchmarks.run import _is_fault
+    from pytransformer.benchmarks.run import _is_fault
 
     assert not _is_fault("cuda", "NotImplementedError: attention: backend 'cuda' cannot serve this call")
     assert not _is_fault("liger", "ModuleNotFoundError: No module named 'liger_kernel'")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.host_cost import BASE, run_in_emulator
+from pytransformer.benchmarks.host_cost import BASE, run_in_emulator
 
 LIMIT = 2.0
 
