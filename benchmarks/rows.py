@@ -21,6 +21,10 @@ COLD_BYTES = 256 * 2**20
 MAX_INPUT_SETS = 12
 
 
+class Absent(Exception):
+    """Raised by a variant that cannot run here at all: a peer that is not installed, or does not serve this device. Its message is the reason."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of a benchmark table.
@@ -32,6 +36,8 @@ class Row:
         variants: name → call; "triton" and "cuda" are ours, the others are peers.
         golden: float64 result to compare a variant's result with, and how to pick the compared part out of the variant's result.
         memory_ceiling: "copy", or "read" for work that writes almost nothing.
+        notes: variant → a sentence to print beside its figures.
+        priority: 0 for the quick grid, 1 for the full one.
     """
 
     op: str
@@ -44,6 +50,7 @@ class Row:
     pick: Callable[[Any], Tensor]
     memory_ceiling: str = "copy"
     notes: dict[str, str] = field(default_factory=dict)
+    priority: int = 1
 
 
 def relative_error(actual: Tensor, golden: Tensor) -> float:
