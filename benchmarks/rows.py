@@ -22,7 +22,7 @@ MAX_INPUT_SETS = 12
 
 
 class Absent(Exception):
-    """Raised by a variant that cannot run here at all: a peer that is not installed, or does not serve this device. Its message is the reason."""
+    """Raised by a variant that cannot run here, such as a peer that is not installed or does not serve this row; its message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,27 @@ class Row:
     golden: Callable[[Inputs], Tensor]
     pick: Callable[[Any], Tensor]
     memory_ceiling: str = "copy"
+    notes: dict[str, str] = field(default_factory=dict)
+    priority: int = 1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row that measures itself, in a unit of its own: tokens/s of a training, time of a first call, of an installation.
+
+    Attributes:
+        op, shape, notes, priority: as in a Row.
+        unit: of the samples, such as "tokens/s" or "µs".
+        variants: name → call that measures on a device and returns {"samples": [float, …]} and whatever else belongs into the record
+            ("peak_memory_bytes", "mfu", …). It may raise Absent. "triton", "cuda", "torch" and "pytransformer" are ours.
+        higher_is_better: True for rates.
+    """
+
+    op: str
+    shape: str
+    unit: str
+    variants: dict[str, Callable[[torch.device], dict[str, Any]]]
+    higher_is_better: bool = False
     notes: dict[str, str] = field(default_factory=dict)
     priority: int = 1
 
