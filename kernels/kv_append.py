@@ -247,18 +247,20 @@ def _kv_append_kernel(
         # A dropped token may lie beyond the table; it takes the last row, and nobody reads the result.
         position = tl.minimum(tl.maximum(position, 0), table_length - 1)
 
-    if head_block < Q_BLOCKS:
-        head = (head_block * BLOCK_HEADS + rows % BLOCK_HEADS).to(tl.int64)
-        mask = exists & (head < NUM_HEADS)
-        q_rows_ptr = q_ptr + row * stride_q_batch + column * stride_q_token + head * stride_q_head
-        x = _transform(
-            q_rows_ptr, mask, position, q_weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_cos,
-            DIM, BLOCK_DIM, ROTARY_DIM, INTERLEAVED,
-        )  # fmt: skip
-        dims = tl.arange(0, BLOCK_DIM)
-        new_rows_ptr = new_q_ptr + (token * NUM_HEADS + head) * DIM
-        tl.store(new_rows_ptr[:, None] + dims[None, :], x, mask=mask[:, None] & (dims < DIM)[None, :])
-    else:
+    # Two questions: without q there is no pointer that Triton could compile the branch for.
+    if q_ptr is not None:  # noqa: SIM102
+        if head_block < Q_BLOCKS:
+            head = (head_block * BLOCK_HEADS + rows % BLOCK_HEADS).to(tl.int64)
+            mask = exists & (head < NUM_HEADS)
+            q_rows_ptr = q_ptr + row * stride_q_batch + column * stride_q_token + head * stride_q_head
+            x = _transform(
+                q_rows_ptr, mask, position, q_weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_cos,
+                DIM, BLOCK_DIM, ROTARY_DIM, INTERLEAVED,
+            )  # fmt: skip
+            dims = tl.arange(0, BLOCK_DIM)
+            new_rows_ptr = new_q_ptr + (token * NUM_HEADS + head) * DIM
+            tl.store(new_rows_ptr[:, None] + dims[None, :], x, mask=mask[:, None] & (dims < DIM)[None, :])
+    if head_block >= Q_BLOCKS:
         head = ((head_block - Q_BLOCKS) * BLOCK_HEADS + rows % BLOCK_HEADS).to(tl.int64)
         mask = has_place & (head < NUM_KV_HEADS)
         k_rows_ptr = k_ptr + row * stride_k_batch + column * stride_k_token + head * stride_k_head
@@ -377,6 +379,7 @@ class _Case:
     packed: bool = False
     cache_dtype: torch.dtype | None = None
     scale_per_token: bool = False
+    with_q: bool = True
 
     def launch(self) -> object:
         num_heads, num_kv_heads, batch = 16, 4, 2
@@ -385,7 +388,7 @@ class _Case:
         k = torch.empty((batch, self.tokens, num_kv_heads, self.head_dim), dtype=self.dtype)
         k_cache = torch.empty((*pages, num_kv_heads, self.head_dim), dtype=self.cache_dtype or self.dtype)
         lengths = torch.empty(batch, dtype=torch.int32)
-        options: dict[str, Any] = {"q": q}
+        options: dict[str, Any] = {"q": q} if self.with_q else {}
         if self.slots:
             options["slot_mapping"] = options["positions"] = torch.empty(batch * self.tokens, dtype=torch.int64)
         else:
@@ -413,6 +416,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
     cases = {
         "bfloat16-decode-copy": _Case(bf16, 1),
+        "bfloat16-decode-copy-no_q": _Case(bf16, 1, with_q=False),
         "bfloat16-decode-rope-norm": _Case(bf16, 1, rotary_dim=128, norm=True),
         "bfloat16-decode-rope-norm-paged": _Case(bf16, 1, rotary_dim=128, norm=True, page_size=16),
         "bfloat16-prefill-copy": _Case(bf16, 512),
