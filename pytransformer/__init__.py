@@ -19,6 +19,9 @@ _EXPORTS = {
     "rms_norm": "pytransformer.ops.norm",
     "kv_append": "pytransformer.ops.kv_append",
     "linear_cross_entropy": "pytransformer.ops.linear_cross_entropy",
+    "swiglu": "pytransformer.ops.activation",
+    "geglu": "pytransformer.ops.activation",
+    "gelu": "pytransformer.ops.activation",
     "use_backend": "pytransformer.ops.backend",
     "backends": "pytransformer.ops.overview",
     "TransformerConfig": "pytransformer.model.config",
@@ -34,6 +37,8 @@ __all__ = [
     "attention",
     "backends",
     "decode_attention",
+    "geglu",
+    "gelu",
     "kv_append",
     "layer_norm",
     "linear_cross_entropy",
@@ -42,6 +47,7 @@ __all__ = [
     "rope",
     "rope_tables",
     "save",
+    "swiglu",
     "use_backend",
 ]
 
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
     from pytransformer.model.checkpoint import load, save
     from pytransformer.model.config import TransformerConfig
     from pytransformer.model.transformer import Transformer
+    from pytransformer.ops.activation import geglu, gelu, swiglu
     from pytransformer.ops.attention import attention
     from pytransformer.ops.backend import use_backend
     from pytransformer.ops.decode_attention import decode_attention

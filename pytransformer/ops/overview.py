@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pytransformer.ops import attention, decode_attention, kv_append, linear_cross_entropy, norm, rope
+from pytransformer.ops import activation, attention, decode_attention, kv_append, linear_cross_entropy, norm, rope
 from pytransformer.ops.backend import BackendChoice
 
 CHOICES: tuple[BackendChoice, ...] = (
@@ -15,6 +15,9 @@ CHOICES: tuple[BackendChoice, ...] = (
     norm.RMS_NORM_CHOICE,
     kv_append.CHOICE,
     linear_cross_entropy.CHOICE,
+    activation.SWIGLU_CHOICE,
+    activation.GEGLU_CHOICE,
+    activation.GELU_CHOICE,
 )
 
 

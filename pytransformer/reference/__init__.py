@@ -6,6 +6,7 @@ plain low-precision implementation whose error a kernel may not exceed by much. 
 arithmetic with one rounding at the end. Nothing here imports the rest of the package.
 """
 
+from .activation import geglu, gelu, swiglu
 from .attention import attention, decode_attention, standard_alibi_slopes
 from .kv_cache import kv_append
 from .loss import linear_cross_entropy
@@ -17,6 +18,8 @@ __all__ = [
     "Transformer",
     "attention",
     "decode_attention",
+    "geglu",
+    "gelu",
     "kv_append",
     "layer_norm",
     "linear_cross_entropy",
@@ -26,4 +29,5 @@ __all__ = [
     "rope_tables",
     "sinusoidal_positions",
     "standard_alibi_slopes",
+    "swiglu",
 ]

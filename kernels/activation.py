@@ -1,0 +1,323 @@
+"""SwiGLU, GEGLU and GELU, forward and backward, in one kernel each.
+
+    SwiGLU:      out = x · σ(x) · up                                   x: the gate
+    GEGLU:       out = x · Φ(x) · up,  Φ(x) = (1 + erf(x / √2)) / 2;  GELU: the same without up
+    tanh form:   x · (1 + tanh(v)) / 2 = x · σ(2v),  v = √(2/π) · (x + 0.044715 x³): no tanh is needed
+    f'(x) = σ(w) + x · w' · σ(w) · (1 - σ(w)) with w = x or 2v;        Φ(x) + x · exp(-x² / 2) / √(2π)
+    dgate = dout · up · f'(gate),  dup = dout · f(gate)                float32 throughout, one rounding at the end
+
+Bound by memory: per element of b bytes, forward reads gate and up and writes out, 3b (GELU 2b); backward reads gate, up and dout and
+writes dgate and dup, 5b (GELU 3b). 10 to 40 FLOP per element. Nothing but the inputs is kept between the two passes: f is recomputed.
+
+gate and up may be the halves [gate; up] of one tensor; so, then, are their gradients, and no copy puts them together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pytransformer.kernels.launch import COMMON_OPTIONS, cdiv, next_power_of_2, on_device
+from pytransformer.kernels.norm import RowLayout, row_layout, row_offsets
+
+# ------------------------------------------------------------------------------------------------------------------ launch policy
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """Tile and launch shape.
+
+    Attributes:
+        block_rows: rows per tile, one tile per program.
+        block_cols: columns per tile, a power of two.
+        num_warps: warps per program.
+    """
+
+    block_rows: int
+    block_cols: int
+    num_warps: int = 4
+
+
+# 16 elements a thread are two 128-bit loads of 16-bit data in flight per tensor. A thread needs at most 40 registers, so 1536 of them fit
+# an SM and have 96 KB in flight: a multiple of what the latency of memory asks for (25 KB on an H200).
+FORWARD_ELEMENTS = 2048
+# Backward reads three tensors, and holds more in registers: half as many elements keep 72 KB in flight.
+BACKWARD_ELEMENTS = 1024
+
+
+def tile_config(num_cols: int, elements: int) -> ActivationConfig:
+    """Tile of ``elements`` for rows of ``num_cols``; the number of rows has no say, so there is one compiled kernel for all of them."""
+    block_cols = math.gcd(num_cols, elements)
+    if block_cols < 64:
+        # Columns that divide the row leave no lane idle; below 64 (128 bytes of 16-bit data, the unit of a cache line) a masked tile
+        # is better: it is read in whole lines.
+        block_cols = min(next_power_of_2(num_cols), elements)
+    return ActivationConfig(elements // block_cols, block_cols)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ kernels
+
+# Another number of rows, or another stride, must not mean another compilation; what the strides divide by is said by ALIGNMENT.
+FORWARD_INTEGERS = ["num_rows", "rows_per_group"] + [
+    f"stride_{name}_{kind}" for name in ("gate", "up") for kind in ("group", "row")
+]
+BACKWARD_INTEGERS = [*FORWARD_INTEGERS, "stride_dout_group", "stride_dout_row"]
+
+
+@triton.jit
+def activation_and_slope(x, ACTIVATION: tl.constexpr):
+    """f(x) and f'(x) in float32. Exact limits for any finite x; f(inf) = inf, f(-inf) = f'(±inf) = NaN, as the formulas have it."""
+    if ACTIVATION == "gelu":
+        cdf = 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
+        # x² may overflow: exp(-inf) is the right 0.
+        slope = cdf + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+        return x * cdf, slope
+    if ACTIVATION == "silu":
+        size = tl.abs(x)
+        inner_slope = 1.0
+    else:
+        # Beyond 16 the sigmoid is 0 or 1 in float32 to the last bit, and the cube must not overflow: its slope would be inf · 0.
+        clamped = tl.minimum(tl.abs(x), 16.0)
+        size = 1.5957691216057308 * clamped * (1.0 + 0.044715 * clamped * clamped)
+        inner_slope = 1.5957691216057308 * (1.0 + 0.134145 * clamped * clamped)
+    # exp of a negative number never overflows, and σ and 1 - σ each keep their relative accuracy: nothing cancels.
+    decay = tl.exp(-size)
+    reciprocal = 1.0 / (1.0 + decay)
+    sigmoid = tl.where(x >= 0, 1.0, decay) * reciprocal
+    # σ (1 - σ) = decay · reciprocal² is multiplied with x first: it is 0 where x · w' could overflow.
+    slope = sigmoid + x * (decay * reciprocal * reciprocal) * inner_slope
+    return x * sigmoid, slope
+
+
+@triton.jit(do_not_specialize=FORWARD_INTEGERS)
+def activation_forward_kernel(
+    gate_ptr,
+    stride_gate_group,
+    stride_gate_row,
+    up_ptr,
+    stride_up_group,
+    stride_up_row,
+    out_ptr,
+    num_rows,
+    rows_per_group,
+    NUM_COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """One tile per program, those of a row side by side. out is contiguous. IS_PACKED: up lies NUM_COLS behind gate, up_ptr is None."""
+    col_blocks: tl.constexpr = (NUM_COLS + BLOCK_COLS - 1) // BLOCK_COLS
+    tile = tl.program_id(0)
+    rows = (tile // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = (tile % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
+    mask = (rows < num_rows)[:, None] & (cols < NUM_COLS)
+
+    gate_offsets = row_offsets(rows, rows_per_group, stride_gate_group, stride_gate_row, GROUPED, ALIGNMENT)
+    gate_tile = gate_ptr + gate_offsets[:, None] + cols
+    gate = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
+    if IS_GATED:
+        if IS_PACKED:
+            up = tl.load(gate_tile + NUM_COLS, mask=mask, other=0.0).to(tl.float32)
+        else:
+            up_offsets = row_offsets(rows, rows_per_group, stride_up_group, stride_up_row, GROUPED, ALIGNMENT)
+            up = tl.load(up_ptr + up_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+    out, _ = activation_and_slope(gate, ACTIVATION)
+    if IS_GATED:
+        out *= up
+    tl.store(out_ptr + rows[:, None] * NUM_COLS + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=BACKWARD_INTEGERS)
+def activation_backward_kernel(
+    dout_ptr,
+    stride_dout_group,
+    stride_dout_row,
+    gate_ptr,
+    stride_gate_group,
+    stride_gate_row,
+    up_ptr,
+    stride_up_group,
+    stride_up_row,
+    dgate_ptr,
+    dup_ptr,
+    num_rows,
+    rows_per_group,
+    NUM_COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Tiles as in the forward kernel. dgate and dup are contiguous; IS_PACKED: halves of one contiguous tensor, dup_ptr is None."""
+    col_blocks: tl.constexpr = (NUM_COLS + BLOCK_COLS - 1) // BLOCK_COLS
+    tile = tl.program_id(0)
+    rows = (tile // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = (tile % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
+    mask = (rows < num_rows)[:, None] & (cols < NUM_COLS)
+
+    dout_offsets = row_offsets(rows, rows_per_group, stride_dout_group, stride_dout_row, GROUPED, ALIGNMENT)
+    gate_offsets = row_offsets(rows, rows_per_group, stride_gate_group, stride_gate_row, GROUPED, ALIGNMENT)
+    gate_tile = gate_ptr + gate_offsets[:, None] + cols
+    dout = tl.load(dout_ptr + dout_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
+    if IS_GATED:
+        if IS_PACKED:
+            up = tl.load(gate_tile + NUM_COLS, mask=mask, other=0.0).to(tl.float32)
+        else:
+            up_offsets = row_offsets(rows, rows_per_group, stride_up_group, stride_up_row, GROUPED, ALIGNMENT)
+            up = tl.load(up_ptr + up_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+    activated, slope = activation_and_slope(gate, ACTIVATION)
+    dgate = dout * slope
+    if IS_GATED:
+        dgate *= up
+    if IS_PACKED:
+        dgate_tile = dgate_ptr + rows[:, None] * (2 * NUM_COLS) + cols
+        tl.store(dgate_tile + NUM_COLS, (dout * activated).to(dgate_ptr.dtype.element_ty), mask=mask)
+    else:
+        dgate_tile = dgate_ptr + rows[:, None] * NUM_COLS + cols
+        if IS_GATED:
+            dup = (dout * activated).to(dup_ptr.dtype.element_ty)
+            tl.store(dup_ptr + rows[:, None] * NUM_COLS + cols, dup, mask=mask)
+    tl.store(dgate_tile, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- launcher
+
+
+def activation_forward(
+    gate: Tensor, up: Tensor | None, *, activation: str, gated: bool, config: ActivationConfig | None = None
+) -> Tensor:
+    """Launches the forward kernel.
+
+    Args:
+        gate: float32, float16 or bfloat16, any strides (copied if the rows cannot be walked with two strides). (..., width); if gated
+            without ``up``, (..., 2 · width) = [gate; up].
+        up: gate's shape and dtype, or None.
+        activation: "silu", "gelu" or "gelu_tanh".
+        gated: whether there is an up to multiply with.
+        config: overrides the launch policy, for tests.
+
+    Returns:
+        (..., width) in gate's dtype, contiguous.
+    """
+    packed = gated and up is None
+    num_cols = gate.shape[-1] // 2 if packed else gate.shape[-1]
+    out = torch.empty((*gate.shape[:-1], num_cols), dtype=gate.dtype, device=gate.device)
+    if out.numel() == 0:
+        return out
+    walked, layout = row_layout([gate] if up is None else [gate, up])
+    up_row = (None, 0, 0) if up is None else (walked[1], *layout.strides[1])
+    config = config or tile_config(num_cols, FORWARD_ELEMENTS)
+    grid = (cdiv(layout.num_rows, config.block_rows) * cdiv(num_cols, config.block_cols),)
+    with on_device(gate):
+        activation_forward_kernel[grid](
+            *(walked[0], *layout.strides[0], *up_row, out, layout.num_rows, layout.rows_per_group),
+            NUM_COLS=num_cols,
+            ACTIVATION=activation,
+            IS_GATED=gated,
+            IS_PACKED=packed,
+            GROUPED=layout.grouped,
+            ALIGNMENT=layout.alignment,
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_COLS=config.block_cols,
+            num_warps=config.num_warps,
+            **COMMON_OPTIONS,
+        )
+    return out
+
+
+def _packed_layout(dout: Tensor, gate_and_up: Tensor) -> tuple[list[Tensor], RowLayout]:
+    """:func:`row_layout` of dout (..., width) and gate_and_up (..., 2 · width), whose rows are walked in step."""
+    num_cols = dout.shape[-1]
+    if dout.is_contiguous() and gate_and_up.is_contiguous():
+        num_rows = dout.numel() // num_cols
+        strides = ((0, num_cols), (0, 2 * num_cols))
+        return [dout, gate_and_up], RowLayout(num_rows, num_rows, strides, math.gcd(num_cols, 16))
+    gate = gate_and_up.narrow(-1, 0, num_cols)
+    walked, layout = row_layout([dout, gate])
+    if walked[1] is not gate:  # a copy of this half would not have the other one behind it
+        return _packed_layout(dout.contiguous(), gate_and_up.contiguous())
+    return walked, layout
+
+
+def activation_backward(
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    *,
+    activation: str,
+    gated: bool,
+    config: ActivationConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launches the backward kernel.
+
+    Args:
+        dout: gradient of the output, any strides.
+        gate, up, activation, gated: as in the forward pass.
+        config: overrides the launch policy, for tests.
+
+    Returns:
+        The gradient of gate, both halves of it if up is one of them, and that of up or None; contiguous.
+    """
+    packed = gated and up is None
+    num_cols = dout.shape[-1]
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dup = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    if dgate.numel() == 0:
+        return dgate, dup
+    walked, layout = (
+        _packed_layout(dout, gate) if packed else row_layout([dout, gate] if up is None else [dout, gate, up])
+    )
+    up_row = (None, 0, 0) if up is None else (walked[2], *layout.strides[2])
+    config = config or tile_config(num_cols, BACKWARD_ELEMENTS)
+    grid = (cdiv(layout.num_rows, config.block_rows) * cdiv(num_cols, config.block_cols),)
+    with on_device(gate):
+        activation_backward_kernel[grid](
+            *(walked[0], *layout.strides[0], walked[1], *layout.strides[1], *up_row, dgate, dup),
+            *(layout.num_rows, layout.rows_per_group),
+            NUM_COLS=num_cols,
+            ACTIVATION=activation,
+            IS_GATED=gated,
+            IS_PACKED=packed,
+            GROUPED=layout.grouped,
+            ALIGNMENT=layout.alignment,
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_COLS=config.block_cols,
+            num_warps=config.num_warps,
+            **COMMON_OPTIONS,
+        )
+    return dgate, dup
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and launches, forward and backward, of the shipped configurations, for the compile gate."""
+
+    def both(num_cols: int, dtype: torch.dtype, activation: str, gated: bool, packed: bool) -> object:
+        dout = torch.empty(4, num_cols, dtype=dtype)
+        gate = torch.empty(4, 2 * num_cols, dtype=dtype) if packed else dout
+        up = dout if gated and not packed else None
+        activation_forward(gate, up, activation=activation, gated=gated)
+        return activation_backward(dout, gate, up, activation=activation, gated=gated)
+
+    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
+    yield "swiglu-14336-bfloat16-packed", functools.partial(both, 14336, bfloat16, "silu", True, True)
+    yield "swiglu-11008-float32", functools.partial(both, 11008, float32, "silu", True, False)
+    # erf needs the most registers.
+    yield "geglu-5632-bfloat16-packed", functools.partial(both, 5632, bfloat16, "gelu", True, True)
+    yield "geglu_tanh-1000-float16", functools.partial(both, 1000, float16, "gelu_tanh", True, False)
+    yield "gelu-3072-float32", functools.partial(both, 3072, float32, "gelu", False, False)
+    yield "gelu_tanh-16384-bfloat16", functools.partial(both, 16384, bfloat16, "gelu_tanh", False, False)
