@@ -218,6 +218,19 @@ def _cross_entropy(name: str, **options: object) -> Case:
     return Case("linear_cross_entropy", name, inputs, actual, golden, gradients=("x", "weight"))
 
 
+def _activation(op: str, name: str, *inputs: str, columns: int, **options: object) -> Case:
+    def draw(size: int) -> Tensors:
+        return {key: 2 * torch.randn(9 * size, columns) for key in inputs}
+
+    def actual(tensors: Mapping[str, Tensor], backend: str) -> Tensors:
+        return {"out": getattr(pytransformer, op)(**tensors, backend=backend, **options)}
+
+    def golden(tensors: Mapping[str, Tensor]) -> Tensors:
+        return {"out": getattr(reference, op)(**tensors, **options)}
+
+    return Case(op, name, draw, actual, golden, gradients=inputs)
+
+
 CASES: tuple[Case, ...] = (
     _attention("causal, GQA 2", lambda size: _qkv(1, (37 * size, 37 * size), (4, 2), (64, 64)), causal=True),
     _attention(
@@ -237,4 +250,7 @@ CASES: tuple[Case, ...] = (
     _append("paged, RoPE, QK-norm", _append_paged, exact=False),
     _cross_entropy("mean, ignore_index"),
     _cross_entropy("smoothing, softcap, z-loss", label_smoothing=0.1, softcap=5.0, z_loss=1e-3, reduction="sum"),
+    _activation("swiglu", "gate and up in one", "gate", columns=400),
+    _activation("geglu", "two tensors", "gate", "up", columns=200),
+    _activation("gelu", "tanh", "x", columns=384, approximate="tanh"),
 )
