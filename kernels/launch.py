@@ -1,4 +1,4 @@
-"""What every launcher shares: the limits of the device it launches on, and small integer helpers.
+"""What every launcher shares: the limits of the device it launches on, launches that are made again, and small integer helpers.
 
 Launch policy (tile sizes, warps, stages) is decided from :func:`device_limits`, never by asking the driver elsewhere, so that the same
 decision can be taken, printed and compiled on a machine without a GPU: see :func:`assume_arch`.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -85,9 +87,12 @@ def interpreting() -> bool:
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, as Triton launches on the current device; does nothing on a CPU."""
-    if tensor.is_cuda and torch.cuda.device_count() > 1:
+    if tensor.is_cuda and _several_devices():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+_several_devices = functools.cache(lambda: torch.cuda.device_count() > 1)
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -95,6 +100,166 @@ def cdiv(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a new tensor, as ``torch.empty`` makes them."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))[-len(shape) :] if len(shape) > 0 else ()
+
+
 def next_power_of_2(value: int) -> int:
     """Smallest power of two that is not below ``value`` (1 for 0)."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+# ----------------------------------------------------------------------------------------------------------------- repeated launches
+#
+# Triton looks at each argument of each launch to find the kernel compiled for it, which takes the host 10 to 30 µs. A launch with the
+# same numbers, dtypes and constants, and with pointers as aligned as Triton assumes, needs the same kernel, so that it is kept.
+
+
+@dataclass(frozen=True)
+class Varying:
+    """An int argument of a :class:`PreparedLaunch` that is given anew with each call; its parameter must be ``do_not_specialize``."""
+
+    number: int
+
+
+class PreparedLaunch:
+    """A kernel with its grid and all its arguments but the pointers, to be launched many times.
+
+    The first call goes through Triton, which specialises, compiles and says which kernel it took; the next ones hand the addresses to
+    that kernel's launcher. A call that Triton could treat differently goes through Triton again: a pointer that is not a multiple of 16
+    bytes, another current device, a profiler's hooks, debugging options, a number beyond 32 bits. So do all calls in the interpreter,
+    while launches are recorded, and with a Triton whose launcher takes other arguments than those known here.
+
+    An option that Triton reads from the environment when it compiles must be set before the first launch, as with Triton itself.
+
+    Args:
+        kernel: the ``@triton.jit`` function.
+        grid: one to three sizes.
+        arguments: the positional arguments. A tensor or None is a pointer, which each call gives anew, and None stays None; a
+            :class:`Varying` is given anew too; all else stays as it is.
+        constants: constexprs and options by name.
+    """
+
+    __slots__ = ("_arguments", "_constants", "_grid", "_handles", "_kernel", "_number_places", "_pointer_places")
+
+    def __init__(
+        self, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any]
+    ) -> None:
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._pointer_places = [
+            place for place, value in enumerate(arguments) if value is None or isinstance(value, torch.Tensor)
+        ]
+        self._number_places = [place for place, value in enumerate(arguments) if isinstance(value, Varying)]
+        given = {*self._pointer_places, *self._number_places}
+        # The constexprs follow the arguments in the order in which the kernel declares them; its launcher skips them.
+        self._arguments = [None if place in given else value for place, value in enumerate(arguments)]
+        self._constants = dict(constants)
+        # By device: (launcher, function, metadata, all arguments).
+        self._handles: dict[int, tuple[Any, Any, Any, list[Any]]] = {}
+
+    def __call__(self, pointers: Sequence[torch.Tensor | None], numbers: Sequence[int] = ()) -> None:
+        """Launches on the current stream of the first pointer's device.
+
+        Args:
+            pointers: tensors or None, in the order of the kernel's arguments; of the dtypes with which this was prepared, and None
+                where it was None then.
+            numbers: values of the arguments that were :class:`Varying`.
+        """
+        first = pointers[0]
+        assert first is not None, "the first pointer says on which device to launch"
+        device = first.get_device()
+        handle = self._handles.get(device)
+        if handle is None or device != _current_device() or _is_watched(self._kernel):
+            self._launch_by_triton(pointers, numbers, device)
+            return
+        run, function, metadata, arguments = handle
+        arguments = arguments.copy()
+        bits = 0
+        for place, pointer in zip(self._pointer_places, pointers):
+            if pointer is not None:
+                arguments[place] = address = pointer.data_ptr()
+                bits |= address
+        for place, number in zip(self._number_places, numbers):
+            arguments[place] = number
+            if not -(2**31) <= number < 2**31:
+                bits |= 1
+        if bits & 15:
+            self._launch_by_triton(pointers, numbers, device)
+            return
+        grid = self._grid
+        run(grid[0], grid[1], grid[2], _current_stream(device), function, metadata, None, None, None, *arguments)
+
+    def _launch_by_triton(self, pointers: Sequence[torch.Tensor | None], numbers: Sequence[int], device: int) -> None:
+        arguments = self._arguments.copy()
+        for place, pointer in zip(self._pointer_places, pointers):
+            arguments[place] = pointer
+        for place, number in zip(self._number_places, numbers):
+            arguments[place] = number
+        first = pointers[0]
+        assert first is not None
+        with on_device(first):
+            compiled = self._kernel[self._grid](*arguments, **self._constants)
+        if device in self._handles or compiled is None or not _can_launch_directly(device):
+            return
+        aligned = all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers)
+        small = all(-(2**31) <= number < 2**31 for number in numbers)
+        if aligned and small and not _is_watched(self._kernel) and _is_known(compiled):
+            names = self._kernel.arg_names[len(self._arguments) :]
+            every = [*self._arguments, *(self._constants[name] for name in names)]
+            self._handles[device] = (compiled.run, compiled.function, compiled.packed_metadata, every)
+
+
+# torch's own functions, bound once; a torch built without CUDA has none of them.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+_runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
+
+
+def _can_launch_directly(device: int) -> bool:
+    # Triton's run returns what it launched, but for the interpreter, which returns None.
+    return device == _current_device() and not interpreting()
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Whether each launch must go through Triton: for a profiler, a debugging option, or what runs before the kernel."""
+    try:
+        if _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls:
+            return True
+    except AttributeError:  # None, or a function, has taken the place of the chain of hooks
+        return True
+    return bool(_runtime.debug or _compilation.instrumentation_mode or kernel.pre_run_hooks)
+
+
+@functools.cache
+def _has_known_launcher(launcher: type) -> bool:
+    """Whether a compiled kernel is called with what this file passes: as in Triton 3.6 to 3.9."""
+    call = getattr(launcher, "__call__", None)  # noqa: B004
+    code = getattr(call, "__code__", None)
+    if code is None:
+        return False
+    named = code.co_varnames[1 : code.co_argcount]
+    first = ("gridX", "gridY", "gridZ", "stream", "function")
+    rest = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
+    return named in (first, first + rest) and bool(code.co_flags & inspect.CO_VARARGS)
+
+
+def _is_known(compiled: Any) -> bool:
+    attributes = ("run", "function", "packed_metadata")
+    return all(hasattr(compiled, name) for name in attributes) and _has_known_launcher(type(compiled.run))
+
+
+Plan = TypeVar("Plan")
+_MOST_PLANS = 1024
+
+
+def remember(plans: dict[Hashable, Plan], key: Hashable, plan: Plan) -> Plan:
+    """Keeps a plan for calls that are alike; when there are too many, as with ever new lengths, it begins anew."""
+    if len(plans) >= _MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pytransformer.kernels.launch import COMMON_OPTIONS, cdiv, next_power_of_2, on_device
+from pytransformer.kernels.launch import COMMON_OPTIONS, PreparedLaunch, cdiv, contiguous_strides, next_power_of_2
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -74,7 +74,15 @@ def row_offsets(rows, rows_per_group, stride_group, stride_row, GROUPED: tl.cons
     return tl.multiple_of(offsets, ALIGNMENT)
 
 
-@triton.jit
+# Integers that differ from call to call of one model must not make Triton compile again. What it would learn from strides that are
+# multiples of 16, ALIGNMENT says.
+UNSPECIALISED = [
+    "num_rows", "rows_per_group", "stride_x_group", "stride_x_row", "stride_residual_group", "stride_residual_row", "stride_dy_group",
+    "stride_dy_row", "stride_s_group", "stride_s_row", "stride_ds_group", "stride_ds_row", "num_partials",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def norm_forward_kernel(
     x_ptr,
     stride_x_group,
@@ -126,10 +134,12 @@ def norm_forward_kernel(
     else:
         # The variance is taken from centred values: E[s²] - E[s]² would cancel where the mean is large.
         mean = tl.sum(s, axis=1) / NUM_COLS
-        tl.store(mean_ptr + rows, mean, mask=row_mask)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + rows, mean, mask=row_mask)
         centred = tl.where(col_mask, s - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / NUM_COLS + eps)
-    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
     y = centred * rstd[:, None]
     if HAS_WEIGHT:
@@ -139,7 +149,7 @@ def norm_forward_kernel(
     tl.store(y_ptr + out_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def norm_forward_wide_kernel(
     x_ptr,
     stride_x_group,
@@ -203,9 +213,11 @@ def norm_forward_wide_kernel(
         mean = tl.sum(lane_mean * lane_count, axis=0) / NUM_COLS
         shift = lane_mean - mean
         lane_squares += lane_count * shift * shift
-        tl.store(mean_ptr + row, mean)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + row, mean)
     rstd = 1.0 / tl.sqrt(tl.sum(lane_squares, axis=0) / NUM_COLS + eps)
-    tl.store(rstd_ptr + row, rstd)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + row, rstd)
 
     if HAS_RESIDUAL:
         # s was written by other threads of this program than those that may read it now.
@@ -290,6 +302,101 @@ def row_layout(tensors: Sequence[Tensor]) -> tuple[list[Tensor], RowLayout]:
     return walked, RowLayout(num_rows, rows_per_group, strides, alignment)
 
 
+class NormForward:
+    """The forward launch for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times.
+
+    Args:
+        x, weight, bias, residual: tensors of which only shapes, strides and dtypes count; see :func:`norm_forward`.
+        statistics: whether mean and rstd are wanted, which only the backward pass needs.
+
+    Raises:
+        ValueError: a tensor must be copied first: rows that no two strides walk (:func:`row_layout`), a weight or bias with a stride.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        *,
+        eps: float,
+        is_rms: bool,
+        weight_offset: float = 0.0,
+        statistics: bool = True,
+        config: NormConfig | None = None,
+    ) -> None:
+        tensors = [x] if residual is None else [x, residual]
+        walked, layout = row_layout(tensors)
+        vectors = [vector for vector in (weight, bias) if vector is not None]
+        if any(after is not before for after, before in zip(walked, tensors)) or not all(
+            vector.is_contiguous() for vector in vectors
+        ):
+            raise ValueError("tensors that the kernel cannot walk must be copied first")
+        self._shape, self._dtype, self._device = x.shape, x.dtype, x.device
+        self._strides = contiguous_strides(x.shape)
+        # empty_like takes half the time of any other way to a new tensor.
+        self._like_x = x.stride() == self._strides
+        self._like_residual = residual is not None and residual.stride() == self._strides
+        self._statistics, self._is_rms = statistics, is_rms
+        self._launch = None if x.numel() == 0 else self._prepare(
+            (x, weight, bias, residual), layout, config or forward_config(x.shape[-1]), eps, weight_offset
+        )  # fmt: skip
+
+    def _prepare(
+        self,
+        tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+        layout: RowLayout,
+        config: NormConfig,
+        eps: float,
+        weight_offset: float,
+    ) -> PreparedLaunch:
+        x, weight, bias, residual = tensors
+        num_cols = x.shape[-1]
+        flags = {
+            "NUM_COLS": num_cols,
+            "IS_RMS": self._is_rms,
+            "HAS_RESIDUAL": residual is not None,
+            "HAS_WEIGHT": weight is not None,
+            "HAS_BIAS": bias is not None,
+            "GROUPED": layout.grouped,
+            "ALIGNMENT": layout.alignment,
+            "BLOCK_COLS": config.block_cols,
+            "num_warps": config.num_warps,
+            **COMMON_OPTIONS,
+        }
+        residual_row = (residual, *((0, 0) if residual is None else layout.strides[1]))
+        # Places of y, s, mean and rstd, which each call allocates.
+        arguments = (x, *layout.strides[0], *residual_row, weight, bias, None, None, None, None)
+        scalars = (layout.rows_per_group, eps, weight_offset)
+        if config.block_cols < num_cols:
+            return PreparedLaunch(norm_forward_wide_kernel, (layout.num_rows,), (*arguments, *scalars), flags)
+        grid = (cdiv(layout.num_rows, config.block_rows),)
+        flags["BLOCK_ROWS"] = config.block_rows
+        return PreparedLaunch(norm_forward_kernel, grid, (*arguments, layout.num_rows, *scalars), flags)
+
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Results as :func:`norm_forward` returns them; mean and rstd None where they are not wanted."""
+        shape, strides = self._shape, self._strides
+        y = torch.empty_like(x) if self._like_x else _empty(shape, strides, self._dtype, self._device)
+        s = mean = rstd = None
+        if residual is not None:
+            like = self._like_residual
+            s = torch.empty_like(residual) if like else _empty(shape, strides, residual.dtype, self._device)
+        if self._statistics:
+            rstd = torch.empty(shape[:-1], dtype=torch.float32, device=self._device)
+            mean = None if self._is_rms else torch.empty_like(rstd)
+        if self._launch is not None:
+            self._launch((x, residual, weight, bias, y, s, mean, rstd))
+        return y, s, mean, rstd
+
+
+def _empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 def norm_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -305,7 +412,7 @@ def norm_forward(
 
     Args:
         x: (..., num_cols) float32, float16 or bfloat16, any strides (copied if the rows cannot be walked with two strides).
-        weight, bias: (num_cols) contiguous, float32 or 16-bit each; None = 1 and 0.
+        weight, bias: (num_cols), float32 or 16-bit each; None = 1 and 0.
         residual: x's shape, any of the three dtypes.
         eps: added to the variance or mean square.
         is_rms: RMSNorm instead of LayerNorm.
@@ -316,36 +423,15 @@ def norm_forward(
         y (x's dtype), s = x + residual (residual's dtype; None without residual), mean (None for RMSNorm) and rstd, float32 with
         the leading shape of x. All contiguous.
     """
-    num_cols = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    mean = None if is_rms else torch.empty_like(rstd)
-    if y.numel() == 0:
-        return y, s, mean, rstd
-    walked, layout = row_layout([x] if residual is None else [x, residual])
-    config = config or forward_config(num_cols)
-    residual_row = (None, 0, 0) if residual is None else (walked[1], *layout.strides[1])
-    pointers = (walked[0], *layout.strides[0], *residual_row, weight, bias, y, s, mean, rstd)
-    flags = {
-        "NUM_COLS": num_cols,
-        "IS_RMS": is_rms,
-        "HAS_RESIDUAL": residual is not None,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_BIAS": bias is not None,
-        "GROUPED": layout.grouped,
-        "ALIGNMENT": layout.alignment,
-        "BLOCK_COLS": config.block_cols,
-        "num_warps": config.num_warps,
-        **COMMON_OPTIONS,
-    }
-    scalars = (layout.rows_per_group, eps, weight_offset)
-    with on_device(x):
-        if config.block_cols >= num_cols:
-            grid = (cdiv(layout.num_rows, config.block_rows),)
-            norm_forward_kernel[grid](*pointers, layout.num_rows, *scalars, BLOCK_ROWS=config.block_rows, **flags)
-        else:
-            norm_forward_wide_kernel[(layout.num_rows,)](*pointers, *scalars, **flags)
+    if x.numel() > 0:
+        (x, *others), _ = row_layout([x] if residual is None else [x, residual])
+        residual = others[0] if others else None
+    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
+    forward = NormForward(
+        *(x, weight, bias, residual), eps=eps, is_rms=is_rms, weight_offset=weight_offset, config=config
+    )
+    y, s, mean, rstd = forward(x, weight, bias, residual)
+    assert rstd is not None
     return y, s, mean, rstd
 
 
@@ -359,6 +445,12 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         bias, residual = None if is_rms else weight, x if with_residual else None
         return norm_forward(x, weight, bias, residual, eps=1e-5, is_rms=is_rms)
 
+    def inference(num_cols: int) -> object:
+        x = torch.empty(4, num_cols, dtype=torch.bfloat16)
+        return NormForward(x, x[0], x[0], x, eps=1e-5, is_rms=False, statistics=False)(x, x[0], x[0], x)
+
+    for num_cols in (4096, 65536):
+        yield f"forward-layer-{num_cols}-bfloat16-inference", functools.partial(inference, num_cols)
     for case in norm_cases():
         yield f"forward-{case[0]}", functools.partial(forward, *case[1:])
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pytransformer.kernels.launch import COMMON_OPTIONS, cdiv, device_limits, next_power_of_2, on_device
-from pytransformer.kernels.norm import NormConfig, norm_cases, row_layout, row_offsets
+from pytransformer.kernels.norm import UNSPECIALISED, NormConfig, norm_cases, row_layout, row_offsets
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -47,7 +47,7 @@ def backward_config(num_cols: int) -> NormConfig:
 # ------------------------------------------------------------------------------------------------------------------------ kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def norm_row_sums_kernel(
     dy_ptr,
     stride_dy_group,
@@ -95,7 +95,7 @@ def norm_row_sums_kernel(
         tl.store(g_mean_ptr + row, tl.sum(g_sum, axis=0) / NUM_COLS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def norm_backward_kernel(
     dy_ptr,
     stride_dy_group,
@@ -190,7 +190,7 @@ def norm_backward_kernel(
         tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=0), mask=partial_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def norm_reduce_partials_kernel(
     dweight_partial_ptr,
     dbias_partial_ptr,
@@ -255,6 +255,7 @@ def norm_backward(
     """
     num_cols = s.shape[-1]
     need_dweight = need_dweight and weight is not None
+    weight = None if weight is None else weight.contiguous()
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     dweight = (
         torch.empty(num_cols, dtype=weight.dtype, device=s.device) if need_dweight and weight is not None else None
