@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pytransformer.ops.activation import geglu, gelu, swiglu
+
 from .linear import Linear
 
 
@@ -55,15 +57,13 @@ class FeedForward(nn.Module):
     def _inner(self, x: Tensor) -> Tensor:
         if self.activation == "relu":
             return F.relu(self.up_proj(x))
-        if self.activation == "gelu":
-            return F.gelu(self.up_proj(x))
-        if self.activation == "gelu_tanh":
-            return F.gelu(self.up_proj(x), approximate="tanh")
+        if self.activation in ("gelu", "gelu_tanh"):
+            return gelu(self.up_proj(x), approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        # Gate and up stay one tensor, and so does their gradient.
         gate_and_up: Tensor = self.gate_up_proj(x)
-        gate, up = gate_and_up.chunk(2, dim=-1)
         if self.activation == "swiglu":
-            return F.silu(gate) * up
-        return F.gelu(gate, approximate="tanh" if self.activation == "geglu_tanh" else "none") * up
+            return swiglu(gate_and_up)
+        return geglu(gate_and_up, approximate="tanh" if self.activation == "geglu_tanh" else "none")
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, dropout={self.dropout}"
