@@ -251,7 +251,7 @@ def _packed_layout(dout: Tensor, gate_and_up: Tensor) -> tuple[list[Tensor], Row
     walked, layout = row_layout([dout, gate])
     if walked[1] is not gate:  # a copy of this half would not have the other one behind it
         return _packed_layout(dout.contiguous(), gate_and_up.contiguous())
-    return walked, layout
+    return [walked[0], gate_and_up], layout
 
 
 def activation_backward(
