@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -159,8 +160,8 @@ class PreparedLaunch:
         # The constexprs follow the arguments in the order in which the kernel declares them; its launcher skips them.
         self._arguments = [None if place in given else value for place, value in enumerate(arguments)]
         self._constants = dict(constants)
-        # By device: (launcher, function, metadata, all arguments).
-        self._handles: dict[int, tuple[Any, Any, Any, list[Any]]] = {}
+        # By device: how to launch, and all arguments.
+        self._handles: dict[int, tuple[_Launcher, list[Any]]] = {}
 
     def __call__(self, pointers: Sequence[torch.Tensor | None], numbers: Sequence[int] = ()) -> None:
         """Launches on the current stream of the first pointer's device.
@@ -177,7 +178,7 @@ class PreparedLaunch:
         if handle is None or device != _current_device() or _is_watched(self._kernel):
             self._launch_by_triton(pointers, numbers, device)
             return
-        run, function, metadata, arguments = handle
+        (call, fixed, spread), arguments = handle
         arguments = arguments.copy()
         bits = 0
         for place, pointer in zip(self._pointer_places, pointers):
@@ -191,8 +192,10 @@ class PreparedLaunch:
         if bits & 15:
             self._launch_by_triton(pointers, numbers, device)
             return
-        grid = self._grid
-        run(grid[0], grid[1], grid[2], _current_stream(device), function, metadata, None, None, None, *arguments)
+        if spread:
+            call(*self._grid, _current_stream(device), *fixed, *arguments)
+        else:
+            call(*self._grid, _current_stream(device), *fixed, arguments)
 
     def _launch_by_triton(self, pointers: Sequence[torch.Tensor | None], numbers: Sequence[int], device: int) -> None:
         arguments = self._arguments.copy()
@@ -208,10 +211,10 @@ class PreparedLaunch:
             return
         aligned = all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers)
         small = all(-(2**31) <= number < 2**31 for number in numbers)
-        if aligned and small and not _is_watched(self._kernel) and _is_known(compiled):
+        launcher = _launcher(compiled)
+        if aligned and small and launcher is not None and not _is_watched(self._kernel):
             names = self._kernel.arg_names[len(self._arguments) :]
-            every = [*self._arguments, *(self._constants[name] for name in names)]
-            self._handles[device] = (compiled.run, compiled.function, compiled.packed_metadata, every)
+            self._handles[device] = launcher, [*self._arguments, *(self._constants[name] for name in names)]
 
 
 # torch's own functions, bound once; a torch built without CUDA has none of them.
@@ -235,31 +238,47 @@ def _is_watched(kernel: Any) -> bool:
     return bool(_runtime.debug or _compilation.instrumentation_mode or kernel.pre_run_hooks)
 
 
+class _Launcher(NamedTuple):
+    """``call(*grid, stream, *fixed, *arguments)``, or with one list of arguments if not ``spread``."""
+
+    call: Callable[..., object]
+    fixed: tuple[Any, ...]
+    spread: bool
+
+
+def _launcher(compiled: Any) -> _Launcher | None:
+    """How to launch a compiled kernel; ``None`` with a Triton that is not known to do it in one of these ways."""
+    try:
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        if not _takes_known_arguments(type(run)):
+            return None
+        return _c_launcher(run, function, metadata) or _Launcher(run, (function, metadata, None, None, None), True)
+    except AttributeError:
+        return None
+
+
 @functools.cache
-def _has_known_launcher(launcher: type) -> bool:
-    """Whether a compiled kernel is called with what this file passes: as in Triton 3.6 to 3.9."""
-    call = getattr(launcher, "__call__", None)  # noqa: B004
-    code = getattr(call, "__code__", None)
-    if code is None:
-        return False
-    named = code.co_varnames[1 : code.co_argcount]
+def _takes_known_arguments(launcher: Hashable) -> bool:
+    """Whether a compiled kernel is called with what is passed here: so in Triton 3.6 to 3.9."""
+    code = launcher.__call__.__code__  # type: ignore[attr-defined]
     first = ("gridX", "gridY", "gridZ", "stream", "function")
     rest = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
+    named = code.co_varnames[1 : code.co_argcount]
     return named in (first, first + rest) and bool(code.co_flags & inspect.CO_VARARGS)
 
 
-def _is_known(compiled: Any) -> bool:
-    attributes = ("run", "function", "packed_metadata")
-    return all(hasattr(compiled, name) for name in attributes) and _has_known_launcher(type(compiled.run))
-
-
-Plan = TypeVar("Plan")
-_MOST_PLANS = 1024
-
-
-def remember(plans: dict[Hashable, Plan], key: Hashable, plan: Plan) -> Plan:
-    """Keeps a plan for calls that are alike; when there are too many, as with ever new lengths, it begins anew."""
-    if len(plans) >= _MOST_PLANS:
-        plans.clear()
-    plans[key] = plan
-    return plan
+def _c_launcher(run: Any, function: Any, metadata: Any) -> _Launcher | None:
+    """The C function below Triton's launcher, where that would only pass its arguments on: it takes the host a microsecond less."""
+    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return None
+    if not isinstance(run.launch, types.BuiltinFunctionType):  # a wrapper that unpacks tensor descriptors
+        return None
+    release = triton.__version__.split(".")[:2]
+    fixed = (function, run.launch_cooperative_grid, run.launch_pdl)
+    if release == ["3", "6"]:
+        scratch, hooks = (None, None), (metadata, None, None, None)
+        return _Launcher(run.launch, (*fixed, *scratch, *hooks), True)
+    if release == ["3", "9"]:
+        hooks, scratch = (metadata, None, None, None), (None, None)
+        return _Launcher(run.launch, (*fixed, *hooks, *scratch, run.arg_annotations, run.kernel_signature), False)
+    return None

@@ -221,10 +221,11 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     return _PLAIN_TYPES.issuperset(map(type, tensors))
 
 
-def goes_straight_to_cuda(backend: str | None, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether an eager call of an op whose first choice is "cuda" may skip its Python checks and call the extension's op.
+def goes_straight(backend: str | None, first: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """The backend to which an eager call of an op whose first choices are "cuda" and "triton" may go straight, or ``None``.
 
-    That op checks all arguments itself. Where it raises, the caller goes the long way, whose checks say in clearer words what is wrong.
+    The extension's op checks all arguments itself: where it raises, the caller goes the long way, whose checks say in clearer words what
+    is wrong. Triton's launchers do not: straight to them goes a call that is like one whose checks have passed (kernels/plans.py).
     Whether a gradient is wanted is the caller's to ask.
 
     Args:
@@ -232,14 +233,19 @@ def goes_straight_to_cuda(backend: str | None, first: torch.Tensor, *others: tor
         first, others: the call's tensors, or whatever was given in their place.
     """
     named = backend or getattr(_override, "name", None) or _environment
-    if named != "cuda" and (named is not None or not getattr(first, "is_cuda", False)):
-        return False
+    if named is None and not getattr(first, "is_cuda", False):
+        return None
     if first is None or not is_plain(first, *others):
-        return False
-    return _extension_serves(first.is_cuda, first.is_cpu)
+        return None
+    return _serves_straight(named, first.is_cuda, first.is_cpu)
 
 
 @functools.cache
-def _extension_serves(is_cuda: bool, is_cpu: bool) -> bool:
+def _serves_straight(named: str | None, is_cuda: bool, is_cpu: bool) -> str | None:
     # Kept for the process: the answer does not change, and its questions take longer than all others of a small call.
-    return (is_cuda or is_cpu) and extension.why_not("cuda" if is_cuda else "cpu") is None
+    if not (is_cuda or is_cpu):
+        return None
+    for backend in ("cuda", "triton"):
+        if named in (backend, None) and unavailable(backend, "cuda" if is_cuda else "cpu") is None:
+            return backend
+    return None

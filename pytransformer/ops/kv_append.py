@@ -12,7 +12,7 @@ from pytransformer import extension, reference
 from pytransformer.ops import checks, kv_append_torch
 from pytransformer.ops.attention_checks import is_autocasting
 from pytransformer.ops.autograd import mark_changed
-from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight_to_cuda, is_plain, serves_all
+from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight, is_plain, serves_all
 from pytransformer.ops.kv_append_checks import AppendCall, check_kv_append, count_tokens, scales_are_written, tensors_of
 
 
@@ -109,7 +109,7 @@ def kv_append(
     """
     try:
         if (
-            goes_straight_to_cuda(backend, k, v, k_cache, v_cache, q)
+            goes_straight(backend, k, v, k_cache, v_cache, q) == "cuda"
             and not checks.DEBUG
             and not (
                 torch.is_grad_enabled()

@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Hashable
+from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer import extension, reference
-from pytransformer.ops import checks
+from pytransformer.kernels.plans import Plans, properties
 from pytransformer.ops.autograd import records_backward, refuse_double_backward, vmap_by_loop
 from pytransformer.ops.backend import (
     BackendChoice,
     Candidate,
-    goes_straight_to_cuda,
+    goes_straight,
     is_plain,
     serves_all,
 )
-
-NormResult = Tensor | tuple[Tensor, Tensor]
-
-
-class NormCall(NamedTuple):
-    """A checked call of either op.
-
-    Attributes:
-        x, weight, bias, residual: the tensors, or None.
-        eps: added to the variance or mean square.
-        weight_offset: added to the weight.
-        is_rms: RMSNorm, else LayerNorm.
-    """
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    eps: float
-    weight_offset: float
-    is_rms: bool
-
-
-# A function rather than a property: the tracer of torch 2.10 follows no property of a NamedTuple.
-def _tensors(call: NormCall) -> tuple[Tensor | None, ...]:
-    return call.x, call.weight, call.bias, call.residual
+from pytransformer.ops.norm_checks import NormCall, NormResult, check_norm, tensors_of
+from pytransformer.ops.norm_torch import torch_norm
 
 
 def _kernels_can_serve(call: NormCall) -> str | None:
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in _tensors(call)):
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors_of(call)):
         return "float64 is served by torch and reference only"
     return None
 
@@ -110,15 +86,22 @@ def layer_norm(
         ValueError: shapes or devices that do not fit, eps negative or not finite.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    if _goes_straight(backend, x, weight, bias, residual):
+    key = None
+    straight = _goes_straight(backend, x, weight, bias, residual)
+    if straight is not None:
         try:
-            if residual is None:
-                return _cuda_layer_norm()(x, weight, bias, eps)  # type: ignore[no-any-return]
-            return _cuda_add_layer_norm()(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
+            if straight == "cuda":
+                if residual is None:
+                    return _cuda_layer_norm()(x, weight, bias, eps)  # type: ignore[no-any-return]
+                return _cuda_add_layer_norm()(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
+            key = _key(x, weight, bias, residual, eps, 0.0, False)
+            launch = _CHECKED.get(key)
+            if launch is not None:
+                return _result(launch(x, weight, bias, residual))
         except (RuntimeError, TypeError):  # the checks below say in clearer words what is wrong
             pass
-    call = _check(x, weight, bias, eps=eps, weight_offset=0.0, residual=residual, is_rms=False)
-    return _norm(call, LAYER_NORM_CHOICE.select(call, x.device.type, backend))
+    call = check_norm(x, weight, bias, eps=eps, weight_offset=0.0, residual=residual, is_rms=False)
+    return _norm(call, LAYER_NORM_CHOICE.select(call, x.device.type, backend), key)
 
 
 @overload
@@ -168,35 +151,28 @@ def rms_norm(
         ValueError: shapes or devices that do not fit, eps negative, eps or weight_offset not finite.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    if _goes_straight(backend, x, weight, residual):
+    key = None
+    straight = _goes_straight(backend, x, weight, residual)
+    if straight is not None:
         try:
-            if residual is None:
-                return _cuda_rms_norm()(x, weight, eps, weight_offset)  # type: ignore[no-any-return]
-            return _cuda_add_rms_norm()(x, residual, weight, eps, weight_offset)  # type: ignore[no-any-return]
+            if straight == "cuda":
+                if residual is None:
+                    return _cuda_rms_norm()(x, weight, eps, weight_offset)  # type: ignore[no-any-return]
+                return _cuda_add_rms_norm()(x, residual, weight, eps, weight_offset)  # type: ignore[no-any-return]
+            key = _key(x, weight, None, residual, eps, weight_offset, True)
+            launch = _CHECKED.get(key)
+            if launch is not None:
+                return _result(launch(x, weight, None, residual))
         except (RuntimeError, TypeError):  # the checks below say in clearer words what is wrong
             pass
-    call = _check(x, weight, None, eps=eps, weight_offset=weight_offset, residual=residual, is_rms=True)
-    return _norm(call, RMS_NORM_CHOICE.select(call, x.device.type, backend))
+    call = check_norm(x, weight, None, eps=eps, weight_offset=weight_offset, residual=residual, is_rms=True)
+    return _norm(call, RMS_NORM_CHOICE.select(call, x.device.type, backend), key)
 
 
-def _check(x: Any, weight: Any, bias: Any, *, eps: Any, weight_offset: Any, residual: Any, is_rms: bool) -> NormCall:
-    dtypes = checks.FLOAT_DTYPES_AND_DOUBLE
-    checks.check_tensor("x", x, dtypes=dtypes)
-    if x.ndim == 0:
-        raise ValueError("x must have at least 1 dimension: (..., width), got shape ()")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            checks.check_tensor(name, vector, ndim=1, dtypes=dtypes, device=x.device, layout="(width)")
-            checks.check_shape(name, vector, x.shape[-1:], "(width,), the last dimension of x,")
-    if residual is not None:
-        checks.check_tensor("residual", residual, dtypes=dtypes, device=x.device)
-        checks.check_shape("residual", residual, x.shape, "of x")
-    eps = checks.check_float("eps", eps, minimum=0.0)
-    weight_offset = checks.check_float("weight_offset", weight_offset)
-    return NormCall(x, weight, bias, residual, float(eps), float(weight_offset), is_rms)
-
-
-def _norm(call: NormCall, backend: str) -> NormResult:
+def _norm(call: NormCall, backend: str, key: Hashable) -> NormResult:
+    """The checked call; ``key`` is that of an eager call without a gradient that Triton may serve again without the checks."""
+    if key is not None and backend == "triton":
+        return _keep_and_launch(call, key)
     if backend in ("cuda", "triton"):
         return _kernel_norm(call, backend)
     if torch.is_autocast_enabled(call.x.device.type):
@@ -208,88 +184,11 @@ def _norm(call: NormCall, backend: str) -> NormResult:
 
 def _plain_norm(call: NormCall, backend: str) -> NormResult:
     if backend == "torch":
-        return _torch_norm(call)
+        return torch_norm(call)
     if call.is_rms:
         options = {"eps": call.eps, "weight_offset": call.weight_offset, "residual": call.residual}
         return reference.rms_norm(call.x, call.weight, **options)  # type: ignore[arg-type]
     return reference.layer_norm(call.x, call.weight, call.bias, eps=call.eps, residual=call.residual)
-
-
-# --- torch: its own norms on operands of one dtype, which compute in float32 and round once ---------------------------------------------
-
-
-def _torch_norm(call: NormCall) -> NormResult:
-    x, weight, bias, residual = _tensors(call)
-    assert x is not None
-    # 16-bit sums are computed in float32 and rounded once by torch itself.
-    s = x if residual is None else (x + residual).to(residual.dtype)
-    if weight is not None and call.weight_offset != 0.0:
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + call.weight_offset
-    dtype = x.dtype
-    mixed = s.dtype != dtype or any(vector is not None and vector.dtype != dtype for vector in (weight, bias))
-    # On a CPU torch sums the gradients of 16-bit weights in 16 bits, which loses them: off by 0.5 where the sum of 600 rows is 25.
-    inaccurate = dtype.itemsize == 2 and x.device.type == "cpu" and torch.is_grad_enabled()
-    if mixed or inaccurate:
-        dtypes = [tensor.dtype for tensor in (s, weight, bias) if tensor is not None]
-        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
-        y = _torch_one_dtype_norm(call, s.to(wide), weight, bias).to(dtype)
-    else:
-        y = _torch_one_dtype_norm(call, s, weight, bias)
-    return y if residual is None else (y, s)
-
-
-def _torch_one_dtype_norm(call: NormCall, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    width = s.shape[-1:]
-    if not call.is_rms:
-        return F.layer_norm(s, width, weight, bias, call.eps)
-    trains = torch.is_grad_enabled() and (s.requires_grad or (weight is not None and weight.requires_grad))
-    if trains and s.device.type == "cpu" and s.numel() > 0 and is_plain(s, weight):
-        y: Tensor = _CpuRmsNorm.apply(s, weight, call.eps)[0]  # type: ignore[no-untyped-call]
-        return y
-    return F.rms_norm(s, width, weight, call.eps)
-
-
-class _CpuRmsNorm(torch.autograd.Function):
-    """RMSNorm for training on a CPU, float32 or float64: torch has no fused one there, and its composite takes twice as long."""
-
-    @staticmethod
-    def forward(s: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-        norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-        rstd = norm.square_().div_(s.shape[-1]).add_(eps).rsqrt_()
-        y = s * rstd
-        return y if weight is None else y.mul_(weight), rstd
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        s, weight, ctx.eps = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(s, weight, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        s, weight, rstd = ctx.saved_tensors
-        if records_backward():
-            # A derivative of the gradient is wanted: torch's own composite has one.
-            wanted = [tensor for tensor in (s, weight) if tensor is not None and tensor.requires_grad]
-            gradients = iter(
-                torch.autograd.grad(F.rms_norm(s, s.shape[-1:], weight, ctx.eps), wanted, dy, create_graph=True)
-            )
-            needed = [tensor is not None and tensor.requires_grad for tensor in (s, weight)]
-            ds, dweight = (next(gradients) if need else None for need in needed)
-            return ds, dweight, None
-        width = s.shape[-1]
-        xhat = (s * rstd).reshape(-1, width)
-        dy = dy.reshape(-1, width)
-        weighted = dy * xhat
-        dweight = weighted.sum(dim=0) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, dweight, None
-        # g · xhat summed over each row, with g = dy · weight
-        row_sums = weighted.sum(dim=1) if weight is None else torch.mv(weighted, weight)
-        g = dy if weight is None else dy * weight
-        ds = torch.addcmul(g, xhat, row_sums.div_(width)[:, None], value=-1).mul_(rstd.view(-1, 1))
-        return ds.view(s.shape), dweight, None
 
 
 # --- Triton: registered functional ops under one autograd.Function ----------------------------------------------------------------------
@@ -306,6 +205,44 @@ torch.library.define(
     "ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+# Launches for inference by what _key gives, each after its first call has passed the checks.
+_CHECKED: Plans[Callable[..., tuple[Tensor | None, ...]]] = Plans()
+
+
+def _key(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    is_rms: bool,
+) -> Hashable:
+    """All that the checks and the launch of a call depend on, its backend aside."""
+    # True and 1 are equal to 1.0, but only some of them are allowed.
+    types = (type(eps), type(weight_offset))
+    tensors = (properties(x), properties(weight), properties(bias), properties(residual))
+    return (*tensors, eps, weight_offset, types, is_rms)
+
+
+def _keep_and_launch(call: NormCall, key: Hashable) -> NormResult:
+    from pytransformer.kernels.norm import NormForward
+
+    options = {"eps": call.eps, "weight_offset": call.weight_offset, "is_rms": call.is_rms}
+    try:
+        launch = NormForward(*tensors_of(call), **options, statistics=False)  # type: ignore[arg-type]
+    except ValueError:  # a tensor must be copied first, each time anew
+        return _kernel_norm(call, "triton")
+    _CHECKED.add(key, launch)
+    return _result(launch(*tensors_of(call)))  # type: ignore[arg-type]
+
+
+def _result(results: tuple[Tensor | None, ...]) -> NormResult:
+    y, s = results[:2]
+    assert y is not None
+    return y if s is None else (y, s)
 
 
 @functools.cache
@@ -429,15 +366,14 @@ for _cuda_name, _cuda_fake in _CUDA_FAKES.items():
     extension.register_fake(_cuda_name, _cuda_fake)
 
 
-def _goes_straight(backend: str | None, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether an inference op of the extension may be called at once."""
-    if not goes_straight_to_cuda(backend, x, *others):
-        return False
-    if torch.is_grad_enabled():
+def _goes_straight(backend: str | None, x: Tensor, *others: Tensor | None) -> str | None:
+    """The backend whose launch for inference may be made at once, or ``None``."""
+    straight = goes_straight(backend, x, *others)
+    if straight is not None and torch.is_grad_enabled():
         for tensor in (x, *others):
             if tensor is not None and tensor.requires_grad:
-                return False
-    return True
+                return None
+    return straight
 
 
 def _cuda_inference(call: NormCall) -> NormResult:
@@ -481,11 +417,11 @@ def _run_backward(backend: str, *args: Any) -> tuple[Tensor, ...]:
 
 def _kernel_norm(call: NormCall, backend: str) -> NormResult:
     needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in _tensors(call)
+        tensor is not None and tensor.requires_grad for tensor in tensors_of(call)
     )
     # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked. The tracer of torch.compile
     # knows, and cannot inline a Function none of whose inputs need a gradient.
-    if needs_grad or not (torch.compiler.is_compiling() or is_plain(*_tensors(call))):
+    if needs_grad or not (torch.compiler.is_compiling() or is_plain(*tensors_of(call))):
         y, s, *_ = _KernelNorm.apply(backend, *call)  # type: ignore[no-untyped-call]
     elif backend == "cuda":
         return _cuda_inference(call)

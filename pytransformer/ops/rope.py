@@ -12,7 +12,7 @@ from torch import Tensor
 from pytransformer import extension, reference
 from pytransformer.ops import checks
 from pytransformer.ops.autograd import mark_changed, records_backward, vmap_by_loop
-from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight_to_cuda, is_plain, serves_all
+from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight, is_plain, serves_all
 
 INTEGERS = (torch.int32, torch.int64)
 _LAYOUT = "(batch, seqlen, num_heads, head_dim) or packed (total, num_heads, head_dim)"
@@ -99,7 +99,7 @@ def rope(
     try:
         if (
             type(offsets) is int
-            and goes_straight_to_cuda(backend, q, k, cos, sin, positions, cu_seqlens)
+            and goes_straight(backend, q, k, cos, sin, positions, cu_seqlens) == "cuda"
             and not checks.DEBUG
             and not (torch.is_grad_enabled() and _requires_grad(q, k, cos, sin))
         ):

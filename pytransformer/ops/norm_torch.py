@@ -1,0 +1,89 @@
+"""The norms by torch's own, on operands of one dtype, which compute in float32 and round once."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pytransformer.ops.autograd import records_backward
+from pytransformer.ops.backend import is_plain
+from pytransformer.ops.norm_checks import NormCall, NormResult, tensors_of
+
+
+def torch_norm(call: NormCall) -> NormResult:
+    """y, or (y, s) with a residual."""
+    x, weight, bias, residual = tensors_of(call)
+    assert x is not None
+    # 16-bit sums are computed in float32 and rounded once by torch itself.
+    s = x if residual is None else (x + residual).to(residual.dtype)
+    if weight is not None and call.weight_offset != 0.0:
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + call.weight_offset
+    dtype = x.dtype
+    mixed = s.dtype != dtype or any(vector is not None and vector.dtype != dtype for vector in (weight, bias))
+    # On a CPU torch sums the gradients of 16-bit weights in 16 bits, which loses them: off by 0.5 where the sum of 600 rows is 25.
+    inaccurate = dtype.itemsize == 2 and x.device.type == "cpu" and torch.is_grad_enabled()
+    if mixed or inaccurate:
+        dtypes = [tensor.dtype for tensor in (s, weight, bias) if tensor is not None]
+        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
+        y = _torch_one_dtype_norm(call, s.to(wide), weight, bias).to(dtype)
+    else:
+        y = _torch_one_dtype_norm(call, s, weight, bias)
+    return y if residual is None else (y, s)
+
+
+def _torch_one_dtype_norm(call: NormCall, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    width = s.shape[-1:]
+    if not call.is_rms:
+        return F.layer_norm(s, width, weight, bias, call.eps)
+    trains = torch.is_grad_enabled() and (s.requires_grad or (weight is not None and weight.requires_grad))
+    if trains and s.device.type == "cpu" and s.numel() > 0 and is_plain(s, weight):
+        y: Tensor = _CpuRmsNorm.apply(s, weight, call.eps)[0]  # type: ignore[no-untyped-call]
+        return y
+    return F.rms_norm(s, width, weight, call.eps)
+
+
+class _CpuRmsNorm(torch.autograd.Function):
+    """RMSNorm for training on a CPU, float32 or float64: torch has no fused one there, and its composite takes twice as long."""
+
+    @staticmethod
+    def forward(s: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(s.shape[-1]).add_(eps).rsqrt_()
+        y = s * rstd
+        return y if weight is None else y.mul_(weight), rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        s, weight, ctx.eps = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(s, weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        s, weight, rstd = ctx.saved_tensors
+        if records_backward():
+            # A derivative of the gradient is wanted: torch's own composite has one.
+            wanted = [tensor for tensor in (s, weight) if tensor is not None and tensor.requires_grad]
+            gradients = iter(
+                torch.autograd.grad(F.rms_norm(s, s.shape[-1:], weight, ctx.eps), wanted, dy, create_graph=True)
+            )
+            needed = [tensor is not None and tensor.requires_grad for tensor in (s, weight)]
+            ds, dweight = (next(gradients) if need else None for need in needed)
+            return ds, dweight, None
+        width = s.shape[-1]
+        xhat = (s * rstd).reshape(-1, width)
+        dy = dy.reshape(-1, width)
+        weighted = dy * xhat
+        dweight = weighted.sum(dim=0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, dweight, None
+        # g · xhat summed over each row, with g = dy · weight
+        row_sums = weighted.sum(dim=1) if weight is None else torch.mv(weighted, weight)
+        g = dy if weight is None else dy * weight
+        ds = torch.addcmul(g, xhat, row_sums.div_(width)[:, None], value=-1).mul_(rstd.view(-1, 1))
+        return ds.view(s.shape), dweight, None
