@@ -14,9 +14,6 @@ from pytransformer.ops import checks
 from pytransformer.ops.autograd import records_backward, refuse_double_backward, vmap_by_loop
 from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, serves_all
 
-# By the value of ``approximate``.
-_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
-
 
 class ActivationCall(NamedTuple):
     """A checked call of one of the ops.
@@ -136,9 +133,11 @@ def _check_gated(gate: Any, up: Any, activation: str) -> ActivationCall:
 
 
 def _check_approximate(approximate: Any) -> str:
-    if approximate not in _GELU:
-        raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
-    return _GELU[approximate]
+    if approximate == "none":
+        return "gelu"
+    if approximate == "tanh":
+        return "gelu_tanh"
+    raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
 
 
 def _activate(call: ActivationCall, backend: str) -> Tensor:
