@@ -1,31 +1,48 @@
-"""The rows of the benchmark: for each op the shapes of the targets, ours and the peers that a plain PyTorch installation brings.
+"""The rows of the benchmark, in the order in which a run with little time should take them.
 
-``tiny=True`` gives the same rows at sizes that a CPU can run: for the smoke run in CI and for rehearsing a GPU run.
+``tiny=True`` gives every kind of row at a size that a CPU can run: for the smoke run in CI and for rehearsing a GPU run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, zip_longest
 
 import torch
 
-from pytransformer.benchmarks.rows import Row
-from pytransformer.benchmarks.suites import attention, decode_attention, kv_append, norm, rope
+from pytransformer.benchmarks.rows import Measurement, Row
+from pytransformer.benchmarks.suites import attention, decode_attention, kv_append, linear_cross_entropy, norm, rope
+from pytransformer.benchmarks.suites.common import Wanted
 
-SUITES = {
+Suite = Callable[[Wanted], Iterable[Row | Measurement]]
+
+# In the order of what their rows are worth.
+SUITES: dict[str, Suite] = {
     "attention": attention.rows,
     "decode_attention": decode_attention.rows,
     "norm": norm.rows,
     "rope": rope.rows,
     "kv_append": kv_append.rows,
+    "linear_cross_entropy": linear_cross_entropy.rows,
 }
 
 
-def rows(device: torch.device, *, tiny: bool = False, suites: tuple[str, ...] = ()) -> Iterator[Row]:
-    """Rows of the named suites (all if none is named), the most important of every suite first."""
-    generators = [list(SUITES[name](device, tiny)) for name in (suites or tuple(SUITES))]
-    longest = max(map(len, generators), default=0)
-    for index in range(longest):
-        for generator in generators:
-            if index < len(generator):
-                yield generator[index]
+def rows(
+    device: torch.device,
+    *,
+    tiny: bool = False,
+    suites: tuple[str, ...] = (),
+    peers: bool = False,
+    quick: bool = False,
+) -> Iterator[Row | Measurement]:
+    """Rows of the named suites (all if none is named): those of the quick grid first, and of each suite the most important first.
+
+    Args:
+        peers: with every peer that is installed; otherwise with PyTorch's own.
+        quick: the quick grid only, without the peers that compile for long.
+    """
+    wanted = Wanted(device, tiny, peers, quick)
+    found = [list(SUITES[name](wanted)) for name in (suites or tuple(SUITES))]
+    for priority in (0,) if quick else (0, 1):
+        turns = zip_longest(*([row for row in suite if row.priority == priority] for suite in found))
+        yield from (row for row in chain.from_iterable(turns) if row is not None)

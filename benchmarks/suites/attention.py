@@ -1,163 +1,227 @@
-"""Attention forward and backward: causal, bfloat16, against torch's SDPA with each of its GPU backends forced."""
+"""Attention forward, backward and both: 16k tokens over lengths, head sizes and masks; grouped, windowed, packed; each option's price."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pytransformer
-from pytransformer.benchmarks.rows import Row
-from pytransformer.benchmarks.suites.common import backward_of, no_grad, normal, ours
-
-# (batch, seqlen, q heads, kv heads, head_dim): 16k tokens a call, then one long sequence, then GPT-2's heads.
-FORWARD = (
-    (2, 8192, 32, 8, 128),
-    (16, 1024, 32, 8, 128),
-    (4, 4096, 32, 8, 128),
-    (16, 1024, 12, 12, 64),
-    (1, 16384, 32, 8, 128),
+from pytransformer.benchmarks.cases import AttentionCase, skewed_lengths
+from pytransformer.benchmarks.rows import Inputs, Row, Variant
+from pytransformer.benchmarks.suites import attention_golden as golden
+from pytransformer.benchmarks.suites.common import (
+    Wanted,
+    all_variants,
+    backward_of,
+    forward_and_backward,
+    no_grad,
+    normal,
 )
-BACKWARD = ((2, 8192, 32, 8, 128), (16, 1024, 32, 8, 128), (4, 4096, 32, 8, 128), (16, 1024, 12, 12, 64))
-TINY = ((1, 64, 4, 2, 32),)
-# The float64 check looks at this many query rows of one head; a whole head would need seqlen² numbers for every row.
-CHECKED_ROWS = 64
 
-Shape = tuple[int, int, int, int, int]
-
-
-def rows(device: torch.device, tiny: bool) -> Iterator[Row]:
-    """Forward and backward in turn, most important first."""
-    forward, backward = (TINY, TINY) if tiny else (FORWARD, BACKWARD)
-    for index in range(max(len(forward), len(backward))):
-        if index < len(forward):
-            yield _forward_row(device, forward[index])
-        if index < len(backward):
-            yield _backward_row(device, backward[index])
+TOKENS = 16384
+HIDDEN_SIZE = 2048
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+HEAD_DIMS = (128, 64, 256)
 
 
-def _sdpa(inputs: dict[str, Any]) -> Tensor:
-    q, k, v = (inputs[name].transpose(1, 2) for name in "qkv")
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+def _llama(seqlen: int, **options: Any) -> AttentionCase:
+    """32 query heads on 8 key heads, head_dim 128."""
+    return AttentionCase(TOKENS // seqlen, seqlen, 32, 8, 128, **options)
 
 
-def _forced(backend: SDPBackend) -> Any:
-    def call(inputs: dict[str, Any]) -> Tensor:
-        with sdpa_kernel(backend):
-            return _sdpa(inputs)
+def _hidden_2048(seqlen: int, head_dim: int, **options: Any) -> AttentionCase:
+    heads = HIDDEN_SIZE // head_dim
+    return AttentionCase(TOKENS // seqlen, seqlen, heads, heads, head_dim, **options)
+
+
+GPT2 = AttentionCase(16, 1024, 12, 12, 64)
+# The targets' own rows, the most important first.
+QUICK = (
+    _llama(8192),
+    _llama(8192, backward=True),
+    _llama(1024),
+    _llama(1024, backward=True),
+    GPT2,
+    replace(GPT2, backward=True),
+    _llama(4096),
+    _llama(4096, backward=True),
+    _llama(16384),
+    _llama(8192, backward=True, deterministic=True),
+    _hidden_2048(16384, 64),
+    _hidden_2048(16384, 256),
+    _llama(2048),
+    _llama(2048, backward=True),
+)
+# The price of an option: to be read beside the plain call at the same shape, which is in QUICK.
+PRICED: tuple[dict[str, Any], ...] = (
+    {"window": (1023, 0)},
+    {"softcap": 30.0},
+    {"sinks": True},
+    {"dropout_p": 0.1},
+    {"bias": True},
+    {"alibi": True},
+    {"deterministic": True},
+)
+
+
+def _specials() -> Iterator[AttentionCase]:
+    """Packed batches with skewed lengths, windows, gpt-oss."""
+    packed = AttentionCase.packed(skewed_lengths(TOKENS, 4096), 32, 8, 128)
+    encoder = AttentionCase.packed(skewed_lengths(TOKENS, 512, seed=1), 12, 12, 64, causal=False)
+    long = AttentionCase.packed(skewed_lengths(2 * TOKENS, 16384, seed=2), 32, 8, 128)
+    mistral = AttentionCase(1, 16384, 32, 8, 128, window=(4095, 0))
+    gpt_oss = AttentionCase(2, 8192, 64, 8, 64, window=(127, 0), sinks=True)
+    for case in (packed, mistral, encoder, gpt_oss, long):
+        yield case
+        yield replace(case, backward=True)
+
+
+def _prices() -> Iterator[AttentionCase]:
+    for options in PRICED:
+        case = _llama(4096, **options)
+        if not case.deterministic:  # it only concerns gradients
+            yield case
+        yield replace(case, backward=True)
+
+
+def _grid() -> Iterator[AttentionCase]:
+    """hidden 2048: every head size, mask, length and pass; grouped heads in full attention and at 512."""
+    for causal in (True, False):
+        for head_dim in HEAD_DIMS:
+            for seqlen in LENGTHS:
+                case = _hidden_2048(seqlen, head_dim, causal=causal)
+                yield case
+                yield replace(case, backward=True)
+    for seqlen in LENGTHS:
+        yield _llama(seqlen, causal=False)
+        yield _llama(seqlen, causal=False, backward=True)
+    yield _llama(512)
+    yield _llama(512, backward=True)
+    for seqlen in LENGTHS:
+        yield _llama(seqlen, both=True)
+    for causal in (True, False):
+        for head_dim in HEAD_DIMS:
+            for seqlen in LENGTHS:
+                yield _hidden_2048(seqlen, head_dim, causal=causal, both=True)
+
+
+def _tiny() -> Iterator[AttentionCase]:
+    plain = AttentionCase(2, 48, 4, 2, 32)
+    packed = AttentionCase.packed((17, 40, 5), 4, 2, 32)
+    for case in (plain, packed, replace(plain, causal=False)):
+        yield case
+        yield replace(case, backward=True)
+    yield replace(plain, both=True)
+    for options in ({"window": (7, 0)}, *PRICED[1:]):
+        yield replace(plain, **options, backward=True)
+        yield replace(plain, **options)
+    yield replace(plain, causal=False, window=(5, 3), sinks=True)
+    yield replace(packed, window=(7, 0), dropout_p=0.3, backward=True)
+
+
+def rows(wanted: Wanted) -> Iterator[Row]:
+    """The targets' rows, then prices and specials, then the grid."""
+    if wanted.tiny:
+        for case in _tiny():
+            yield _row(wanted, case, 0)
+        return
+    seen = set(QUICK)
+    for case in QUICK:
+        yield _row(wanted, case, 0)
+    for case in (*_prices(), *_specials(), *_grid()):
+        if case not in seen:
+            seen.add(case)
+            yield _row(wanted, case, 1)
+
+
+def _ours(case: AttentionCase, backend: str | None) -> Variant:
+    def call(inputs: Inputs) -> Tensor:
+        starts = inputs.get("cu_seqlens")
+        out = pytransformer.attention(
+            inputs["q"],
+            inputs["k"],
+            inputs["v"],
+            causal=case.causal,
+            window=case.window,
+            softcap=case.softcap,
+            bias=inputs.get("bias"),
+            alibi_slopes=inputs.get("alibi_slopes"),
+            sinks=inputs.get("sinks"),
+            dropout_p=case.dropout_p,
+            dropout_seed=inputs.get("dropout_seed"),
+            cu_seqlens_q=starts,
+            cu_seqlens_k=starts,
+            max_seqlen_q=case.seqlen if case.lengths else None,
+            max_seqlen_k=case.seqlen if case.lengths else None,
+            deterministic=case.deterministic,
+            backend=backend,
+        )
+        assert isinstance(out, Tensor)
+        return out
 
     return call
 
 
-def _variants(device: torch.device) -> dict[str, Any]:
-    variants: dict[str, Any] = {
-        backend: lambda inputs, backend=backend: pytransformer.attention(
-            inputs["q"], inputs["k"], inputs["v"], causal=True, backend=backend
-        )
-        for backend in ours(device)
+def draw(case: AttentionCase, device: torch.device, seed: int) -> Inputs:
+    """q, k, v and what the options need; with gradients where a backward pass is timed."""
+    lead = (case.total_tokens,) if case.lengths else (case.batch, case.seqlen)
+    needs_grad = case.backward or case.both
+    inputs: Inputs = {
+        "q": normal(device, 8 * seed, *lead, case.num_heads, case.head_dim),
+        "k": normal(device, 8 * seed + 1, *lead, case.num_kv_heads, case.head_dim),
+        "v": normal(device, 8 * seed + 2, *lead, case.num_kv_heads, case.head_dim),
     }
-    if device.type == "cuda":
-        variants["sdpa_flash"] = _forced(SDPBackend.FLASH_ATTENTION)
-        variants["sdpa_cudnn"] = _forced(SDPBackend.CUDNN_ATTENTION)
+    if case.sinks:
+        inputs["sinks"] = normal(device, 8 * seed + 3, case.num_heads, dtype=torch.float32)
+    for tensor in inputs.values():
+        tensor.requires_grad_(needs_grad)
+    if needs_grad:
+        inputs["dout"] = normal(device, 8 * seed + 4, *lead, case.num_heads, case.head_dim)
+    if case.bias:
+        inputs["bias"] = normal(device, 8 * seed + 5, 1, case.num_heads, case.seqlen, case.seqlen)
+    if case.alibi:
+        exponents = torch.arange(1, case.num_heads + 1, device=device) * (8.0 / case.num_heads)
+        inputs["alibi_slopes"] = torch.exp2(-exponents).float()
+    if case.dropout_p:
+        inputs["dropout_seed"] = torch.tensor([case.dropout_seed, seed], dtype=torch.int64, device=device)
+    if case.lengths:
+        inputs["cu_seqlens"] = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device)
+    return inputs
+
+
+def _row(wanted: Wanted, case: AttentionCase, priority: int) -> Row:
+    calls, notes = all_variants(wanted, "attention", case, lambda backend: _ours(case, backend))
+    leaves = ("q", "k", "v", "sinks") if case.sinks else ("q", "k", "v")
+    if case.both:
+        variants = {name: forward_and_backward(call, leaves) for name, call in calls.items()}
+    elif case.backward:
+        variants = {name: backward_of(name, call, leaves) for name, call in calls.items()}
     else:
-        variants["sdpa"] = _sdpa
-    return variants
+        variants = {name: no_grad(call) for name, call in calls.items()}
 
+    def check(inputs: Inputs) -> Tensor:
+        if case.both:
+            return torch.cat((golden.forward(case, inputs), golden.backward(case, inputs)))
+        return golden.backward(case, inputs) if case.backward else golden.forward(case, inputs)
 
-def _inputs(shape: Shape, requires_grad: bool) -> Any:
-    batch, seqlen, heads, kv_heads, dim = shape
+    def pick(result: Any) -> Tensor:
+        if case.both:
+            return torch.cat((golden.pick_forward(case, result[0]), golden.pick_backward(case, result[1])))
+        return golden.pick_backward(case, result) if case.backward else golden.pick_forward(case, result)
 
-    def draw(device: torch.device, seed: int) -> dict[str, Any]:
-        inputs = {
-            "q": normal(device, 4 * seed, batch, seqlen, heads, dim),
-            "k": normal(device, 4 * seed + 1, batch, seqlen, kv_heads, dim),
-            "v": normal(device, 4 * seed + 2, batch, seqlen, kv_heads, dim),
-        }
-        for tensor in inputs.values():
-            tensor.requires_grad_(requires_grad)
-        if requires_grad:
-            inputs["dout"] = normal(device, 4 * seed + 3, batch, seqlen, heads, dim)
-        return inputs
-
-    return draw
-
-
-def _probabilities(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
-    """Causal softmax of the given query rows of one head, in float64."""
-    scores = q.double() @ k.double().T / math.sqrt(q.shape[-1])
-    keys = torch.arange(k.shape[0], device=k.device)
-    return scores.masked_fill(keys > positions[:, None], -math.inf).softmax(-1)
-
-
-def _checked_rows(seqlen: int, device: torch.device) -> Tensor:
-    return torch.linspace(0, seqlen - 1, min(seqlen, CHECKED_ROWS), device=device).long()
-
-
-def _golden_forward(inputs: dict[str, Any]) -> Tensor:
-    q, k, v = (inputs[name].detach()[0, :, 0] for name in "qkv")
-    positions = _checked_rows(q.shape[0], q.device)
-    return _probabilities(q[positions], k, positions) @ v.double()
-
-
-def _golden_dq(inputs: dict[str, Any]) -> Tensor:
-    q, k, v, dout = (inputs[name].detach()[0, :, 0] for name in ("q", "k", "v", "dout"))
-    positions = _checked_rows(q.shape[0], q.device)
-    p = _probabilities(q[positions], k, positions)
-    dp = dout[positions].double() @ v.double().T
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    return ds @ k.double() / math.sqrt(q.shape[-1])
-
-
-def _work(shape: Shape) -> float:
-    batch, seqlen, heads, _, dim = shape
-    return 4 * batch * heads * seqlen * seqlen * dim / 2
-
-
-def _bytes(shape: Shape, tensors_q: int, tensors_kv: int) -> float:
-    batch, seqlen, heads, kv_heads, dim = shape
-    return 2.0 * batch * seqlen * dim * (tensors_q * heads + tensors_kv * kv_heads)
-
-
-def _label(shape: Shape) -> str:
-    batch, seqlen, heads, kv_heads, dim = shape
-    return f"causal B{batch} L{seqlen} H{heads}/{kv_heads} d{dim} bf16"
-
-
-def _forward_row(device: torch.device, shape: Shape) -> Row:
-    def pick(out: Tensor) -> Tensor:
-        return out[0, _checked_rows(shape[1], out.device), 0]
-
-    variants = {name: no_grad(call) for name, call in _variants(device).items()}
     return Row(
-        "attention_forward",
-        _label(shape),
-        _work(shape),
-        _bytes(shape, 2, 2),
-        _inputs(shape, False),
+        case.row_op,
+        case.shape,
+        case.flop,
+        case.moved_bytes,
+        lambda device, seed: draw(case, device, seed),
         variants,
-        _golden_forward,
+        check,
         pick,
-    )
-
-
-def _backward_row(device: torch.device, shape: Shape) -> Row:
-    def pick(gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        dq = gradients[0]
-        return dq[0, _checked_rows(shape[1], dq.device), 0]
-
-    variants = {name: backward_of(name, call, ("q", "k", "v")) for name, call in _variants(device).items()}
-    return Row(
-        "attention_backward",
-        _label(shape),
-        2.5 * _work(shape),
-        _bytes(shape, 4, 4),
-        _inputs(shape, True),
-        variants,
-        _golden_dq,
-        pick,
+        notes=notes,
+        priority=priority,
     )

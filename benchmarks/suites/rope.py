@@ -1,69 +1,70 @@
-"""RoPE on q and k in one launch, against torch.compile of the usual formula."""
+"""RoPE of q and k, out of place, half layout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import pytransformer
-from pytransformer.benchmarks.rows import Row
-from pytransformer.benchmarks.suites.common import no_grad, normal, ours
+from pytransformer.benchmarks.cases import RopeCase
+from pytransformer.benchmarks.rows import Inputs, Row, Variant
+from pytransformer.benchmarks.suites import formulas
+from pytransformer.benchmarks.suites.common import Wanted, all_variants, checked_rows, no_grad, normal
 
-# (tokens, q heads, kv heads, head_dim)
-SHAPES = ((8192, 32, 8, 128), (32768, 32, 8, 128))
-TINY = ((32, 4, 2, 32),)
-
-
-def rows(device: torch.device, tiny: bool) -> Iterator[Row]:
-    """Out of place, half layout."""
-    for shape in TINY if tiny else SHAPES:
-        yield _row(device, *shape)
+QUICK = (RopeCase(8192, 32, 8, 128), RopeCase(32768, 32, 8, 128))
+FULL = (RopeCase(8192, 32, 32, 128), RopeCase(16384, 64, 8, 64), RopeCase(8192, 8, 4, 256), RopeCase(64, 32, 8, 128))
+TINY = (RopeCase(32, 4, 2, 32),)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+def rows(wanted: Wanted) -> Iterator[Row]:
+    """The targets' rows, then equal heads, small and large heads, a decode-size call."""
+    for case in TINY if wanted.tiny else QUICK:
+        yield _row(wanted, case, 0)
+    for case in () if wanted.tiny else FULL:
+        yield _row(wanted, case, 1)
 
 
-def _plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
-def _row(device: torch.device, tokens: int, heads: int, kv_heads: int, dim: int) -> Row:
-    def draw(device: torch.device, seed: int) -> dict[str, Any]:
-        cos, sin = pytransformer.rope_tables(dim, tokens, device=device)
-        return {
-            "q": normal(device, 2 * seed, 1, tokens, heads, dim),
-            "k": normal(device, 2 * seed + 1, 1, tokens, kv_heads, dim),
-            "cos": cos,
-            "sin": sin,
-        }
-
-    variants: dict[str, Any] = {
-        backend: no_grad(lambda inputs, backend=backend: pytransformer.rope(**inputs, backend=backend))
-        for backend in ours(device)
+def draw(case: RopeCase, device: torch.device, seed: int) -> Inputs:
+    """q, k and the tables."""
+    cos, sin = pytransformer.rope_tables(case.head_dim, case.tokens, device=device)
+    return {
+        "q": normal(device, 2 * seed, 1, case.tokens, case.num_heads, case.head_dim),
+        "k": normal(device, 2 * seed + 1, 1, case.tokens, case.num_kv_heads, case.head_dim),
+        "cos": cos,
+        "sin": sin,
     }
-    if device.type == "cuda":
-        compiled = torch.compile(_plain, dynamic=False)
-        variants["torch_compile"] = no_grad(lambda inputs: compiled(**inputs))
-    else:
-        variants["plain"] = no_grad(lambda inputs: _plain(**inputs))
 
-    def golden(inputs: dict[str, Any]) -> Tensor:
-        return _rotate(inputs["k"].double(), inputs["cos"].double(), inputs["sin"].double())
 
-    moved = 2.0 * 2 * tokens * (heads + kv_heads) * dim + 4.0 * tokens * dim
+def _golden(inputs: Inputs) -> Tensor:
+    """Checked tokens of q and k."""
+    tokens = checked_rows(inputs["q"].shape[1], inputs["q"].device)
+    cos, sin = inputs["cos"][tokens].double(), inputs["sin"][tokens].double()
+    return torch.cat([formulas.rotate(inputs[name][0, tokens].double(), cos, sin) for name in ("q", "k")], 1)
+
+
+def _pick(result: tuple[Tensor, Tensor]) -> Tensor:
+    tokens = checked_rows(result[0].shape[1], result[0].device)
+    return torch.cat([tensor[0, tokens] for tensor in result], 1)
+
+
+def _row(wanted: Wanted, case: RopeCase, priority: int) -> Row:
+    def ours(backend: str | None) -> Variant:
+        return lambda inputs: pytransformer.rope(
+            inputs["q"], inputs["k"], inputs["cos"], inputs["sin"], backend=backend
+        )
+
+    calls, notes = all_variants(wanted, "rope", case, ours)
     return Row(
         "rope_forward",
-        f"{tokens} tokens H{heads}+{kv_heads} d{dim} bf16",
+        case.shape,
         0.0,
-        moved,
-        draw,
-        variants,
-        golden,
-        lambda out: out[1],
+        case.moved_bytes,
+        lambda device, seed: draw(case, device, seed),
+        {name: no_grad(call) for name, call in calls.items()},
+        _golden,
+        _pick,
+        notes=notes,
+        priority=priority,
     )
