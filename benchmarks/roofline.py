@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from pytransformer.benchmarks.timing import time_interleaved
+from pytransformer.benchmarks.timing import Sampling, time_interleaved
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,13 @@ class Ceilings:
     read: float
     matmul: float
 
-    def floor(self, flop: float, moved_bytes: float) -> float:
+    def memory_rate(self, kind: str) -> float:
+        """Bytes per second for "copy", or for "read": a stream that only reads is not slower than one that writes as well."""
+        return max(self.read, self.copy) if kind == "read" else self.copy
+
+    def floor(self, flop: float, moved_bytes: float, kind: str = "copy") -> float:
         """Seconds below which no kernel with this work can go: the larger of arithmetic and memory time."""
-        return max(flop / self.matmul, moved_bytes / self.copy)
+        return max(flop / self.matmul, moved_bytes / self.memory_rate(kind))
 
     def to_dict(self) -> dict[str, float]:
         """For JSON."""
@@ -33,21 +37,31 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
-    """Measures the three ceilings; ``small`` for a rehearsal on a CPU."""
+    """Measures the three ceilings; ``small`` for a CPU.
+
+    Raises:
+        RuntimeError: one of the three could not be timed.
+    """
     size = 512 if small else 8192
-    count = 2**20 if small else 2**30
+    count = 2**22 if small else 2**30  # bytes
     source, target = torch.randn(count // 4, device=device), torch.empty(count // 4, device=device)
     left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    sampling = Sampling(rounds=5, max_rounds=9) if small else Sampling(rounds=21, sample_seconds=5e-3)
     timings = time_interleaved(
         {
             "copy": [lambda: target.copy_(source)],
-            "read": [source.sum],
+            "sum": [source.sum],
+            "max": [source.amax],
             "matmul": [lambda: left @ right],
         },
         device,
-        rounds=5 if small else 21,
-        target_seconds=5e-3,
+        sampling,
     )
+    if timings.failed:
+        raise RuntimeError(f"the limits of this device could not be measured: {timings.failed}")
+    seconds = {name: timing.median for name, timing in timings.found.items()}
     return Ceilings(
-        2 * count / timings["copy"].median, count / timings["read"].median, 2 * size**3 / timings["matmul"].median
+        copy=2 * count / seconds["copy"],
+        read=count / min(seconds["sum"], seconds["max"]),
+        matmul=2 * size**3 / seconds["matmul"],
     )

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: parts are independent, limits hold, the closing table says what happened."""
+"""`make gpu` without a GPU: parts are independent, limits hold, a cut-off loses nothing, the closing table says what happened."""
 
 import json
 import sys
@@ -6,25 +6,45 @@ import sys
 import pytest
 import torch
 
-from pytransformer.benchmarks import gpu
-from pytransformer.benchmarks.grid import SUITES, rows
-from pytransformer.benchmarks.record import Record
-from pytransformer.benchmarks.roofline import Ceilings
-from pytransformer.benchmarks.rows import relative_error, run_row
-from pytransformer.benchmarks.timing import Timing, time_interleaved
+from pytransformer.benchmarks import gpu, record, rehearsal, schema
+from tests.benchmarks.samples import attention_row, record_of
 
-CPU = torch.device("cpu")
-CEILINGS = Ceilings(copy=1e11, read=1e11, matmul=1e12)
+
+@pytest.fixture
+def cut(tmp_path):
+    """The record at the cut and after it went on, with all that differs from what must come out."""
+    path = tmp_path / "benchmarks.json"
+    half, found = rehearsal.rehearse_cut(path, log=tmp_path / "log")
+    return half, record.load(path), found, (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal is for machines without a GPU")
+def test_a_cut_off_and_rows_that_go_wrong(cut):
+    """Killed in the middle and continued; variants that raise, hang, exit, are wrong; a row that fails as a whole."""
+    half, whole, found, log = cut
+    assert found == [], log
+    schema.validate(half)
+    schema.validate(whole)
+    assert 0 < len(half["rows"]) < len(whole["rows"])
+    assert half["rows"] == whole["rows"][: len(half["rows"])], "rows before the cut are kept as they were"
+    assert [(incident["shape"], incident["variant"]) for incident in whole["incidents"]] == [
+        ("exits", "cuda"),
+        ("hangs", "peer"),
+        ("exits in the rounds", ""),
+    ]
+    failures = {row["shape"]: row["failed"] for row in whole["rows"] if row["failed"]}
+    assert failures["exits"] == {"cuda": "the process ended with exit code 9"}
+    assert failures["hangs"] == {"peer": f"the process ran past {rehearsal.STAGE_SECONDS:.0f} s"}
+    assert failures["out of memory"]["triton"].startswith("out of memory")
 
 
 def test_a_part_that_fails_or_hangs_says_so(tmp_path, capsys):
-    failed = gpu._run(
-        "failing", [sys.executable, "-c", "print('out'); raise SystemExit(3)"], tmp_path / "failing.log", 60
-    )
-    assert failed.status == "failed (exit 3)"
+    failing = [sys.executable, "-c", "print('out'); raise SystemExit(3)"]
+    failed = gpu._run("failing", failing, tmp_path / "failing.log", 60)
+    assert (failed.status, failed.passed) == ("failed (exit 3)", False)
     assert "out" in capsys.readouterr().out
     hung = gpu._run("hanging", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "hanging.log", 0.5)
-    assert hung.status == "ran past its limit"
+    assert (hung.status, hung.passed) == ("ran past its limit", False)
     assert hung.seconds < 30
 
 
@@ -34,101 +54,98 @@ def test_without_a_gpu_it_refuses_in_one_sentence(tmp_path, capsys):
     assert "torch sees no GPU on this machine; --rehearse" in capsys.readouterr().err
 
 
-def test_a_failing_part_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    def failing_tests(out, rehearse):
-        (out / "tests.xml").write_text(
-            '<testsuites><testsuite><testcase classname="tests.ops.test_rope" name="a"/>'
-            '<testcase classname="tests.ops.test_rope" name="b"><failure/></testcase>'
-            '<testcase classname="tests.ops.test_norm" name="c"><skipped/></testcase></testsuite></testsuites>'
-        )
-        return gpu.Part("tests", "failed (exit 1)", 1.0)
+def stand_ins(monkeypatch, **parts):
+    """Parts that only say how they ended, in the order in which they ran."""
+    order = []
 
-    monkeypatch.setattr(gpu, "run_tests", failing_tests)
-    monkeypatch.setattr(gpu, "BENCHMARK_SECONDS", 300)
+    def stand_in(name):
+        def part(*arguments):
+            order.append(name)
+            if name in parts:
+                raise parts[name]
+            return gpu.Part(name, "passed", 1.0)
+
+        return part
+
+    for name in ("build_extension", "run_tests", "run_grid", "run_sanitizer", "rehearse_faults", "rehearse_cut"):
+        monkeypatch.setattr(gpu, name, stand_in(name))
+    return order
+
+
+def test_a_failing_part_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite><testcase classname="tests.ops.test_rope" name="a"/>'
+        '<testcase classname="tests.ops.test_rope" name="b"><failure/></testcase>'
+        '<testcase classname="tests.ops.test_norm" name="c"><skipped/></testcase></testsuite></testsuites>'
+    )
+    order = stand_ins(monkeypatch, run_tests=OSError("no such file"))
     assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 1
+    faults = ["rehearse_faults", "rehearse_cut"]
+    assert order == ["build_extension", "run_tests", *faults, "run_grid", *["run_sanitizer"] * 4, "run_grid"]
     text = capsys.readouterr().out
-    assert "tests                  failed (exit 1)" in text
-    assert "benchmarks             passed" in text
+    assert "tests                  failed (OSError: no such file)" in text
     assert [line.split() for line in text.splitlines() if line.startswith("ops.test_rope")] == [
         ["ops.test_rope", "1", "1", "0"]
     ]
-    record = json.loads((tmp_path / "benchmarks.json").read_text())
-    assert {row["op"] for row in record["rows"]} >= {
-        "attention_forward",
-        "rope_forward",
-        "kv_append",
-        "decode_attention",
-    }
-    assert record["environment"]["torch"] == torch.__version__
-    assert all(figure > 0 for figure in record["ceilings"].values())
+    assert "no benchmark was written" in text
+
+
+def test_parts_can_be_chosen(tmp_path, monkeypatch):
+    order = stand_ins(monkeypatch)
+    assert gpu.main(["--rehearse", "--out", str(tmp_path), "--parts", "full,build"]) == 0
+    assert order == ["build_extension", "run_grid"]
+    with pytest.raises(SystemExit):
+        gpu.main(["--rehearse", "--out", str(tmp_path), "--parts", "everything"])
+
+
+def test_an_interrupted_run_still_prints_its_table(tmp_path, monkeypatch, capsys):
+    stand_ins(monkeypatch, run_sanitizer=KeyboardInterrupt())
+    assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    assert "run_grid               passed" in text
+    assert "failed (interrupted)" in text
+
+
+def test_the_time_is_shared_out():
+    short, long = gpu.Budget.of(gpu.MINUTES * 60), gpu.Budget.of(25 * 60)
+    assert (
+        short.build + short.tests + len(gpu.SANITIZERS) * short.sanitizer + gpu.SHORTEST_GRID < gpu.MINUTES * 60 < 480
+    )
+    assert long.build + long.tests + len(gpu.SANITIZERS) * long.sanitizer + long.quick < 25 * 60
+    assert long.quick == 240
+
+
+def test_a_grid_without_time_is_not_started(tmp_path):
+    part = gpu.run_grid(tmp_path, "full", 3.0, True)
+    assert (part.status, part.passed) == ("not reached", True)
+    assert not (tmp_path / gpu.RECORD).exists()
+
+
+def test_records_that_cannot_be_continued_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTRANSFORMER_REVISION", "here")
+    path = tmp_path / gpu.RECORD
+    gpu.make_room(path)
+    record.save(path, record_of([attention_row(1024, {"cuda": 500.0})]))
+    gpu.make_room(path)
+    kept = list(tmp_path.glob("benchmarks-before-*.json"))
+    assert len(kept) == 1 and not path.exists()
+    record.Record(path, torch.device("cpu"), {"grid": "quick"}).set("complete", True)
+    gpu.make_room(path)
+    assert record.load(path)["complete"] is False, "a complete quick grid goes on as the full one"
 
 
 def test_the_table_of_a_run_that_wrote_nothing(tmp_path):
     text = gpu.report([gpu.Part("tests", "ran past its limit", 270.0)], tmp_path)
     assert "no test report was written" in text
     assert "no benchmark was written" in text
+    (tmp_path / "tests.xml").write_text("<testsuites><testsu")
+    assert "the test report was cut off" in gpu.report([], tmp_path)
 
 
-def row(suite: str = "rope"):
-    return next(iter(rows(CPU, tiny=True, suites=(suite,))))
-
-
-@pytest.mark.parametrize("suite", sorted(SUITES))
-def test_rows_are_right_and_complete(suite):
-    result = run_row(row(suite), CPU, CEILINGS, rounds=2)
-    assert result["absent"] == {}
-    assert len(result["variants"]) >= 2
-    for variant in result["variants"].values():
-        # bfloat16 keeps 8 bits
-        assert variant["relative_error"] < 4 * torch.finfo(torch.bfloat16).eps
-        assert variant["seconds_p10"] <= variant["seconds"] <= variant["seconds_p90"]
-        assert variant["fraction_of_floor"] == pytest.approx(result["floor_seconds"] / variant["seconds"])
-
-
-def test_a_variant_that_raises_is_absent_and_the_others_go_on():
-    def refuses(inputs):
-        raise RuntimeError("not on this device\nsecond line")
-
-    bench = row()
-    bench.variants["peer"] = refuses
-    result = run_row(bench, CPU, CEILINGS, rounds=2)
-    assert result["absent"] == {"peer": "RuntimeError: not on this device"}
-    assert "torch" in result["variants"]
-
-
-def test_a_wrong_variant_shows_in_its_error():
-    golden = torch.randn(100, dtype=torch.float64)
-    assert relative_error(golden.clone(), golden) == 0
-    assert relative_error(golden * 1.1, golden) == pytest.approx(0.1)
-    assert relative_error(golden * float("nan"), golden) == float("inf")
-
-
-def test_a_record_is_complete_after_each_row(tmp_path):
-    path = tmp_path / "deep" / "results.json"
-    record = Record(path, CPU)
-    record.add({"op": "rope"})
-    assert json.loads(path.read_text())["rows"] == [{"op": "rope"}]
-    record.set("seconds", 2.0)
-    assert json.loads(path.read_text())["seconds"] == 2.0
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_variants_are_interleaved():
-    order = []
-    timings = time_interleaved({name: [lambda name=name: order.append(name)] for name in "AB"}, CPU, rounds=3)
-    assert order[2:] == ["A", "B"] * 3
-    assert timings["A"].rounds == 3
-
-
-def test_timing_summarises_with_the_median():
-    timing = Timing.of([5.0, 1.0, 2.0, 3.0, 100.0], "clock")
-    assert (timing.median, timing.low, timing.high) == (3.0, 1.0, 100.0)
-
-
-def test_a_backend_that_says_it_does_not_serve_a_row_is_no_fault():
-    from pytransformer.benchmarks.run import _is_fault
-
-    assert not _is_fault("cuda", "NotImplementedError: attention: backend 'cuda' cannot serve this call")
-    assert not _is_fault("liger", "ModuleNotFoundError: No module named 'liger_kernel'")
-    assert _is_fault("cuda", "RuntimeError: launch failed")
-    assert _is_fault("row", "RuntimeError: out of memory")
+def test_the_table_of_benchmarks(tmp_path):
+    row = attention_row(1024, {"cuda": 624.0, "sdpa_cudnn": 546.0})
+    row["absent"] = {"flash_attn_4": "not installed"}
+    (tmp_path / gpu.RECORD).write_text(json.dumps(record_of([row])))
+    text = gpu.report([], tmp_path)
+    assert "cuda 80 %  sdpa_cudnn 70 %  flash_attn_4 absent" in text
+    assert "absent flash_attn_4: not installed [attention_forward]" in text
