@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from pytransformer import use_backend
 from pytransformer.nn import FeedForward
 from pytransformer.verification import SEEDS, Contract
 
@@ -52,6 +53,47 @@ def test_formula(activation, device):
             golden=by_formula(module, x, torch.float64),
         )
     contract.check()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("activation", [name for name in FORMULAS if name != "relu"])
+def test_gradients(activation, backend, device):
+    contract = Contract(torch.float32)
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        module = FeedForward(8, 12, activation=activation, device=device)
+        x = 2 * torch.randn(5, 8, device=device)
+        dout = torch.randn(5, 8, device=device)
+        gradients = []
+        for dtype in (None, torch.float32, torch.float64):
+            copy = module.to("cpu", dtype) if dtype else module
+            leaf = x.to(next(copy.parameters())).requires_grad_()
+            with use_backend(None if dtype else backend):
+                out = by_formula(copy, leaf, dtype) if dtype else module(leaf)
+            gradients.append(torch.autograd.grad(out, leaf, dout.to(out))[0])
+        contract.add("grad x", actual=gradients[0], plain=gradients[1], golden=gradients[2], kind="gradient")
+    contract.check()
+
+
+def test_the_gradient_of_gate_and_up_is_written_at_once(device):
+    """No addition or concatenation of two halves stands between the activation and its projection."""
+    module = FeedForward(8, 12, activation="swiglu", device=device)
+    with use_backend("triton"):
+        out = module(torch.randn(5, 8, device=device, requires_grad=True))
+    (activation, _), *_ = (edge for edge in out.grad_fn.next_functions if "Activation" in str(edge[0]))
+    (projection, _), *_ = activation.next_functions
+    assert projection.name() == "AddmmBackward0"
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "gelu"])
+def test_compiles_whole(activation, device):
+    module = FeedForward(8, 12, activation=activation, device=device)
+    x = torch.randn(5, 8, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x))
+    (expected, actual) = (torch.autograd.grad(f(x).square().sum(), module.down_proj.weight) for f in (module, compiled))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_weights_and_dropout(device):
