@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -107,6 +107,29 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(size, 1))
     return tuple(reversed(strides))[-len(shape) :] if len(shape) > 0 else ()
+
+
+class NewTensor:
+    """Makes contiguous, uninitialised tensors of one shape and dtype.
+
+    Args:
+        like: has this shape; the calls' tensors have its strides too.
+        dtype: None = that of ``like``.
+    """
+
+    __slots__ = ("_as_like", "_device", "_dtype", "_shape", "_strides")
+
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        self._shape, self._strides = like.shape, contiguous_strides(like.shape)
+        self._dtype, self._device = dtype or like.dtype, like.device
+        # empty_like takes the host half the time of any other way to a new tensor.
+        self._as_like = like.stride() == self._strides and self._dtype == like.dtype
+
+    def __call__(self, like: torch.Tensor) -> torch.Tensor:
+        """A new tensor; ``like`` is one with the properties of that given at first."""
+        if self._as_like:
+            return torch.empty_like(like)
+        return torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device=self._device)
 
 
 def next_power_of_2(value: int) -> int:
@@ -257,10 +280,9 @@ def _launcher(compiled: Any) -> _Launcher | None:
         return None
 
 
-@functools.cache
-def _takes_known_arguments(launcher: Hashable) -> bool:
+def _takes_known_arguments(launcher: Any) -> bool:
     """Whether a compiled kernel is called with what is passed here: so in Triton 3.6 to 3.9."""
-    code = launcher.__call__.__code__  # type: ignore[attr-defined]
+    code = launcher.__call__.__code__
     first = ("gridX", "gridY", "gridZ", "stream", "function")
     rest = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
     named = code.co_varnames[1 : code.co_argcount]

@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pytransformer.kernels.launch import COMMON_OPTIONS, cdiv, next_power_of_2, on_device
+from pytransformer.kernels.launch import (
+    COMMON_OPTIONS,
+    NewTensor,
+    PreparedLaunch,
+    Varying,
+    cdiv,
+    contiguous_strides,
+    next_power_of_2,
+)
+from pytransformer.kernels.plans import Plans, properties
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -110,8 +119,15 @@ def rotate_heads(
             tl.store(out_ptr + out_rows + cols, tl.load(x_ptr + rows + cols, mask=mask, other=0.0), mask=mask)
 
 
-# Integers that differ from call to call of one model must not make Triton compile again.
-@triton.jit(do_not_specialize=["num_tokens", "seqlen", "offset", "num_sequences", "table_length"])
+# Integers that differ from call to call of one model must not make Triton compile again. What it would learn from strides that are
+# multiples of 16, ALIGNMENT says.
+UNSPECIALISED = [
+    *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "q_out", "k_out") for dim in ("batch", "seqlen", "head")),
+    *("stride_positions_batch", "num_tokens", "seqlen", "offset", "num_sequences", "table_length"),
+]
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def rope_kernel(
     q_ptr,
     stride_q_batch,
@@ -248,6 +264,99 @@ def rope_kernel(
 # ----------------------------------------------------------------------------------------------------------------------- launcher
 
 
+class RopeLaunch:
+    """The launch for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times.
+
+    Args:
+        q, k, cos, sin, positions, cu_seqlens: tensors of which only shapes, strides and dtypes count; see :func:`rope_rotate`.
+        offset_tensor: the offsets, where they are a tensor.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        offset_tensor: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *,
+        interleaved: bool,
+        inplace: bool,
+        reverse: bool,
+        config: RopeConfig | None = None,
+    ) -> None:
+        self._inplace = inplace
+        self._new_q = None if inplace else NewTensor(q)
+        self._new_k = None if inplace or k is None else NewTensor(k)
+        self._launch: PreparedLaunch | None = None
+        if q.numel() + (0 if k is None else k.numel()) == 0:
+            return
+        batch, seqlen = (1, q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[1])
+        head_dim, half = q.shape[-1], cos.shape[-1]
+        num_heads, num_kv_heads = q.shape[-2], 0 if k is None else k.shape[-2]
+        rows = [_token_and_head_strides(tensor) for tensor in (q, k)]
+        rows += rows if inplace else [_new_strides(tensor) for tensor in (q, k)]
+        position_strides = (0, 0)
+        if positions is not None:
+            position_strides = (positions.stride(0) if positions.dim() == 2 else 0, positions.stride(-1))
+        num_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        config = config or rope_config(2 * half, num_heads, num_kv_heads)
+        arguments = (
+            *(q, *rows[0], k, *rows[1], None, *rows[2], None, *rows[3]),
+            *(cos, cos.stride(0), sin, sin.stride(0), positions, *position_strides),
+            *(offset_tensor, 0 if offset_tensor is None else offset_tensor.stride(0), cu_seqlens),
+            *(batch * seqlen, seqlen, num_heads, num_kv_heads, Varying(0), num_sequences, cos.shape[0]),
+        )
+        constants = {
+            "HEAD_DIM": head_dim,
+            "HALF": half,
+            "HAS_K": k is not None,
+            "HAS_POSITIONS": positions is not None,
+            "HAS_OFFSETS": offset_tensor is not None,
+            "IS_PACKED": cu_seqlens is not None and positions is None,
+            "INTERLEAVED": interleaved,
+            "REVERSE": reverse,
+            "COPY_REST": not inplace and head_dim > 2 * half,
+            "ALIGNMENT": math.gcd(16, *(stride for strides in rows for stride in strides)),
+            "BLOCK_TOKENS": config.block_tokens,
+            "BLOCK_HEADS": config.block_heads,
+            "BLOCK_KV_HEADS": config.block_kv_heads,
+            "BLOCK_HALF": next_power_of_2(half),
+            "BLOCK_REST": next_power_of_2(head_dim - 2 * half),
+            # Two sizes rather than one for each power of two, which would all have to be compiled.
+            "BLOCK_SEQUENCES": 1 if cu_seqlens is None else 16 if num_sequences <= 16 else 256,
+            "num_warps": config.num_warps,
+            **COMMON_OPTIONS,
+        }
+        self._launch = PreparedLaunch(
+            rope_kernel, (cdiv(batch * seqlen, config.block_tokens),), arguments, constants
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        offset_tensor: Tensor | None,
+        cu_seqlens: Tensor | None,
+        offset: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Results as :func:`rope_rotate` returns them."""
+        new_q, new_k = self._new_q, self._new_k
+        q_out = q if new_q is None else new_q(q)
+        k_out = k if new_k is None or k is None else new_k(k)
+        if self._launch is not None:
+            self._launch((q, k, q_out, k_out, cos, sin, positions, offset_tensor, cu_seqlens), (offset,))
+        return q_out, k_out
+
+
+_PLANS: Plans[RopeLaunch] = Plans()
+
+
 def rope_rotate(
     q: Tensor,
     k: Tensor | None,
@@ -279,48 +388,22 @@ def rope_rotate(
     Returns:
         (q, k): new contiguous tensors, or the inputs if ``inplace``.
     """
-    batch, seqlen = (1, q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[1])
-    head_dim, half = q.shape[-1], cos.shape[-1]
-    q_out = q if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = k if inplace or k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    num_heads, num_kv_heads = q.shape[-2], 0 if k is None else k.shape[-2]
-    if batch * seqlen * head_dim * (num_heads + num_kv_heads) == 0:
-        return q_out, k_out
-    rows = [_token_and_head_strides(tensor) for tensor in (q, k, q_out, k_out)]
-    alignment = math.gcd(16, *(stride for strides in rows for stride in strides))
-    position_strides = (0, 0)
-    if positions is not None:
-        position_strides = (positions.stride(0) if positions.dim() == 2 else 0, positions.stride(-1))
     offset_tensor = offsets if isinstance(offsets, Tensor) and positions is None else None
-    num_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    config = config or rope_config(2 * half, num_heads, num_kv_heads)
-    with on_device(q):
-        rope_kernel[(cdiv(batch * seqlen, config.block_tokens),)](
-            *(q, *rows[0], k, *rows[1], q_out, *rows[2], k_out, *rows[3]),
-            *(cos, cos.stride(0), sin, sin.stride(0), positions, *position_strides),
-            *(offset_tensor, 0 if offset_tensor is None else offset_tensor.stride(0), cu_seqlens),
-            *(batch * seqlen, seqlen, num_heads, num_kv_heads),
-            *(0 if isinstance(offsets, Tensor) else offsets, num_sequences, cos.shape[0]),
-            HEAD_DIM=head_dim,
-            HALF=half,
-            HAS_K=k is not None,
-            HAS_POSITIONS=positions is not None,
-            HAS_OFFSETS=offset_tensor is not None,
-            IS_PACKED=cu_seqlens is not None and positions is None,
-            INTERLEAVED=interleaved,
-            REVERSE=reverse,
-            COPY_REST=not inplace and head_dim > 2 * half,
-            ALIGNMENT=alignment,
-            BLOCK_TOKENS=config.block_tokens,
-            BLOCK_HEADS=config.block_heads,
-            BLOCK_KV_HEADS=config.block_kv_heads,
-            BLOCK_HALF=next_power_of_2(half),
-            BLOCK_REST=next_power_of_2(head_dim - 2 * half),
-            BLOCK_SEQUENCES=min(next_power_of_2(num_sequences), 256),
-            num_warps=config.num_warps,
-            **COMMON_OPTIONS,
-        )
-    return q_out, k_out
+    tensors = (q, k, cos, sin, positions, offset_tensor, cu_seqlens)
+    key = (*map(properties, tensors), interleaved, inplace, reverse, config)
+    launch = _PLANS.get(key)
+    if launch is None:
+        options = {"interleaved": interleaved, "inplace": inplace, "reverse": reverse, "config": config}
+        launch = _PLANS.add(key, RopeLaunch(*tensors, **options))  # type: ignore[arg-type]
+    return launch(*tensors, 0 if isinstance(offsets, Tensor) else offsets)
+
+
+def _new_strides(x: Tensor | None) -> tuple[int, int, int]:
+    """What :func:`_token_and_head_strides` says of a new tensor of this shape."""
+    if x is None:
+        return 0, 0, 0
+    batch, seqlen, head, _ = (0, *contiguous_strides(x.shape))[-4:]
+    return batch, seqlen, head
 
 
 def _token_and_head_strides(x: Tensor | None) -> tuple[int, int, int]:

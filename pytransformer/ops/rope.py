@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
+from pytransformer.kernels.plans import Plans, properties
 from pytransformer.ops import checks
 from pytransformer.ops.autograd import mark_changed, records_backward, vmap_by_loop
 from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight, is_plain, serves_all
-
-INTEGERS = (torch.int32, torch.int64)
-_LAYOUT = "(batch, seqlen, num_heads, head_dim) or packed (total, num_heads, head_dim)"
-
-
-class RopeCall(NamedTuple):
-    """A checked call, without ``inplace``. ``offsets`` is split in a tensor (or None) and an int."""
-
-    q: Tensor
-    k: Tensor | None
-    cos: Tensor
-    sin: Tensor
-    positions: Tensor | None
-    sequence_offsets: Tensor | None
-    offset: int
-    cu_seqlens: Tensor | None
-    interleaved: bool
-    reverse: bool
-
-
-# A function rather than a property: the tracer of torch 2.10 follows no property of a NamedTuple.
-def _tensors(call: RopeCall) -> tuple[Tensor | None, ...]:
-    return call.q, call.k, call.cos, call.sin, call.positions, call.sequence_offsets, call.cu_seqlens
+from pytransformer.ops.rope_checks import RopeCall, check_positive, check_rope, check_scaling, tensors_of
 
 
 def _kernels_can_serve(call: RopeCall) -> str | None:
@@ -96,18 +75,27 @@ def rope(
             read back: there, those outside are clamped to the table, and PYTRANSFORMER_DEBUG=1 makes them raise.
         NotImplementedError: cos or sin requires grad, or the named backend cannot serve this call; the message says why.
     """
+    key = None
     try:
+        straight = goes_straight(backend, q, k, cos, sin, positions, cu_seqlens)
         if (
-            type(offsets) is int
-            and goes_straight(backend, q, k, cos, sin, positions, cu_seqlens) == "cuda"
+            straight is not None
             and not checks.DEBUG
             and not (torch.is_grad_enabled() and _requires_grad(q, k, cos, sin))
         ):
-            return _straight(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
+            if straight == "triton" and type(offsets) in (int, Tensor):
+                key = _key(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
+                checked = _CHECKED.get(key)
+                if checked is not None and (type(offsets) is not int or 0 <= offsets <= checked.max_offset):
+                    return _launch_again(checked.launch, q, k, cos, sin, positions, offsets, cu_seqlens, inplace)
+            elif straight == "cuda" and type(offsets) is int:
+                return _straight(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
     except (RuntimeError, TypeError, AttributeError):
         pass  # an argument is not as it should be: the checks below say which, in clearer words than the op's
-    call = _check(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
+    call = check_rope(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
     chosen = CHOICE.select(call, q.device.type, backend)
+    if key is not None and chosen == "triton":
+        _keep(call, key, inplace)
     if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):
             return _rope(call, chosen, inplace)
@@ -146,131 +134,10 @@ def rope_tables(
     if rotary_dim % 2:
         raise ValueError(f"rotary_dim must be even (features rotate in pairs), got {rotary_dim}")
     checks.check_int("length", length, minimum=0)
-    _check_positive("base", base)
+    check_positive("base", base)
     if scaling is not None:
-        _check_scaling(scaling, rotary_dim)
+        check_scaling(scaling, rotary_dim)
     return reference.rope_tables(rotary_dim, length, base=base, scaling=scaling, device=device)
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------------------------
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if checks.check_float(name, value) <= 0:
-        raise ValueError(f"{name} must be greater than 0, got {value}")
-
-
-def _check_scaling(scaling: Any, rotary_dim: int) -> None:
-    if not isinstance(scaling, Mapping):
-        raise TypeError(f"scaling must be a mapping or None, got {checks.describe(scaling)}")
-    positive = (
-        "rope_theta",
-        "factor",
-        "original_max_position_embeddings",
-        "max_position_embeddings",
-        "attention_factor",
-    )
-    for key in (*positive, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-        if scaling.get(key) is not None:
-            _check_positive(f"scaling[{key!r}]", scaling[key])
-    for key in ("short_factor", "long_factor"):
-        for index, factor in enumerate(scaling.get(key) or ()):
-            _check_positive(f"scaling[{key!r}][{index}]", factor)
-    method = scaling.get("rope_type", scaling.get("type", "default"))
-    if method in ("ntk", "dynamic") and rotary_dim == 2:
-        raise ValueError(f"scaling: rope_type {method!r} needs a rotary_dim of at least 4, got 2")
-    low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
-    if low is not None and high is not None and low >= high:
-        raise ValueError(f"scaling: low_freq_factor must be below high_freq_factor, got {low} and {high}")
-
-
-def _check(
-    q: Any, k: Any, cos: Any, sin: Any, positions: Any, offsets: Any, cu_seqlens: Any, interleaved: Any, inplace: Any
-) -> RopeCall:
-    checks.check_bool("interleaved", interleaved)
-    checks.check_bool("inplace", inplace)
-    checks.check_tensor("q", q, ndim=(3, 4), dtypes=checks.FLOAT_DTYPES_AND_DOUBLE, layout=_LAYOUT)
-    checks.check_last_dim_contiguous("q", q)
-    if k is not None:
-        checks.check_tensor("k", k, ndim=q.ndim, dtypes=checks.FLOAT_DTYPES_AND_DOUBLE, device=q.device, layout=_LAYOUT)
-        checks.check_same_dtype("k", k, "q", q)
-        checks.check_shape("k", k, (*q.shape[:-2], None, q.shape[-1]), "of q, except in the number of heads,")
-        checks.check_last_dim_contiguous("k", k)
-    _check_tables(q, cos, sin)
-    if inplace:
-        for name, tensor in (("q", q), ("k", k)):
-            if tensor is not None and any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride())):
-                raise ValueError(
-                    f"{name} must not be expanded for inplace=True: elements share memory (strides {tuple(tensor.stride())})"
-                )
-    if cu_seqlens is not None:
-        if q.ndim != 3:
-            raise ValueError(
-                f"cu_seqlens needs packed q and k (total, num_heads, head_dim), got q of shape {tuple(q.shape)}"
-            )
-        checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], q.device)
-    if positions is not None:
-        _check_positions(q, cos.shape[0], positions, offsets)
-        return RopeCall(q, k, cos, sin, positions, None, 0, None, interleaved, False)
-    sequence_offsets, offset = _check_offsets(q, cos.shape[0], offsets, cu_seqlens)
-    return RopeCall(q, k, cos, sin, None, sequence_offsets, offset, cu_seqlens, interleaved, False)
-
-
-def _check_tables(q: Tensor, cos: Any, sin: Any) -> None:
-    # The tables of a float64 q may be float64, which is what a golden result wants.
-    dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
-    for name, table in (("cos", cos), ("sin", sin)):
-        checks.check_tensor(name, table, ndim=2, dtypes=dtypes, device=q.device, layout="(length, rotary_dim / 2)")
-        checks.check_last_dim_contiguous(name, table)
-        if torch.is_grad_enabled() and table.requires_grad:
-            raise NotImplementedError(f"rope has no gradient for {name}, which requires grad; pass {name}.detach()")
-    checks.check_shape("sin", sin, cos.shape, "of cos")
-    if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
-        raise ValueError(
-            "cos must have shape (length, rotary_dim / 2) with rotary_dim from 2 to q's head_dim "
-            f"({q.shape[-1]}), got {tuple(cos.shape)}, that is rotary_dim {2 * cos.shape[1]}"
-        )
-
-
-def _check_positions(q: Tensor, length: int, positions: Any, offsets: Any) -> None:
-    if isinstance(offsets, Tensor) or offsets != 0:
-        raise ValueError(f"offsets must not be given together with positions, got {checks.describe(offsets)}")
-    checks.check_tensor("positions", positions, dtypes=INTEGERS, device=q.device)
-    allowed = [q.shape[:1]] if q.ndim == 3 else [q.shape[1:2], q.shape[:2]]
-    if not any(positions.shape == shape for shape in allowed):
-        layouts = "(total)" if q.ndim == 3 else "(seqlen) or (batch, seqlen)"
-        wanted = " or ".join(str(tuple(shape)) for shape in allowed)
-        raise ValueError(f"positions must have shape {layouts} = {wanted}, got {tuple(positions.shape)}")
-    checks.check_values("positions", positions, 0, length - 1, "rows of cos and sin")
-
-
-def _check_offsets(q: Tensor, length: int, offsets: Any, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
-    seqlen = q.shape[-3]
-    if cu_seqlens is not None:
-        # Lengths of packed sequences are values: known where they may be read, else at least not negative.
-        known = checks.readable(cu_seqlens) and cu_seqlens.shape[0] > 1
-        seqlen = int(cu_seqlens.diff().max()) if known else 0
-    if not isinstance(offsets, Tensor):
-        checks.check_int("offsets", offsets, minimum=0)
-        if offsets + seqlen > length:
-            raise ValueError(
-                f"cos and sin must have a row for each position: {offsets} (offsets) + {seqlen} (tokens) rows, got {length}"
-            )
-        return None, offsets
-    batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 1 if q.ndim == 3 else q.shape[0]
-    checks.check_tensor("offsets", offsets, ndim=1, dtypes=INTEGERS, device=q.device, layout="(batch)")
-    checks.check_shape("offsets", offsets, (batch,), "(batch,)")
-    if checks.readable(offsets) and batch > 0:
-        lengths = cu_seqlens.diff() if cu_seqlens is not None and checks.readable(cu_seqlens) else seqlen
-        checks.check_values("offsets", offsets, 0, 2**31 - 1, "positions")
-        ends = offsets.long() + lengths
-        if int(ends.max()) > length:
-            sequence = int(ends.argmax())
-            raise ValueError(
-                f"offsets must leave room in the {length} rows of cos and sin: sequence {sequence} ends at position "
-                f"{int(ends[sequence])} (offset {int(offsets[sequence])})"
-            )
-    return offsets, 0
 
 
 # --- torch and reference ----------------------------------------------------------------------------------------------------------------
@@ -402,6 +269,75 @@ extension.register_fake("rope_at", _fake_rope)
 extension.register_fake("rope_at_", _fake_rope_)
 
 
+class _Checked(NamedTuple):
+    """A launch without a gradient, for calls like one whose checks have passed.
+
+    Attributes:
+        launch: for these shapes, strides and dtypes.
+        max_offset: largest ``offsets``, an int, for which the tables have a row for each position.
+    """
+
+    launch: Any
+    max_offset: int
+
+
+_CHECKED: Plans[_Checked] = Plans()
+
+
+def _key(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inplace: bool,
+) -> Hashable:
+    """All that the checks and the launch of a call depend on, an int ``offsets`` and the backend aside."""
+    tensors = (properties(q), properties(k), properties(cos), properties(sin))
+    indices = None if positions is cu_seqlens is None else (properties(positions), properties(cu_seqlens))
+    where = int if type(offsets) is int else (type(offsets), properties(offsets))  # type: ignore[arg-type]
+    return (*tensors, indices, where, interleaved, inplace, type(interleaved), type(inplace))
+
+
+def _keep(call: RopeCall, key: Hashable, inplace: bool) -> None:
+    """Keeps the launch of a checked call, unless values were read for its checks."""
+    from pytransformer.kernels.rope import RopeLaunch
+
+    indices = (call.positions, call.sequence_offsets, call.cu_seqlens)
+    if any(tensor is not None and checks.readable(tensor) for tensor in indices):
+        return
+    length = call.cos.shape[0]
+    max_offset = (
+        0 if call.positions is not None else length if call.cu_seqlens is not None else length - call.q.shape[-3]
+    )
+    options = {"interleaved": call.interleaved, "inplace": inplace, "reverse": False}
+    _CHECKED.add(key, _Checked(RopeLaunch(*tensors_of(call), **options), max_offset))  # type: ignore[arg-type]
+
+
+def _launch_again(
+    launch: Any,
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor | None]:
+    rotated: tuple[Tensor, Tensor | None]
+    if type(offsets) is int:
+        rotated = launch(q, k, cos, sin, positions, None, cu_seqlens, offsets)
+    else:
+        rotated = launch(q, k, cos, sin, positions, offsets, cu_seqlens, 0)
+    if inplace:
+        mark_changed(*((q,) if k is None else (q, k)))
+    return rotated
+
+
 # --- CUDA: the extension's ops, which check their arguments themselves ------------------------------------------------------------------
 
 
@@ -449,7 +385,7 @@ def _straight(
 
 def _rope(call: RopeCall, backend: str, inplace: bool) -> tuple[Tensor, Tensor | None]:
     q, k = call.q, call.k
-    plain = is_plain(*_tensors(call))
+    plain = is_plain(*tensors_of(call))
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
     if inplace and not needs_grad:
         _rotate_inplace(call, backend, plain)
@@ -471,7 +407,7 @@ def _rotate(call: RopeCall, backend: str) -> tuple[Tensor, Tensor | None]:
         return _torch_rotate(call)
     if backend == "cuda":
         q, k = torch.ops.pytransformer_cuda.rope(*call)
-    elif is_plain(*_tensors(call)):
+    elif is_plain(*tensors_of(call)):
         return _launch(call, inplace=False)
     else:
         q, k = torch.ops.pytransformer.rope(*call)
@@ -506,7 +442,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.backend, call = inputs[0], RopeCall(*inputs[1:])
-        ctx.save_for_backward(*_tensors(call)[2:])
+        ctx.save_for_backward(*tensors_of(call)[2:])
         ctx.offset, ctx.interleaved, ctx.reverse = call.offset, call.interleaved, call.reverse
 
     @staticmethod

@@ -1,0 +1,156 @@
+"""The host-side checks of RoPE: every argument, each error naming what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pytransformer.ops import checks
+
+INTEGERS = (torch.int32, torch.int64)
+_LAYOUT = "(batch, seqlen, num_heads, head_dim) or packed (total, num_heads, head_dim)"
+
+
+class RopeCall(NamedTuple):
+    """A checked call, without ``inplace``. ``offsets`` is split in a tensor (or None) and an int."""
+
+    q: Tensor
+    k: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None
+    sequence_offsets: Tensor | None
+    offset: int
+    cu_seqlens: Tensor | None
+    interleaved: bool
+    reverse: bool
+
+
+# A function rather than a property: the tracer of torch 2.10 follows no property of a NamedTuple.
+def tensors_of(call: RopeCall) -> tuple[Tensor | None, ...]:
+    """q, k, the tables and the index tensors."""
+    return call.q, call.k, call.cos, call.sin, call.positions, call.sequence_offsets, call.cu_seqlens
+
+
+def check_positive(name: str, value: Any) -> None:
+    """TypeError unless a number, ValueError unless finite and greater than 0."""
+    if checks.check_float(name, value) <= 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+
+
+def check_scaling(scaling: Any, rotary_dim: int) -> None:
+    """Checks the values of a mapping as Hugging Face configurations have it; its keys are the reference's to check."""
+    if not isinstance(scaling, Mapping):
+        raise TypeError(f"scaling must be a mapping or None, got {checks.describe(scaling)}")
+    positive = (
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "max_position_embeddings",
+        "attention_factor",
+    )
+    for key in (*positive, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        if scaling.get(key) is not None:
+            check_positive(f"scaling[{key!r}]", scaling[key])
+    for key in ("short_factor", "long_factor"):
+        for index, factor in enumerate(scaling.get(key) or ()):
+            check_positive(f"scaling[{key!r}][{index}]", factor)
+    method = scaling.get("rope_type", scaling.get("type", "default"))
+    if method in ("ntk", "dynamic") and rotary_dim == 2:
+        raise ValueError(f"scaling: rope_type {method!r} needs a rotary_dim of at least 4, got 2")
+    low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"scaling: low_freq_factor must be below high_freq_factor, got {low} and {high}")
+
+
+def check_rope(
+    q: Any, k: Any, cos: Any, sin: Any, positions: Any, offsets: Any, cu_seqlens: Any, interleaved: Any, inplace: Any
+) -> RopeCall:
+    """Checks a call as the user gave it; see ``rope`` for the errors."""
+    checks.check_bool("interleaved", interleaved)
+    checks.check_bool("inplace", inplace)
+    checks.check_tensor("q", q, ndim=(3, 4), dtypes=checks.FLOAT_DTYPES_AND_DOUBLE, layout=_LAYOUT)
+    checks.check_last_dim_contiguous("q", q)
+    if k is not None:
+        checks.check_tensor("k", k, ndim=q.ndim, dtypes=checks.FLOAT_DTYPES_AND_DOUBLE, device=q.device, layout=_LAYOUT)
+        checks.check_same_dtype("k", k, "q", q)
+        checks.check_shape("k", k, (*q.shape[:-2], None, q.shape[-1]), "of q, except in the number of heads,")
+        checks.check_last_dim_contiguous("k", k)
+    _check_tables(q, cos, sin)
+    if inplace:
+        for name, tensor in (("q", q), ("k", k)):
+            if tensor is not None and any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride())):
+                raise ValueError(
+                    f"{name} must not be expanded for inplace=True: elements share memory (strides {tuple(tensor.stride())})"
+                )
+    if cu_seqlens is not None:
+        if q.ndim != 3:
+            raise ValueError(
+                f"cu_seqlens needs packed q and k (total, num_heads, head_dim), got q of shape {tuple(q.shape)}"
+            )
+        checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], q.device)
+    if positions is not None:
+        _check_positions(q, cos.shape[0], positions, offsets)
+        return RopeCall(q, k, cos, sin, positions, None, 0, None, interleaved, False)
+    sequence_offsets, offset = _check_offsets(q, cos.shape[0], offsets, cu_seqlens)
+    return RopeCall(q, k, cos, sin, None, sequence_offsets, offset, cu_seqlens, interleaved, False)
+
+
+def _check_tables(q: Tensor, cos: Any, sin: Any) -> None:
+    # The tables of a float64 q may be float64, which is what a golden result wants.
+    dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+    for name, table in (("cos", cos), ("sin", sin)):
+        checks.check_tensor(name, table, ndim=2, dtypes=dtypes, device=q.device, layout="(length, rotary_dim / 2)")
+        checks.check_last_dim_contiguous(name, table)
+        if torch.is_grad_enabled() and table.requires_grad:
+            raise NotImplementedError(f"rope has no gradient for {name}, which requires grad; pass {name}.detach()")
+    checks.check_shape("sin", sin, cos.shape, "of cos")
+    if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
+        raise ValueError(
+            "cos must have shape (length, rotary_dim / 2) with rotary_dim from 2 to q's head_dim "
+            f"({q.shape[-1]}), got {tuple(cos.shape)}, that is rotary_dim {2 * cos.shape[1]}"
+        )
+
+
+def _check_positions(q: Tensor, length: int, positions: Any, offsets: Any) -> None:
+    if isinstance(offsets, Tensor) or offsets != 0:
+        raise ValueError(f"offsets must not be given together with positions, got {checks.describe(offsets)}")
+    checks.check_tensor("positions", positions, dtypes=INTEGERS, device=q.device)
+    allowed = [q.shape[:1]] if q.ndim == 3 else [q.shape[1:2], q.shape[:2]]
+    if not any(positions.shape == shape for shape in allowed):
+        layouts = "(total)" if q.ndim == 3 else "(seqlen) or (batch, seqlen)"
+        wanted = " or ".join(str(tuple(shape)) for shape in allowed)
+        raise ValueError(f"positions must have shape {layouts} = {wanted}, got {tuple(positions.shape)}")
+    checks.check_values("positions", positions, 0, length - 1, "rows of cos and sin")
+
+
+def _check_offsets(q: Tensor, length: int, offsets: Any, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+    seqlen = q.shape[-3]
+    if cu_seqlens is not None:
+        # Lengths of packed sequences are values: known where they may be read, else at least not negative.
+        known = checks.readable(cu_seqlens) and cu_seqlens.shape[0] > 1
+        seqlen = int(cu_seqlens.diff().max()) if known else 0
+    if not isinstance(offsets, Tensor):
+        checks.check_int("offsets", offsets, minimum=0)
+        if offsets + seqlen > length:
+            raise ValueError(
+                f"cos and sin must have a row for each position: {offsets} (offsets) + {seqlen} (tokens) rows, got {length}"
+            )
+        return None, offsets
+    batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 1 if q.ndim == 3 else q.shape[0]
+    checks.check_tensor("offsets", offsets, ndim=1, dtypes=INTEGERS, device=q.device, layout="(batch)")
+    checks.check_shape("offsets", offsets, (batch,), "(batch,)")
+    if checks.readable(offsets) and batch > 0:
+        lengths = cu_seqlens.diff() if cu_seqlens is not None and checks.readable(cu_seqlens) else seqlen
+        checks.check_values("offsets", offsets, 0, 2**31 - 1, "positions")
+        ends = offsets.long() + lengths
+        if int(ends.max()) > length:
+            sequence = int(ends.argmax())
+            raise ValueError(
+                f"offsets must leave room in the {length} rows of cos and sin: sequence {sequence} ends at position "
+                f"{int(ends[sequence])} (offset {int(offsets[sequence])})"
+            )
+    return offsets, 0
