@@ -20,17 +20,6 @@ from pytransformer import __version__
 
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parent.parent
-# Distributions whose kernels are compared with ours, and what those stand on.
-PEERS = (
-    "flash-attn",
-    "flash-attn-3",
-    "flash-attn-4",
-    "flashinfer-python",
-    "liger-kernel",
-    "nvidia-cutlass-dsl",
-    "quack-kernels",
-    "transformers",
-)
 # What must agree between two runs before their times may be put side by side in one file.
 SAME_RUN = ("device", "torch", "triton", "revision")
 NUMBERS = re.compile(r"\[\s*(-?\d[^\[\]{}\"]*?)\s*\]")
@@ -48,7 +37,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": _cpu_name(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "peers": {name: _version(name) for name in PEERS},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -244,7 +232,9 @@ def load(path: Path) -> dict[str, Any]:
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Writes a record in one step: samples on one line, six digits of each number."""
-    text = json.dumps(_rounded(content), indent=1, ensure_ascii=False)
+    text = json.dumps(_rounded(content), indent=1, ensure_ascii=False).replace(
+        f"{ROOT}/", ""
+    )  # where it was run is nobody's business
     _replace(path, NUMBERS.sub(lambda found: f"[{' '.join(found.group(1).split())}]", text) + "\n")
 
 

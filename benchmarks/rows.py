@@ -50,7 +50,7 @@ class Row:
         variants: name → call; `OURS` says which names are ours, the others are peers.
         golden: float64 result to compare a variant's result with, and how to pick the compared part out of the variant's result.
         memory_ceiling: "copy", or "read" for work that writes almost nothing.
-        notes: variant → how its work differs from the row's; such a variant is shown, but is not the best peer or the best of ours.
+        notes: variant → a sentence to print beside its figures.
         priority: 0 for the quick grid, 1 for the full one.
         largest_error: a result farther than this from the golden one (relative, in the 2-norm) is wrong, and is not timed.
     """

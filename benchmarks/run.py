@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from pytransformer.benchmarks import peers
 from pytransformer.benchmarks.record import Record, key_of
 from pytransformer.benchmarks.roofline import Ceilings, measure_ceilings
 from pytransformer.benchmarks.rows import Measurement, Options, Row, is_ours, run_measurement, run_row
@@ -118,6 +119,8 @@ class Worker:
     def run(self) -> int:
         """All rows that are left; the exit code of the process."""
         small = self.device.type != "cuda"
+        if self.arguments.peers and "peers" not in self.record.content:
+            self.record.set("peers", peers.overview(self.device))
         ceilings = self._ceilings(small)
         left_out = []
         done = self.record.done()

@@ -58,13 +58,13 @@ def rate(row: Result, figures: Result) -> str:
 
 
 def best_peer(row: Result) -> tuple[str, float] | None:
-    """The fastest peer of a row that does the same work (those with a note do not), and its time; of a measurement, its value."""
-    return _best(row, [name for name in row["variants"] if not is_ours(name) and name not in row["notes"]])
+    """The fastest peer of a row and its time; of a measurement, its value."""
+    return _best(row, [name for name in row["variants"] if not is_ours(name)])
 
 
 def best_of_ours(row: Result) -> tuple[str, float] | None:
     """Likewise for our own variants."""
-    return _best(row, [name for name in row["variants"] if is_ours(name) and name not in row["notes"]])
+    return _best(row, [name for name in row["variants"] if is_ours(name)])
 
 
 def _best(row: Result, names: list[str]) -> tuple[str, float] | None:
@@ -194,6 +194,9 @@ def missing(content: Result) -> list[str]:
                 absent.setdefault(f"{name}: {reason}", []).append(op)
     lines = [f"FAILED {reason} [{_places(places)}]" for reason, places in failed.items()]
     lines += [f"absent {reason} [{_places(places)}]" for reason, places in absent.items()]
+    for peer in content.get("peers", ()):
+        if "absent" in peer:
+            lines.append(f"absent {peer['name']}: {peer['absent']} [{_places(peer['ops'])}]")
     if content["left_out"]:
         lines.append(f"left out for want of time: {len(content['left_out'])} rows")
     return lines

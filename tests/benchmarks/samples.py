@@ -20,7 +20,6 @@ ENVIRONMENT = {
     "device": "Synthetic GPU",
     "device_type": "cuda",
     "threads": 1,
-    "peers": {"liger-kernel": "absent"},
     "sms": 132,
     "l2_bytes": 60 * 2**20,
     "memory_bytes": 139 * 2**30,
