@@ -15,7 +15,7 @@ COMPILE_SECONDS := 3000
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
-.PHONY: help demo test test-all cuda sanitize gate gate-figures lint types gpu bench readme-numbers clean venv
+.PHONY: help demo test test-all cuda sanitize gate gate-figures lint types gpu bench peers readme-numbers clean venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
@@ -76,6 +76,9 @@ readme-numbers: ## README.md's numbers from the committed results
 
 gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; results in $$OUT
 	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu
+
+peers: $(VENV)/.dev ## wheels of the packages we compare with into peers/, for a GPU machine without a network; there: tools/fetch_peers.py --install
+	$(BIN)/python tools/fetch_peers.py
 
 clean: ## removes what was built, not the virtual environment
 	rm -rf build dist *.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks .coverage .coverage.xml gpu-results

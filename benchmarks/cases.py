@@ -311,3 +311,27 @@ class LinearCrossEntropyCase:
     @property
     def shape(self) -> str:
         return f"{self.tokens} tokens × {self.hidden_size} × vocabulary {self.vocab_size} bf16"
+
+
+@dataclass(frozen=True)
+class ActivationCase:
+    """What a feed-forward network does between its projections: "swiglu", "geglu" (gate and up, two tensors) or "gelu" (one)."""
+
+    op: str
+    tokens: int
+    width: int
+    backward: bool = False
+
+    @property
+    def row_op(self) -> str:
+        return f"{self.op}_{'backward' if self.backward else 'forward'}"
+
+    @property
+    def moved_bytes(self) -> float:
+        # Forward: inputs in, one output. Backward: inputs and dout in, a gradient for each input out.
+        inputs = 1 if self.op == "gelu" else 2
+        return 2.0 * self.tokens * self.width * (2 * inputs + 1 if self.backward else inputs + 1)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.tokens}×{self.width} bf16"

@@ -222,7 +222,6 @@ PEERS = (
         "flash-attn",
         "flash_attn_2_cuda",
         {"attention": _attention_2, "decode_attention": _decode_2, "rope": _rope_2},
-        needs=("flash_attn.flash_attn_interface",),
         notes={"rope": "two launches, tables in bfloat16"},
     ),
     Peer(
@@ -235,7 +234,7 @@ PEERS = (
     Peer(
         "flash_attn_4",
         "flash-attn-4",
-        "flash_attn.cute.interface",
+        "flash_attn.cute",
         {"attention": _attention_4, "decode_attention": _decode_4},
         needs=("cutlass", "quack"),
         least_capability=(8, 0),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer.benchmarks.cases import AppendCase, LinearCrossEntropyCase, NormCase, RopeCase
+from pytransformer.benchmarks.cases import ActivationCase, AppendCase, LinearCrossEntropyCase, NormCase, RopeCase
 from pytransformer.benchmarks.peers.base import Factory, Peer
 from pytransformer.benchmarks.rows import Inputs, Variant
 from pytransformer.benchmarks.suites import formulas
@@ -69,6 +69,13 @@ def _append(wrap: Callable[..., Factory], case: AppendCase) -> Factory | None:
     return wrap(formulas.append_, _append_arguments)
 
 
+def _activation(wrap: Callable[..., Factory], case: ActivationCase) -> Factory:
+    formula = getattr(formulas, case.op)
+    if case.op == "gelu":
+        return wrap(formula, lambda inputs: (inputs["x"],))
+    return wrap(formula, lambda inputs: (inputs["gate"], inputs["up"]))
+
+
 def _loss_arguments(inputs: Inputs) -> tuple[Any, ...]:
     return inputs["x"], inputs["weight"], inputs["targets"]
 
@@ -94,6 +101,9 @@ FUNCTIONS = Peer(
         "rope": lambda case: _eager(formulas.rope, _rope_arguments),
         "kv_append": lambda case: _append(_eager, case),
         "linear_cross_entropy": lambda case: _loss(_eager, case),
+        "swiglu": lambda case: _activation(_eager, case),
+        "geglu": lambda case: _activation(_eager, case),
+        "gelu": lambda case: _activation(_eager, case),
     },
     least_capability=None,
     always=True,
@@ -110,6 +120,9 @@ COMPILED = Peer(
         "rope": _compiled_rope,
         "kv_append": lambda case: _append(_compiled, case),
         "linear_cross_entropy": lambda case: _loss(_compiled, case),
+        "swiglu": lambda case: _activation(_compiled, case),
+        "geglu": lambda case: _activation(_compiled, case),
+        "gelu": lambda case: _activation(_compiled, case),
     },
     always=True,
 )

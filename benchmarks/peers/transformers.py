@@ -50,7 +50,7 @@ def _rope(case: RopeCase) -> Factory:
 PEER = Peer(
     "transformers",
     "transformers",
-    "transformers.models.llama",
+    "transformers",
     {"rms_norm": _rms_norm, "rope": _rope},
     least_capability=None,
     notes={"rope": "tables in bfloat16, as the model makes them"},

@@ -70,3 +70,15 @@ def append_(
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The usual two steps: all logits, then their mean cross-entropy in float32."""
     return F.cross_entropy(wide(F.linear(x, weight)), targets)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate) * up
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)

@@ -1,0 +1,194 @@
+"""Decoding with a model of Llama 8B's shape and random bfloat16 weights: tokens per second at a context that the cache already holds.
+
+A token costs the reading of every weight but the embedding, and of the cache; so the record says how many bytes that is.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytransformer import Transformer, TransformerConfig
+from pytransformer.benchmarks import peers
+from pytransformer.benchmarks.end_to_end.training import transformers_model
+from pytransformer.benchmarks.rows import Absent
+from pytransformer.generation import KVCache
+
+
+@dataclass(frozen=True)
+class DecodingShape:
+    """``batch`` sequences of ``context`` tokens each, continued by ``bursts`` × ``burst`` tokens."""
+
+    name: str
+    config: TransformerConfig
+    batch: int
+    context: int
+    burst: int
+    bursts: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def capacity(self) -> int:
+        """Of the cache: two bursts more warm up."""
+        return self.context + self.burst * (self.bursts + 2)
+
+    def bytes_per_step(self) -> float:
+        """Weights but the embedding, and keys and values of every layer at the beginning."""
+        config = self.config
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        layer = config.hidden_size * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
+        weights = config.num_layers * layer + config.hidden_size * config.vocab_size
+        cache = 2 * config.num_layers * self.batch * self.context * kv_width
+        return float(self.dtype.itemsize * (weights + cache))
+
+
+def llama_8b(batch: int, tiny: bool) -> DecodingShape:
+    """The shape of Llama 3 8B at 4k context."""
+    if tiny:
+        config = TransformerConfig.llama(
+            vocab_size=128,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            intermediate_size=64,
+            max_seqlen=64,
+        )
+        return DecodingShape("Llama tiny", config, batch, 16, 4, 2)
+    config = TransformerConfig.llama(
+        vocab_size=128256,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        intermediate_size=14336,
+        max_seqlen=8192,
+    )
+    return DecodingShape("Llama 8B", config, batch, 4096, 16, 8)
+
+
+Burst = Callable[[int], object]
+
+
+def ours(shape: DecodingShape, device: torch.device, graph: bool) -> Burst:
+    """Our model with its own cache, whose context is random; one step after another, or one captured step replayed."""
+    model = Transformer(shape.config, device=device, dtype=shape.dtype).eval()
+    cache = KVCache(shape.config, shape.batch, shape.capacity, device=device, dtype=shape.dtype)
+    cache.k_cache.normal_()
+    cache.v_cache.normal_()
+    cache.advance(shape.context, shape.context)
+    tokens = torch.zeros(shape.batch, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        hidden = model.model(tokens[:, None], cache=cache)
+        tokens.copy_(model.lm_head(hidden[:, 0]).argmax(-1))
+
+    def eager(count: int) -> None:
+        for _ in range(count):
+            step()
+            cache.advance(1, cache.max_length + 1)
+
+    if not graph:
+        return eager
+    if device.type != "cuda":
+        raise Absent("CUDA graphs need a GPU")
+    eager(2)  # compiles
+    # From here on the lengths are one tensor, which the captured step itself counts up; the host only knows the largest they may reach.
+    cache.advance(0, shape.capacity - 1)
+    lengths = cache.lengths
+    captured = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(captured):
+        step()
+        lengths.add_(1)
+
+    def replay(count: int) -> None:
+        for _ in range(count):
+            captured.replay()
+
+    return replay
+
+
+def theirs(shape: DecodingShape, device: torch.device, compiled: bool) -> Burst:
+    """transformers' model with its static cache; eager, or under torch.compile with CUDA graphs.
+
+    Its attention reads the whole static cache behind a mask, whatever the length, so the context is not filled in.
+
+    Raises:
+        Absent: it is not installed.
+    """
+    peers.use_folder()
+    if importlib.util.find_spec("transformers") is None:
+        raise Absent("transformers is not installed")
+    from transformers import StaticCache
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(shape.dtype)
+    try:
+        with torch.device(device):
+            model = transformers_model(shape.config).eval()
+    finally:
+        torch.set_default_dtype(default)
+    cache = StaticCache(config=model.config, max_cache_len=shape.capacity)
+    tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=device)
+    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
+
+    def run(count: int) -> None:
+        nonlocal tokens
+        for _ in range(count):
+            if compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            logits: Tensor = forward(tokens, past_key_values=cache, use_cache=True).logits
+            tokens = logits[:, -1:].argmax(-1).clone()
+
+    return run
+
+
+DECODERS: dict[str, tuple[Callable[[DecodingShape, torch.device, bool], Burst], bool]] = {
+    "pytransformer": (ours, False),
+    "pytransformer graph": (ours, True),
+    "transformers": (theirs, False),
+    "transformers compiled": (theirs, True),
+}
+
+
+@torch.no_grad()
+def measure(shape: DecodingShape, decoder: str, device: torch.device) -> dict[str, Any]:
+    """Tokens per second of each burst, the device waited for at its end.
+
+    Raises:
+        Absent: the decoder is not here.
+    """
+    torch.manual_seed(0)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    make, option = DECODERS[decoder]
+    run = make(shape, device, option)
+    samples = []
+    for index in range(shape.bursts + (1 if "graph" in decoder else 2)):
+        _wait(device)
+        start = time.perf_counter()
+        run(shape.burst)
+        _wait(device)
+        if index >= 1:
+            samples.append(shape.batch * shape.burst / (time.perf_counter() - start))
+    samples = samples[-shape.bursts :]
+    found: dict[str, Any] = {"samples": samples, "bytes_per_step": shape.bytes_per_step(), "context": shape.context}
+    if device.type == "cuda":
+        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        found["gbytes_per_second"] = shape.bytes_per_step() * sorted(samples)[len(samples) // 2] / shape.batch * 1e-9
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
