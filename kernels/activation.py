@@ -96,6 +96,47 @@ def activation_and_slope(x, ACTIVATION: tl.constexpr):
     return x * sigmoid, slope
 
 
+@triton.jit
+def tile_of_program(num_rows, NUM_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Rows, columns (1, BLOCK_COLS) and mask of this program's tile; those of a row lie side by side in memory and in the grid."""
+    col_blocks: tl.constexpr = (NUM_COLS + BLOCK_COLS - 1) // BLOCK_COLS
+    tile = tl.program_id(0)
+    rows = (tile // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = (tile % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
+    return rows, cols, (rows < num_rows)[:, None] & (cols < NUM_COLS)
+
+
+@triton.jit
+def load_gate_and_up(
+    gate_ptr,
+    stride_gate_group,
+    stride_gate_row,
+    up_ptr,
+    stride_up_group,
+    stride_up_row,
+    rows,
+    cols,
+    mask,
+    rows_per_group,
+    NUM_COLS: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """Both tiles in float32; without up the gate's twice. IS_PACKED: up lies NUM_COLS behind gate, up_ptr is None."""
+    gate_offsets = row_offsets(rows, rows_per_group, stride_gate_group, stride_gate_row, GROUPED, ALIGNMENT)
+    gate_tile = gate_ptr + gate_offsets[:, None] + cols
+    gate = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
+    up = gate
+    if IS_PACKED:
+        up = tl.load(gate_tile + NUM_COLS, mask=mask, other=0.0).to(tl.float32)
+    elif IS_GATED:
+        up_offsets = row_offsets(rows, rows_per_group, stride_up_group, stride_up_row, GROUPED, ALIGNMENT)
+        up = tl.load(up_ptr + up_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+    return gate, up
+
+
 @triton.jit(do_not_specialize=FORWARD_INTEGERS)
 def activation_forward_kernel(
     gate_ptr,
@@ -116,22 +157,12 @@ def activation_forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """One tile per program, those of a row side by side. out is contiguous. IS_PACKED: up lies NUM_COLS behind gate, up_ptr is None."""
-    col_blocks: tl.constexpr = (NUM_COLS + BLOCK_COLS - 1) // BLOCK_COLS
-    tile = tl.program_id(0)
-    rows = (tile // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = (tile % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
-    mask = (rows < num_rows)[:, None] & (cols < NUM_COLS)
-
-    gate_offsets = row_offsets(rows, rows_per_group, stride_gate_group, stride_gate_row, GROUPED, ALIGNMENT)
-    gate_tile = gate_ptr + gate_offsets[:, None] + cols
-    gate = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
-    if IS_GATED:
-        if IS_PACKED:
-            up = tl.load(gate_tile + NUM_COLS, mask=mask, other=0.0).to(tl.float32)
-        else:
-            up_offsets = row_offsets(rows, rows_per_group, stride_up_group, stride_up_row, GROUPED, ALIGNMENT)
-            up = tl.load(up_ptr + up_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+    """One tile per program. out is contiguous."""
+    rows, cols, mask = tile_of_program(num_rows, NUM_COLS, BLOCK_ROWS, BLOCK_COLS)
+    gate, up = load_gate_and_up(
+        gate_ptr, stride_gate_group, stride_gate_row, up_ptr, stride_up_group, stride_up_row,
+        rows, cols, mask, rows_per_group, NUM_COLS, IS_GATED, IS_PACKED, GROUPED, ALIGNMENT,
+    )  # fmt: skip
     out, _ = activation_and_slope(gate, ACTIVATION)
     if IS_GATED:
         out *= up
@@ -163,23 +194,13 @@ def activation_backward_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     """Tiles as in the forward kernel. dgate and dup are contiguous; IS_PACKED: halves of one contiguous tensor, dup_ptr is None."""
-    col_blocks: tl.constexpr = (NUM_COLS + BLOCK_COLS - 1) // BLOCK_COLS
-    tile = tl.program_id(0)
-    rows = (tile // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = (tile % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
-    mask = (rows < num_rows)[:, None] & (cols < NUM_COLS)
-
+    rows, cols, mask = tile_of_program(num_rows, NUM_COLS, BLOCK_ROWS, BLOCK_COLS)
     dout_offsets = row_offsets(rows, rows_per_group, stride_dout_group, stride_dout_row, GROUPED, ALIGNMENT)
-    gate_offsets = row_offsets(rows, rows_per_group, stride_gate_group, stride_gate_row, GROUPED, ALIGNMENT)
-    gate_tile = gate_ptr + gate_offsets[:, None] + cols
     dout = tl.load(dout_ptr + dout_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
-    if IS_GATED:
-        if IS_PACKED:
-            up = tl.load(gate_tile + NUM_COLS, mask=mask, other=0.0).to(tl.float32)
-        else:
-            up_offsets = row_offsets(rows, rows_per_group, stride_up_group, stride_up_row, GROUPED, ALIGNMENT)
-            up = tl.load(up_ptr + up_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+    gate, up = load_gate_and_up(
+        gate_ptr, stride_gate_group, stride_gate_row, up_ptr, stride_up_group, stride_up_row,
+        rows, cols, mask, rows_per_group, NUM_COLS, IS_GATED, IS_PACKED, GROUPED, ALIGNMENT,
+    )  # fmt: skip
     activated, slope = activation_and_slope(gate, ACTIVATION)
     dgate = dout * slope
     if IS_GATED:
@@ -196,6 +217,28 @@ def activation_backward_kernel(
 
 
 # ----------------------------------------------------------------------------------------------------------------------- launcher
+
+
+def _grid(num_cols: int, layout: RowLayout, config: ActivationConfig) -> tuple[int]:
+    return (cdiv(layout.num_rows, config.block_rows) * cdiv(num_cols, config.block_cols),)
+
+
+def _options(
+    num_cols: int, activation: str, gated: bool, packed: bool, layout: RowLayout, config: ActivationConfig
+) -> dict[str, object]:
+    """What both kernels are compiled for."""
+    return {
+        "NUM_COLS": num_cols,
+        "ACTIVATION": activation,
+        "IS_GATED": gated,
+        "IS_PACKED": packed,
+        "GROUPED": layout.grouped,
+        "ALIGNMENT": layout.alignment,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_COLS": config.block_cols,
+        "num_warps": config.num_warps,
+        **COMMON_OPTIONS,
+    }
 
 
 def activation_forward(
@@ -222,20 +265,11 @@ def activation_forward(
     walked, layout = row_layout([gate] if up is None else [gate, up])
     up_row = (None, 0, 0) if up is None else (walked[1], *layout.strides[1])
     config = config or tile_config(num_cols, FORWARD_ELEMENTS)
-    grid = (cdiv(layout.num_rows, config.block_rows) * cdiv(num_cols, config.block_cols),)
+    grid = _grid(num_cols, layout, config)
     with on_device(gate):
         activation_forward_kernel[grid](
             *(walked[0], *layout.strides[0], *up_row, out, layout.num_rows, layout.rows_per_group),
-            NUM_COLS=num_cols,
-            ACTIVATION=activation,
-            IS_GATED=gated,
-            IS_PACKED=packed,
-            GROUPED=layout.grouped,
-            ALIGNMENT=layout.alignment,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_COLS=config.block_cols,
-            num_warps=config.num_warps,
-            **COMMON_OPTIONS,
+            **_options(num_cols, activation, gated, packed, layout, config),
         )
     return out
 
@@ -284,21 +318,12 @@ def activation_backward(
     )
     up_row = (None, 0, 0) if up is None else (walked[2], *layout.strides[2])
     config = config or tile_config(num_cols, BACKWARD_ELEMENTS)
-    grid = (cdiv(layout.num_rows, config.block_rows) * cdiv(num_cols, config.block_cols),)
+    grid = _grid(num_cols, layout, config)
     with on_device(gate):
         activation_backward_kernel[grid](
             *(walked[0], *layout.strides[0], walked[1], *layout.strides[1], *up_row, dgate, dup),
             *(layout.num_rows, layout.rows_per_group),
-            NUM_COLS=num_cols,
-            ACTIVATION=activation,
-            IS_GATED=gated,
-            IS_PACKED=packed,
-            GROUPED=layout.grouped,
-            ALIGNMENT=layout.alignment,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_COLS=config.block_cols,
-            num_warps=config.num_warps,
-            **COMMON_OPTIONS,
+            **_options(num_cols, activation, gated, packed, layout, config),
         )
     return dgate, dup
 

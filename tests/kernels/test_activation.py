@@ -322,17 +322,14 @@ def test_tiles_are_full(cols: int) -> None:
 
 # --- faults -----------------------------------------------------------------------------------------------------------------------------
 
-MASK = "mask = (rows < num_rows)[:, None] & (cols < NUM_COLS)"
-OUT_GRADIENT_ROWS = (
-    "row_offsets(rows, rows_per_group, stride_{}_group, stride_{}_row, GROUPED, ALIGNMENT)\n    gate_offsets"
-)
 FAULTS = {
-    "no mask at the row's end": (f"{MASK}\n\n    gate_", "mask = (rows < num_rows)[:, None] & (cols < NUM_COLS + 1)\n\n    gate_"),
-    "no mask at the last row": (f"{MASK}\n\n    dout_", "mask = (rows < num_rows + 1)[:, None] & (cols < NUM_COLS)\n\n    dout_"),
+    "no mask at the row's end": ("& (cols < NUM_COLS)", "& (cols < NUM_COLS + 1)"),
+    "no mask at the last row": ("(rows < num_rows)[:, None]", "(rows < num_rows + 1)[:, None]"),
+    "tiles of a row counted wrongly": ("(NUM_COLS + BLOCK_COLS - 1) // BLOCK_COLS", "(NUM_COLS + BLOCK_COLS - 1) // BLOCK_COLS - 1"),
     "multiplied with the gate": ("out *= up", "out *= gate"),
     "gradient of up not written": ("tl.store(dgate_tile + NUM_COLS, (dout", "tl.store(dgate_tile, (dout"),
     "packed gradients overlap": ("rows[:, None] * (2 * NUM_COLS) + cols", "rows[:, None] * NUM_COLS + cols"),
-    "gate's rows taken for dout's": (OUT_GRADIENT_ROWS.format("dout", "dout"), OUT_GRADIENT_ROWS.format("gate", "gate")),
+    "gate's rows taken for dout's": ("stride_dout_group, stride_dout_row, GROUPED", "stride_gate_group, stride_gate_row, GROUPED"),
     "slope without its second term": ("slope = sigmoid + x *", "slope = sigmoid + 0.0 *"),
     "sigmoid of one sign": ("tl.where(x >= 0, 1.0, decay)", "1.0"),
     "wrong slope of tanh": ("0.134145", "0.044715"),
@@ -373,8 +370,6 @@ def test_a_broken_kernel_is_caught(fault: str, device: torch.device, tmp_path: P
 @pytest.mark.skipif(not triton_interpreter.installed(), reason="faulty kernels run in the interpreter only")
 def test_a_fault_in_offsets_is_caught(device: torch.device, tmp_path: Path) -> None:
     good = "gate_offsets = row_offsets(rows, rows_per_group"
-    broken = load_broken(
-        tmp_path, "activation", (f"\n\n    {good}", f"\n\n    {good.replace('rows,', 'rows.to(tl.int32),')}")
-    )
+    broken = load_broken(tmp_path, "activation", (good, good.replace("(rows,", "(rows.to(tl.int32),")))
     with pytest.raises(InterpreterError, match="int32 overflow detected"):
         rows_of_small_strides_beyond_2_to_31(device, forward=broken.activation_forward)
