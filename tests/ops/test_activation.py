@@ -9,11 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pytransformer
 from pytransformer import geglu, gelu, reference, swiglu, use_backend
 from pytransformer.verification import SEEDS, Contract
+from tests.support.dispatch import SeenOps, refuse_dispatch
 
 BACKENDS = ("triton", "torch", "reference")
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -249,23 +249,11 @@ def test_exports(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(program.module()(x), Block()(x))
 
 
-class _Seen(TorchDispatchMode):
-    """Names of the ops that reach the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @ALL_FORMS
 def test_modes_see_registered_ops(op: str, device: torch.device) -> None:
     tensors = draw(op, device)
     expected, gradients = results(OPS[op][0], tensors, backend="triton")
-    with _Seen() as seen:
+    with SeenOps() as seen:
         again, gradients_again = results(OPS[op][0], tensors, backend="triton")
     assert {f"pytransformer.activation_{way}.default" for way in ("forward", "backward")} <= set(seen.names)
     assert torch.equal(expected, again) and all(map(torch.equal, gradients, gradients_again))
@@ -273,12 +261,8 @@ def test_modes_see_registered_ops(op: str, device: torch.device) -> None:
 
 @ALL_FORMS
 def test_plain_tensors_skip_the_dispatcher(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    class _Refused:
-        def __getattr__(self, name: str) -> object:
-            raise AssertionError("went through the dispatcher")
-
     tensors = draw(op, device)
-    monkeypatch.setattr(torch.ops, "pytransformer", _Refused())
+    refuse_dispatch(monkeypatch)
     results(OPS[op][0], tensors, backend="triton")
     with torch.no_grad():
         OPS[op][0](*tensors, backend="triton")

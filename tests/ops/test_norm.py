@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pytransformer
 from pytransformer import extension, layer_norm, reference, rms_norm, use_backend
 from pytransformer.verification import SEEDS, Contract
+from tests.support.dispatch import SeenOps, refuse_dispatch
 
 # In the emulator's process (tests/cuda/test_norm_op.py) these tests are about the extension alone.
 EMULATED = "PYTRANSFORMER_CUDA_LIBRARY" in os.environ
@@ -303,24 +303,12 @@ def test_exports(backend: str, device: torch.device) -> None:
         torch.testing.assert_close(exported, direct)
 
 
-class _Seen(TorchDispatchMode):
-    """Names of the ops that reach the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @ALL_KERNELS
 @ALL_OPS
 def test_modes_see_registered_ops(op: str, backend: str, device: torch.device) -> None:
     tensors = draw(op, device)
     expected = results(OPS[op][0], tensors, backend=backend)
-    with _Seen() as seen:
+    with SeenOps() as seen:
         again = results(OPS[op][0], tensors, backend=backend)
     namespace = "pytransformer_cuda" if backend == "cuda" else "pytransformer"
     assert {f"{namespace}.norm_forward.default", f"{namespace}.norm_backward.default"} <= set(seen.names)
@@ -331,12 +319,8 @@ def test_modes_see_registered_ops(op: str, backend: str, device: torch.device) -
 @pytest.mark.skipif(EMULATED, reason="about Triton: an op of the extension is always called through the dispatcher")
 @ALL_OPS
 def test_plain_tensors_skip_the_dispatcher(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    class _Refused:
-        def __getattr__(self, name: str) -> object:
-            raise AssertionError("went through the dispatcher")
-
     tensors = draw(op, device)
-    monkeypatch.setattr(torch.ops, "pytransformer", _Refused())
+    refuse_dispatch(monkeypatch)
     results(OPS[op][0], tensors, backend="triton")
     with torch.no_grad():
         run(OPS[op][0], tensors, backend="triton")

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pytransformer
 from pytransformer import reference, rope, rope_tables, use_backend
 from pytransformer.verification import SEEDS, Contract
+from tests.support.dispatch import SeenOps, refuse_dispatch
 
 BACKENDS = ("triton", "torch", "reference")
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -274,22 +274,10 @@ def test_exports(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(program.module()(*arguments), Rotation()(*arguments))
 
 
-class _Seen(TorchDispatchMode):
-    """Names of the ops that reach the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_modes_see_registered_ops(device: torch.device) -> None:
     q, k = draw(device)
     expected = rope(q, k, *tables(device), backend="triton")
-    with _Seen() as seen:
+    with SeenOps() as seen:
         again = rope(q, k, *tables(device), backend="triton")
         torch.autograd.grad(again[0].sum(), q)
         with torch.no_grad():
@@ -300,12 +288,8 @@ def test_modes_see_registered_ops(device: torch.device) -> None:
 
 
 def test_plain_tensors_skip_the_dispatcher(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    class _Refused:
-        def __getattr__(self, name: str) -> object:
-            raise AssertionError("went through the dispatcher")
-
     q, k = draw(device)
-    monkeypatch.setattr(torch.ops, "pytransformer", _Refused())
+    refuse_dispatch(monkeypatch)
     torch.autograd.grad(rope(q, k, *tables(device), backend="triton")[0].sum(), q)
     with torch.no_grad():
         for inplace in (False, True):
