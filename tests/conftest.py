@@ -76,6 +76,15 @@ def poison_empty():
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
+@pytest.fixture
+def kernels_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels are interpreted their launches return at once: for what is asked of memory at sizes that would take hours."""
+    if INTERPRETING:
+        from triton.runtime.interpreter import GridExecutor
+
+        monkeypatch.setattr(GridExecutor, "__call__", lambda *arguments, **options: None)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Names the injected faults that were caught: a test-suite that cannot fail proves nothing."""
     caught = sorted(

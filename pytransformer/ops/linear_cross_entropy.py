@@ -1,12 +1,12 @@
-"""Cross-entropy of a linear head without its logits: the tokens go through in chunks, and each chunk's logits become its gradient in place.
+"""Cross-entropy of a linear head without its logits: checks, choice of the backend, autograd.
 
-For T tokens, H features and V words: 6·T·H·V FLOP for loss and gradients in one pass (as the unfused head), and
-chunk·V + V·H float32 numbers of memory instead of T·V logits, their softmax and their gradient.
+A sum or mean computes the gradients along with the losses: 6·T·H·V FLOP for T tokens, H features and V words, and of memory one chunk's
+logits and the weight's gradient in float32. How: linear_cross_entropy_chunks.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +16,24 @@ from pytransformer.ops import checks
 from pytransformer.ops.attention_checks import autocast_to_lower, is_autocasting
 from pytransformer.ops.autograd import is_recorded, records_backward, refuse_double_backward, vmap_by_loop
 from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, requested_backend, serves_all
+from pytransformer.ops.linear_cross_entropy_chunks import Options, Wanted, gradient_buffers, losses_and_gradients
 
 REDUCTIONS = ("mean", "sum", "none")
-# Logits held at once. On a CPU 8 MB keeps most of the elementwise work in the caches, and its chunks of a few hundred tokens still make
-# efficient matrix products; a GPU needs several thousand rows to fill its processors.
-LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**27}
-MIN_TOKENS_PER_CHUNK = 128
+SCALED_AT_ONCE = 2**26  # elements of a gradient
+
+
+def _triton_serves(dtype: torch.dtype) -> str | None:
+    return "float64 is not served; it is for checking the others" if dtype == torch.float64 else None
+
 
 CHOICE = BackendChoice(
     "linear_cross_entropy",
-    (Candidate("torch", serves_all), Candidate("reference", serves_all)),
+    (
+        Candidate("triton", _triton_serves, "float64"),
+        Candidate("torch", serves_all),
+        Candidate("reference", serves_all),
+    ),
 )
-
-
-class Options(NamedTuple):
-    """What the loss of one token depends on beside its logits."""
-
-    ignore_index: int
-    label_smoothing: float
-    softcap: float
-    z_loss: float
 
 
 def linear_cross_entropy(
@@ -69,7 +67,8 @@ def linear_cross_entropy(
         z_loss: weight, at least 0, of lse², which keeps the logits from drifting (Chowdhery et al. 2022).
         reduction: "mean" over the tokens that are not ignored; "sum"; "none". If all are ignored or there are none, the mean is NaN, as in
             ``F.cross_entropy``, and the gradients are 0.
-        backend: "torch" or "reference"; None = torch unless ``use_backend`` or PYTRANSFORMER_BACKEND says otherwise.
+        backend: "triton", "torch" or "reference"; None = Triton on a GPU and torch elsewhere, unless ``use_backend`` or
+            PYTRANSFORMER_BACKEND says otherwise. Where targets out of range are not looked for (on a GPU), Triton gives NaN for them.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or with reduction "none" the shape of targets.
@@ -82,7 +81,7 @@ def linear_cross_entropy(
     """
     x, weight, bias = _check_tensors(x, weight, targets, bias)
     options = _check_options(targets, weight.shape[0], ignore_index, label_smoothing, softcap, z_loss, reduction)
-    chosen = CHOICE.select(None, x.device.type, requested_backend(backend))
+    chosen = CHOICE.select(x.dtype, x.device.type, requested_backend(backend))
     if is_autocasting(x.device.type):
         # x, weight and bias have been cast; the float32 parts must stay float32.
         with torch.autocast(x.device.type, enabled=False):
@@ -144,9 +143,9 @@ def _run(
         )
     args = (x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), bias)
     if reduction == "none":
-        losses: Tensor = _losses_of_tokens(*args, *options)
+        losses: Tensor = _losses_of_tokens(*args, *options, backend)
         return losses.reshape(targets.shape)
-    total = _total(*args, *_wanted(x, weight, bias), *options)
+    total = _total(*args, *_wanted(x, weight, bias), *options, backend)
     if reduction == "sum":
         return total
     count: Tensor = (args[2] != options.ignore_index).sum()
@@ -154,9 +153,9 @@ def _run(
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
 
-def _wanted(*tensors: Tensor | None) -> list[bool]:
+def _wanted(*tensors: Tensor | None) -> Wanted:
     """Which gradients to compute along with the loss."""
-    return [tensor is not None and is_recorded(tensor) for tensor in tensors]
+    return Wanted(*(tensor is not None and is_recorded(tensor) for tensor in tensors))
 
 
 def _losses_of_tokens(*args: Any) -> Tensor:
@@ -179,116 +178,11 @@ def _total(*args: Any) -> Tensor:
     return result
 
 
-# --- The work: all tokens chunk by chunk. ----------------------------------------------------------------------
-
-
-def _chunked(
-    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dlosses: Tensor | None, want_dx: bool, want_dweight: bool,
-    want_dbias: bool, *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Losses (tokens) and the gradients of ``Σ dlosses · losses``, of their plain sum where ``dlosses`` is None.
-
-    dweight and dbias are at least float32; a gradient that is not wanted is an empty tensor.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    losses = x.new_zeros(x.shape[0], dtype=wide)
-    dx, dweight, dbias = _gradient_buffers(x, weight, want_dx, want_dweight, want_dbias)
-    settings = Options(*options)
-    step = tokens_per_chunk(weight.shape[0], x.device.type)
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, start + step)
-        logits = _product(x[rows], weight.t(), bias)
-        chunk_dlosses = None if dlosses is None else dlosses[rows]
-        wants = want_dx or want_dweight or want_dbias
-        losses[rows], dlogits = _chunk(logits, targets[rows], chunk_dlosses, settings, wants)
-        if dlogits is None:
-            continue
-        if want_dbias:
-            dbias += dlogits.sum(dim=0)
-        rounded = dlogits.to(x.dtype)
-        if want_dx:
-            torch.mm(rounded, weight, out=dx[rows])
-        if want_dweight and x.dtype == dweight.dtype:
-            dweight.addmm_(rounded.t(), x[rows])
-        elif want_dweight:
-            dweight += _product(rounded.t(), x[rows])
-    return losses, dx, dweight, dbias
-
-
-def _gradient_buffers(
-    x: Tensor, weight: Tensor, want_dx: bool, want_dweight: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (
-        torch.empty(x.shape if want_dx else 0, dtype=x.dtype, device=x.device),
-        torch.zeros(weight.shape if want_dweight else 0, dtype=wide, device=x.device),
-        torch.zeros(weight.shape[0] if want_dbias else 0, dtype=wide, device=x.device),
-    )
-
-
-def tokens_per_chunk(vocab_size: int, device_type: str) -> int:
-    """Rows of logits computed at once: a multiple of 64, no fewer than efficient matrix products need."""
-    limit = LOGITS_PER_CHUNK.get(device_type, LOGITS_PER_CHUNK["cpu"])
-    return max(MIN_TOKENS_PER_CHUNK, limit // vocab_size // 64 * 64)
-
-
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``left @ right + bias`` in at least float32; of 16-bit inputs it is rounded to 16 bits first where torch cannot avoid it."""
-    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
-        product = torch.mm(left, right, out_dtype=torch.float32)
-        return product if bias is None else product.add_(bias)
-    product = left @ right if bias is None else torch.addmm(bias, left, right)
-    return product.to(torch.promote_types(product.dtype, torch.float32))
-
-
-def _chunk(
-    logits: Tensor, targets: Tensor, dlosses: Tensor | None, options: Options, wants_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Losses of one chunk and the gradient with respect to its logits before the softcap. Overwrites ``logits``.
-
-    d loss / d logits = (1 + 2 · z_loss · lse) · softmax - (1 - label_smoothing) · onehot - label_smoothing / vocab_size
-    """
-    counted = targets != options.ignore_index
-    index = targets.where(counted, 0).long()[:, None]
-    slope = None
-    if options.softcap > 0:
-        ratio = logits.div_(options.softcap).tanh_()
-        slope = 1 - ratio * ratio if wants_gradient else None
-        logits = ratio.mul_(options.softcap)
-    log_probs = logits.log_softmax(dim=-1)
-    smoothing = options.label_smoothing
-    losses = (smoothing - 1) * log_probs.gather(1, index).squeeze(1)
-    if smoothing > 0:
-        losses -= smoothing * log_probs.mean(dim=-1)
-    lse = None
-    if options.z_loss > 0:
-        lse = logits.amax(dim=-1) - log_probs.amax(dim=-1)  # of the largest logit the difference loses least
-        losses += options.z_loss * lse * lse
-    losses = losses.where(counted, 0.0)
-    if not wants_gradient:
-        return losses, None
-    gradient = log_probs.exp_()
-    if lse is not None:
-        gradient *= (1 + 2 * options.z_loss * lse)[:, None]
-    if smoothing > 0:
-        gradient -= smoothing / logits.shape[1]
-    gradient.scatter_add_(1, index, torch.full_like(losses, smoothing - 1)[:, None])
-    if slope is not None:
-        gradient *= slope
-    if dlosses is not None:
-        gradient *= dlosses.where(counted, 0.0)[:, None]
-    elif gradient.is_cuda or not bool(
-        counted.all()
-    ):  # a look at the values is free on a CPU, and spares a pass over the gradient
-        gradient *= counted.to(gradient.dtype)[:, None]
-    return losses, gradient
-
-
 # --- The registered ops and their autograd rules. ----------------------------------------------------------------------
 
 _TENSORS = "Tensor x, Tensor weight, Tensor targets, Tensor? bias"
 _WANTS = "bool want_dx, bool want_dweight, bool want_dbias"
-_OPTIONS = "int ignore_index, float label_smoothing, float softcap, float z_loss"
+_OPTIONS = "int ignore_index, float label_smoothing, float softcap, float z_loss, str backend"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -315,24 +209,28 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
 
 
 def _total_impl(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    losses, *gradients = _chunked(x, weight, targets, bias, None, *args)
+    losses, *gradients = losses_and_gradients(
+        x, weight, targets, bias, None, Wanted(*args[:3]), Options(*args[3:7]), args[7]
+    )
     return (losses.sum(), *gradients)
 
 
-def _losses_impl(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    return _chunked(x, weight, targets, bias, None, False, False, False, *options)[0]
+def _losses_impl(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    nothing = Wanted(False, False, False)
+    return losses_and_gradients(x, weight, targets, bias, None, nothing, Options(*args[:4]), args[4])[0]
 
 
 def _backward_impl(
     dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    gradients = _chunked(x, weight, targets, bias, dlosses, *args)[1:]
+    wanted, options = Wanted(*args[:3]), Options(*args[3:7])
+    gradients = losses_and_gradients(x, weight, targets, bias, dlosses, wanted, options, args[7])[1:]
     return tuple(gradient.to(x.dtype) for gradient in gradients)
 
 
 def _total_fake(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-    return (total, *_gradient_buffers(x, weight, *args[:3]))
+    return (total, *gradient_buffers(x, weight, Wanted(*args[:3])))
 
 
 def _losses_fake(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
@@ -342,7 +240,7 @@ def _losses_fake(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
 def _backward_fake(
     dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(gradient.to(x.dtype) for gradient in _gradient_buffers(x, weight, *args[:3]))
+    return tuple(gradient.to(x.dtype) for gradient in gradient_buffers(x, weight, Wanted(*args[:3])))
 
 
 def _register(name: str, schema: str, implementation: Any, fake: Any) -> None:
@@ -378,6 +276,7 @@ class _Total(torch.autograd.Function):
         x, weight, _, bias = inputs[:4]
         gradients = output[1:]
         ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)  # or the gradients' gradients would come as zeros of their size
         ctx.save_for_backward(*gradients, x, weight, bias)  # the inputs only to see a second derivative coming
         ctx.wanted = inputs[4:7]
         ctx.dtype = inputs[0].dtype
@@ -398,7 +297,19 @@ class _Total(torch.autograd.Function):
 
 
 def _scale(dtotal: Tensor, dtype: torch.dtype, *gradients: Tensor) -> tuple[Tensor, ...]:
-    return tuple((gradient * dtotal).to(dtype) for gradient in gradients)
+    return tuple(_scaled(gradient, dtotal, dtype) for gradient in gradients)
+
+
+def _scaled(gradient: Tensor, dtotal: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient · dtotal`` in ``dtype``."""
+    if gradient.dtype == dtype or gradient.numel() <= SCALED_AT_ONCE or torch.compiler.is_compiling():
+        return (gradient * dtotal).to(dtype)
+    # The product in float32 would be as large as the weight's float32 gradient, the largest tensor of a training step: in parts it isn't.
+    result = torch.empty_like(gradient, dtype=dtype)
+    rows = max(1, SCALED_AT_ONCE // gradient.shape[-1])
+    for start in range(0, gradient.shape[0], rows):
+        torch.mul(gradient[start : start + rows], dtotal, out=result[start : start + rows])
+    return result
 
 
 class _Losses(torch.autograd.Function):

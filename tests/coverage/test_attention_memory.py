@@ -1,22 +1,20 @@
 """What attention allocates for itself grows like the length, not like its square, also with a mask, a bias and a window.
 
 On a CPU the kernels do nothing here (interpreting 16k tokens would take hours): what counts is what the op and its launchers ask memory
-for, and every allocation is counted by torch's profiler. On a GPU the kernels run and torch's own counters tell.
+for. On a GPU the kernels run.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from pytransformer.ops.attention import attention
-from tests.conftest import INTERPRETING
+from tests.support.memory import bytes_of, peak_allocated
 
 HEADS, HEAD_DIM = 2, 64
 # What each case gives beside q, k, v, as shapes that broadcast to (batch, heads, seqlen, seqlen) or, for key padding, (batch, seqlen).
@@ -33,14 +31,6 @@ CASES: dict[str, Callable[[int], dict[str, tuple[int, ...]]]] = {
 }
 
 
-@pytest.fixture
-def kernels_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETING:
-        from triton.runtime.interpreter import GridExecutor
-
-        monkeypatch.setattr(GridExecutor, "__call__", lambda *arguments, **options: None)
-
-
 def arguments(shapes: dict[str, tuple[int, ...]], seqlen: int, device: torch.device) -> dict[str, Tensor]:
     """Inputs whose memory is asked for and, where the kernels do nothing, never touched."""
     tensors: dict[str, Tensor] = {
@@ -52,29 +42,6 @@ def arguments(shapes: dict[str, tuple[int, ...]], seqlen: int, device: torch.dev
     for name in ("q", "k", "v", "bias"):
         tensors[name].requires_grad_()
     return tensors
-
-
-def bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def peak_allocated(function: Callable[[], Any], device: torch.device, folder: Path) -> tuple[int, Any]:
-    """(highest total of bytes that were allocated and not yet freed during the call, its result)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        result = function()
-        return torch.cuda.max_memory_allocated(device) - before, result
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-    trace = folder / "trace.json"
-    profiler.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        highest = max(highest, held)
-    return highest, result
 
 
 def bytes_beyond(case: str, seqlen: int, device: torch.device, folder: Path) -> int:

@@ -11,12 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytransformer import reference
 from pytransformer.ops import checks
-from pytransformer.ops import linear_cross_entropy as module
-from pytransformer.ops.linear_cross_entropy import linear_cross_entropy, tokens_per_chunk
+from pytransformer.ops import linear_cross_entropy_chunks as chunks
+from pytransformer.ops.linear_cross_entropy import linear_cross_entropy
+from pytransformer.ops.linear_cross_entropy_chunks import Options, Wanted, tokens_per_buffer, tokens_per_chunk
 from pytransformer.verification import measure
 from pytransformer.verification.cases import FLOATS, Case
 
 VOCAB, HIDDEN = 53, 24
+FUSED = ("triton", "torch")
+BACKENDS = (*FUSED, "reference")
 OPTIONS = {
     "plain": {},
     "sum, bias": {"reduction": "sum", "bias": True},
@@ -29,8 +32,10 @@ OPTIONS = {
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks, the last one not full."""
-    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", {"cpu": 64 * VOCAB, "cuda": 64 * VOCAB})
-    monkeypatch.setattr(module, "MIN_TOKENS_PER_CHUNK", 64)
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", {"cpu": 64 * VOCAB, "cuda": 64 * VOCAB})
+    monkeypatch.setattr(chunks, "MIN_TOKENS_PER_CHUNK", 64)
+    monkeypatch.setattr(chunks, "BUFFER_BYTES", 0)
+    monkeypatch.setattr(chunks, "ROWS_OF_A_TILE", 16)
 
 
 def draw(tokens=(3, 50), bias=False, device=None, dtype=torch.float32, ignored=True):
@@ -53,17 +58,18 @@ def differentiable(tensors):
     return [tensor for name, tensor in tensors.items() if name != "targets"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_within_the_contract(name, dtype, backend, device, small_chunks):
     options = dict(OPTIONS[name])
     has_bias = options.pop("bias", False)
 
+    tokens = (3, 14) if backend == "triton" else (3, 50)  # interpreted
+
     def inputs(size):
-        return {
-            key: tensor.detach() for key, tensor in draw(bias=has_bias, ignored="ignore_index" not in options).items()
-        }
+        drawn = draw(tokens, bias=has_bias, ignored="ignore_index" not in options)
+        return {key: tensor.detach() for key, tensor in drawn.items()}
 
     case = Case(
         "linear_cross_entropy",
@@ -76,7 +82,7 @@ def test_within_the_contract(name, dtype, backend, device, small_chunks):
     measure(case, dtype, backend, device).check()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_it_is_cross_entropy_of_the_linear_layers_logits(reduction, backend, device, small_chunks):
     tensors = draw(bias=True, device=device)
@@ -89,7 +95,7 @@ def test_it_is_cross_entropy_of_the_linear_layers_logits(reduction, backend, dev
         torch.testing.assert_close(actual, golden)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [4, 0])
 def test_no_token_that_counts_gives_nan_and_zero_gradients(backend, tokens, device):
     tensors = draw((tokens,), device=device)
@@ -101,7 +107,8 @@ def test_no_token_that_counts_gives_nan_and_zero_gradients(backend, tokens, devi
     assert linear_cross_entropy(**tensors, reduction="none", backend=backend).shape == (tokens,)
 
 
-def test_the_logits_are_never_held_together(device, small_chunks):
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_logits_are_never_held_together(backend, device, small_chunks):
     """No tensor of tokens × vocab elements appears, forward or backward, for any reduction."""
     largest = 0
 
@@ -110,25 +117,41 @@ def test_the_logits_are_never_held_together(device, small_chunks):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, (tuple, list)) else [result]:
-                largest = max(largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+                # The interpreter copies arguments as bytes.
+                counts = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+                largest = max(largest, tensor.numel() if counts else 0)
             return result
 
-    tensors = draw((4, 100), device=device)
+    tensors = draw((4, 30), device=device)
+    x, weight, targets = tensors["x"].detach().flatten(0, 1), tensors["weight"].detach(), tensors["targets"].flatten()
+    rows_of_chunk = 16 if backend == "triton" else 64
     with Watch():
-        for reduction in ("mean", "none"):
-            loss = module._chunked(
-                tensors["x"].detach().flatten(0, 1), tensors["weight"].detach(), tensors["targets"].flatten(), None, None,
-                reduction == "mean", True, False, -100, 0.0, 0.0, 0.0,
-            )[0]  # fmt: skip
-            assert loss.shape == (400,)
-    assert 64 * VOCAB <= largest <= max(64 * VOCAB, 400 * HIDDEN)
+        for want_dx in (True, False):
+            wanted, options = Wanted(want_dx, True, False), Options(-100, 0.0, 0.0, 0.0)
+            losses = chunks.losses_and_gradients(x, weight, targets, None, None, wanted, options, backend)[0]
+            assert losses.shape == (120,)
+    assert rows_of_chunk * VOCAB <= largest <= max(rows_of_chunk * 64, 120 * HIDDEN)
 
 
 def test_chunks_are_of_useful_sizes():
     assert tokens_per_chunk(2048, "cpu") == 1024
-    assert tokens_per_chunk(50257, "cpu") == module.MIN_TOKENS_PER_CHUNK
+    assert tokens_per_chunk(50257, "cpu") == chunks.MIN_TOKENS_PER_CHUNK
     assert tokens_per_chunk(50257, "cuda") % 64 == 0
     assert tokens_per_chunk(50257, "cuda") > 2000
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 128, 129, 8192, 100_000])
+@pytest.mark.parametrize(("vocab_size", "hidden_size"), [(1, 8), (50257, 768), (131072, 4096)])
+def test_the_buffer_for_triton_is_filled_evenly(tokens, vocab_size, hidden_size):
+    weight = torch.empty(vocab_size, hidden_size, dtype=torch.bfloat16, device="meta")
+    for wants_dweight in (False, True):
+        step = tokens_per_buffer(tokens, weight, wants_dweight)
+        allowed = max(chunks.BUFFER_BYTES, weight.nbytes if wants_dweight else 0)
+        assert step % 128 == 0
+        assert step * vocab_size * 2 <= allowed
+        chunks_needed = -(-tokens * vocab_size * 2 // allowed)
+        assert -(-tokens // step) <= chunks_needed + 1
+    assert tokens_per_buffer(8192, torch.empty(131072, 4096, dtype=torch.bfloat16, device="meta"), True) == 4096
 
 
 @pytest.mark.parametrize("missing", ["x", "weight", "bias"])
@@ -219,10 +242,11 @@ def test_func_grad_and_vmap(reduction, device):
         torch.testing.assert_close(actual, expected)
 
 
-def test_opcheck_of_the_registered_ops(device):
+@pytest.mark.parametrize("backend", FUSED)
+def test_opcheck_of_the_registered_ops(backend, device):
     tensors = draw((9,), bias=True, device=device)
     arguments = (tensors["x"], tensors["weight"], tensors["targets"], tensors["bias"])
-    options = (-100, 0.1, 3.0, 1e-3)
+    options = (-100, 0.1, 3.0, 1e-3, backend)
     ops = torch.ops.pytransformer
     torch.library.opcheck(ops.linear_cross_entropy_total, (*arguments, True, True, True, *options))
     torch.library.opcheck(ops.linear_cross_entropy_losses, (*arguments, *options))
@@ -268,9 +292,9 @@ def test_export(device):
         ({"z_loss": float("nan")}, ValueError, "z_loss must be finite, got nan"),
         ({"reduction": "max"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
         (
-            {"backend": "triton"},
+            {"x": torch.zeros(4, HIDDEN).double(), "weight": torch.zeros(VOCAB, HIDDEN).double(), "backend": "triton"},
             NotImplementedError,
-            "no triton implementation of linear_cross_entropy yet|Triton needs a GPU",
+            "float64 is not served",
         ),
     ],
 )

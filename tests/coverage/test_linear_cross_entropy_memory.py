@@ -1,0 +1,49 @@
+"""What a training step's loss asks memory for at 8k tokens × 4k features × 128k words: inputs, gradients, one float32 copy of the
+weight's gradient, and less than half a gigabyte.
+
+On a CPU neither the kernel nor the matrix products run (they would take an hour): what counts is what is allocated. On a GPU they do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pytransformer.ops import linear_cross_entropy_chunks as chunks
+from pytransformer.ops.linear_cross_entropy import linear_cross_entropy
+from tests.support.memory import bytes_of, peak_allocated
+
+TOKENS, HIDDEN, VOCAB = 8192, 4096, 131072
+
+
+@pytest.fixture
+def products_do_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch, kernels_do_nothing: None) -> None:
+    if device.type != "cuda":
+        monkeypatch.setattr(chunks, "product_into", lambda out, left, right, accumulate=False: None)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak(reduction: str, device: torch.device, tmp_path: Path, products_do_nothing: None) -> None:
+    x = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16, device=device, requires_grad=True)
+    weight = torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16, device=device, requires_grad=True)
+    targets = torch.zeros(TOKENS, dtype=torch.int64, device=device)
+
+    def step() -> list[torch.Tensor]:
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction, backend="triton")
+        return [*torch.autograd.grad(loss.sum(), (x, weight))]
+
+    peak, gradients = peak_allocated(step, device, tmp_path)
+    float32_copy = 4 * weight.numel()
+    assert bytes_of(*gradients) == bytes_of(x, weight)
+    # The inputs were there before. What is counted must at least be what the step cannot do without.
+    assert bytes_of(*gradients) + float32_copy <= peak <= bytes_of(*gradients) + float32_copy + 500_000_000
+
+
+def test_loss_alone(device: torch.device, tmp_path: Path, products_do_nothing: None) -> None:
+    x = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16, device=device)
+    weight = torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16, device=device)
+    targets = torch.zeros(TOKENS, dtype=torch.int64, device=device)
+    peak, _ = peak_allocated(lambda: linear_cross_entropy(x, weight, targets, backend="triton"), device, tmp_path)
+    assert TOKENS * 4 < peak <= 500_000_000
