@@ -421,12 +421,15 @@ class _Attention(torch.autograd.Function):
         ctx.plain = [None if tensor else value for value, tensor in zip(inputs, is_tensor)]
         ctx.is_tensor = is_tensor
         ctx.return_lse = inputs[-2]
+        ctx.set_materialize_grads(False)  # an output that was not used costs no tensor of zeros
         if not ctx.return_lse:
             ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, *saved = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
         tensors = iter(saved)
         inputs = [next(tensors) if tensor else value for value, tensor in zip(ctx.plain, ctx.is_tensor)]
         want_dbias = bool(ctx.needs_input_grad[3 + _BIAS])

@@ -324,3 +324,15 @@ def test_torch_agrees_with_the_reference_on_any_call(call):
         results.append((out, *gradients))
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["out alone", "lse alone"])
+def test_one_of_two_outputs_may_go_unused(used, device):
+    """Autograd brings no gradient for the other one, and none of zeros is made."""
+    q, k, v = (torch.randn(1, 9, 2, 16, device=device, requires_grad=True) for _ in range(3))
+    results = []
+    for backend in ("triton", "reference"):
+        output = attention(q, k, v, causal=True, return_lse=True, backend=backend)[used]
+        results.append(torch.autograd.grad(output.sin().sum(), (q, k, v), materialize_grads=True))
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected)
