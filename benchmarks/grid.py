@@ -12,12 +12,14 @@ import torch
 
 from pytransformer.benchmarks.rows import Measurement, Row
 from pytransformer.benchmarks.suites import (
+    activation,
     attention,
     decode_attention,
     end_to_end,
     kv_append,
     linear_cross_entropy,
     norm,
+    overheads,
     rope,
 )
 from pytransformer.benchmarks.suites.common import Wanted
@@ -32,10 +34,14 @@ SUITES: dict[str, Suite] = {
     "rope": rope.rows,
     "kv_append": kv_append.rows,
     "linear_cross_entropy": linear_cross_entropy.rows,
+    "activation": activation.rows,
     "end_to_end": end_to_end.rows,
+    "launch": overheads.launch,
+    "compile": overheads.compile_time,
+    "install": overheads.install,
 }
 # Suites of rows that measure themselves.
-WHOLE = frozenset({"end_to_end"})
+WHOLE = frozenset({"end_to_end", "launch", "compile", "install"})
 
 
 def rows(

@@ -40,11 +40,14 @@ def ours(device: torch.device) -> tuple[str, ...]:
     return ("triton",) if extension.why_not("cuda") else ("cuda", "triton")
 
 
+def our_backends(device: torch.device) -> dict[str, str | None]:
+    """Name of the variant → argument ``backend``; on a CPU the automatic choice, which serves every option, under the name "torch"."""
+    return {name: name if device.type == "cuda" else None for name in ours(device)}
+
+
 def our_variants(device: torch.device, make: Callable[[str | None], Variant]) -> dict[str, Variant]:
-    """Name → call for each backend of ours; on a CPU the automatic choice, which serves every option, under the name "torch"."""
-    if device.type != "cuda":
-        return {"torch": make(None)}
-    return {name: make(name) for name in ours(device)}
+    """Name → call for each backend of ours."""
+    return {name: make(backend) for name, backend in our_backends(device).items()}
 
 
 def all_variants(
