@@ -197,6 +197,34 @@ def test_autocast_is_that_of_a_linear_layer(device):
     assert torch.autograd.grad(loss, tensors["weight"])[0].dtype == torch.float32
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for and no graphs")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_host_never_waits_and_a_graph_can_be_captured(reduction, device, small_chunks):
+    tensors = draw((4, 100), bias=True, device=device, dtype=torch.bfloat16)
+    wanted = differentiable(tensors)
+
+    def step():
+        loss = linear_cross_entropy(**tensors, z_loss=1e-3, reduction=reduction, backend="triton")
+        return loss, *torch.autograd.grad(loss.sum(), wanted)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, expected))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_double_backward_raises(reduction, device):
     tensors = draw(device=device)
@@ -206,12 +234,14 @@ def test_double_backward_raises(reduction, device):
         torch.autograd.grad(dx.sum(), tensors["weight"])
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_fullgraph_with_a_dynamic_length(reduction, device):
+def test_fullgraph_with_a_dynamic_length(reduction, backend, device):
     torch._dynamo.reset()
 
     def function(x, weight, bias, targets):
-        return linear_cross_entropy(x, weight, targets, bias=bias, z_loss=1e-3, softcap=3.0, reduction=reduction)
+        options = {"z_loss": 1e-3, "softcap": 3.0, "reduction": reduction, "backend": backend}
+        return linear_cross_entropy(x, weight, targets, bias=bias, **options)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (5, 9):
@@ -227,8 +257,9 @@ def test_fullgraph_with_a_dynamic_length(reduction, device):
         assert torch.equal(compiled(*arguments), expected)
 
 
+@pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_func_grad_and_vmap(reduction, device):
+def test_func_grad_and_vmap(reduction, fused, device):
     tensors = draw((3, 7), device=device)
     x, weight, targets = tensors["x"].detach(), tensors["weight"].detach(), tensors["targets"]
 
@@ -238,7 +269,7 @@ def test_func_grad_and_vmap(reduction, device):
 
         return torch.func.vmap(torch.func.grad(of, argnums=(0, 1)), in_dims=(0, None, 0))
 
-    for actual, expected in zip(loss("torch")(x, weight, targets), loss("reference")(x, weight, targets)):
+    for actual, expected in zip(loss(fused)(x, weight, targets), loss("reference")(x, weight, targets)):
         torch.testing.assert_close(actual, expected)
 
 
