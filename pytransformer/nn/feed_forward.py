@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytransformer.ops.activation import geglu, gelu, swiglu
+from pytransformer.ops.backend import requested_backend
 
 from .linear import Linear
 
@@ -57,13 +58,16 @@ class FeedForward(nn.Module):
     def _inner(self, x: Tensor) -> Tensor:
         if self.activation == "relu":
             return F.relu(self.up_proj(x))
+        # A model under use_backend("cuda") must run, though these ops have no CUDA kernel.
+        backend = "torch" if requested_backend(None) == "cuda" else None
+        approximate = "tanh" if self.activation.endswith("_tanh") else "none"
         if self.activation in ("gelu", "gelu_tanh"):
-            return gelu(self.up_proj(x), approximate="tanh" if self.activation == "gelu_tanh" else "none")
+            return gelu(self.up_proj(x), approximate=approximate, backend=backend)
         # Gate and up stay one tensor, and so does their gradient.
         gate_and_up: Tensor = self.gate_up_proj(x)
         if self.activation == "swiglu":
-            return swiglu(gate_and_up)
-        return geglu(gate_and_up, approximate="tanh" if self.activation == "geglu_tanh" else "none")
+            return swiglu(gate_and_up, backend=backend)
+        return geglu(gate_and_up, approximate=approximate, backend=backend)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, dropout={self.dropout}"

@@ -85,6 +85,15 @@ def test_the_gradient_of_gate_and_up_is_written_at_once(device):
     assert projection.name() == "AddmmBackward0"
 
 
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_runs_under_a_backend_without_activations(activation, device):
+    module, x = FeedForward(8, 12, activation=activation, device=device), torch.randn(5, 8, device=device)
+    with use_backend("torch"):
+        expected = module(x)
+    with use_backend("cuda"):
+        assert torch.equal(module(x), expected)
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "gelu"])
 def test_compiles_whole(activation, device):
     module = FeedForward(8, 12, activation=activation, device=device)
