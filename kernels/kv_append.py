@@ -14,7 +14,7 @@ match bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from .attention_common import row_strides
-from .launch import COMMON_OPTIONS, cdiv, device_limits, next_power_of_2, on_device
+from .launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, device_limits, next_power_of_2
+from .plans import Plans
 
 HIGHEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
@@ -201,7 +202,14 @@ def _write(
     tl.store(rows_ptr[:, None] + dims[None, :], x, mask=exists[:, None] & (dims < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "seqlen", "batch", "search_steps", "max_pages", "num_pages", "table_length"])
+# Integers that differ from call to call of one model, or with the size of a cache, must not make Triton compile again.
+UNSPECIALISED = [
+    "tokens", "seqlen", "batch", "search_steps", "max_pages", "num_pages", "page_size", "table_length", "stride_table_batch",
+    "stride_k_scale_page", "stride_v_scale_page",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def _kv_append_kernel(
     k_ptr, stride_k_batch, stride_k_token, stride_k_head,
     v_ptr, stride_v_batch, stride_v_token, stride_v_head,
@@ -296,6 +304,99 @@ def _scale(scale: torch.Tensor | None) -> tuple[torch.Tensor | int | None, ...]:
     return (scale, 0, 0, scale.stride(0)) if scale.dim() == 1 else (scale, *scale.stride())
 
 
+# The order in which AppendLaunch takes them.
+TENSORS = (
+    "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "cache_seqlens", "slot_mapping", "block_table", "cu_seqlens", "cache_batch_idx",
+    "positions", "cos", "sin", "q", "q_norm_weight", "k_norm_weight",
+)  # fmt: skip
+_Q = TENSORS.index("q")
+
+
+class AppendLaunch:
+    """The launch for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times.
+
+    Args:
+        tensors: in the order of :data:`TENSORS`; of these only shapes, strides and dtypes count. Meanings as in
+            :func:`pytransformer.kv_append`.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor | None],
+        *,
+        interleaved: bool,
+        norm_eps: float,
+        norm_weight_offset: float,
+        config: AppendConfig | None = None,
+    ) -> None:
+        k, v, k_cache, v_cache = tensors[:4]
+        k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx, positions = tensors[
+            4:12
+        ]
+        cos, sin, q, q_norm_weight, k_norm_weight = tensors[12:]
+        assert k is not None and v is not None and k_cache is not None and v_cache is not None
+        num_kv_heads, head_dim, value_dim = k.shape[-2], k.shape[-1], v.shape[-1]
+        seqlen = k.shape[-3]
+        tokens = seqlen if k.dim() == 3 else k.shape[0] * seqlen
+        batch = 1 if cache_seqlens is None else cache_seqlens.shape[0]
+        self._new_q = None if q is None else NewTensor(q)
+        self._cache_format = FORMATS.get(k_cache.dtype, "native")
+        # A slot says all: nothing depends on the sequence.
+        self._is_packed = cu_seqlens is not None and slot_mapping is None
+        cu_seqlens = cu_seqlens if self._is_packed else None
+        self._launch: PreparedLaunch | None = None
+        if tokens == 0:
+            return
+        if config is None:
+            config = append_config(tokens, num_kv_heads, max(head_dim, value_dim), k.element_size(), k.device)
+        num_heads = 0 if q is None else q.shape[-2]
+        q_blocks = cdiv(num_heads, config.block_heads)
+        head_blocks = q_blocks + cdiv(num_kv_heads, config.block_heads)
+        arguments = (
+            k, *row_strides(k), v, *row_strides(v), q, *((0, 0, 0) if q is None else row_strides(q)), None,
+            k_cache, *k_cache.stride()[:3], v_cache, *v_cache.stride()[:3], *_scale(k_scale), *_scale(v_scale),
+            cache_seqlens, slot_mapping, block_table, 0 if block_table is None else block_table.stride(0), cu_seqlens, cache_batch_idx,
+            positions, cos, sin, 0 if cos is None else cos.stride(0), q_norm_weight, k_norm_weight, norm_eps, norm_weight_offset,
+            HIGHEST_CODE[torch.int8] if self._cache_format == "int8" else HIGHEST_CODE[torch.float8_e4m3fn],
+            tokens, seqlen, batch, (batch + 1).bit_length(), 0 if block_table is None else block_table.shape[1],
+            k_cache.shape[0], k_cache.shape[1], 0 if cos is None else cos.shape[0],
+        )  # fmt: skip
+        constants = {
+            "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_BLOCKS": head_blocks, "Q_BLOCKS": q_blocks,
+            "DIM": head_dim, "VALUE_DIM": value_dim, "ROTARY_DIM": 0 if cos is None else 2 * cos.shape[1], "INTERLEAVED": interleaved,
+            "FORMAT": self._cache_format, "SCALE_PER_TOKEN": k_scale is not None and k_scale.dim() > 1,
+            "BLOCK_TOKENS": config.block_tokens, "BLOCK_HEADS": config.block_heads,
+            "BLOCK_DIM": next_power_of_2(head_dim), "BLOCK_VALUE_DIM": next_power_of_2(value_dim),
+            "num_warps": config.num_warps, **COMMON_OPTIONS,
+        }  # fmt: skip
+        grid = (head_blocks * cdiv(tokens, config.block_tokens),)
+        self._launch = PreparedLaunch(_kv_append_kernel, grid, arguments, constants, _pointer_order(self._is_packed))
+
+    def __call__(self, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """Writes into the caches (and per-token scales); returns the new q. What follows the tensors is ignored."""
+        q = tensors[_Q]
+        new_q = None if q is None or self._new_q is None else self._new_q(q)
+        if self._cache_format == "e4m3":
+            k, v, k_cache, v_cache, *others = tensors
+            assert k_cache is not None and v_cache is not None
+            tensors = (k, v, k_cache.view(torch.uint8), v_cache.view(torch.uint8), *others)
+        if self._launch is not None:
+            self._launch((*tensors, new_q))
+        return new_q
+
+
+def _pointer_order(is_packed: bool) -> list[int | None]:
+    """Where the kernel's pointers are among :data:`TENSORS` and what may follow them, of which the new q is the last."""
+    names = (
+        "k", "v", "q", "new_q", "k_cache", "v_cache", "k_scale", "v_scale", "cache_seqlens", "slot_mapping", "block_table",
+        "cu_seqlens" if is_packed else None, "cache_batch_idx", "positions", "cos", "sin", "q_norm_weight", "k_norm_weight",
+    )  # fmt: skip
+    return [None if name is None else -1 if name == "new_q" else TENSORS.index(name) for name in names]
+
+
+_PLANS: Plans[AppendLaunch] = Plans()
+
+
 def kv_append_forward(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -326,40 +427,17 @@ def kv_append_forward(
         slot_mapping, positions: contiguous, one entry per token in the order of k.
         config: replaces the launch policy.
     """
-    num_kv_heads, head_dim, value_dim = k.shape[-2], k.shape[-1], v.shape[-1]
-    seqlen = k.shape[-3]
-    tokens = seqlen if k.dim() == 3 else k.shape[0] * seqlen
-    batch = 1 if cache_seqlens is None else cache_seqlens.shape[0]
-    if slot_mapping is not None:
-        cu_seqlens = None  # a slot says all: nothing depends on the sequence
-    new_q = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if tokens == 0:
-        return new_q
-    if config is None:
-        config = append_config(tokens, num_kv_heads, max(head_dim, value_dim), k.element_size(), k.device)
-    num_heads = 0 if q is None else q.shape[-2]
-    q_blocks = cdiv(num_heads, config.block_heads)
-    head_blocks = q_blocks + cdiv(num_kv_heads, config.block_heads)
-    cache_format = FORMATS.get(k_cache.dtype, "native")
-    if cache_format == "e4m3":
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    with on_device(k):
-        _kv_append_kernel[(head_blocks * cdiv(tokens, config.block_tokens),)](
-            k, *row_strides(k), v, *row_strides(v), q, *((0, 0, 0) if q is None else row_strides(q)), new_q,
-            k_cache, *k_cache.stride()[:3], v_cache, *v_cache.stride()[:3], *_scale(k_scale), *_scale(v_scale),
-            cache_seqlens, slot_mapping, block_table, 0 if block_table is None else block_table.stride(0), cu_seqlens, cache_batch_idx,
-            positions, cos, sin, 0 if cos is None else cos.stride(0), q_norm_weight, k_norm_weight, norm_eps, norm_weight_offset,
-            HIGHEST_CODE[torch.int8] if cache_format == "int8" else HIGHEST_CODE[torch.float8_e4m3fn],
-            tokens, seqlen, batch, (batch + 1).bit_length(), 0 if block_table is None else block_table.shape[1],
-            k_cache.shape[0], k_cache.shape[1], 0 if cos is None else cos.shape[0],
-            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_BLOCKS=head_blocks, Q_BLOCKS=q_blocks,
-            DIM=head_dim, VALUE_DIM=value_dim, ROTARY_DIM=0 if cos is None else 2 * cos.shape[1], INTERLEAVED=interleaved,
-            FORMAT=cache_format, SCALE_PER_TOKEN=k_scale is not None and k_scale.dim() > 1,
-            BLOCK_TOKENS=config.block_tokens, BLOCK_HEADS=config.block_heads,
-            BLOCK_DIM=next_power_of_2(head_dim), BLOCK_VALUE_DIM=next_power_of_2(value_dim),
-            num_warps=config.num_warps, **COMMON_OPTIONS,
-        )  # fmt: skip
-    return new_q
+    tensors = (
+        k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx, positions, cos,
+        sin, q, q_norm_weight, k_norm_weight,
+    )  # fmt: skip
+    policy = config or device_limits(k.device).num_sms
+    alike = (*tensors, interleaved, norm_eps, norm_weight_offset, policy)
+    launch = _PLANS.find(alike)
+    if launch is None:
+        options = {"interleaved": interleaved, "norm_eps": norm_eps, "norm_weight_offset": norm_weight_offset}
+        launch = _PLANS.add(alike, AppendLaunch(tensors, **options, config=config))  # type: ignore[arg-type]
+    return launch(tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

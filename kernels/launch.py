@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from pytransformer.kernels.plans import getter
+
 # A grid's second and third dimensions are limited by CUDA; the first may go up to 2^31 - 1.
 MAX_GRID_YZ = 65535
 
@@ -166,12 +168,28 @@ class PreparedLaunch:
         arguments: the positional arguments. A tensor or None is a pointer, which each call gives anew, and None stays None; a
             :class:`Varying` is given anew too; all else stays as it is.
         constants: constexprs and options by name.
+        order: for each of the kernel's pointers the index in ``pointers`` where calls give it, or None where there is never one; by
+            default they are given in the kernel's order.
     """
 
-    __slots__ = ("_arguments", "_constants", "_grid", "_handles", "_kernel", "_number_places", "_pointer_places")
+    __slots__ = (
+        "_arguments",
+        "_constants",
+        "_grid",
+        "_handles",
+        "_kernel",
+        "_number_places",
+        "_order",
+        "_pointer_places",
+    )
 
     def __init__(
-        self, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any]
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        order: Sequence[int | None] | None = None,
     ) -> None:
         self._kernel = kernel
         self._grid = (*grid, 1, 1)[:3]
@@ -179,56 +197,53 @@ class PreparedLaunch:
             place for place, value in enumerate(arguments) if value is None or isinstance(value, torch.Tensor)
         ]
         self._number_places = [place for place, value in enumerate(arguments) if isinstance(value, Varying)]
+        self._order = range(len(self._pointer_places)) if order is None else order
         given = {*self._pointer_places, *self._number_places}
         # The constexprs follow the arguments in the order in which the kernel declares them; its launcher skips them.
         self._arguments = [None if place in given else value for place, value in enumerate(arguments)]
         self._constants = dict(constants)
-        # By device: how to launch, and all arguments.
-        self._handles: dict[int, tuple[_Launcher, list[Any]]] = {}
+        self._handles: dict[int, _Handle] = {}  # by device
 
-    def __call__(self, pointers: Sequence[torch.Tensor | None], numbers: Sequence[int] = ()) -> None:
+    def __call__(self, pointers: Sequence[Any], numbers: Sequence[int] = ()) -> None:
         """Launches on the current stream of the first pointer's device.
 
         Args:
-            pointers: tensors or None, in the order of the kernel's arguments; of the dtypes with which this was prepared, and None
-                where it was None then.
+            pointers: tensors or None, in the ``order`` given; of the dtypes with which this was prepared, and None where it was None
+                then. Whatever ``order`` does not name is ignored.
             numbers: values of the arguments that were :class:`Varying`.
         """
-        first = pointers[0]
-        assert first is not None, "the first pointer says on which device to launch"
-        device = first.get_device()
+        device = pointers[0].get_device()
         handle = self._handles.get(device)
         if handle is None or device != _current_device() or _is_watched(self._kernel):
             self._launch_by_triton(pointers, numbers, device)
             return
-        (call, fixed, spread), arguments = handle
+        (call, fixed, spread), arguments, places, present = handle
+        # Loops of C functions: this is most of what a launch costs the host.
+        addresses = list(map(_data_ptr, present(pointers)))
         arguments = arguments.copy()
         bits = 0
-        for place, pointer in zip(self._pointer_places, pointers):
-            if pointer is not None:
-                arguments[place] = address = pointer.data_ptr()
-                bits |= address
+        for place, address in zip(places, addresses):
+            arguments[place] = address
+            bits |= address
         for place, number in zip(self._number_places, numbers):
             arguments[place] = number
             if not -(2**31) <= number < 2**31:
                 bits |= 1
         if bits & 15:
             self._launch_by_triton(pointers, numbers, device)
-            return
-        if spread:
+        elif spread:
             call(*self._grid, _current_stream(device), *fixed, *arguments)
         else:
             call(*self._grid, _current_stream(device), *fixed, arguments)
 
-    def _launch_by_triton(self, pointers: Sequence[torch.Tensor | None], numbers: Sequence[int], device: int) -> None:
+    def _launch_by_triton(self, given: Sequence[Any], numbers: Sequence[int], device: int) -> None:
         arguments = self._arguments.copy()
+        pointers: list[torch.Tensor | None] = [None if index is None else given[index] for index in self._order]
         for place, pointer in zip(self._pointer_places, pointers):
             arguments[place] = pointer
         for place, number in zip(self._number_places, numbers):
             arguments[place] = number
-        first = pointers[0]
-        assert first is not None
-        with on_device(first):
+        with on_device(given[0]):
             compiled = self._kernel[self._grid](*arguments, **self._constants)
         if device in self._handles or compiled is None or not _can_launch_directly(device):
             return
@@ -237,12 +252,16 @@ class PreparedLaunch:
         launcher = _launcher(compiled)
         if aligned and small and launcher is not None and not _is_watched(self._kernel):
             names = self._kernel.arg_names[len(self._arguments) :]
-            self._handles[device] = launcher, [*self._arguments, *(self._constants[name] for name in names)]
+            every = [*self._arguments, *(self._constants[name] for name in names)]
+            places = [place for place, pointer in zip(self._pointer_places, pointers) if pointer is not None]
+            present = [index for index in self._order if index is not None and given[index] is not None]
+            self._handles[device] = _Handle(launcher, every, places, getter(present))
 
 
 # torch's own functions, bound once; a torch built without CUDA has none of them.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+_data_ptr = torch.Tensor.data_ptr
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
 
@@ -259,6 +278,22 @@ def _is_watched(kernel: Any) -> bool:
     except AttributeError:  # None, or a function, has taken the place of the chain of hooks
         return True
     return bool(_runtime.debug or _compilation.instrumentation_mode or kernel.pre_run_hooks)
+
+
+class _Handle(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        launcher: how to launch it.
+        arguments: all of them, without the pointers.
+        places: of the pointers that are not None among the arguments.
+        present: takes these out of what a call is given.
+    """
+
+    launcher: _Launcher
+    arguments: list[Any]
+    places: list[int]
+    present: Callable[[Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]]
 
 
 class _Launcher(NamedTuple):

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pytransformer.kernels.launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, next_power_of_2
+from pytransformer.kernels.plans import Plans
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -385,6 +386,9 @@ class NormForward:
         return y, s, mean, rstd
 
 
+_PLANS: Plans[NormForward] = Plans()
+
+
 def norm_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -411,13 +415,17 @@ def norm_forward(
         y (x's dtype), s = x + residual (residual's dtype; None without residual), mean (None for RMSNorm) and rstd, float32 with
         the leading shape of x. All contiguous.
     """
-    if x.numel() > 0:
-        (x, *others), _ = row_layout([x] if residual is None else [x, residual])
-        residual = others[0] if others else None
-    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
-    forward = NormForward(
-        *(x, weight, bias, residual), eps=eps, is_rms=is_rms, weight_offset=weight_offset, config=config
-    )
+    alike = (x, weight, bias, residual, eps, is_rms, weight_offset, config)
+    forward = _PLANS.find(alike)
+    if forward is None:
+        if x.numel() > 0:
+            (x, *others), _ = row_layout([x] if residual is None else [x, residual])
+            residual = others[0] if others else None
+        weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
+        tensors = (x, weight, bias, residual)
+        forward = NormForward(*tensors, eps=eps, is_rms=is_rms, weight_offset=weight_offset, config=config)
+        if all(after is before for after, before in zip(tensors, alike)):
+            _PLANS.add(alike, forward)
     y, s, mean, rstd = forward(x, weight, bias, residual)
     assert rstd is not None
     return y, s, mean, rstd

@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pytransformer.kernels.launch import COMMON_OPTIONS, cdiv, device_limits, next_power_of_2, on_device
+from pytransformer.kernels.launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, device_limits, next_power_of_2
 from pytransformer.kernels.norm import UNSPECIALISED, NormConfig, norm_cases, row_layout, row_offsets
+from pytransformer.kernels.plans import Plans
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -225,6 +226,127 @@ def norm_reduce_partials_kernel(
 # ----------------------------------------------------------------------------------------------------------------------- launcher
 
 
+class NormBackward:
+    """The backward launches for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times.
+
+    Args:
+        as for :func:`norm_backward`; of the tensors only shapes, strides and dtypes count. No tensor must be copied first.
+    """
+
+    def __init__(
+        self,
+        dy: Tensor,
+        ds: Tensor | None,
+        s: Tensor,
+        weight: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor,
+        *,
+        weight_offset: float,
+        need_dweight: bool,
+        dbias_dtype: torch.dtype | None,
+        config: NormConfig | None,
+    ) -> None:
+        num_cols = s.shape[-1]
+        config = config or backward_config(num_cols)
+        self._new_dx = NewTensor(s)
+        self._num_cols = num_cols
+        self._dweight_dtype = weight.dtype if need_dweight and weight is not None else None
+        self._dbias_dtype = dbias_dtype
+        self._sums_first = config.block_cols < num_cols
+        self._is_empty = s.numel() == 0
+        if self._is_empty:
+            return
+        _, layout = row_layout([dy, s] if ds is None else [dy, s, ds])
+        strides = [*layout.strides, (0, 0)][:3]
+        flags = {
+            "NUM_COLS": num_cols,
+            "IS_RMS": mean is None,
+            "HAS_WEIGHT": weight is not None,
+            "GROUPED": layout.grouped,
+            "ALIGNMENT": layout.alignment,
+            **COMMON_OPTIONS,
+        }
+        rows = (dy, *strides[0], s, *strides[1], weight, mean, rstd, None, None)
+        self._row_sums = PreparedLaunch(
+            norm_row_sums_kernel,
+            (layout.num_rows,),
+            (*rows, layout.rows_per_group, weight_offset),
+            {
+                **flags,
+                "BLOCK_COLS": max(4096, config.block_cols) if num_cols > 4096 else config.block_cols,
+                "num_warps": 8,
+            },
+        )
+        programs, col_blocks = _backward_grid(layout.num_rows, num_cols, config, s.device)
+        self._partial_shape = (programs, num_cols)
+        self._backward = PreparedLaunch(
+            norm_backward_kernel,
+            (programs, col_blocks),
+            (
+                *(dy, *strides[0], ds, *strides[2], s, *strides[1], weight, mean, rstd, None, None, None, None, None),
+                *(layout.num_rows, layout.rows_per_group, weight_offset),
+            ),
+            {
+                **flags,
+                "HAS_DS": ds is not None,
+                "NEED_DWEIGHT": self._dweight_dtype is not None,
+                "NEED_DBIAS": dbias_dtype is not None,
+                "SUMS_GIVEN": self._sums_first,
+                "BLOCK_ROWS": config.block_rows,
+                "BLOCK_COLS": config.block_cols,
+                "NUM_STAGES": config.num_stages,
+                "num_warps": config.num_warps,
+            },
+        )
+        # At least 128 bytes of each partial row per program, and enough programs to fill the GPU from 4k columns on.
+        reduce_cols = 32 if num_cols <= 8192 else 128
+        self._reduce = PreparedLaunch(
+            norm_reduce_partials_kernel,
+            (cdiv(num_cols, reduce_cols),),
+            (None, None, None, None, programs),
+            {
+                "NUM_COLS": num_cols,
+                "NEED_DWEIGHT": self._dweight_dtype is not None,
+                "NEED_DBIAS": dbias_dtype is not None,
+                "BLOCK_PARTIALS": 32,
+                "BLOCK_COLS": reduce_cols,
+                "num_warps": 4,
+                **COMMON_OPTIONS,
+            },
+            order=(1, 2, 3, 4),
+        )
+
+    def __call__(
+        self, dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Results as :func:`norm_backward` returns them."""
+        device = s.device
+        dx = self._new_dx(s)
+        dweight = dbias = dweight_partial = dbias_partial = None
+        if self._dweight_dtype is not None:
+            dweight = torch.empty(self._num_cols, dtype=self._dweight_dtype, device=device)
+        if self._dbias_dtype is not None:
+            dbias = torch.empty(self._num_cols, dtype=self._dbias_dtype, device=device)
+        if self._is_empty:
+            return dx, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
+        sums: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self._sums_first:
+            sums = (torch.empty_like(rstd), None if mean is None else torch.empty_like(rstd))
+            self._row_sums((dy, s, weight, mean, rstd, *sums))
+        if dweight is not None:
+            dweight_partial = torch.empty(self._partial_shape, dtype=torch.float32, device=device)
+        if dbias is not None:
+            dbias_partial = torch.empty(self._partial_shape, dtype=torch.float32, device=device)
+        self._backward((dy, ds, s, weight, mean, rstd, *sums, dx, dweight_partial, dbias_partial))
+        if dweight is not None or dbias is not None:
+            self._reduce((dx, dweight_partial, dbias_partial, dweight, dbias))  # the first says on which device
+        return dx, dweight, dbias
+
+
+_PLANS: Plans[NormBackward] = Plans()
+
+
 def norm_backward(
     dy: Tensor,
     ds: Tensor | None,
@@ -253,69 +375,21 @@ def norm_backward(
     Returns:
         ds + dx in s's dtype (the gradient of x and of residual), dweight (weight's dtype) and dbias, or None where not wanted.
     """
-    num_cols = s.shape[-1]
-    need_dweight = need_dweight and weight is not None
-    weight = None if weight is None else weight.contiguous()
-    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    dweight = (
-        torch.empty(num_cols, dtype=weight.dtype, device=s.device) if need_dweight and weight is not None else None
-    )
-    dbias = None if dbias_dtype is None else torch.empty(num_cols, dtype=dbias_dtype, device=s.device)
-    if s.numel() == 0:
-        return dx, dweight if dweight is None else dweight.zero_(), dbias if dbias is None else dbias.zero_()
-    walked, layout = row_layout([dy, s] if ds is None else [dy, s, ds])
-    dy_row, s_row = ((tensor, *strides) for tensor, strides in zip(walked[:2], layout.strides))
-    ds_row = (None, 0, 0) if ds is None else (walked[2], *layout.strides[2])
-    config = config or backward_config(num_cols)
-    flags = {
-        "NUM_COLS": num_cols,
-        "IS_RMS": mean is None,
-        "HAS_WEIGHT": weight is not None,
-        "GROUPED": layout.grouped,
-        "ALIGNMENT": layout.alignment,
-        **COMMON_OPTIONS,
-    }
-    with on_device(s):
-        sums: tuple[Tensor | None, Tensor | None] = (None, None)
-        if config.block_cols < num_cols:
-            sums = (torch.empty_like(rstd), None if mean is None else torch.empty_like(rstd))
-            norm_row_sums_kernel[(layout.num_rows,)](
-                *(*dy_row, *s_row, weight, mean, rstd, *sums, layout.rows_per_group, weight_offset),
-                **flags,
-                BLOCK_COLS=max(4096, config.block_cols) if num_cols > 4096 else config.block_cols,
-                num_warps=8,
-            )
-        programs, col_blocks = _backward_grid(layout.num_rows, num_cols, config, s.device)
-        partial_shape = (programs, num_cols)
-        dweight_partial = torch.empty(partial_shape, dtype=torch.float32, device=s.device) if need_dweight else None
-        dbias_partial = None if dbias is None else torch.empty(partial_shape, dtype=torch.float32, device=s.device)
-        norm_backward_kernel[(programs, col_blocks)](
-            *(*dy_row, *ds_row, *s_row, weight, mean, rstd, *sums, dx, dweight_partial, dbias_partial),
-            *(layout.num_rows, layout.rows_per_group, weight_offset),
-            **flags,
-            HAS_DS=ds is not None,
-            NEED_DWEIGHT=need_dweight,
-            NEED_DBIAS=dbias is not None,
-            SUMS_GIVEN=config.block_cols < num_cols,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_COLS=config.block_cols,
-            NUM_STAGES=config.num_stages,
-            num_warps=config.num_warps,
+    policy = config or device_limits(s.device).num_sms
+    alike = (dy, ds, s, weight, mean, rstd, weight_offset, need_dweight, dbias_dtype, policy)
+    backward = _PLANS.find(alike)
+    if backward is None:
+        if s.numel() > 0:
+            (dy, s, *others), _ = row_layout([dy, s] if ds is None else [dy, s, ds])
+            ds = others[0] if others else None
+        weight = None if weight is None else weight.contiguous()
+        tensors = (dy, ds, s, weight, mean, rstd)
+        backward = NormBackward(
+            *tensors, weight_offset=weight_offset, need_dweight=need_dweight, dbias_dtype=dbias_dtype, config=config
         )
-        if need_dweight or dbias is not None:
-            # At least 128 bytes of each partial row per program, and enough programs to fill the GPU from 4k columns on.
-            reduce_cols = 32 if num_cols <= 8192 else 128
-            norm_reduce_partials_kernel[(cdiv(num_cols, reduce_cols),)](
-                *(dweight_partial, dbias_partial, dweight, dbias, programs),
-                NUM_COLS=num_cols,
-                NEED_DWEIGHT=need_dweight,
-                NEED_DBIAS=dbias is not None,
-                BLOCK_PARTIALS=32,
-                BLOCK_COLS=reduce_cols,
-                num_warps=4,
-                **COMMON_OPTIONS,
-            )
-    return dx, dweight, dbias
+        if all(after is before for after, before in zip(tensors, alike)):
+            _PLANS.add(alike, backward)
+    return backward(dy, ds, s, weight, mean, rstd)
 
 
 def _backward_grid(num_rows: int, num_cols: int, config: NormConfig, device: torch.device) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from pytransformer.kernels.launch import (
     contiguous_strides,
     next_power_of_2,
 )
-from pytransformer.kernels.plans import Plans, properties
+from pytransformer.kernels.plans import Plans
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -390,11 +390,11 @@ def rope_rotate(
     """
     offset_tensor = offsets if isinstance(offsets, Tensor) and positions is None else None
     tensors = (q, k, cos, sin, positions, offset_tensor, cu_seqlens)
-    key = (*map(properties, tensors), interleaved, inplace, reverse, config)
-    launch = _PLANS.get(key)
+    alike = (*tensors, interleaved, inplace, reverse, config)
+    launch = _PLANS.find(alike)
     if launch is None:
         options = {"interleaved": interleaved, "inplace": inplace, "reverse": reverse, "config": config}
-        launch = _PLANS.add(key, RopeLaunch(*tensors, **options))  # type: ignore[arg-type]
+        launch = _PLANS.add(alike, RopeLaunch(*tensors, **options))  # type: ignore[arg-type]
     return launch(*tensors, 0 if isinstance(offsets, Tensor) else offsets)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
+from pytransformer.kernels.plans import Plans
 from pytransformer.ops import checks, kv_append_torch
 from pytransformer.ops.attention_checks import is_autocasting
 from pytransformer.ops.autograd import mark_changed
@@ -107,9 +109,11 @@ def kv_append(
 
     Sources: Kwon et al. 2023 (paged caches); Su et al. 2021 (RoPE); Henry et al. 2020 (QK-norm).
     """
+    given = None
     try:
+        straight = goes_straight(backend, k, v, k_cache, v_cache, q)
         if (
-            goes_straight(backend, k, v, k_cache, v_cache, q) == "cuda"
+            straight is not None
             and not checks.DEBUG
             and not (
                 torch.is_grad_enabled()
@@ -117,23 +121,32 @@ def kv_append(
             )
             and not _is_autocasting()
         ):
-            few = k_scale is v_scale is cu_seqlens is cache_batch_idx is q_norm_weight is k_norm_weight is None
-            if few and cos is sin is q is positions is None:
-                where = cache_seqlens if slot_mapping is None else _one_of(cache_seqlens, slot_mapping)
-                _few_ops()[0](k, v, k_cache, v_cache, where, block_table)
-                mark_changed(k_cache, v_cache)
-                return None
-            if few and q is not None and cos is not None and sin is not None:
-                where = cache_seqlens if slot_mapping is None else _one_of(cache_seqlens, slot_mapping)
-                rotated: Tensor = _few_ops()[1](
-                    q, k, v, k_cache, v_cache, where, block_table, cos, sin, positions, interleaved
-                )
-                mark_changed(k_cache, v_cache)
-                return rotated
-            return _straight(
-                k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
-                positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
-            )  # fmt: skip
+            if straight == "triton":
+                given = AppendCall(
+                    k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
+                    positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
+                )  # fmt: skip
+                launch = _CHECKED.find(given)
+                if launch is not None:
+                    return _launch_again(launch, given)
+            else:
+                few = k_scale is v_scale is cu_seqlens is cache_batch_idx is q_norm_weight is k_norm_weight is None
+                if few and cos is sin is q is positions is None:
+                    where = cache_seqlens if slot_mapping is None else _one_of(cache_seqlens, slot_mapping)
+                    _few_ops()[0](k, v, k_cache, v_cache, where, block_table)
+                    mark_changed(k_cache, v_cache)
+                    return None
+                if few and q is not None and cos is not None and sin is not None:
+                    where = cache_seqlens if slot_mapping is None else _one_of(cache_seqlens, slot_mapping)
+                    rotated: Tensor = _few_ops()[1](
+                        q, k, v, k_cache, v_cache, where, block_table, cos, sin, positions, interleaved
+                    )
+                    mark_changed(k_cache, v_cache)
+                    return rotated
+                return _straight(
+                    k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
+                    positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
+                )  # fmt: skip
     except (RuntimeError, TypeError, AttributeError):
         pass  # an argument is not as it should be: the checks below say which, in clearer words than the op's
     call = check_kv_append(
@@ -150,6 +163,8 @@ def kv_append(
     if chosen == "cuda":
         return _cuda(call)
     if is_plain(*tensors_of(call)):
+        if given is not None and chosen == "triton":
+            _keep(given, call)
         return _append(call, chosen)
     op = torch.ops.pytransformer.kv_append_scaled if scales_are_written(call) else torch.ops.pytransformer.kv_append
     new_q: Tensor = op(*call, chosen)
@@ -208,6 +223,34 @@ def _triton(call: AppendCall) -> Tensor | None:
 
     new_q = kv_append_forward(call.k, call.v, call.k_cache, call.v_cache, **_options(call))
     mark_changed(*_written(call))
+    return new_q
+
+
+# Launches by the arguments as given, each kept after its first call has passed the checks.
+_CHECKED: Plans[Callable[..., Tensor | None]] = Plans()
+_NUM_TENSORS = AppendCall._fields.index("interleaved")
+
+
+def _keep(given: AppendCall, call: AppendCall) -> None:
+    """Keeps the launch of a checked call, unless values were read for its checks or tensors copied."""
+    from pytransformer.kernels.kv_append import AppendLaunch
+
+    tensors = tensors_of(call)
+    if any(checks.readable(tensor) for tensor in tensors if not tensor.is_floating_point() or tensor.ndim == 1):
+        return
+    for before, after in zip(tensors_of(given), tensors):
+        if before.data_ptr() != after.data_ptr():
+            return
+    options = {name: getattr(call, name) for name in AppendCall._fields[_NUM_TENSORS:]}
+    _CHECKED.add(given, AppendLaunch(call[:_NUM_TENSORS], **options))  # type: ignore[arg-type]
+
+
+def _launch_again(launch: Callable[..., Tensor | None], call: AppendCall) -> Tensor | None:
+    new_q = launch(call)
+    if scales_are_written(call):
+        mark_changed(*_written(call))
+    else:
+        mark_changed(call.k_cache, call.v_cache)
     return new_q
 
 

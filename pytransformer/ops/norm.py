@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
-from pytransformer.kernels.plans import Plans, properties
+from pytransformer.kernels.plans import Plans
 from pytransformer.ops.autograd import records_backward, refuse_double_backward, vmap_by_loop
 from pytransformer.ops.backend import (
     BackendChoice,
@@ -86,7 +86,7 @@ def layer_norm(
         ValueError: shapes or devices that do not fit, eps negative or not finite.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    key = None
+    alike = None
     straight = _goes_straight(backend, x, weight, bias, residual)
     if straight is not None:
         try:
@@ -94,14 +94,14 @@ def layer_norm(
                 if residual is None:
                     return _cuda_layer_norm()(x, weight, bias, eps)  # type: ignore[no-any-return]
                 return _cuda_add_layer_norm()(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
-            key = _key(x, weight, bias, residual, eps, 0.0, False)
-            launch = _CHECKED.get(key)
+            alike = (x, weight, bias, residual, eps, 0.0, False)
+            launch = _CHECKED.find(alike)
             if launch is not None:
                 return _result(launch(x, weight, bias, residual))
         except (RuntimeError, TypeError):  # the checks below say in clearer words what is wrong
             pass
     call = check_norm(x, weight, bias, eps=eps, weight_offset=0.0, residual=residual, is_rms=False)
-    return _norm(call, LAYER_NORM_CHOICE.select(call, x.device.type, backend), key)
+    return _norm(call, LAYER_NORM_CHOICE.select(call, x.device.type, backend), alike)
 
 
 @overload
@@ -151,7 +151,7 @@ def rms_norm(
         ValueError: shapes or devices that do not fit, eps negative, eps or weight_offset not finite.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    key = None
+    alike = None
     straight = _goes_straight(backend, x, weight, residual)
     if straight is not None:
         try:
@@ -159,20 +159,20 @@ def rms_norm(
                 if residual is None:
                     return _cuda_rms_norm()(x, weight, eps, weight_offset)  # type: ignore[no-any-return]
                 return _cuda_add_rms_norm()(x, residual, weight, eps, weight_offset)  # type: ignore[no-any-return]
-            key = _key(x, weight, None, residual, eps, weight_offset, True)
-            launch = _CHECKED.get(key)
+            alike = (x, weight, None, residual, eps, weight_offset, True)
+            launch = _CHECKED.find(alike)
             if launch is not None:
                 return _result(launch(x, weight, None, residual))
         except (RuntimeError, TypeError):  # the checks below say in clearer words what is wrong
             pass
     call = check_norm(x, weight, None, eps=eps, weight_offset=weight_offset, residual=residual, is_rms=True)
-    return _norm(call, RMS_NORM_CHOICE.select(call, x.device.type, backend), key)
+    return _norm(call, RMS_NORM_CHOICE.select(call, x.device.type, backend), alike)
 
 
-def _norm(call: NormCall, backend: str, key: Hashable) -> NormResult:
-    """The checked call; ``key`` is that of an eager call without a gradient that Triton may serve again without the checks."""
-    if key is not None and backend == "triton":
-        return _keep_and_launch(call, key)
+def _norm(call: NormCall, backend: str, alike: tuple[Any, ...] | None) -> NormResult:
+    """The checked call; ``alike``: arguments of an eager call without a gradient, with which Triton may serve without the checks."""
+    if alike is not None and backend == "triton":
+        return _keep_and_launch(call, alike)
     if backend in ("cuda", "triton"):
         return _kernel_norm(call, backend)
     if torch.is_autocast_enabled(call.x.device.type):
@@ -207,27 +207,11 @@ torch.library.define(
 )
 
 
-# Launches for inference by what _key gives, each after its first call has passed the checks.
+# Launches for inference, each kept after its first call has passed the checks: by (x, weight, bias, residual, eps, weight_offset, is_rms).
 _CHECKED: Plans[Callable[..., tuple[Tensor | None, ...]]] = Plans()
 
 
-def _key(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    is_rms: bool,
-) -> Hashable:
-    """All that the checks and the launch of a call depend on, its backend aside."""
-    # True and 1 are equal to 1.0, but only some of them are allowed.
-    types = (type(eps), type(weight_offset))
-    tensors = (properties(x), properties(weight), properties(bias), properties(residual))
-    return (*tensors, eps, weight_offset, types, is_rms)
-
-
-def _keep_and_launch(call: NormCall, key: Hashable) -> NormResult:
+def _keep_and_launch(call: NormCall, alike: tuple[Any, ...]) -> NormResult:
     from pytransformer.kernels.norm import NormForward
 
     options = {"eps": call.eps, "weight_offset": call.weight_offset, "is_rms": call.is_rms}
@@ -235,7 +219,7 @@ def _keep_and_launch(call: NormCall, key: Hashable) -> NormResult:
         launch = NormForward(*tensors_of(call), **options, statistics=False)  # type: ignore[arg-type]
     except ValueError:  # a tensor must be copied first, each time anew
         return _kernel_norm(call, "triton")
-    _CHECKED.add(key, launch)
+    _CHECKED.add(alike, launch)
     return _result(launch(*tensors_of(call)))  # type: ignore[arg-type]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
-from pytransformer.kernels.plans import Plans, properties
+from pytransformer.kernels.plans import Plans
 from pytransformer.ops import checks
 from pytransformer.ops.autograd import mark_changed, records_backward, vmap_by_loop
 from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight, is_plain, serves_all
@@ -75,7 +75,7 @@ def rope(
             read back: there, those outside are clamped to the table, and PYTRANSFORMER_DEBUG=1 makes them raise.
         NotImplementedError: cos or sin requires grad, or the named backend cannot serve this call; the message says why.
     """
-    key = None
+    alike = None
     try:
         straight = goes_straight(backend, q, k, cos, sin, positions, cu_seqlens)
         if (
@@ -84,8 +84,9 @@ def rope(
             and not (torch.is_grad_enabled() and _requires_grad(q, k, cos, sin))
         ):
             if straight == "triton" and type(offsets) in (int, Tensor):
-                key = _key(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
-                checked = _CHECKED.get(key)
+                offset_tensor = None if type(offsets) is int else offsets
+                alike = (q, k, cos, sin, positions, offset_tensor, cu_seqlens, interleaved, inplace)
+                checked = _CHECKED.find(alike)
                 if checked is not None and (type(offsets) is not int or 0 <= offsets <= checked.max_offset):
                     return _launch_again(checked.launch, q, k, cos, sin, positions, offsets, cu_seqlens, inplace)
             elif straight == "cuda" and type(offsets) is int:
@@ -94,8 +95,8 @@ def rope(
         pass  # an argument is not as it should be: the checks below say which, in clearer words than the op's
     call = check_rope(q, k, cos, sin, positions, offsets, cu_seqlens, interleaved, inplace)
     chosen = CHOICE.select(call, q.device.type, backend)
-    if key is not None and chosen == "triton":
-        _keep(call, key, inplace)
+    if alike is not None and chosen == "triton":
+        _keep(call, alike, inplace)
     if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):
             return _rope(call, chosen, inplace)
@@ -281,28 +282,11 @@ class _Checked(NamedTuple):
     max_offset: int
 
 
+# By (q, k, cos, sin, positions, offsets where they are a tensor, cu_seqlens, interleaved, inplace).
 _CHECKED: Plans[_Checked] = Plans()
 
 
-def _key(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offsets: int | Tensor,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-    inplace: bool,
-) -> Hashable:
-    """All that the checks and the launch of a call depend on, an int ``offsets`` and the backend aside."""
-    tensors = (properties(q), properties(k), properties(cos), properties(sin))
-    indices = None if positions is cu_seqlens is None else (properties(positions), properties(cu_seqlens))
-    where = int if type(offsets) is int else (type(offsets), properties(offsets))  # type: ignore[arg-type]
-    return (*tensors, indices, where, interleaved, inplace, type(interleaved), type(inplace))
-
-
-def _keep(call: RopeCall, key: Hashable, inplace: bool) -> None:
+def _keep(call: RopeCall, alike: tuple[Any, ...], inplace: bool) -> None:
     """Keeps the launch of a checked call, unless values were read for its checks."""
     from pytransformer.kernels.rope import RopeLaunch
 
@@ -314,7 +298,7 @@ def _keep(call: RopeCall, key: Hashable, inplace: bool) -> None:
         0 if call.positions is not None else length if call.cu_seqlens is not None else length - call.q.shape[-3]
     )
     options = {"interleaved": call.interleaved, "inplace": inplace, "reverse": False}
-    _CHECKED.add(key, _Checked(RopeLaunch(*tensors_of(call), **options), max_offset))  # type: ignore[arg-type]
+    _CHECKED.add(alike, _Checked(RopeLaunch(*tensors_of(call), **options), max_offset))  # type: ignore[arg-type]
 
 
 def _launch_again(

@@ -177,5 +177,7 @@ ptxas info    : Used 168 registers, used 1 barriers, 24 bytes cumulative stack s
 
 def test_launched_kernels_are_found_in_the_source(tmp_path):
     path = tmp_path / "kernels.py"
-    path.write_text("first[(1,)](x)\ndef launcher():\n    second[grid](x, BLOCK=1)\n    table[0]\n    third(x)\n")
-    assert compile_gate.launched_kernels(path) == {"first", "second"}
+    path.write_text(
+        "first[(1,)](x)\ndef launcher():\n    second[grid](x, BLOCK=1)\n    table[0]\n    third(x)\n    PreparedLaunch(fourth, grid, x)\n"
+    )
+    assert compile_gate.launched_kernels(path) == {"first", "second", "fourth"}

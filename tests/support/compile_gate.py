@@ -42,10 +42,15 @@ class Case:
 
 
 def launched_kernels(path: Path) -> set[str]:
-    """Names of the kernels that a file launches, that is of ``name`` in each ``name[grid](...)``."""
-    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-    subscripts = (node.func.value for node in calls if isinstance(node.func, ast.Subscript))
-    return {node.id for node in subscripts if isinstance(node, ast.Name)}
+    """Names of the kernels that a file launches: of ``name`` in each ``name[grid](...)`` and each ``PreparedLaunch(name, ...)``."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    kernels = [node.func.value for node in calls if isinstance(node.func, ast.Subscript)]
+    kernels += [
+        node.args[0]
+        for node in calls
+        if isinstance(node.func, ast.Name) and node.func.id == "PreparedLaunch" and node.args
+    ]
+    return {node.id for node in kernels if isinstance(node, ast.Name)}
 
 
 def kernel_modules() -> list[str]:
