@@ -372,8 +372,10 @@ def _benchmark_lines(path: Path) -> list[str]:
 
 
 def _short(row: dict[str, Any], name: str, figures: dict[str, Any]) -> str:
+    from pytransformer.benchmarks import tables
+
     if "value" in figures:
-        return f"{name} {figures['value']:,.4g} {row['unit']}"
+        return f"{name} {tables.number(figures['value'])} {row['unit']}"
     return f"{name} {100 * figures['fraction_of_floor']:.0f} %"
 
 

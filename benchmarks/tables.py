@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,14 @@ def duration(seconds: float) -> str:
     """Three digits and a unit: 12.3 µs."""
     factor, unit = next((pair for pair in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")) if seconds >= pair[0]), (1e-9, "ns"))
     return f"{seconds / factor:#.3g}".rstrip(".") + f" {unit}"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """So many digits, never an exponent: 23,020."""
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{round(value, places):,.{max(0, places)}f}"
 
 
 def spread(figures: Result) -> str:
@@ -102,7 +111,9 @@ def cells(row: Result) -> list[list[str]]:
         label = f"{name} ({note})" if note else name
         if "value" in figures:
             half = (figures["p90"] - figures["p10"]) / 2
-            lines.append([label, f"{figures['value']:,.4g} ± {half:,.2g}", row["unit"], _against_peer(row, name)])
+            lines.append(
+                [label, f"{number(figures['value'])} ± {number(half, 2)}", row["unit"], _against_peer(row, name)]
+            )
             continue
         eager = " eager" if figures["method"] == "events" else ""  # neither a captured graph nor a CPU's clock
         memory = amount(figures["peak_memory_bytes"], "B") if "peak_memory_bytes" in figures else ""

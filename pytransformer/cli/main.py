@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pytransformer import __version__
-from pytransformer.cli import generate, info, plot, train, verify
+from pytransformer.cli import bench, generate, info, plot, train, verify
 
 ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pytransformer {__version__}")
     parser.set_defaults(debug=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, verify, train, generate, plot):
+    for module in (info, verify, bench, train, generate, plot):
         module.add_parser(subparsers)
     _add_debug(parser)
     return parser
@@ -50,7 +50,7 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Every error is one line on standard error and exit code 2."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(bench.expand(sys.argv[1:] if argv is None else argv))
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()

@@ -13,7 +13,7 @@ from pytransformer.cli import info
 from pytransformer.cli import main as main_module
 from pytransformer.cli.main import build_parser, main, one_line
 
-COMMANDS = ("info", "verify", "train", "generate", "plot")
+COMMANDS = ("info", "verify", "bench", "train", "generate", "plot")
 
 
 def test_help_imports_nothing_heavy():
@@ -37,7 +37,16 @@ def test_the_module_runs():
 
 
 @pytest.mark.parametrize(
-    "command", [[], *([name] for name in COMMANDS), ["plot", "loss"], ["plot", "attention"], ["plot", "cache"]]
+    "command",
+    [
+        [],
+        *([name] for name in COMMANDS),
+        ["plot", "loss"],
+        ["plot", "attention"],
+        ["plot", "cache"],
+        ["bench", "run"],
+        ["bench", "compare"],
+    ],
 )
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as exit_:
