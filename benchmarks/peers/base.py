@@ -120,6 +120,17 @@ def lazily(factory: Factory) -> Variant:
     return call
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for exactly the shapes it is called with, as one graph.
+
+    What is compiled of a function is kept by its code, for all rows together; after eight shapes PyTorch would silently go on uncompiled.
+    """
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 2**20
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
 def kept(inputs: Inputs, key: str, make: Callable[[], Any]) -> Any:
     """Something a variant prepares once for each input set (a block mask, a plan, a copy it may overwrite), outside the timing."""
     store = inputs.setdefault("kept", {})

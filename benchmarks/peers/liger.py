@@ -107,6 +107,6 @@ PEER = Peer(
     notes={
         "rope": "rotates in place, on copies of its own",
         "swiglu": "backward: overwrites what it saved, so that later rounds run on other values",
-        "geglu": "backward: overwrites what it saved, so that later rounds run on other values",
+        "geglu": "GELU by tanh; backward: overwrites what it saved, so that later rounds run on other values",
     },
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pytransformer.benchmarks.cases import AttentionCase, DecodeCase
-from pytransformer.benchmarks.peers.base import Factory, Peer, kept
+from pytransformer.benchmarks.peers.base import Factory, Peer, compiled, kept
 from pytransformer.benchmarks.rows import Inputs, Variant
 
 # Scores that the math backend may materialise, in elements: float32, with the softmax and its gradient beside them.
@@ -172,21 +172,22 @@ def _flex(case: AttentionCase) -> Factory | None:
     def make() -> Variant:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        compiled = torch.compile(flex_attention, dynamic=False)
+        attention = compiled(flex_attention)
+        blocks: list[Any] = []  # one mask for all input sets
 
-        def prepare(inputs: Inputs) -> tuple[Any, Mod | None]:
-            mask, seqlen = _mask_mod(case, inputs), case.total_tokens if case.lengths else case.seqlen
-            blocks = None
-            if mask is not None:
-                blocks = create_block_mask(mask, None, None, seqlen, seqlen, device=inputs["q"].device)
-            return blocks, _score_mod(case, inputs)
+        def block_mask(inputs: Inputs) -> Any:
+            if not blocks:
+                mask, seqlen = _mask_mod(case, inputs), case.total_tokens if case.lengths else case.seqlen
+                device = inputs["q"].device
+                blocks.append(mask and create_block_mask(mask, None, None, seqlen, seqlen, device=device))
+            return blocks[0]
 
         def call(inputs: Inputs) -> Tensor:
-            blocks, score_mod = kept(inputs, "flex", lambda: prepare(inputs))
+            mask, score_mod = block_mask(inputs), kept(inputs, "flex", lambda: _score_mod(case, inputs))
             q, k, v = (
                 (inputs[name][None] if case.lengths else inputs[name]).transpose(1, 2) for name in ("q", "k", "v")
             )
-            out = compiled(q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=case.is_grouped)
+            out = attention(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=case.is_grouped)
             out = out.transpose(1, 2)
             return out[0] if case.lengths else out
 

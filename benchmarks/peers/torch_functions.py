@@ -6,12 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer.benchmarks.cases import ActivationCase, AppendCase, LinearCrossEntropyCase, NormCase, RopeCase
-from pytransformer.benchmarks.peers.base import Factory, Peer
+from pytransformer.benchmarks.peers.base import Factory, Peer, compiled
 from pytransformer.benchmarks.rows import Inputs, Variant
 from pytransformer.benchmarks.suites import formulas
 
@@ -40,8 +39,8 @@ def _eager(formula: Formula, arguments: Callable[[Inputs], tuple[Any, ...]]) -> 
 
 def _compiled(formula: Formula, arguments: Callable[[Inputs], tuple[Any, ...]]) -> Factory:
     def make() -> Variant:
-        compiled = torch.compile(formula, dynamic=False)
-        return lambda inputs: compiled(*arguments(inputs))
+        function = compiled(formula)
+        return lambda inputs: function(*arguments(inputs))
 
     return make
 

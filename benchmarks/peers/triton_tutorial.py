@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import linecache
 import math
 import sys
 import types
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pytransformer.benchmarks.cases import AttentionCase, NormCase
-from pytransformer.benchmarks.peers.base import Factory, Peer, loose_file
+from pytransformer.benchmarks.peers.base import Factory, Peer, kept, loose_file
 from pytransformer.benchmarks.rows import Inputs, Variant
 
 ATTENTION = "triton-tutorials/06-fused-attention.py"
@@ -35,8 +34,6 @@ def load(path: Path) -> types.ModuleType:
     module = types.ModuleType(f"triton_tutorial_{path.stem.replace('-', '_')}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    # Triton reads the source of its kernels by way of inspect.
-    linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
     exec(compile(tree, str(path), "exec"), module.__dict__)
     return module
 
@@ -55,7 +52,8 @@ def _is_decorated_for_tests(node: ast.stmt) -> bool:
 
 
 def _attention(case: AttentionCase) -> Factory | None:
-    if case.options or case.is_grouped or case.seqlen % 128 or case.head_dim not in (64, 128, 256):
+    # `deterministic` its backward pass always is; it has no other option.
+    if case.options - {"deterministic"} or case.is_grouped or case.seqlen % 128 or case.head_dim not in (64, 128, 256):
         return None
 
     def make() -> Variant:
@@ -65,23 +63,23 @@ def _attention(case: AttentionCase) -> Factory | None:
         extra = [False for name in known[5:] if name == "warp_specialize"]
 
         def call(inputs: Inputs) -> Tensor:
-            # It wants (batch, num_heads, seqlen, head_dim) contiguous: such copies are not its fault, so they are leaves of their own.
-            q, k, v = _contiguous(inputs)
-            return module.attention(q, k, v, case.causal, 1 / math.sqrt(case.head_dim), *extra).transpose(1, 2)
+            q, k, v = _as_it_wants_them(inputs)
+            out: Tensor = module.attention(q, k, v, case.causal, 1 / math.sqrt(case.head_dim), *extra)
+            if not out.requires_grad:
+                return out.transpose(1, 2)
+            out.register_hook(lambda gradient: gradient.contiguous())
+            return out.transpose(1, 2).to(inputs["q"].dtype)
 
         return call
 
     return make
 
 
-def _contiguous(inputs: Inputs) -> list[Tensor]:
-    """q, k, v as (batch, num_heads, seqlen, head_dim), contiguous; with gradients by way of the originals."""
+def _as_it_wants_them(inputs: Inputs) -> list[Tensor]:
+    """q, k, v as (batch, num_heads, seqlen, head_dim), contiguous, in float16; where there are gradients, by way of the originals."""
     if inputs["q"].requires_grad and torch.is_grad_enabled():
-        return [inputs[name].transpose(1, 2).contiguous() for name in "qkv"]
-    store = inputs.setdefault("kept", {})
-    if "triton_tutorial" not in store:
-        store["triton_tutorial"] = [inputs[name].detach().transpose(1, 2).contiguous() for name in "qkv"]
-    return store["triton_tutorial"]
+        return [inputs[name].transpose(1, 2).contiguous().half() for name in "qkv"]
+    return kept(inputs, "triton_tutorial", lambda: [inputs[name].transpose(1, 2).contiguous().half() for name in "qkv"])
 
 
 def _layer_norm(case: NormCase) -> Factory | None:
@@ -105,6 +103,8 @@ ATTENTION_PEER = Peer(
     "triton",
     {"attention": _attention},
     file=ATTENTION,
-    notes={"attention": "autotuned at its first call; the backward pass pays for copies into its layout"},
+    notes={
+        "attention": "in float16, for which it is written; autotuned at its first call; its backward pass pays for copies into its layout"
+    },
 )
 LAYER_NORM_PEER = Peer("triton_tutorial", "triton", "triton", {"layer_norm": _layer_norm}, file=LAYER_NORM)

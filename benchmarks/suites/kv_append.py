@@ -36,6 +36,7 @@ TINY = (
     AppendCase(2, 1, 4, 2, 32, fused=True),
     AppendCase(2, 8, 4, 2, 32),
     AppendCase(2, 8, 4, 2, 32, True, 16),
+    AppendCase(2, 8, 4, 2, 32, False, 16),
     AppendCase(3, 5, 4, 2, 32, False, 8, "fp8"),
     AppendCase(3, 5, 4, 2, 32, True, 0, "int8"),
 )
