@@ -38,6 +38,10 @@ UNSPECIALISED = (
     "window_left",
     "window_right",
     "dropout_last_out",
+    "dbias_rows",
+    "dbias_cols",
+    "tiles_m",
+    "tiles_n",
 )
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -50,6 +50,8 @@ MERGE_SPLITS = 16
 # Sizes that change from call to call must not compile a kernel each.
 _SIZES = ["num_splits", "seqlen_q", "capacity", "window_left", "window_right"]
 _SIZES += ["fine_keys", "fine_splits", "coarse_keys", "scratch_rows"]
+# Strides of what is read one by one, which change with the lengths.
+_SIZES += ["stride_lse_batch", "stride_lse_head", "stride_table_batch", "stride_k_scale_page", "stride_v_scale_page"]
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "batch", "num_tiles"])
