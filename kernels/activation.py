@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pytransformer.kernels.launch import COMMON_OPTIONS, cdiv, next_power_of_2, on_device
+from pytransformer.kernels.launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, next_power_of_2
 from pytransformer.kernels.norm import RowLayout, row_layout, row_offsets
+from pytransformer.kernels.plans import Plans
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -219,19 +221,24 @@ def activation_backward_kernel(
 # ----------------------------------------------------------------------------------------------------------------------- launcher
 
 
-def _grid(num_cols: int, layout: RowLayout, config: ActivationConfig) -> tuple[int]:
-    return (cdiv(layout.num_rows, config.block_rows) * cdiv(num_cols, config.block_cols),)
-
-
-def _options(
-    num_cols: int, activation: str, gated: bool, packed: bool, layout: RowLayout, config: ActivationConfig
-) -> dict[str, object]:
-    """What both kernels are compiled for."""
-    return {
+def _prepared(
+    kernel: Any,
+    tensors: Sequence[Tensor | None],
+    layout: RowLayout,
+    num_cols: int,
+    activation: str,
+    gated: bool,
+    config: ActivationConfig,
+) -> PreparedLaunch:
+    """The launch of either kernel for its inputs (the last is up, or None) and the places of as many outputs as there are gradients."""
+    strides = [*layout.strides, (0, 0)][: len(tensors)]
+    inputs = [value for tensor, pair in zip(tensors, strides) for value in (tensor, *pair)]
+    outputs = [None] * (len(tensors) - 1)
+    constants = {
         "NUM_COLS": num_cols,
         "ACTIVATION": activation,
         "IS_GATED": gated,
-        "IS_PACKED": packed,
+        "IS_PACKED": gated and tensors[-1] is None,
         "GROUPED": layout.grouped,
         "ALIGNMENT": layout.alignment,
         "BLOCK_ROWS": config.block_rows,
@@ -239,6 +246,86 @@ def _options(
         "num_warps": config.num_warps,
         **COMMON_OPTIONS,
     }
+    grid = (cdiv(layout.num_rows, config.block_rows) * cdiv(num_cols, config.block_cols),)
+    return PreparedLaunch(kernel, grid, (*inputs, *outputs, layout.num_rows, layout.rows_per_group), constants)
+
+
+class ActivationForward:
+    """The launch for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times."""
+
+    def __init__(
+        self, gate: Tensor, up: Tensor | None, activation: str, gated: bool, config: ActivationConfig | None
+    ) -> None:
+        packed = gated and up is None
+        num_cols = gate.shape[-1] // 2 if packed else gate.shape[-1]
+        self._half = (*gate.shape[:-1], num_cols) if packed else None
+        self._new_out = NewTensor(gate)
+        self._launch: PreparedLaunch | None = None
+        if gate.numel() > 0:
+            _, layout = row_layout([gate] if up is None else [gate, up])
+            config = config or tile_config(num_cols, FORWARD_ELEMENTS)
+            self._launch = _prepared(
+                activation_forward_kernel, (gate, up), layout, num_cols, activation, gated, config
+            )  # fmt: skip
+
+    def __call__(self, gate: Tensor, up: Tensor | None) -> Tensor:
+        """As :func:`activation_forward`."""
+        half = self._half
+        out = self._new_out(gate) if half is None else torch.empty(half, dtype=gate.dtype, device=gate.device)
+        if self._launch is not None:
+            self._launch((gate, up, out))
+        return out
+
+
+class ActivationBackward:
+    """The same for the backward kernel."""
+
+    def __init__(
+        self,
+        dout: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        activation: str,
+        gated: bool,
+        config: ActivationConfig | None,
+    ) -> None:
+        self._new_dgate, self._new_dup = NewTensor(gate), None if up is None else NewTensor(up)
+        self._launch: PreparedLaunch | None = None
+        if gate.numel() > 0:
+            num_cols = dout.shape[-1]
+            _, layout = _walk(dout, gate, up, gated)
+            config = config or tile_config(num_cols, BACKWARD_ELEMENTS)
+            self._launch = _prepared(
+                activation_backward_kernel, (dout, gate, up), layout, num_cols, activation, gated, config
+            )  # fmt: skip
+
+    def __call__(self, dout: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As :func:`activation_backward`."""
+        dgate = self._new_dgate(gate)
+        dup = None if self._new_dup is None or up is None else self._new_dup(up)
+        if self._launch is not None:
+            self._launch((dout, gate, up, dgate, dup))
+        return dgate, dup
+
+
+def _walk(dout: Tensor, gate: Tensor, up: Tensor | None, gated: bool) -> tuple[list[Tensor], RowLayout]:
+    """:func:`row_layout` of the backward pass's inputs; a packed gate has longer rows than dout, which are walked in step with it."""
+    if up is not None or not gated:
+        return row_layout([dout, gate] if up is None else [dout, gate, up])
+    num_cols = dout.shape[-1]
+    if dout.is_contiguous() and gate.is_contiguous():
+        num_rows = dout.numel() // num_cols
+        strides = ((0, num_cols), (0, 2 * num_cols))
+        return [dout, gate], RowLayout(num_rows, num_rows, strides, math.gcd(num_cols, 16))
+    half = gate.narrow(-1, 0, num_cols)
+    walked, layout = row_layout([dout, half])
+    if walked[1] is not half:  # a copy of this half would not have the other one behind it
+        return _walk(dout.contiguous(), gate.contiguous(), None, gated)
+    return [walked[0], gate], layout
+
+
+_FORWARD: Plans[ActivationForward] = Plans()
+_BACKWARD: Plans[ActivationBackward] = Plans()
 
 
 def activation_forward(
@@ -257,35 +344,16 @@ def activation_forward(
     Returns:
         (..., width) in gate's dtype, contiguous.
     """
-    packed = gated and up is None
-    num_cols = gate.shape[-1] // 2 if packed else gate.shape[-1]
-    out = torch.empty((*gate.shape[:-1], num_cols), dtype=gate.dtype, device=gate.device)
-    if out.numel() == 0:
-        return out
-    walked, layout = row_layout([gate] if up is None else [gate, up])
-    up_row = (None, 0, 0) if up is None else (walked[1], *layout.strides[1])
-    config = config or tile_config(num_cols, FORWARD_ELEMENTS)
-    grid = _grid(num_cols, layout, config)
-    with on_device(gate):
-        activation_forward_kernel[grid](
-            *(walked[0], *layout.strides[0], *up_row, out, layout.num_rows, layout.rows_per_group),
-            **_options(num_cols, activation, gated, packed, layout, config),
-        )
-    return out
-
-
-def _packed_layout(dout: Tensor, gate_and_up: Tensor) -> tuple[list[Tensor], RowLayout]:
-    """:func:`row_layout` of dout (..., width) and gate_and_up (..., 2 · width), whose rows are walked in step."""
-    num_cols = dout.shape[-1]
-    if dout.is_contiguous() and gate_and_up.is_contiguous():
-        num_rows = dout.numel() // num_cols
-        strides = ((0, num_cols), (0, 2 * num_cols))
-        return [dout, gate_and_up], RowLayout(num_rows, num_rows, strides, math.gcd(num_cols, 16))
-    gate = gate_and_up.narrow(-1, 0, num_cols)
-    walked, layout = row_layout([dout, gate])
-    if walked[1] is not gate:  # a copy of this half would not have the other one behind it
-        return _packed_layout(dout.contiguous(), gate_and_up.contiguous())
-    return [walked[0], gate_and_up], layout
+    alike = (gate, up, activation, gated, config)
+    forward = _FORWARD.find(alike)
+    if forward is None:
+        if gate.numel() > 0:
+            (gate, *others), _ = row_layout([gate] if up is None else [gate, up])
+            up = others[0] if others else None
+        forward = ActivationForward(gate, up, activation, gated, config)
+        if gate is alike[0] and up is alike[1]:
+            _FORWARD.add(alike, forward)
+    return forward(gate, up)
 
 
 def activation_backward(
@@ -307,25 +375,16 @@ def activation_backward(
     Returns:
         The gradient of gate, both halves of it if up is one of them, and that of up or None; contiguous.
     """
-    packed = gated and up is None
-    num_cols = dout.shape[-1]
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    if dgate.numel() == 0:
-        return dgate, dup
-    walked, layout = (
-        _packed_layout(dout, gate) if packed else row_layout([dout, gate] if up is None else [dout, gate, up])
-    )
-    up_row = (None, 0, 0) if up is None else (walked[2], *layout.strides[2])
-    config = config or tile_config(num_cols, BACKWARD_ELEMENTS)
-    grid = _grid(num_cols, layout, config)
-    with on_device(gate):
-        activation_backward_kernel[grid](
-            *(walked[0], *layout.strides[0], walked[1], *layout.strides[1], *up_row, dgate, dup),
-            *(layout.num_rows, layout.rows_per_group),
-            **_options(num_cols, activation, gated, packed, layout, config),
-        )
-    return dgate, dup
+    alike = (dout, gate, up, activation, gated, config)
+    backward = _BACKWARD.find(alike)
+    if backward is None:
+        if gate.numel() > 0:
+            (dout, gate, *others), _ = _walk(dout, gate, up, gated)
+            up = others[0] if others else None
+        backward = ActivationBackward(dout, gate, up, activation, gated, config)
+        if all(after is before for after, before in zip((dout, gate, up), alike)):
+            _BACKWARD.add(alike, backward)
+    return backward(dout, gate, up)
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
