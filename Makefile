@@ -15,7 +15,7 @@ COMPILE_SECONDS := 3000
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
-.PHONY: help demo test test-all cuda sanitize gate gate-figures lint types gpu bench peers readme-numbers clean venv
+.PHONY: help demo test test-all cuda sanitize gate gate-figures lint types gpu gpu-bench bench peers readme-numbers clean venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
@@ -68,14 +68,18 @@ lint: $(VENV)/.dev ## ruff (lint and format), and the import contract
 types: $(VENV)/.dev ## mypy --strict on pytransformer/
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## smoke run of the benchmarks on this machine (the real grid is `make gpu`)
-	PYTHONPATH=. $(BIN)/python -m pytest benchmarks/test_ops.py --benchmark-only
+bench: $(VENV)/.dev ## every benchmark row on this machine, tables and pictures in runs/bench; on a CPU a smoke run at tiny sizes (≤ 2 minutes)
+	$(BIN)/pytransformer bench --peers --plot
+	PYTHONPATH=. $(BIN)/python -m pytest benchmarks/test_ops.py --benchmark-only --benchmark-columns=median,iqr,rounds
 
 readme-numbers: ## README.md's numbers from the committed results
 	$(PYTHON) tools/readme_numbers.py
 
-gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; results in $$OUT
-	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu
+gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; MINUTES=25 for more of the grid; results in $$OUT
+	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))
+
+gpu-bench: ## the benchmarks of `make gpu` alone, without tests and sanitizers; one that was cut off goes on
+	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu --parts build,quick,full $(if $(MINUTES),--minutes $(MINUTES))
 
 peers: $(VENV)/.dev ## wheels of the packages we compare with into peers/, for a GPU machine without a network; there: tools/fetch_peers.py --install
 	$(BIN)/python tools/fetch_peers.py

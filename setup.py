@@ -1,6 +1,7 @@
 """Packages of the distribution, and the CUDA extension where it can be built; everything else stands in pyproject.toml.
 
-``kernels/`` lies beside the package and is imported as ``pytransformer.kernels`` (in a checkout through the committed link of that name).
+``kernels/`` and ``benchmarks/`` lie beside the package and are imported as ``pytransformer.kernels`` and ``pytransformer.benchmarks`` (in a
+checkout through the committed links of those names). Of the benchmarks the results and the pytest suites stay out.
 
 The extension (csrc/, compiled by csrc/build.py) is an extra: without nvcc or without torch's headers the installation succeeds in seconds,
 with Triton's kernels only. PYTRANSFORMER_CUDA=1 makes whatever is missing an error, =0 never builds. Editable installations build it with
@@ -35,6 +36,19 @@ def builder():
     return module
 
 
+def packages():
+    """Names of everything that is installed."""
+    inner = find_packages(str(ROOT / "benchmarks"))
+    return sorted(
+        {
+            *find_packages(include=["pytransformer", "pytransformer.*"]),
+            "pytransformer.kernels",
+            "pytransformer.benchmarks",
+            *(f"pytransformer.benchmarks.{name}" for name in inner),
+        }
+    )
+
+
 class BuildWithCuda(build_py):
     """Copies the Python files, then builds the extension beside them, or leaves a note why there is none."""
 
@@ -56,6 +70,12 @@ class BuildWithCuda(build_py):
             if not editable:
                 (package / "_cuda_absent.txt").write_text(str(error).splitlines()[0] + "\n")
 
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        if not package.startswith("pytransformer.benchmarks"):
+            return modules
+        return [module for module in modules if module[1] != "conftest" and not module[1].startswith("test_")]
+
     def get_outputs(self, include_bytecode=1):
         built = (Path(self.build_lib) / "pytransformer").glob("_cuda*")
         return [*super().get_outputs(include_bytecode), *map(str, built)]
@@ -74,8 +94,8 @@ class Wheel(bdist_wheel):
 
 setup(
     version=version.group(1),
-    packages=[*find_packages(include=["pytransformer", "pytransformer.*"]), "pytransformer.kernels"],
-    package_dir={"pytransformer.kernels": "kernels"},
-    package_data={"pytransformer": ["py.typed"]},
+    packages=packages(),
+    package_dir={"pytransformer.kernels": "kernels", "pytransformer.benchmarks": "benchmarks"},
+    package_data={"pytransformer": ["py.typed"], "pytransformer.benchmarks": ["schema.json"]},
     cmdclass={"build_py": BuildWithCuda, "bdist_wheel": Wheel},
 )

@@ -87,7 +87,7 @@ def _wheel(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     ).stdout.split("\0")
     for name in filter(None, files):
         if (
-            not name.startswith(("tests/", "benchmarks/", "docs/"))
+            not name.startswith(("tests/", "benchmarks/results/", "docs/"))
             and (ROOT / name).is_file()
             and not (ROOT / name).is_symlink()
         ):
@@ -105,7 +105,15 @@ def test_without_nvcc_the_wheel_is_pure_python_and_remembers_why(tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as files:
         assert "no CUDA compiler" in files.read("pytransformer/_cuda_absent.txt").decode()
-        assert "pytransformer/kernels/norm.py" in files.namelist()
+        names = set(files.namelist())
+    assert {
+        "pytransformer/kernels/norm.py",
+        "pytransformer/benchmarks/run.py",
+        "pytransformer/benchmarks/suites/norm.py",
+        "pytransformer/benchmarks/peers/base.py",
+        "pytransformer/benchmarks/schema.json",
+    } <= names
+    assert not [name for name in names if "test_ops" in name or "conftest" in name or "/results/" in name]
 
 
 def test_without_nvcc_an_extension_that_was_asked_for_is_an_error(tmp_path):
