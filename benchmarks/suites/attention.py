@@ -89,18 +89,17 @@ def _prices() -> Iterator[AttentionCase]:
 
 
 def _grid() -> Iterator[AttentionCase]:
-    """hidden 2048: every head size, mask, length and pass; grouped heads in full attention and at 512."""
+    """hidden 2048: every head size, mask, length and pass; then grouped heads."""
     for causal in (True, False):
         for head_dim in HEAD_DIMS:
             for seqlen in LENGTHS:
                 case = _hidden_2048(seqlen, head_dim, causal=causal)
                 yield case
                 yield replace(case, backward=True)
-    for seqlen in LENGTHS:
-        yield _llama(seqlen, causal=False)
-        yield _llama(seqlen, causal=False, backward=True)
-    yield _llama(512)
-    yield _llama(512, backward=True)
+    for causal in (True, False):
+        for seqlen in LENGTHS:
+            yield _llama(seqlen, causal=causal)
+            yield _llama(seqlen, causal=causal, backward=True)
     for seqlen in LENGTHS:
         yield _llama(seqlen, both=True)
     for causal in (True, False):
@@ -185,7 +184,9 @@ def draw(case: AttentionCase, device: torch.device, seed: int) -> Inputs:
         inputs["bias"] = normal(device, 8 * seed + 5, 1, case.num_heads, case.seqlen, case.seqlen)
     if case.alibi:
         exponents = torch.arange(1, case.num_heads + 1, device=device) * (8.0 / case.num_heads)
-        inputs["alibi_slopes"] = torch.exp2(-exponents).float()
+        inputs["alibi_slopes"] = torch.exp2(
+            -exponents.flip(0)
+        ).float()  # the last head, which is checked, has the steepest
     if case.dropout_p:
         inputs["dropout_seed"] = torch.tensor([case.dropout_seed, seed], dtype=torch.int64, device=device)
     if case.lengths:
