@@ -72,8 +72,8 @@ bench: $(VENV)/.dev ## every benchmark row on this machine, tables and pictures 
 	$(BIN)/pytransformer bench --peers --plot
 	PYTHONPATH=. $(BIN)/python -m pytest benchmarks/test_ops.py --benchmark-only --benchmark-columns=median,iqr,rounds
 
-readme-numbers: ## README.md's numbers from the committed results
-	$(PYTHON) tools/readme_numbers.py
+readme-numbers: $(VENV)/.dev ## README.md's numbers and pictures from the committed results
+	$(BIN)/python tools/readme_numbers.py
 
 gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; MINUTES=25 for more of the grid; results in $$OUT
 	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))

@@ -21,6 +21,7 @@ from torch import Tensor
 from pytransformer.benchmarks import record
 from pytransformer.benchmarks.rows import Absent, Inputs, Measurement, Row
 from pytransformer.benchmarks.supervise import REVISION, Limits, Outcome, supervise
+from pytransformer.benchmarks.timing import ContextLost
 
 SUITES = {"rehearsal": None}
 MODULE = "pytransformer.benchmarks.rehearsal"
@@ -46,6 +47,10 @@ def _exits(inputs: Inputs) -> Tensor:
 def _hangs(inputs: Inputs) -> Tensor:
     time.sleep(3600)
     return inputs["x"]
+
+
+def _loses_context(inputs: Inputs) -> Tensor:
+    raise ContextLost("triton", "RuntimeError: an illegal memory access was encountered")
 
 
 def _out_of_memory(inputs: Inputs) -> Tensor:
@@ -98,6 +103,7 @@ def rows(
     yield _row("raises", triton=_raises)
     yield _row("peer raises", peer=_raises)
     yield _row("exits", cuda=_exits, peer=_double)
+    yield _row("loses the context", triton=_loses_context, peer=_double)
     yield _row("out of memory", triton=_out_of_memory)
     yield _row("hangs", peer=_hangs)
     yield _row("wrong", triton=_wrong)
@@ -124,6 +130,7 @@ EXPECTED: dict[str, tuple[set[str], set[str], set[str]] | None] = {
     "raises": ({"torch"}, {"triton"}, set()),
     "peer raises": ({"torch"}, {"peer"}, set()),
     "exits": ({"torch", "peer"}, {"cuda"}, set()),
+    "loses the context": ({"torch", "peer"}, {"triton"}, set()),
     "out of memory": ({"torch"}, {"triton"}, set()),
     "hangs": ({"torch"}, {"peer"}, set()),
     "wrong": ({"torch"}, {"triton"}, set()),
@@ -133,8 +140,8 @@ EXPECTED: dict[str, tuple[set[str], set[str], set[str]] | None] = {
     "three samples": ({"torch"}, {"peer"}, set()),
     "right again": ({"torch", "peer"}, set(), set()),
 }
-# Ours: the variants triton and cuda of four rows, and the two rows that failed as a whole.
-EXPECTED_FAULTS = 6
+# Ours: the variants triton and cuda of five rows, and the two rows that failed as a whole.
+EXPECTED_FAULTS = 7
 
 
 def differences(content: dict[str, Any]) -> list[str]:

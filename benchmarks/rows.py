@@ -186,10 +186,14 @@ def _check(row: Row, inputs: Inputs, device: torch.device, options: Options) -> 
             checked.errors[name] = error
         except (Absent, NotImplementedError, ModuleNotFoundError) as error:
             checked.absent[name] = reason_of(error).removeprefix("Absent: ")
+        except ContextLost:
+            raise
         except Exception as error:  # a failing variant must not end the run
             checked.failed[name] = reason_of(error)
             if context_is_lost(device):
                 raise ContextLost(name, checked.failed[name]) from error
+        if checked.failed.get(name, "").startswith("out of memory"):
+            torch.cuda.empty_cache()  # what it had taken is of no use to the others in pieces
     return checked
 
 

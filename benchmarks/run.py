@@ -26,7 +26,7 @@ from pytransformer.benchmarks.record import Record, key_of
 from pytransformer.benchmarks.roofline import Ceilings, measure_ceilings
 from pytransformer.benchmarks.rows import Measurement, Options, Row, is_ours, run_measurement, run_row
 from pytransformer.benchmarks.tables import describe_ceilings, plain_lines
-from pytransformer.benchmarks.timing import ContextLost, Sampling, reason_of, side_stream
+from pytransformer.benchmarks.timing import ContextLost, Sampling, context_is_lost, reason_of, side_stream
 
 FAULTS, USAGE, CONTEXT_LOST = 3, 2, 75
 # Environment variable with the process id of the supervisor.
@@ -134,7 +134,7 @@ class Worker:
                 self._one(row, ceilings)
         except ContextLost as error:
             print(f"the GPU context is lost: {error}; a new process goes on", flush=True)
-            return CONTEXT_LOST
+            os._exit(CONTEXT_LOST)  # whatever would be tidied up on the way out would fail, or hang
         self._close(left_out, ceilings, small)
         return FAULTS if self.faults else 0
 
@@ -165,6 +165,9 @@ class Worker:
             self.record.running(row.op, row.shape, section, error.variant, error.reason)
             raise
         except Exception as error:  # one broken row must not end the run
+            if context_is_lost(self.device):
+                self.record.running(row.op, row.shape, section, "", reason_of(error))
+                raise ContextLost("", reason_of(error)) from error
             result = failed_row(row.op, row.shape, reason_of(error), row.priority)
         self.record.content["seconds"] = self.before + self.elapsed()
         self.record.add(result, section)

@@ -22,6 +22,8 @@ from pytransformer.benchmarks.run import CONTEXT_LOST, FAULTS, SUPERVISOR, USAGE
 
 # Seconds. A stage is one variant's check or capture, compilation included, or all rounds of a row.
 STAGE_SECONDS = 120.0
+# A measurement's stage is a whole training or installation: it gets the time of this many.
+MEASUREMENT_STAGES = 3
 # From the start of a process to its first row: imports, ceilings.
 START_SECONDS = 180.0
 # A process that is past its time limit gets this long to end its row.
@@ -181,8 +183,10 @@ def _watch(
                 return _PAST_THE_END
             if note is None and now - max(started, _last_written(out)) > limits.start:
                 return f"did nothing for {limits.start:.0f} s"
-            if note is not None and now - note["since"] > limits.stage:
-                return f"ran past {limits.stage:.0f} s"
+            if note is not None:
+                limit = limits.stage * (MEASUREMENT_STAGES if note["section"] == "measurements" else 1)
+                if now - note["since"] > limit:
+                    return f"ran past {limit:.0f} s"
             continue
         if code == CONTEXT_LOST:
             note = _note(out) or {}

@@ -1,18 +1,25 @@
 """Writes the numbers of README.md from the committed results under benchmarks/results/; with --check, fails if they are stale.
 
-Nothing in README.md's section of numbers is typed in by hand.
+Nothing in README.md's section of numbers is typed in by hand. Results of GPUs (benchmarks/results/gpu/*.json, as `make gpu` writes them)
+are also drawn, into docs/img/; sources.json there says from which result each picture was made.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "img"
+# Ends of the names of the pictures that README.md shows; the others lie beside them.
+SHOWN = ("-peers", "-roofline", "-attention_forward", "-decode_attention")
+WRITING = True
 BEGIN = "<!-- numbers: made by tools/readme_numbers.py from benchmarks/results/; do not edit -->"
 END = "<!-- end of numbers -->"
 
@@ -55,45 +62,100 @@ def host_table(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def gpu_tables() -> list[str]:
-    """Fraction of the floor of each row of the newest result of each GPU."""
-    newest: dict[str, dict[str, Any]] = {}
+def gpu_results() -> dict[Path, dict[str, Any]]:
+    """The newest result of each GPU, by its file. Raises ValueError if a file there is not a valid result."""
+    from pytransformer.benchmarks import record, schema
+
+    newest: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted((RESULTS / "gpu").glob("*.json")):
-        result = json.loads(path.read_text())
+        result = record.load(path)
+        try:
+            schema.validate(result)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         device = result["environment"]["device"]
-        if device not in newest or result["environment"]["time"] > newest[device]["environment"]["time"]:
-            newest[device] = result
-    if not newest:
+        if device not in newest or result["environment"]["time"] > newest[device][1]["environment"]["time"]:
+            newest[device] = (path, result)
+    return dict(newest.values())
+
+
+def gpu_tables() -> list[str]:
+    """Times and fractions of the floor of the quick grid's rows, of each GPU, and pictures of the whole result."""
+    if not any((RESULTS / "gpu").glob("*.json")):
         return [
             "**On a GPU**: no result has been measured yet, so there is no number to show. `make gpu` makes them.",
             "",
         ]
+    from pytransformer.benchmarks.tables import describe_ceilings
+
     lines = []
-    for device, result in newest.items():
-        ceilings, where = result["ceilings"], result["environment"]
+    for path, result in gpu_results().items():
+        where = result["environment"]
         lines += [
-            f"**{device}** (torch {where['torch']}, triton {where['triton']}; in the same run copy {ceilings['copy'] * 1e-12:.2f} TB/s, "
-            f"bf16 matmul {ceilings['matmul'] * 1e-12:.0f} TFLOP/s): fraction of the floor.",
+            f"**{where['device']}** (torch {where['torch']}, triton {where['triton']}, revision {where['revision']}; "
+            f"{describe_ceilings(result['ceilings'])}, measured in the same run). "
+            f"All rows and samples: [{path.name}]({path.relative_to(ROOT)}).",
             "",
-            "| op | shape | ours | best peer |",
-            "|---|---|---:|---:|",
+            "| op | shape | fastest of ours | time | of floor | best peer | ours is |",
+            "|---|---|---|---:|---:|---|---:|",
         ]
-        lines += [_gpu_row(row) for row in result["rows"] if row["variants"]]
-        lines.append("")
+        rows = [row for row in result["rows"] if row["variants"]]
+        lines += [gpu_row(row) for row in ([row for row in rows if row["priority"] == 0] or rows)]
+        lines += ["", *measurement_table(result)]
+        for picture in pictures(path, result):
+            if picture.stem.endswith(SHOWN):
+                lines += [f"![{picture.stem}]({picture.relative_to(ROOT)})", ""]
     return lines
 
 
-def _gpu_row(row: dict[str, Any]) -> str:
-    ours = {name: v["fraction_of_floor"] for name, v in row["variants"].items() if name in ("triton", "cuda")}
-    peers = {name: v["fraction_of_floor"] for name, v in row["variants"].items() if name not in ours}
+def gpu_row(row: dict[str, Any]) -> str:
+    """One row of a GPU's table."""
+    from pytransformer.benchmarks.tables import best_of_ours, best_peer, duration, speedup
 
-    def best(found: dict[str, float]) -> str:
-        if not found:
-            return "—"
-        name = max(found, key=lambda key: found[key])
-        return f"{100 * found[name]:.0f} % ({name})"
+    ours, peer = best_of_ours(row), best_peer(row)
+    cells = ["—", "—", "—"]
+    if ours:
+        share = 100 * row["variants"][ours[0]]["fraction_of_floor"]
+        cells = [ours[0], duration(ours[1]), f"{share:.0f} %"]
+    ratio = speedup(row, ours[0]) if ours else None
+    cells += [peer[0] if peer else "—", f"{ratio:.2f}×" if ratio else "—"]
+    return f"| {row['op'].replace('_', ' ')} | {row['shape']} | {' | '.join(cells)} |"
 
-    return f"| {row['op']} | {row['shape']} | {best(ours)} | {best(peers)} |"
+
+def measurement_table(result: dict[str, Any]) -> list[str]:
+    """Tokens per second and other figures with a unit of their own."""
+    from pytransformer.benchmarks.tables import best_of_ours, best_peer, number, speedup
+
+    lines = ["| measured | shape | fastest of ours | | unit | best peer | ours is |", "|---|---|---|---:|---|---|---:|"]
+    for row in result["measurements"]:
+        ours, peer = best_of_ours(row), best_peer(row)
+        if not ours or row["priority"]:
+            continue
+        ratio = speedup(row, ours[0])
+        cells = [ours[0], number(ours[1]), row["unit"], peer[0] if peer else "—", f"{ratio:.2f}×" if ratio else "—"]
+        lines.append(f"| {row['op'].replace('_', ' ')} | {row['shape']} | {' | '.join(cells)} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def pictures(path: Path, result: dict[str, Any]) -> list[Path]:
+    """The pictures of a result: as sources.json lists them if they were made from it, else drawn now, unless nothing may be written."""
+    listed: dict[str, Any] = load(IMAGES / "sources.json") or {}
+    stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", result["environment"]["device"].lower()).strip("-")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    known = listed.get(stem, {})
+    drawn = [IMAGES / name for name in known.get("pictures", ())]
+    if known.get("sha256") == digest and all(picture.exists() for picture in drawn):
+        return drawn
+    if not WRITING:
+        return []  # the links are missing then, so the page is stale
+    from pytransformer.benchmarks.plots import draw
+
+    for picture in drawn:
+        picture.unlink(missing_ok=True)
+    drawn = draw(result, IMAGES, stem)
+    listed[stem] = {"result": path.name, "sha256": digest, "pictures": [picture.name for picture in drawn]}
+    (IMAGES / "sources.json").write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n")
+    return drawn
 
 
 def numbers() -> str:
@@ -109,11 +171,13 @@ def numbers() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Rewrites README.md; with --check only compares, and returns 1 if it differs."""
+    global WRITING
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail instead of writing")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    WRITING = not arguments.check
     page = ROOT / "README.md"
     before = page.read_text()
     head, rest = before.split(BEGIN)
@@ -127,4 +191,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     raise SystemExit(main())

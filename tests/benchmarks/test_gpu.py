@@ -29,11 +29,14 @@ def test_a_cut_off_and_rows_that_go_wrong(cut):
     assert half["rows"] == whole["rows"][: len(half["rows"])], "rows before the cut are kept as they were"
     assert [(incident["shape"], incident["variant"]) for incident in whole["incidents"]] == [
         ("exits", "cuda"),
+        ("loses the context", "triton"),
         ("hangs", "peer"),
         ("exits in the rounds", ""),
     ]
     failures = {row["shape"]: row["failed"] for row in whole["rows"] if row["failed"]}
     assert failures["exits"] == {"cuda": "the process ended with exit code 9"}
+    lost = "the process lost its GPU context (RuntimeError: an illegal memory access was encountered)"
+    assert failures["loses the context"] == {"triton": lost}
     assert failures["hangs"] == {"peer": f"the process ran past {rehearsal.STAGE_SECONDS:.0f} s"}
     assert failures["out of memory"]["triton"].startswith("out of memory")
 
