@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, zip_longest
+from typing import Any
 
 import torch
 
-from pytransformer.benchmarks.rows import Measurement, Row
+from pytransformer.benchmarks.rows import Measurement, Row, is_ours
 from pytransformer.benchmarks.suites import (
     activation,
     attention,
@@ -42,6 +44,7 @@ SUITES: dict[str, Suite] = {
 }
 # Suites of rows that measure themselves.
 WHOLE = frozenset({"end_to_end", "launch", "compile", "install"})
+SLOW = ", beside peers that compile for long"
 
 
 def rows(
@@ -60,10 +63,42 @@ def rows(
     """
     wanted = Wanted(device, tiny, peers, quick)
     names = suites or tuple(SUITES)
-    found = {name: list(SUITES[name](wanted)) for name in names}
-    for priority in (0,) if quick else (0, 1):
-        ops = [[row for row in found[name] if row.priority == priority] for name in names if name not in WHOLE]
-        whole = [[row for row in found[name] if row.priority == priority] for name in names if name in WHOLE]
-        # In the quick grid the ops come first, as the targets list them; later a few whole models say more than another 200 shapes.
-        for group in (ops, whole) if priority == 0 else (whole, ops):
-            yield from (row for row in chain.from_iterable(zip_longest(*group)) if row is not None)
+    first = {name: _quick_rows(wanted, name) for name in names}
+    yield from in_turns(first, whole_models_last=True)
+    if not quick:
+        yield from in_turns({name: _later_rows(wanted, name, first[name]) for name in names}, whole_models_last=False)
+
+
+def in_turns(rows_of: dict[str, list[Row | Measurement]], whole_models_last: bool) -> Iterator[Row | Measurement]:
+    """One row of each suite in turn. In the quick grid the ops come first, as the targets list them; later a few whole models say more than
+    another three hundred shapes."""
+    ops = [found for name, found in rows_of.items() if name not in WHOLE]
+    whole = [found for name, found in rows_of.items() if name in WHOLE]
+    for group in (ops, whole) if whole_models_last else (whole, ops):
+        yield from (row for row in chain.from_iterable(zip_longest(*group)) if row is not None)
+
+
+def _quick_rows(wanted: Wanted, name: str) -> list[Row | Measurement]:
+    """The quick grid of a suite: in a full run the same rows with the same variants, so that one goes on where the other ended."""
+    return [row for row in SUITES[name](replace(wanted, quick=not wanted.tiny)) if row.priority == 0]
+
+
+def _later_rows(wanted: Wanted, name: str, quick: list[Row | Measurement]) -> list[Row | Measurement]:
+    """The rest of a suite, and the quick rows again, ours beside those peers that compile for too long to be in the quick grid."""
+    had = {(row.op, row.shape): row.variants.keys() for row in quick}
+    found: list[Row | Measurement] = []
+    for row in SUITES[name](wanted):
+        slow = row.variants.keys() - had.get((row.op, row.shape), ())
+        if row.priority > 0:
+            found.append(row)
+        elif slow:
+            found.append(_narrowed(row, slow))
+    return found
+
+
+def _narrowed(row: Row | Measurement, slow: Collection[str]) -> Row | Measurement:
+    shape = f"{row.shape}{SLOW}"
+    variants: dict[str, Any] = {name: call for name, call in row.variants.items() if name in slow or is_ours(name)}
+    if isinstance(row, Row):
+        return replace(row, shape=shape, variants=variants, priority=1)
+    return replace(row, shape=shape, variants=variants, priority=1)

@@ -124,4 +124,5 @@ COMPILED = Peer(
         "gelu": lambda case: _activation(_compiled, case),
     },
     always=True,
+    slow_start=True,
 )

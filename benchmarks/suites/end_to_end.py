@@ -16,9 +16,9 @@ from pytransformer.benchmarks.suites.common import Wanted
 TRAINERS = (
     ("pytransformer", False, True, True),
     ("pytransformer", True, True, False),
-    ("torch_modules", True, True, True),
+    ("torch_modules", True, True, False),
     ("transformers", True, False, False),
-    ("nanogpt", True, False, True),
+    ("nanogpt", True, False, False),
 )
 
 

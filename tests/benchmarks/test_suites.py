@@ -367,3 +367,13 @@ def test_every_suite_has_rows_of_one_kind_at_every_size():
     for row in rows(CPU, tiny=True):
         assert row.variants
         assert isinstance(row, Measurement) or row.moved_bytes > 0
+
+
+def test_peers_that_compile_for_long_come_in_rows_of_their_own():
+    """So that a full run after a quick one still measures them at the shapes of the targets, beside ours."""
+    training_rows = [row for row in rows(CPU, suites=("end_to_end",), peers=True) if row.op == "training"]
+    quick, slow = (row for row in training_rows if "GPT-2" in row.shape)
+    assert (quick.priority, list(quick.variants)) == (0, ["pytransformer"])
+    assert slow.shape == f"{quick.shape}, beside peers that compile for long"
+    assert slow.priority == 1
+    assert set(slow.variants) > {"pytransformer", "pytransformer compiled", "torch_modules compiled"}
