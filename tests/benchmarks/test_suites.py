@@ -257,7 +257,7 @@ def test_bytes_of_a_decoded_token():
     ids=lambda options: next(iter(options)),
 )  # fmt: skip
 @pytest.mark.parametrize("backward", [False, True])
-def test_an_option_left_out_is_a_wrong_result(options, backward):
+def test_an_option_left_out_is_a_wrong_result(options, backward, device):
     """The golden result knows the option: without it attention is right by itself, and far from right here."""
     plain = replace(SMALL, backward=backward)
     if "lengths" in options:
@@ -265,18 +265,18 @@ def test_an_option_left_out_is_a_wrong_result(options, backward):
         plain = replace(AttentionCase.packed((25,), 4, 2, 16), backward=backward)
     else:
         case = replace(plain, **options)
-    assert error_of(case, case) < 0.01
+    assert error_of(case, case, device) < 0.01
     inputs_of_the_case = {"bias", "alibi_slopes", "sinks", "dropout_seed"}
-    assert error_of(case, plain, without=inputs_of_the_case) > 0.05
+    assert error_of(case, plain, device, without=inputs_of_the_case) > 0.05
 
 
-def error_of(case, computed, without=()):
+def error_of(case, computed, device, without=()):
     """Error against the case's golden result of a call that computes another case on the same inputs."""
-    inputs = attention.draw(case, CPU, 0)
+    inputs = attention.draw(case, device, 0)
     golden = attention_golden.backward(case, inputs) if case.backward else attention_golden.forward(case, inputs)
     given = {name: tensor for name, tensor in inputs.items() if name not in without}
     if computed.lengths != case.lengths:
-        given["cu_seqlens"] = torch.tensor(computed.cu_seqlens, dtype=torch.int32)
+        given["cu_seqlens"] = torch.tensor(computed.cu_seqlens, dtype=torch.int32, device=device)
     call = attention._ours(computed, "reference")
     if not case.backward:
         return relative_error(attention_golden.pick_forward(case, call(given).detach()), golden)
@@ -284,20 +284,20 @@ def error_of(case, computed, without=()):
     return relative_error(attention_golden.pick_backward(case, result), golden)
 
 
-def test_a_wrong_gradient_of_the_weight_shows():
-    row = norm._row(common.Wanted(CPU), NormCase("rms_norm", 40, 64, backward=True), 0)
-    inputs = row.inputs(CPU, 0)
-    dx, dweight = row.variants["torch"](inputs)
+def test_a_wrong_gradient_of_the_weight_shows(device):
+    row = norm._row(common.Wanted(device), NormCase("rms_norm", 40, 64, backward=True), 0)
+    inputs = row.inputs(device, 0)
+    dx, dweight = row.variants[next(iter(row.variants))](inputs)
     golden = row.golden(inputs)
     assert relative_error(row.pick((dx, dweight)), golden) < row.largest_error
     assert relative_error(row.pick((dx, dweight * 1.2)), golden) > row.largest_error
     assert relative_error(row.pick((dx * 1.2, dweight)), golden) > row.largest_error
 
 
-def test_a_wrong_part_of_the_loss_shows():
-    row = linear_cross_entropy._row(common.Wanted(CPU), LinearCrossEntropyCase(64, 32, 96), 0)
-    inputs = row.inputs(CPU, 0)
-    right = row.variants["torch"](inputs)
+def test_a_wrong_part_of_the_loss_shows(device):
+    row = linear_cross_entropy._row(common.Wanted(device), LinearCrossEntropyCase(64, 32, 96), 0)
+    inputs = row.inputs(device, 0)
+    right = row.variants[next(iter(row.variants))](inputs)
     golden = row.golden(inputs)
     assert relative_error(row.pick(right), golden) < row.largest_error
     for part in range(3):
@@ -338,7 +338,7 @@ def test_a_model_that_does_not_learn_is_no_result():
         training._check([4.85, 4.85], 128)
 
 
-def test_nanogpts_model_is_read_from_its_own_file(tmp_path, monkeypatch):
+def test_nanogpts_model_is_read_from_its_own_file(tmp_path, monkeypatch, device):
     monkeypatch.setenv("PYTRANSFORMER_PEERS", str(tmp_path))
     (tmp_path / "nanogpt").mkdir()
     (tmp_path / "nanogpt/model.py").write_text(
@@ -355,7 +355,7 @@ def test_nanogpts_model_is_read_from_its_own_file(tmp_path, monkeypatch):
         "        logits = self.table(ids)\n"
         "        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())\n"
     )
-    found = training.measure(training.gpt2(True), "nanogpt", False, CPU)
+    found = training.measure(training.gpt2(True), "nanogpt", False, device)
     assert found["parameters"] == 128 * 128
     assert found["last_loss"] < found["first_loss"]
 
