@@ -4,10 +4,7 @@
 
 A libcuda.so.1 whose functions succeed and do nothing is built with the C compiler (that Triton wants anyway), and Triton's own driver is
 made on top of it: its C module, which takes a launch's arguments apart, is compiled and called as on a GPU, and kernels are compiled for
-the architecture asked for. What is not Triton's own: the library's functions, and the two questions to torch that a build without CUDA
-cannot answer (the current device and its stream), which C functions answer at once.
-
-Tensors are the CPU's, whose device index is -1, so that is the current device.
+the architecture asked for. :data:`STUBBED` says what is not as on a GPU.
 """
 
 from __future__ import annotations
@@ -21,16 +18,24 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from pytransformer.kernels import launch
+from pytransformer.ops import backend, checks
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/triton_stub"
 WARP_SIZE = 32
+
+STUBBED = (
+    "the functions of libcuda.so.1, which return at once (cuLaunchKernelEx, cuCtxGetCurrent, cuModuleLoadData ...)",
+    "torch's current device and stream, which a torch without CUDA does not have: C functions that return -1 and 0",
+    "tensors are the CPU's, with device index -1, and the ops are told that Triton serves these and that their values may not be read",
+)
 
 # Everything that Triton's C modules call, found by the names they use; each takes what it is given and says that all is well.
 _STUB = """
@@ -88,7 +93,7 @@ def _library() -> ctypes.CDLL:
         command = [compiler, "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}", str(source)]
         subprocess.run([*command, "-o", str(built)], check=True)
         built.replace(library)  # whole or not at all, whoever else builds it
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(library))
 
 
 @functools.cache
@@ -151,15 +156,36 @@ def count_launches() -> int:
     return count
 
 
+_archs: set[int] = set()
+
+
 @contextlib.contextmanager
 def stubbed_driver(arch: int) -> Iterator[None]:
-    """Inside, kernels called with tensors of the CPU are compiled for ``arch`` and launched on nothing."""
+    """Inside, kernels called with tensors of the CPU are compiled for ``arch`` and launched on nothing, by the ops too."""
     if launch.interpreting():
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET")
+    _archs.add(arch)
+    if len(_archs) > 1:
+        raise RuntimeError(
+            "what was compiled for one architecture is kept for all tensors of the CPU: one of them per process"
+        )
     active = driver._active
     driver.set_active(_driver(arch))
+    unavailable = backend.unavailable
+
+    def serves(name: str, device_type: str) -> str | None:
+        return None if (name, device_type) == ("triton", "cpu") else unavailable(name, device_type)
+
+    backend._serves_straight.cache_clear()
     try:
-        with launch.assume_arch(arch):
+        with (
+            launch.assume_arch(arch),
+            mock.patch.object(launch, "_current_device", CURRENT_DEVICE),
+            mock.patch.object(launch, "_current_stream", CURRENT_STREAM),
+            mock.patch.object(backend, "unavailable", serves),
+            mock.patch.object(checks, "readable", lambda tensor: False),
+        ):
             yield
     finally:
         driver._active = active
+        backend._serves_straight.cache_clear()
