@@ -128,6 +128,12 @@ def supervise(
 _PAST_THE_END = "ran past the end of the run"
 
 
+def worker_command(out: Path, options: Sequence[str], left: float | None) -> list[str]:
+    """The process that runs rows, with so many seconds left."""
+    command = [sys.executable, "-m", "pytransformer.benchmarks.run", *options, "--out", str(out)]
+    return command if left is None else [*command, "--limit-seconds", f"{left:.1f}"]
+
+
 def _one_process(
     out: Path,
     options: Sequence[str],
@@ -137,16 +143,13 @@ def _one_process(
     log: Path | None,
 ) -> tuple[int, str | None]:
     """Exit code, and how it died (None if it ended by itself and had nothing more to do)."""
-    command = [sys.executable, "-m", "pytransformer.benchmarks.run", *options, "--out", str(out)]
-    if left is not None:
-        command += ["--limit-seconds", f"{left:.1f}"]
     record.running_path(out).unlink(missing_ok=True)
     stream = None if log is None else log.open("a")
     sys.stdout.flush()
     started = time.time()
     try:
         process = subprocess.Popen(
-            command,
+            worker_command(out, options, left),
             stdout=stream,
             stderr=None if stream is None else subprocess.STDOUT,
             env={
@@ -182,11 +185,11 @@ def _watch(
             if left is not None and now - started > left + GRACE_SECONDS:
                 return _PAST_THE_END
             if note is None and now - max(started, _last_written(out)) > limits.start:
-                return f"did nothing for {limits.start:.0f} s"
+                return f"did nothing for {limits.start:g} s"
             if note is not None:
                 limit = limits.stage * (MEASUREMENT_STAGES if note["section"] == "measurements" else 1)
                 if now - note["since"] > limit:
-                    return f"ran past {limit:.0f} s"
+                    return f"ran past {limit:g} s"
             continue
         if code == CONTEXT_LOST:
             note = _note(out) or {}

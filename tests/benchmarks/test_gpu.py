@@ -37,7 +37,7 @@ def test_a_cut_off_and_rows_that_go_wrong(cut):
     assert failures["exits"] == {"cuda": "the process ended with exit code 9"}
     lost = "the process lost its GPU context (RuntimeError: an illegal memory access was encountered)"
     assert failures["loses the context"] == {"triton": lost}
-    assert failures["hangs"] == {"peer": f"the process ran past {rehearsal.STAGE_SECONDS:.0f} s"}
+    assert failures["hangs"] == {"peer": f"the process ran past {rehearsal.STAGE_SECONDS:g} s"}
     assert failures["out of memory"]["triton"].startswith("out of memory")
 
 
