@@ -29,6 +29,7 @@ from typing import Any
 MINUTES = 7.75
 PARTS = ("build", "tests", "quick", "sanitizers", "full")
 SANITIZERS = [(tool, backend) for backend in ("triton", "cuda") for tool in ("memcheck", "racecheck")]
+TESTS = ("tests/cuda", "tests/kernels", "tests/ops", "tests/nn", "tests/model", "tests/generation")
 RECORD = "benchmarks.json"
 # Less than this is not worth starting the benchmarks for.
 SHORTEST_GRID = 20.0
@@ -235,7 +236,7 @@ def run_tests(out: Path, limit: float, rehearse: bool) -> Part:
     command += (
         ["tests/ops/test_norm.py"]
         if rehearse
-        else ["tests/cuda", "tests/kernels", "tests/ops", "tests/nn", "tests/model", "tests/generation"]
+        else [*TESTS, "tests/benchmarks/test_timing.py", "tests/benchmarks/test_rows.py"]
     )
     return _run("tests", command, out / "tests.log", limit, {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
 
