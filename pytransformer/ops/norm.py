@@ -427,6 +427,7 @@ class _KernelNorm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.backend, x, weight, bias, residual, _, ctx.weight_offset, ctx.is_rms = inputs
         _, s, mean, rstd = output
+        ctx.set_materialize_grads(False)  # an output that was not used costs no tensor of zeros
         if residual is None:
             ctx.mark_non_differentiable(s, mean, rstd)
         else:
@@ -436,11 +437,15 @@ class _KernelNorm(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, ds: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         s, weight, mean, rstd = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(s, dtype=ctx.x_dtype)
+        if not ctx.has_residual:  # torch.compile brings zeros all the same, of an output that is empty then
+            ds = None
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[1:5]
         args = (
-            *(ctx.backend, dy, ds if ctx.has_residual else None, s, weight, mean, rstd, ctx.weight_offset, ctx.is_rms),
+            *(ctx.backend, dy, ds, s, weight, mean, rstd, ctx.weight_offset, ctx.is_rms),
             *(wants_weight, ctx.bias_dtype if wants_bias else None),
         )
         results = _KernelNormBackward.apply(*args) if records_backward() else _run_backward(*args)  # type: ignore[no-untyped-call]

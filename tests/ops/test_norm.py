@@ -455,3 +455,17 @@ def test_bad_bias(error: type[Exception], message: str, arguments: dict[str, obj
 def test_bad_weight_offset(error: type[Exception], message: str, value: object) -> None:
     with pytest.raises(error, match=re.escape(message)):
         rms_norm(X, W, weight_offset=value, backend=ON_REQUEST)
+
+
+@ALL_BACKENDS
+@pytest.mark.parametrize("used", [0, 1], ids=["y alone", "s alone"])
+def test_one_of_two_outputs_may_go_unused(used: int, backend: str, device: torch.device) -> None:
+    """Autograd brings no gradient for the other one, and none of zeros is made."""
+    x, residual = (torch.randn(3, 16, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.randn(16, device=device, requires_grad=True)
+    wanted, results = (x, residual, weight), []
+    for name in (backend, "reference"):
+        output = rms_norm(x, weight, residual=residual, backend=name)[used]
+        results.append(torch.autograd.grad(output.sin().sum(), wanted, materialize_grads=True))
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected)
