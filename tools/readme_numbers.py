@@ -49,17 +49,33 @@ def cpu_table(title: str, result: dict[str, Any]) -> list[str]:
 
 
 def host_table(result: dict[str, Any]) -> list[str]:
-    """What one eager call costs the host."""
+    """What one eager call costs the host, by backend."""
     where = result["machine"]
     lines = [
-        "**Host time of an eager call** of the CUDA backend, its launch left out, beside torch's own `F.layer_norm` in the same run "
-        f"({where['processor']}, Python {where['python']}, torch {where['torch']}):",
+        "**Host time of an eager call**, its launch left out, beside torch's own `F.layer_norm` in the same run "
+        f"({where['processor']}, Python {where['python']}, torch {where['torch']}, Triton {where['triton']}):",
         "",
-        "| call | µs | of F.layer_norm |",
-        "|---|---:|---:|",
+        "| call | CUDA, µs | of F.layer_norm | Triton, µs | of F.layer_norm |",
+        "|---|---:|---:|---:|---:|",
     ]
-    lines += [f"| {row['name']} | {row['microseconds']:.2f} | {row['of_base']:.2f} |" for row in result["rows"]]
-    return [*lines, ""]
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        # Forward and backward have a base of their own, which takes longer.
+        if row["limit"] is not None or row["backend"] == "torch":
+            cells.setdefault(row["name"], {})[row["backend"]] = f"{row['microseconds']:.2f} | {row['of_base']:.2f}"
+    base = cells.pop("F.layer_norm")["torch"]
+    lines.append(f"| F.layer_norm | {base} | {base} |")
+    for name, found in cells.items():
+        if "torch" not in found:
+            lines.append(f"| {name} | {found.get('cuda', '— | —')} | {found.get('triton', '— | —')} |")
+    first = result["first_launch_seconds"]
+    return [
+        *lines,
+        "",
+        f"Triton's first `layer_norm` of a process took {first['cold']:.2f} s where it had to compile it, and {first['warm']:.2f} s where "
+        "another process or `pytransformer warmup` had.",
+        "",
+    ]
 
 
 def gpu_results() -> dict[Path, dict[str, Any]]:
