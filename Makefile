@@ -75,8 +75,8 @@ bench: $(VENV)/.dev ## every benchmark row on this machine, tables and pictures 
 readme-numbers: $(VENV)/.dev ## README.md's numbers and pictures from the committed results
 	$(BIN)/python tools/readme_numbers.py
 
-gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; MINUTES=25 for more of the grid; results in $$OUT
-	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))
+gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; MINUTES=25 for more of the grid, REHEARSE=1 without a GPU; results in $$OUT
+	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REHEARSE),--rehearse)
 
 gpu-bench: ## the benchmarks of `make gpu` alone, without tests and sanitizers; one that was cut off goes on
 	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu --parts build,quick,full $(if $(MINUTES),--minutes $(MINUTES))
