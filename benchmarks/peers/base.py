@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def folder() -> Path:
-    """Where `make peers` puts other packages: the environment variable PYTRANSFORMER_PEERS, or peers/ beside the sources."""
-    return Path(os.environ.get(FOLDER_VARIABLE) or ROOT / "peers")
+    """Where `make peers` puts other packages: PYTRANSFORMER_PEERS, or peers/ in the checkout (without one: where it was started)."""
+    beside = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
+    return Path(os.environ.get(FOLDER_VARIABLE) or beside / "peers")
 
 
 @functools.cache

@@ -127,9 +127,8 @@ def _wait(device: torch.device) -> None:
 # --- first call: a fresh process with an empty cache of kernels, and again with a full one ------------------------------------------------
 
 FIRST_CALL = """
-import sys, time
-import torch
-sys.path[:0] = {path!r}
+import sys
+sys.path[:] = {path!r}
 from pytransformer.benchmarks.suites import overheads
 overheads.first_call({name!r}, {variant!r}, {device!r})
 """
@@ -188,7 +187,7 @@ def _run_first_call(name: str, variant: str, device: torch.device, folder: str) 
     }
     environment = {**os.environ, **{key: f"{folder}/{value}" for key, value in caches.items()}}
     environment["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"  # it keeps nothing on disk unless it is asked to
-    program = FIRST_CALL.format(path=[str(ROOT)], name=name, variant=variant, device=str(device))
+    program = FIRST_CALL.format(path=sys.path, name=name, variant=variant, device=str(device))
     start = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-c", program],
