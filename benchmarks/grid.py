@@ -45,6 +45,7 @@ SUITES: dict[str, Suite] = {
 # Suites of rows that measure themselves.
 WHOLE = frozenset({"end_to_end", "launch", "compile", "install"})
 SLOW = ", beside peers that compile for long"
+MOST_SLOW_ROWS = 6
 
 
 def rows(
@@ -64,18 +65,18 @@ def rows(
     wanted = Wanted(device, tiny, peers, quick)
     names = suites or tuple(SUITES)
     first = {name: _quick_rows(wanted, name) for name in names}
-    yield from in_turns(first, whole_models_last=True)
+    # The ops come first, as the targets list them.
+    yield from _in_turns([found for name, found in first.items() if name not in WHOLE])
+    yield from _in_turns([found for name, found in first.items() if name in WHOLE])
     if not quick:
-        yield from in_turns({name: _later_rows(wanted, name, first[name]) for name in names}, whole_models_last=False)
+        later = {name: _later_rows(wanted, name, first[name]) for name in names}
+        whole = list(_in_turns([found for name, found in later.items() if name in WHOLE]))
+        yield from _in_turns([*(found for name, found in later.items() if name not in WHOLE), whole])
 
 
-def in_turns(rows_of: dict[str, list[Row | Measurement]], whole_models_last: bool) -> Iterator[Row | Measurement]:
-    """One row of each suite in turn. In the quick grid the ops come first, as the targets list them; later a few whole models say more than
-    another three hundred shapes."""
-    ops = [found for name, found in rows_of.items() if name not in WHOLE]
-    whole = [found for name, found in rows_of.items() if name in WHOLE]
-    for group in (ops, whole) if whole_models_last else (whole, ops):
-        yield from (row for row in chain.from_iterable(zip_longest(*group)) if row is not None)
+def _in_turns(suites: list[list[Row | Measurement]]) -> Iterator[Row | Measurement]:
+    """One row of each suite, then the next of each."""
+    return (row for row in chain.from_iterable(zip_longest(*suites)) if row is not None)
 
 
 def _quick_rows(wanted: Wanted, name: str) -> list[Row | Measurement]:
@@ -84,16 +85,22 @@ def _quick_rows(wanted: Wanted, name: str) -> list[Row | Measurement]:
 
 
 def _later_rows(wanted: Wanted, name: str, quick: list[Row | Measurement]) -> list[Row | Measurement]:
-    """The rest of a suite, and the quick rows again, ours beside those peers that compile for too long to be in the quick grid."""
+    """The rest of a suite; after every third row one of the first quick rows again, ours beside peers that compile too long for that grid."""
     had = {(row.op, row.shape): row.variants.keys() for row in quick}
-    found: list[Row | Measurement] = []
+    new: list[Row | Measurement] = []
+    again: list[Row | Measurement] = []
     for row in SUITES[name](wanted):
         slow = row.variants.keys() - had.get((row.op, row.shape), ())
         if row.priority > 0:
-            found.append(row)
+            new.append(row)
         elif slow:
-            found.append(_narrowed(row, slow))
-    return found
+            again.append(_narrowed(row, slow))
+    again = again[:MOST_SLOW_ROWS]
+    triples = [new[start : start + 3] for start in range(0, len(new), 3)]
+    mixed: list[Row | Measurement] = []
+    for triple, slow_one in zip_longest(triples, again):
+        mixed += [*(triple or []), *([slow_one] if slow_one is not None else [])]
+    return mixed
 
 
 def _narrowed(row: Row | Measurement, slow: Collection[str]) -> Row | Measurement:

@@ -131,10 +131,15 @@ def rows(wanted: Wanted) -> Iterator[Row]:
     seen = set(QUICK)
     for case in QUICK:
         yield _row(wanted, case, 0)
-    for case in (*_prices(), *_specials(), *_grid()):
+    # A compiler takes half a minute for each of these, so peers that are compiled for each shape do not come along over the whole grid.
+    fast = replace(wanted, quick=True)
+    for case in (*_prices(), *_specials()):
+        seen.add(case)
+        yield _row(fast if case.backward else wanted, case, 1)
+    for case in _grid():
         if case not in seen:
             seen.add(case)
-            yield _row(wanted, case, 1)
+            yield _row(fast, case, 1)
 
 
 def _ours(case: AttentionCase, backend: str | None) -> Variant:
