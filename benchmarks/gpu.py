@@ -10,6 +10,7 @@ through a cut-off and failing rows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -89,10 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _interrupt)
     run = Run(arguments.out, arguments.minutes * 60, arguments.rehearse)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         run.all(arguments.parts.split(","))
-    except KeyboardInterrupt:
-        run.parts.append(Part("interrupted", "failed (interrupted)", 0.0))
     print(report(run.parts, arguments.out))
     return 0 if all(part.passed for part in run.parts) else 1
 
@@ -161,6 +160,9 @@ class Run:
         start = time.monotonic()
         try:
             self.parts.append(make(*arguments))
+        except KeyboardInterrupt:
+            self.parts.append(Part(name, "failed (interrupted)", time.monotonic() - start))
+            raise
         except Exception as error:
             self.parts.append(Part(name, f"failed ({type(error).__name__}: {error})"[:200], time.monotonic() - start))
 

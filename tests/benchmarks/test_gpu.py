@@ -106,7 +106,7 @@ def test_an_interrupted_run_still_prints_its_table(tmp_path, monkeypatch, capsys
     assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert "run_grid               passed" in text
-    assert "failed (interrupted)" in text
+    assert "memcheck triton        failed (interrupted)" in text
 
 
 def test_the_time_is_shared_out():
