@@ -85,7 +85,7 @@ def _quick_rows(wanted: Wanted, name: str) -> list[Row | Measurement]:
 
 
 def _later_rows(wanted: Wanted, name: str, quick: list[Row | Measurement]) -> list[Row | Measurement]:
-    """The rest of a suite; after every third row one of the first quick rows again, ours beside peers that compile too long for that grid."""
+    """The rest of a suite; after every third row one of the first quick rows again, ours beside peers that compile for long."""
     had = {(row.op, row.shape): row.variants.keys() for row in quick}
     new: list[Row | Measurement] = []
     again: list[Row | Measurement] = []
