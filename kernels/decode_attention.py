@@ -440,7 +440,7 @@ def decode_attention_forward(
         configs = decode_configs(head_dim, value_dim, k_view.element_size(), q.device, block_table is not None, masked)
     with on_device(q):
         for config in _row_classes(configs, seqlen_q * call.group, packed, capacity, num_splits):
-            one_page = page_size % config.block_n == 0 and cache_leftpad is None
+            one_page = block_table is not None and page_size % config.block_n == 0 and cache_leftpad is None
             _launch_class(
                 call, config, tensors, options, (softmax_scale, softcap), {**constants, "ONE_PAGE": one_page}, value_dim
             )

@@ -83,6 +83,17 @@ def assume_arch(arch: int) -> Iterator[DeviceLimits]:
         _assumed = before
 
 
+@contextlib.contextmanager
+def assume_current_gpu() -> Iterator[DeviceLimits]:
+    """Inside, launch policy answers for the current GPU whatever a tensor's device is."""
+    global _assumed
+    before, _assumed = _assumed, _query(torch.cuda.current_device())
+    try:
+        yield _assumed
+    finally:
+        _assumed = before
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` was set before they were imported)."""
     return bool(triton.knobs.runtime.interpret)

@@ -24,6 +24,7 @@ _EXPORTS = {
     "gelu": "pytransformer.ops.activation",
     "use_backend": "pytransformer.ops.backend",
     "backends": "pytransformer.ops.overview",
+    "warmup": "pytransformer.precompile",
     "TransformerConfig": "pytransformer.model.config",
     "Transformer": "pytransformer.model.transformer",
     "load": "pytransformer.model.checkpoint",
@@ -49,6 +50,7 @@ __all__ = [
     "save",
     "swiglu",
     "use_backend",
+    "warmup",
 ]
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from pytransformer.ops.norm import layer_norm, rms_norm
     from pytransformer.ops.overview import backends
     from pytransformer.ops.rope import rope, rope_tables
+    from pytransformer.precompile import warmup
 
 
 def __getattr__(name: str) -> Any:

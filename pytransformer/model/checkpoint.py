@@ -87,7 +87,7 @@ def load(
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (place / name).is_file():
             raise FileNotFoundError(f"{place} does not hold a complete model: there is no {name}")
-    config = _read_config(place / CONFIG_FILE)
+    config = read_config(place / CONFIG_FILE)
     device = torch.get_default_device() if device is None else torch.device(device)
     model = Transformer(config, device="meta")
     stored = _read_weights(place / WEIGHTS_FILE, _stored(model), device)
@@ -149,7 +149,8 @@ def _stored(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_config(path: Path) -> TransformerConfig:
+def read_config(path: Path) -> TransformerConfig:
+    """The configuration that a model's ``config.json`` holds; :class:`CheckpointError` if it holds none."""
     try:
         return TransformerConfig.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError

@@ -7,12 +7,13 @@ reason; the automatic choice takes the first that can.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -107,13 +108,29 @@ def unavailable(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         if not _triton_installed():
             return "triton is not installed (pip install 'triton>=3.6')"
-        if device_type == "cpu" and not _interpreting():
+        if device_type == "cpu" and not (_interpreting() or _compiles_for_cpu_tensors):
             return "Triton needs a GPU; on a CPU its interpreter serves when TRITON_INTERPRET=1 is set before the first use"
         if device_type == "cuda" and _interpreting():
             return "TRITON_INTERPRET=1 is set, which interprets on the CPU; unset it to run on the GPU"
         if device_type not in ("cuda", "cpu"):
             return f"Triton kernels run on device type 'cuda', not {device_type!r}"
     return None
+
+
+_compiles_for_cpu_tensors = False
+
+
+@contextlib.contextmanager
+def triton_compiles_for_cpu_tensors() -> Iterator[None]:
+    """Inside, Triton takes tensors of the CPU, as kernels are only compiled (pytransformer/precompile.py)."""
+    global _compiles_for_cpu_tensors
+    _compiles_for_cpu_tensors = True
+    _serves_straight.cache_clear()
+    try:
+        yield
+    finally:
+        _compiles_for_cpu_tensors = False
+        _serves_straight.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def _attention_masked(batch: int, seqlen: int) -> object:
 
 
 def _decode(batch: int, capacity: int) -> object:
-    cache = _empty(batch, 64 * capacity, NUM_KV_HEADS, HEAD_DIM)
+    cache = _empty(batch, 37 * capacity, NUM_KV_HEADS, HEAD_DIM)
     return decode_attention_forward(
         _empty(batch, 1, NUM_HEADS, HEAD_DIM), cache, cache, _integers(batch), softmax_scale=0.1
     )

@@ -1,0 +1,143 @@
+"""`pytransformer warmup`: compiles the Triton kernels of a model's shapes before they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pytransformer.precompile import Compiled, Shapes
+
+DTYPES = ("float32", "float16", "bfloat16")
+SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Registers the subcommand."""
+    parser = subparsers.add_parser(
+        "warmup",
+        help="compile the Triton kernels of a model before they are needed",
+        description=(
+            "Compiles the Triton kernels that a model of these shapes launches into Triton's cache on disk (TRITON_CACHE_DIR), "
+            "where later processes find them: for the GPU of this machine, or with --arch for another one, on a machine without a "
+            "GPU too, such as one that builds a container image. Lengths and batch sizes need not be known."
+        ),
+    )
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model or training run whose shapes to take")
+    parser.add_argument("--hidden-size", type=int, help="width of the model (default: num-heads times head-dim)")
+    parser.add_argument("--num-heads", type=int, help="query heads")
+    parser.add_argument("--num-kv-heads", type=int, help="key/value heads (default: num-heads)")
+    parser.add_argument("--head-dim", type=int, help="width of a head")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)"
+    )
+    parser.add_argument("--norm", choices=("layer_norm", "rms_norm"), help="default rms_norm, or the model's")
+    parser.add_argument("--page-size", type=int, help="of a paged KV cache (default: a contiguous cache)")
+    parser.add_argument("--ops", metavar="NAME,...", help="only these ops, by commas")
+    parser.add_argument("--training", action="store_true", help="the backward passes too")
+    parser.add_argument(
+        "--arch", type=int, help="compute capability of the GPU, e.g. 90 (default: the GPU of this machine)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what was compiled; 0.
+
+    Raises:
+        ValueError: an option that is missing, out of range or unknown.
+        FileNotFoundError: there is no such model.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from pytransformer.precompile import OPS, warmup
+
+    shapes = shapes_of(arguments)
+    ops = None if arguments.ops is None else [name.strip() for name in arguments.ops.split(",")]
+    for name in ops or ():
+        if name not in OPS:
+            raise ValueError(f"--ops must be among {', '.join(OPS)}, got {name!r}")
+    console = Console(highlight=False)
+    start = time.perf_counter()
+    columns = (
+        TextColumn("warmup"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting")
+
+        def show(op: str, done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, description=op)
+
+        kernels = warmup(shapes, ops=ops, training=arguments.training, arch=arguments.arch, progress=show)
+    console.print(kernel_table(kernels))
+    console.print(summary(kernels, time.perf_counter() - start), soft_wrap=True)
+    return 0
+
+
+def shapes_of(arguments: argparse.Namespace) -> Shapes:
+    """The shapes that the options ask for.
+
+    Raises:
+        ValueError: sizes that are missing, out of range, or given together with a model.
+        FileNotFoundError: there is no such model.
+    """
+    import torch
+
+    from pytransformer.precompile import Shapes
+
+    given = [f"--{name.replace('_', '-')}" for name in (*SIZES, "norm") if getattr(arguments, name) is not None]
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model is not None:
+        if given:
+            raise ValueError(f"--model says all shapes, so {', '.join(given)} cannot be given with it")
+        from pytransformer.cli.model_folder import find_model
+        from pytransformer.model.checkpoint import CONFIG_FILE, read_config
+
+        return Shapes.of(read_config(find_model(arguments.model) / CONFIG_FILE), dtype, arguments.page_size)
+    for name in ("num_heads", "head_dim"):
+        if getattr(arguments, name) is None:
+            raise ValueError(f"--{name.replace('_', '-')} must be given, or --model")
+    num_kv_heads = arguments.num_heads if arguments.num_kv_heads is None else arguments.num_kv_heads
+    hidden_size = arguments.num_heads * arguments.head_dim if arguments.hidden_size is None else arguments.hidden_size
+    return Shapes(
+        *(hidden_size, arguments.num_heads, num_kv_heads, arguments.head_dim, dtype),
+        norm=arguments.norm or "rms_norm",
+        page_size=arguments.page_size,
+    )
+
+
+def kernel_table(kernels: Sequence[Compiled]) -> Table:
+    """A row for each op and kernel: how many variants of it were compiled and how many were there."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("op", "kernel"):
+        table.add_column(name, no_wrap=True)
+    for name in ("compiled", "found", "seconds"):
+        table.add_column(name, justify="right")
+    groups: dict[tuple[str, str], list[Compiled]] = {}
+    for kernel in kernels:
+        groups.setdefault((kernel.op, kernel.kernel), []).append(kernel)
+    for (op, name), group in groups.items():
+        found = sum(kernel.found for kernel in group)
+        table.add_row(op, name, str(len(group) - found), str(found), f"{sum(kernel.seconds for kernel in group):.1f}")
+    return table
+
+
+def summary(kernels: Sequence[Compiled], seconds: float) -> str:
+    """The closing line."""
+    import triton
+
+    found = sum(kernel.found for kernel in kernels)
+    return f"{len(kernels) - found} kernels compiled, {found} found, in {seconds:.0f} s, in {triton.knobs.cache.dir}"

@@ -1,0 +1,344 @@
+"""Compiles the Triton kernels of a model's shapes before they are needed, for the GPU that is here or for another one.
+
+Triton keeps what it has compiled on disk (TRITON_CACHE_DIR, ~/.triton/cache by default) under a key made of the kernel's source, what it
+was specialised for, the options, the architecture, and the versions of Triton and ptxas: nothing of the machine. So a container image
+can be built with its kernels compiled. Sequence lengths, batch sizes and cache lengths are no part of it: one of each is enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pytransformer.ops.backend import triton_compiles_for_cpu_tensors
+
+if TYPE_CHECKING:
+    from pytransformer.model.config import TransformerConfig
+
+_MANY_TOKENS = 1024  # a prefill: more than a few for each SM, from where on kv_append takes larger tiles
+_LONG_CACHE = 8192  # a decode step over so many keys is split
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the kernels of one model are compiled for.
+
+    Attributes:
+        hidden_size: width of the norms; the other sizes are those of :class:`pytransformer.TransformerConfig`.
+        dtype: of activations, weights and cache.
+        rotary_dim: features that RoPE rotates, 0 = no RoPE; None = head_dim.
+        page_size: of a paged KV cache; None = a contiguous one.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    norm: str = "rms_norm"
+    norm_weight_offset: float = 0.0
+    qk_norm: bool = False
+    rotary_dim: int | None = None
+    rope_interleaved: bool = False
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    activation: str = "swiglu"
+    page_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "page_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim % 8 or self.head_dim > 256:
+            raise ValueError(f"head_dim must be a multiple of 8 from 8 to 256, got {self.head_dim}")
+        if self.norm not in ("layer_norm", "rms_norm"):
+            raise ValueError(f"norm must be 'layer_norm' or 'rms_norm', got {self.norm!r}")
+
+    @staticmethod
+    def of(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16, page_size: int | None = None) -> Shapes:
+        """The shapes of a model."""
+        window = (-1, -1) if config.sliding_window is None else (config.sliding_window - 1, 0)
+        return Shapes(
+            *(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, dtype),
+            norm=config.norm,
+            norm_weight_offset=config.norm_weight_offset,
+            qk_norm=config.qk_norm,
+            rotary_dim=config.rotary_dim if config.positions == "rope" else 0,
+            rope_interleaved=config.rope_interleaved,
+            window=window,
+            softcap=config.attention_softcap,
+            activation=config.activation,
+            page_size=page_size,
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel that is now on disk.
+
+    Attributes:
+        op: the op that launches it.
+        kernel: its name.
+        found: whether it was there before.
+        seconds: that finding or compiling it took.
+    """
+
+    op: str
+    kernel: str
+    found: bool
+    seconds: float
+
+
+def warmup(
+    shapes: Shapes | TransformerConfig,
+    *,
+    ops: Iterable[str] | None = None,
+    training: bool = False,
+    arch: int | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
+) -> list[Compiled]:
+    """Compiles what the ops launch for these shapes into Triton's cache on disk. Launches nothing, and needs no GPU.
+
+    Args:
+        shapes: of the model, or its configuration (then for bfloat16 and a contiguous cache; :meth:`Shapes.of` takes others).
+        ops: names out of :data:`OPS`; None = all.
+        training: the backward passes too.
+        arch: compute capability as major · 10 + minor, for another GPU than the one here; None = the current GPU.
+        progress: called before each call of an op with its name, the number of calls done and of all.
+
+    Returns:
+        Each kernel that was looked up, once.
+
+    Raises:
+        ValueError: an unknown op or arch, or no ``arch`` on a machine without a GPU.
+        RuntimeError: TRITON_INTERPRET is set.
+        ImportError: Triton is not installed.
+    """
+    shapes = shapes if isinstance(shapes, Shapes) else Shapes.of(shapes)
+    names = tuple(OPS) if ops is None else tuple(ops)
+    for name in names:
+        if name not in OPS:
+            raise ValueError(f"ops must be among {', '.join(OPS)}, got {name!r}")
+    if arch is None and not torch.cuda.is_available():
+        raise ValueError("arch must be given on a machine without a GPU, e.g. 90 for an H100 or H200")
+    calls = [(name, call) for name in names for call in OPS[name](shapes, training)]
+    compiled: dict[str, Compiled] = {}
+    with _compiling(arch) as looked_up, torch.set_grad_enabled(True):
+        for index, (name, call) in enumerate(calls):
+            if progress is not None:
+                progress(name, index, len(calls))
+            start, before = time.perf_counter(), len(looked_up)
+            call()
+            seconds = (time.perf_counter() - start) / max(len(looked_up) - before, 1)
+            for key, kernel, found in looked_up[before:]:
+                compiled.setdefault(key, Compiled(name, kernel, found, seconds))
+    return list(compiled.values())
+
+
+@contextlib.contextmanager
+def _compiling(arch: int | None) -> Iterator[list[tuple[str, str, bool]]]:
+    """Inside, the ops take tensors of the CPU with backend "triton", and their kernels are compiled for ``arch`` but not launched.
+
+    Yields the list of what Triton's compiler was asked for so far: (key, kernel, whether it was found on disk).
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from pytransformer.kernels import launch
+
+    if launch.interpreting():
+        raise RuntimeError("TRITON_INTERPRET is set, and interpreted kernels are not compiled: unset it")
+    looked_up: list[tuple[str, str, bool]] = []
+    device = object()  # Triton keeps what it has compiled by device: this is a new one, for which it looks on the disk
+    run, active, listener = JITFunction.run, driver._active, triton.knobs.compilation.listener
+    with launch.assume_arch(arch) if arch is not None else launch.assume_current_gpu() as limits:
+
+        class Compiler:
+            """As much of a driver as Triton asks before it launches."""
+
+            get_current_target = staticmethod(lambda: GPUTarget("cuda", limits.arch, 32))
+            get_current_device = staticmethod(lambda: device)
+            get_current_stream = staticmethod(lambda device: 0)
+
+        def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+        def note(*, src: Any, metadata: Any, cache_hit: bool, **others: Any) -> None:
+            looked_up.append((metadata["hash"], src.name, cache_hit))
+
+        JITFunction.run = compile_only
+        driver.set_active(Compiler())
+        triton.knobs.compilation.listener = note
+        try:
+            with triton_compiles_for_cpu_tensors():
+                yield looked_up
+        finally:
+            JITFunction.run, driver._active, triton.knobs.compilation.listener = run, active, listener
+
+
+# --- What each op launches. Only shapes, strides and dtypes matter; lengths do not. ------------------------------------------------------
+
+Calls = Iterator[Callable[[], object]]
+
+
+def _zeros(shapes: Shapes, *sizes: int, grad: bool = False) -> Tensor:
+    return torch.zeros(sizes, dtype=shapes.dtype, requires_grad=grad)
+
+
+def _with_backward(call: Callable[..., Any], *inputs: Tensor) -> Callable[[], object]:
+    """The call with and without a gradient for its inputs, which require one; of all its results."""
+
+    def both() -> None:
+        with torch.no_grad():
+            call(*inputs)
+        results = call(*inputs)
+        outputs = [result for result in (results if isinstance(results, tuple) else (results,)) if result is not None]
+        torch.autograd.grad(outputs, inputs, [torch.zeros_like(output) for output in outputs])
+
+    return both
+
+
+def _norm(shapes: Shapes, training: bool) -> Calls:
+    from pytransformer.ops.norm import layer_norm, rms_norm
+
+    def hidden_norm(x: Tensor, weight: Tensor, *others: Tensor) -> Any:
+        if shapes.norm == "rms_norm":
+            offset = shapes.norm_weight_offset
+            return rms_norm(x, weight, weight_offset=offset, residual=others[0] if others else None, backend="triton")
+        bias, *residual = others
+        return layer_norm(x, weight, bias, residual=residual[0] if residual else None, backend="triton")
+
+    x, residual = (_zeros(shapes, 2, 4, shapes.hidden_size, grad=training) for _ in range(2))
+    vectors = [_zeros(shapes, shapes.hidden_size, grad=training) for _ in range(1 if shapes.norm == "rms_norm" else 2)]
+    for inputs in ((x, *vectors), (x, *vectors, residual)):
+        yield _with_backward(hidden_norm, *inputs) if training else functools.partial(hidden_norm, *inputs)
+    if not shapes.qk_norm:
+        return
+    head_norm = functools.partial(rms_norm, weight_offset=shapes.norm_weight_offset, backend="triton")
+    weight = _zeros(shapes, shapes.head_dim, grad=training)
+    for heads in (shapes.num_heads, shapes.num_kv_heads):
+        fused = _zeros(shapes, 2, 4, shapes.num_heads + 2 * shapes.num_kv_heads, shapes.head_dim)[:, :, :heads]
+        for x in (_zeros(shapes, 2, 4, heads, shapes.head_dim), fused):
+            x = x.detach().requires_grad_(training)
+            yield _with_backward(head_norm, x, weight) if training else functools.partial(head_norm, x, weight)
+
+
+def _heads(shapes: Shapes, batch: int, seqlen: int, *, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    q = _zeros(shapes, batch, seqlen, shapes.num_heads, shapes.head_dim, grad=grad)
+    k, v = (_zeros(shapes, batch, seqlen, shapes.num_kv_heads, shapes.head_dim, grad=grad) for _ in range(2))
+    return q, k, v
+
+
+def _tables(shapes: Shapes, length: int) -> tuple[Tensor, Tensor] | None:
+    rotary_dim = shapes.head_dim if shapes.rotary_dim is None else shapes.rotary_dim
+    return (torch.zeros(length, rotary_dim // 2), torch.zeros(length, rotary_dim // 2)) if rotary_dim else None
+
+
+def _rope(shapes: Shapes, training: bool) -> Calls:
+    from pytransformer.ops.rope import rope
+
+    tables = _tables(shapes, 64)
+    if tables is None:
+        return
+    q, k, _ = _heads(shapes, 2, 4)
+    options: dict[str, Any] = {"interleaved": shapes.rope_interleaved, "backend": "triton"}
+    yield lambda: rope(q, k, *tables, **options)
+    yield lambda: rope(q, k, *tables, inplace=True, **options)
+    positions = torch.zeros(2, 4, dtype=torch.int64)
+    yield lambda: rope(q, k, *tables, positions=positions, **options)
+    if training:
+        yield _with_backward(lambda q, k: rope(q, k, *tables, **options), *_heads(shapes, 2, 4, grad=True)[:2])
+
+
+def _cache(shapes: Shapes, capacity: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k_cache, v_cache and block_table for two sequences."""
+    if shapes.page_size is None:
+        k_cache, v_cache = (_zeros(shapes, 2, capacity, shapes.num_kv_heads, shapes.head_dim) for _ in range(2))
+        return k_cache, v_cache, None
+    pages = -(-capacity // shapes.page_size)
+    sizes = (2 * pages, shapes.page_size, shapes.num_kv_heads, shapes.head_dim)
+    table = torch.arange(2 * pages, dtype=torch.int32).view(2, pages)
+    return _zeros(shapes, *sizes), _zeros(shapes, *sizes), table
+
+
+def _kv_append(shapes: Shapes, training: bool) -> Calls:
+    from pytransformer.ops.kv_append import kv_append
+
+    lengths = torch.zeros(2, dtype=torch.int32)
+    for seqlen in (1, _MANY_TOKENS):
+        q, k, v = _heads(shapes, 2, seqlen)
+        k_cache, v_cache, table = _cache(shapes, seqlen)
+        options: dict[str, Any] = {"cache_seqlens": lengths, "block_table": table, "backend": "triton"}
+        tables = _tables(shapes, seqlen)
+        if tables is not None:
+            options |= {"q": q, "cos": tables[0], "sin": tables[1], "interleaved": shapes.rope_interleaved}
+        if shapes.qk_norm:
+            weight = _zeros(shapes, shapes.head_dim)
+            options |= {"q": q, "q_norm_weight": weight, "k_norm_weight": weight.clone()}
+            options["norm_weight_offset"] = shapes.norm_weight_offset
+        yield functools.partial(kv_append, k, v, k_cache, v_cache, **options)
+
+
+def _attention(shapes: Shapes, training: bool) -> Calls:
+    from pytransformer.ops.attention import attention
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return attention(q, k, v, causal=True, window=shapes.window, softcap=shapes.softcap, backend="triton")
+
+    for seqlen in (1, 16):
+        inputs = _heads(shapes, 2, seqlen, grad=training)
+        yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
+
+
+def _decode_attention(shapes: Shapes, training: bool) -> Calls:
+    from pytransformer.ops.decode_attention import decode_attention
+
+    options: dict[str, Any] = {"window": shapes.window, "softcap": shapes.softcap, "backend": "triton"}
+    for capacity, seqlen in itertools.product((64, _LONG_CACHE), (1, 48)):
+        q, _, _ = _heads(shapes, 2, seqlen)
+        k_cache, v_cache, table = _cache(shapes, capacity)
+        lengths = torch.full((2,), seqlen, dtype=torch.int32)
+        yield functools.partial(decode_attention, q, k_cache, v_cache, lengths, block_table=table, **options)
+
+
+def _activation(shapes: Shapes, training: bool) -> Calls:
+    from pytransformer.ops import activation
+
+    op = getattr(activation, shapes.activation.removesuffix("_tanh"), None)
+    if op is None:  # "relu" is torch's own
+        return
+    options: dict[str, Any] = {"backend": "triton"}
+    if shapes.activation.endswith("_tanh"):
+        options["approximate"] = "tanh"
+    gated = shapes.activation in ("swiglu", "geglu", "geglu_tanh")
+    inputs = [_zeros(shapes, 2, 4, 4 * shapes.hidden_size, grad=training) for _ in range(2 if gated else 1)]
+    if training:
+        yield _with_backward(lambda *inputs: op(*inputs, **options), *inputs)
+    else:
+        yield lambda: op(*inputs, **options)
+
+
+# By name: the calls of an op (``training``: with a gradient too).
+OPS: dict[str, Callable[[Shapes, bool], Calls]] = {
+    "attention": _attention,
+    "decode_attention": _decode_attention,
+    "kv_append": _kv_append,
+    "rope": _rope,
+    "norm": _norm,
+    "activation": _activation,
+}
