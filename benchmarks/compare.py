@@ -5,7 +5,8 @@ Mann–Whitney test of the raw samples: exact where no samples tie, else the nor
 The p-values of all comparisons are corrected by Holm's step-down method, so the chance of even one false alarm stays below 5 %.
 
 The samples of a run know nothing of what differs from run to run (clocks, temperature, neighbours), so a change also has to exceed a
-margin: 1 %, or as much as the ceilings drifted in either run.
+margin: 1 %, or more where the machine itself moved by more. That is seen in what we did not write: the ceilings, which are measured twice in
+each run, and the peers, whose median change is common to all.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ Result = Mapping[str, Any]
 ALPHA = 0.05
 MARGIN = 0.01
 BOOTSTRAPS = 1000
+# Rows with peers that it takes to say that the machine changed.
+FEWEST_PEERS = 5
 # Beyond this many samples on a side the normal approximation is as good as the exact distribution.
 MOST_EXACT = 60
 FASTER, SLOWER, SAME = "faster", "slower", "no difference"
@@ -63,6 +66,7 @@ class Report:
 
     Attributes:
         margin: smallest change that counts.
+        drift: by how much the machine moved, as far as ceilings and peers tell.
         too_few_samples: even runs that do not overlap at all would not differ significantly.
     """
 
@@ -70,6 +74,7 @@ class Report:
     only_before: list[str]
     only_after: list[str]
     margin: float
+    drift: float = 0.0
     too_few_samples: bool = False
 
     def regressions(self, percent: float) -> list[Comparison]:
@@ -86,24 +91,45 @@ def compare(before: Result, after: Result, *, force: bool = False, margin: float
 
     Args:
         force: also records of different devices or grids.
-        margin: smallest relative change that counts (default: 1 %, or the larger drift of the ceilings).
+        margin: smallest relative change that counts (default: 1 %, or what the ceilings and the peers changed by).
 
     Raises:
         ValueError: the records are of different schemas, or, without ``force``, of different devices or tiny and real grids.
     """
     _check_comparable(before, after, force)
-    drift = max(float(content.get("ceilings_drift", 0.0)) for content in (before, after))
-    margin = max(MARGIN, drift) if margin is None else margin
     first, second = dict(_series(before)), dict(_series(after))
     shared = [key for key in first if key in second]
+    peers = [_ratio(first[key], second[key]) for key in shared if not is_ours(key[2])]
+    drift = max(_ceilings_change(before, after), _common_change(peers))
+    margin = max(MARGIN, drift) if margin is None else margin
     p_values = holm([mann_whitney(first[key].samples, second[key].samples) for key in shared])
     return Report(
         [_comparison(first[key], second[key], p, margin) for key, p in zip(shared, p_values)],
         [" ".join(key) for key in first if key not in second],
         [" ".join(key) for key in second if key not in first],
         margin,
+        drift,
         bool(shared) and all(_least_p(first[key], second[key]) * len(shared) >= ALPHA for key in shared),
     )
+
+
+def _ceilings_change(before: Result, after: Result) -> float:
+    """Largest relative change of a ceiling within either run, or from one to the other."""
+    changes = [float(content.get("ceilings_drift", 0.0)) for content in (before, after)]
+    if "ceilings" in before and "ceilings" in after:
+        changes += [abs(after["ceilings"][name] / value - 1) for name, value in before["ceilings"].items()]
+    return max(changes)
+
+
+def _common_change(ratios: Sequence[float]) -> float:
+    """By how much the peers changed together; a few of them are no evidence."""
+    return abs(statistics.median(ratios) - 1) if len(ratios) >= FEWEST_PEERS else 0.0
+
+
+def _ratio(before: _Series, after: _Series) -> float:
+    """Of medians, as a time: above 1 is slower."""
+    ratio = statistics.median(after.samples) / statistics.median(before.samples)
+    return 1 / ratio if before.higher_is_better else ratio
 
 
 def _least_p(before: _Series, after: _Series) -> float:
@@ -151,7 +177,7 @@ def _series(content: Result) -> Iterator[tuple[tuple[str, str, str], _Series]]:
 def _comparison(before: _Series, after: _Series, p: float, margin: float) -> Comparison:
     ratio = statistics.median(after.samples) / statistics.median(before.samples)
     low, high = bootstrap_interval(before.samples, after.samples, key_of(before.op, before.shape) + before.variant)
-    change = (1 / ratio if before.higher_is_better else ratio) - 1
+    change = _ratio(before, after) - 1
     differs = p < ALPHA and abs(change) > margin
     verdict = SAME if not differs else (SLOWER if change > 0 else FASTER)
     return Comparison(

@@ -93,8 +93,8 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what became faster or slower from one result file to another",
         description=(
             "Ratio of medians of each row and variant, with a 95 %% bootstrap interval; faster or slower only where a Mann-Whitney "
-            "test of the samples, corrected for the number of comparisons (Holm), says so, and where the change exceeds 1 %% and the "
-            "drift of the ceilings."
+            "test of the samples, corrected for the number of comparisons (Holm), says so, and where the change exceeds 1 %% and what "
+            "the machine itself moved by, as its ceilings and the peers tell."
         ),
     )
     parser.add_argument("before", type=Path, metavar="A.json")
@@ -106,7 +106,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--margin",
         type=float,
         metavar="PERCENT",
-        help="smallest change that counts (default: 1, or the drift of the ceilings)",
+        help="smallest change that counts (default: 1, or what the machine moved by)",
     )
     parser.add_argument("--all", action="store_true", help="also list what does not differ")
     parser.add_argument(
@@ -250,6 +250,8 @@ def _print_report(report: Report, everything: bool) -> None:
         f"{len(report.comparisons)} compared: {counts[FASTER]} faster, {counts[SLOWER]} slower, {counts[SAME]} no difference "
         f"(beyond {100 * report.margin:.1f} % and chance)"
     )
+    if report.drift > report.margin / 2:
+        print(f"The machine itself moved by {100 * report.drift:.1f} %, as its ceilings and the peers tell.")
     if report.too_few_samples:
         print("With so few samples for so many comparisons nothing can be told from chance: run with more --rounds.")
 

@@ -139,6 +139,24 @@ def test_a_change_within_the_drift_of_the_ceilings_does_not_count():
     assert verdicts(before, after, margin=0.01) == {("L1024", "cuda"): SLOWER}
 
 
+def test_a_change_that_the_peers_share_is_the_machine():
+    lengths = (512, 1024, 2048, 4096, 8192)
+    before = record_of([attention_row(length, {"cuda": 600.0, "flex": 400.0}) for length in lengths])
+    after = record_of([attention_row(length, {"cuda": 545.0, "flex": 360.0}) for length in lengths])
+    report = compare(before, after)
+    assert report.drift == pytest.approx(1 / 0.9 - 1, rel=1e-3)
+    assert {found.verdict for found in report.comparisons if found.variant == "cuda"} == {SAME}
+    worse = record_of([attention_row(length, {"cuda": 450.0, "flex": 360.0}) for length in lengths])
+    assert {found.variant for found in compare(before, worse).regressions(5)} == {"cuda"}
+
+
+def test_other_ceilings_are_another_machine():
+    before, after = (record_of([attention_row(1024, {"cuda": speed})]) for speed in (600.0, 560.0))
+    after["ceilings"] = {name: 0.9 * value for name, value in after["ceilings"].items()}
+    assert compare(before, after).drift == pytest.approx(0.1)
+    assert verdicts(before, after) == {("L1024", "cuda"): SAME}
+
+
 def test_two_noisy_runs_do_not_differ():
     draw = random.Random(3)
     noisy = [
