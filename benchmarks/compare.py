@@ -5,8 +5,8 @@ Mann–Whitney test of the raw samples: exact where no samples tie, else the nor
 The p-values of all comparisons are corrected by Holm's step-down method, so the chance of even one false alarm stays below 5 %.
 
 The samples of a run know nothing of what differs from run to run (clocks, temperature, neighbours), so a change also has to exceed a
-margin: 1 %, or more where the machine itself moved by more. That is seen in what we did not write: the ceilings, which are measured twice in
-each run, and the peers, whose median change is common to all.
+margin: 1 %, or more where the machine itself moved by more. That is seen in what we did not write: the ceilings, which are measured twice
+in each run, and the peers, whose median change is common to all.
 """
 
 from __future__ import annotations
