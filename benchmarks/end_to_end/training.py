@@ -26,7 +26,6 @@ from pytransformer.benchmarks.rows import Absent
 
 # Dense bfloat16 by the makers' data sheets, FLOP/s: what an MFU is a fraction of. "H100" is the SXM part.
 DATA_SHEET = {"H200": 989.4e12, "H100": 989.4e12, "GH200": 989.4e12, "A100": 311.9e12, "B200": 2250e12}
-NANOGPT = "nanogpt/model.py"
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -184,7 +183,7 @@ def nanogpt(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple
     Raises:
         Absent: the file is not there, or the shape is not GPT-2's.
     """
-    path = peers.loose_file(NANOGPT)
+    path = peers.loose_file(peers.NANOGPT.file)
     if not path.is_file():
         raise Absent(f"there is no file {path}")
     if shape.config.positions != "learned":

@@ -23,6 +23,9 @@ from pytransformer.benchmarks.peers import transformers as transformers_peer
 from pytransformer.benchmarks.peers.base import Peer, folder, kept, lazily, loose_file, use_folder
 from pytransformer.benchmarks.rows import Variant
 
+# Whole models only: see end_to_end/training.py.
+NANOGPT = Peer("nanogpt", "nanogpt", "torch", {}, file="nanogpt/model.py", least_capability=None)
+
 PEERS: tuple[Peer, ...] = (
     *torch_attention.PEERS,
     torch_functions.FUNCTIONS,
@@ -34,9 +37,22 @@ PEERS: tuple[Peer, ...] = (
     transformers_peer.PEER,
     triton_tutorial.ATTENTION_PEER,
     triton_tutorial.LAYER_NORM_PEER,
+    NANOGPT,
 )
 
-__all__ = ["PEERS", "Peer", "folder", "kept", "loose_file", "notes", "overview", "use_folder", "variants"]
+__all__ = [
+    "NANOGPT",
+    "PEERS",
+    "Peer",
+    "folder",
+    "is_here",
+    "kept",
+    "loose_file",
+    "notes",
+    "overview",
+    "use_folder",
+    "variants",
+]
 
 
 def chosen(device: torch.device, *, peers: bool, quick: bool) -> list[Peer]:
@@ -46,6 +62,11 @@ def chosen(device: torch.device, *, peers: bool, quick: bool) -> list[Peer]:
         for peer in PEERS
         if (peers or peer.always) and not (quick and peer.slow_start) and peer.why_absent(device) is None
     ]
+
+
+def is_here(name: str, device: torch.device) -> bool:
+    """Whether the peer of this name can run here."""
+    return any(peer.name == name and peer.why_absent(device) is None for peer in PEERS)
 
 
 def variants(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pytransformer.benchmarks import peers
 from pytransformer.benchmarks.end_to_end import decoding, training
 from pytransformer.benchmarks.rows import Measurement
 from pytransformer.benchmarks.suites.common import Wanted
@@ -34,8 +35,11 @@ def rows(wanted: Wanted) -> Iterator[Measurement]:
 def _training(wanted: Wanted, shape: training.TrainingShape, priority: int) -> Measurement:
     variants: dict[str, Callable[[torch.device], dict[str, Any]]] = {}
     for trainer, compiled, always, quick in TRAINERS:
-        if not (always or wanted.peers) or (wanted.quick and not quick):
+        here = always or (wanted.peers and peers.is_here(trainer, wanted.device))
+        if not here or (wanted.quick and not quick):
             continue
+        if trainer == "nanogpt" and shape.config.positions != "learned":
+            continue  # it is GPT-2
         if wanted.tiny:  # torch.compile takes half a minute on a CPU, whatever the size
             compiled = False
         name = f"{trainer} compiled" if compiled else trainer
@@ -51,7 +55,8 @@ def _training(wanted: Wanted, shape: training.TrainingShape, priority: int) -> M
 
 
 def _decoding(wanted: Wanted, shape: decoding.DecodingShape, priority: int) -> Measurement:
-    names = [name for name in decoding.DECODERS if wanted.peers or name.startswith("pytransformer")]
+    theirs = wanted.peers and peers.is_here("transformers", wanted.device)
+    names = [name for name in decoding.DECODERS if theirs or name.startswith("pytransformer")]
     if wanted.quick or wanted.tiny:
         names = [name for name in names if name != "transformers compiled"]
     return Measurement(

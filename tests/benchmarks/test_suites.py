@@ -376,4 +376,4 @@ def test_peers_that_compile_for_long_come_in_rows_of_their_own():
     assert (quick.priority, list(quick.variants)) == (0, ["pytransformer"])
     assert slow.shape == f"{quick.shape}, beside peers that compile for long"
     assert slow.priority == 1
-    assert set(slow.variants) > {"pytransformer", "pytransformer compiled", "torch_modules compiled"}
+    assert {"pytransformer", "pytransformer compiled", "torch_modules compiled"} <= set(slow.variants)
