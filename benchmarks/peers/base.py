@@ -127,7 +127,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     What is compiled of a function is kept by its code, for all rows together; after eight shapes PyTorch would silently go on uncompiled.
     """
     import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
 
+    functorch.donated_buffer = False  # a backward pass that is timed runs again and again over what its forward pass saved
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 2**20
     return torch.compile(function, dynamic=False, fullgraph=True)
 
