@@ -469,3 +469,51 @@ def test_one_of_two_outputs_may_go_unused(used: int, backend: str, device: torch
         results.append(torch.autograd.grad(output.sin().sum(), wanted, materialize_grads=True))
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected)
+
+
+@ALL_OPS
+@ALL_KERNELS
+def test_weights_with_a_stride(op: str, backend: str, device: torch.device) -> None:
+    tensors = draw(op, device, residual=None)
+    strided = {
+        name: torch.stack((tensor.detach(), torch.full_like(tensor, 7.0)), dim=-1)[..., 0].requires_grad_()
+        if name in ("weight", "bias")
+        else tensor.detach().requires_grad_()
+        for name, tensor in tensors.items()
+    }
+    assert not strided["weight"].is_contiguous()
+    (expected,), (y,) = run(OPS[op][0], tensors, backend=backend), run(OPS[op][0], strided, backend=backend)
+    assert torch.equal(y, expected)
+    for found, wanted in zip(
+        *(torch.autograd.grad(out.sum(), [*of.values()]) for out, of in ((y, strided), (expected, tensors)))
+    ):
+        assert torch.equal(found, wanted)
+
+
+@ALL_KERNELS
+def test_a_call_like_one_that_was_checked_is_checked_where_it_differs(backend: str, device: torch.device) -> None:
+    """Checked calls go straight to the launch that was kept for them."""
+    x, weight = torch.randn(3, 8, device=device), torch.randn(8, device=device)
+    for _ in range(3):
+        y = rms_norm(x, weight, eps=1.0, weight_offset=1.0, backend=backend)
+    assert torch.equal(y, rms_norm(x.clone(), weight.clone(), eps=1.0, weight_offset=1.0, backend=backend))
+    unlike: list[tuple[type[Exception], tuple[object, ...], dict[str, object]]] = [
+        (TypeError, (x, weight), {"eps": True, "weight_offset": 1.0}),
+        (TypeError, (x, weight), {"eps": 1.0, "weight_offset": True}),
+        (ValueError, (x, weight[:7]), {"eps": 1.0, "weight_offset": 1.0}),
+        (ValueError, (x, weight.view(1, 8)), {"eps": 1.0, "weight_offset": 1.0}),
+        (ValueError, (x, weight), {"eps": -1.0, "weight_offset": 1.0}),
+        (ValueError, (x, weight.to("meta")), {"eps": 1.0, "weight_offset": 1.0}),
+        (TypeError, (x, weight.long()), {"eps": 1.0, "weight_offset": 1.0}),
+        (TypeError, (x, [1.0] * 8), {"eps": 1.0, "weight_offset": 1.0}),
+        (ValueError, (x, weight), {"eps": 1.0, "weight_offset": 1.0, "residual": x[:2]}),
+    ]
+    for error, arguments, options in unlike:
+        with pytest.raises(error):
+            rms_norm(*arguments, **options, backend=backend)  # type: ignore[call-overload]
+    # The same shape with other strides, and a gradient, are other calls too.
+    transposed = x.t().contiguous().t()
+    assert torch.equal(rms_norm(transposed, weight, eps=1.0, weight_offset=1.0, backend=backend), y)
+    with_gradient = x.clone().requires_grad_()
+    out = rms_norm(with_gradient, weight, eps=1.0, weight_offset=1.0, backend=backend)
+    assert out.requires_grad and torch.equal(out.detach(), y)

@@ -487,3 +487,38 @@ def test_bad_input(error: type[Exception], message: str, arguments: dict[str, ob
     given = {"q": Q, "k": K, "cos": COS, "sin": SIN, **arguments}
     with pytest.raises(error, match=re.escape(message)):
         rope(**given)
+
+
+def test_a_call_like_one_that_was_checked_is_checked_where_it_differs(device: torch.device) -> None:
+    """Checked calls go straight to the launch that was kept for them; an int offset is no part of what they have in common."""
+    (q, k), (cos, sin) = (tensor.detach() for tensor in draw(device)), tables(device)
+    options: dict[str, object] = {"backend": "triton"}
+    for offsets in (0, 1, 0, LENGTH - 6, 5):
+        rotated = rope(q, k, cos, sin, offsets=offsets, **options)  # type: ignore[arg-type]
+        expected = rope(q, k, cos, sin, offsets=torch.full((2,), offsets, device=device), **options)  # type: ignore[arg-type]
+        assert all(torch.equal(found, wanted) for found, wanted in zip(rotated, expected))
+    with pytest.raises(ValueError, match="cos and sin must have a row for each position"):
+        rope(q, k, cos, sin, offsets=LENGTH - 5, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="offsets must be at least 0"):
+        rope(q, k, cos, sin, offsets=-1, **options)  # type: ignore[arg-type]
+    for changes in ({"interleaved": 0}, {"inplace": 0}, {"offsets": True}, {"offsets": 1.0}):
+        with pytest.raises(TypeError):
+            rope(q, k, cos, sin, **{**options, **changes})  # type: ignore[arg-type]
+    for wrong in (k[..., :8], k[:, :5], k.half(), k.to("meta")):
+        with pytest.raises((ValueError, TypeError)):
+            rope(q, wrong, cos, sin, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="q must be contiguous in its last dimension"):
+        rope(q.transpose(2, 3).contiguous().transpose(2, 3), k, cos, sin, **options)  # type: ignore[arg-type]
+    positions = torch.arange(6, device=device)
+    for _ in range(2):
+        rope(q, k, cos, sin, positions=positions, **options)  # type: ignore[arg-type]
+    if device.type == "cpu":  # values on a GPU are not read
+        with pytest.raises(ValueError, match="positions must hold rows of cos and sin"):
+            rope(q, k, cos, sin, positions=positions + LENGTH, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="offsets must not be given together with positions"):
+        rope(q, k, cos, sin, positions=positions, offsets=1, **options)  # type: ignore[arg-type]
+    first, before = q.clone(), q._version
+    rope(first, None, cos, sin, inplace=True, **options)  # type: ignore[arg-type]
+    version = first._version
+    rope(first, None, cos, sin, inplace=True, **options)  # type: ignore[arg-type]
+    assert first._version > version and q._version == before

@@ -62,7 +62,8 @@ STUB cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int
 STUB cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 STUB cuGetErrorString(CUresult error, const char **text) { *text = "stub"; return CUDA_SUCCESS; }
 STUB cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  *function = (CUfunction)1;
+  static long functions = 0;
+  *function = (CUfunction)++functions;
   return CUDA_SUCCESS;
 }
 STUB cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)1; return CUDA_SUCCESS; }

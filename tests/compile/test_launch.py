@@ -1,0 +1,185 @@
+"""A launch that skips Triton's look-ups passes what Triton would pass, to the kernel that Triton would take, or goes through Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.nvidia.driver import CudaLauncher
+
+from pytransformer.kernels import kv_append, launch, norm, norm_backward, rope
+from pytransformer.kernels.launch import PreparedLaunch
+from pytransformer.kernels.norm import NormForward
+from pytransformer.kernels.plans import Plans
+from pytransformer.kernels.rope import rope_rotate
+from tests.compile.test_keys import CASES
+from tests.support.triton_stub import count_launches, stubbed_driver
+
+PREPARED = [name for name in CASES if name.startswith(("norm", "rope", "kv_append"))]
+
+
+@pytest.fixture(autouse=True)
+def stub() -> Iterator[None]:
+    with stubbed_driver(90):
+        yield
+
+
+class Spy:
+    """Sees each launch on its way to the C function: the arguments as numbers, and whether Triton's own launcher passed them on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launches: list[tuple[bool, tuple[Any, ...]]] = []
+        spy = self
+
+        # Named as Triton names them: by that it is known.
+        def triton_launch(
+            self: Any, gridX: int, gridY: int, gridZ: int, stream: int, function: int, *args: Any
+        ) -> None:
+            metadata, _, _, _, *arguments = args
+            spy._note(True, (gridX, gridY, gridZ, stream, function, metadata), arguments)
+
+        def direct_launch(*args: Any) -> None:
+            spy._note(False, args[:6], args[9:])
+
+        def no_c_launcher(run: Any, function: int, metadata: Any) -> Any:
+            return launch._Launcher(direct_launch, (function, metadata, None, None, None), True)
+
+        monkeypatch.setattr(CudaLauncher, "__call__", triton_launch)
+        monkeypatch.setattr(launch, "_c_launcher", no_c_launcher)
+        for module in (kv_append, norm, norm_backward, rope):  # launches that were kept before go another way
+            monkeypatch.setattr(module, "_PLANS", Plans())
+
+    def _note(self, by_triton: bool, where: tuple[Any, ...], arguments: Any) -> None:
+        numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
+        self.launches.append((by_triton, (*where, *numbers)))
+
+    def last(self) -> tuple[bool, tuple[Any, ...]]:
+        return self.launches[-1]
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    return Spy(monkeypatch)
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_what_is_passed_is_what_triton_passes(name: str, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = PreparedLaunch.__call__
+    compared = 0
+
+    def both(self: PreparedLaunch, pointers: Any, numbers: Any = ()) -> None:
+        nonlocal compared
+        call(self, pointers, numbers)
+        self._launch_by_triton(pointers, numbers, -1)
+        by_triton, expected = spy.last()
+        assert by_triton
+        call(self, pointers, numbers)
+        by_triton, found = spy.last()
+        assert not by_triton
+        assert found == expected
+        compared += 1
+
+    monkeypatch.setattr(PreparedLaunch, "__call__", both)
+    # Compiling takes most of the time, so these are sizes that need no more than one kernel each.
+    for batch, seqlen in ((2, 7), (3, 16)):
+        CASES[name][0](batch, seqlen)
+    assert compared >= 2
+
+
+def _norm(spy: Spy) -> Callable[[torch.Tensor], tuple[bool, tuple[Any, ...]]]:
+    weight = torch.empty(64)
+    forward = NormForward(torch.empty(2, 64), weight, None, None, eps=1e-5, is_rms=True, statistics=False)
+
+    def run(x: torch.Tensor) -> tuple[bool, tuple[Any, ...]]:
+        forward(x, weight, None, None)
+        return spy.last()
+
+    return run
+
+
+FUNCTION = 4  # where a launch has it
+
+
+def test_a_pointer_that_is_not_aligned_goes_through_triton_to_another_kernel(spy: Spy) -> None:
+    run, x = _norm(spy), torch.empty(2, 64)
+    run(x)
+    by_triton, aligned = run(x)
+    assert not by_triton
+    shifted = torch.empty(2 * 64 + 1)[1:].view(2, 64)
+    by_triton, unaligned = run(shifted)
+    assert by_triton and unaligned[FUNCTION] != aligned[FUNCTION]
+    by_triton, again = run(x)
+    assert not by_triton and again[FUNCTION] == aligned[FUNCTION]
+
+
+def test_an_unaligned_first_launch_is_not_kept(spy: Spy) -> None:
+    run = _norm(spy)
+    shifted = torch.empty(2 * 64 + 1)[1:].view(2, 64)
+    assert run(shifted)[0] and run(shifted)[0]
+    assert run(torch.empty(2, 64))[0] and not run(torch.empty(2, 64))[0]
+
+
+def test_a_number_beyond_32_bits_goes_through_triton(spy: Spy) -> None:
+    q, table = torch.empty(1, 4, 2, 16), torch.empty(8, 8)
+    for offsets, expected in ((0, True), (3, False), (2**31 - 1, False), (2**31, True), (-(2**31), False), (7, False)):
+        rope_rotate(q, None, table, table, offsets=offsets)
+        by_triton, arguments = spy.last()
+        assert by_triton is expected, offsets
+        assert offsets in arguments
+
+
+def test_hooks_and_debugging_options_see_every_launch(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, x = _norm(spy), torch.empty(2, 64)
+    run(x)
+    assert not run(x)[0]
+    runtime = triton.knobs.runtime
+    runtime.launch_enter_hook.add(print)
+    try:
+        assert run(x)[0]
+    finally:
+        runtime.launch_enter_hook.remove(print)
+    assert not run(x)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "launch_exit_hook", lambda metadata: None)
+        assert run(x)[0]
+        patch.undo()
+    assert not run(x)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "debug", True)
+        assert run(x)[0]
+    assert not run(x)[0]
+
+
+def test_another_current_device_goes_through_triton(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, x = _norm(spy), torch.empty(2, 64)
+    run(x)
+    assert not run(x)[0]
+    monkeypatch.setattr(launch, "_current_device", lambda: 1)
+    assert run(x)[0]
+
+
+def test_a_triton_that_is_not_known_is_left_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_takes_known_arguments", lambda launcher: False)
+    weight, x = torch.empty(64), torch.empty(2, 64)
+    forward = NormForward(x, weight, None, None, eps=1e-5, is_rms=True, statistics=False)
+    before = count_launches()
+    forward(x, weight, None, None)
+    forward(x, weight, None, None)
+    assert count_launches() == before + 2
+    assert forward._launch is not None and not forward._launch._handles
+
+
+def test_this_triton_is_known_down_to_its_c_function() -> None:
+    weight, x = torch.empty(64), torch.empty(2, 64)
+    forward = NormForward(x, weight, None, None, eps=1e-5, is_rms=True, statistics=False)
+    before = count_launches()
+    for _ in range(3):
+        forward(x, weight, None, None)
+    assert count_launches() == before + 3
+    assert forward._launch is not None
+    (handle,) = forward._launch._handles.values()
+    if triton.__version__.split(".")[:2] in (["3", "6"], ["3", "9"]):
+        assert isinstance(handle.launcher.call, type(len)), "a C function"
