@@ -102,6 +102,7 @@ class Peer:
         return None
 
 
+@functools.cache
 def _is_importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None

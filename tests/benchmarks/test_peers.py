@@ -37,9 +37,11 @@ def folder(tmp_path, monkeypatch):
     """An empty folder of peers."""
     monkeypatch.setenv(base.FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    base.use_folder.cache_clear()
+    for cached in (base.use_folder, base._is_importable):
+        cached.cache_clear()
     yield tmp_path
-    base.use_folder.cache_clear()
+    for cached in (base.use_folder, base._is_importable):
+        cached.cache_clear()
 
 
 def peer(name, index=0):
