@@ -59,6 +59,7 @@ class Peer:
         file: a loose source file it needs instead of a module.
         needs: names of further modules without which it does not run.
         least_capability: of the GPU; None = also on a CPU.
+        on_gpu: False for what only stands in on a CPU.
         always: part of torch, so it is measured even where no peers are asked for.
         slow_start: takes tens of seconds to compile; left out of the quick grid.
         notes: op → a sentence beside its figures.
@@ -71,6 +72,7 @@ class Peer:
     file: str = ""
     needs: tuple[str, ...] = ()
     least_capability: tuple[int, int] | None = (8, 0)
+    on_gpu: bool = True
     always: bool = False
     slow_start: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +94,8 @@ class Peer:
         for module in (self.module, *self.needs):
             if not _is_importable(module):
                 return f"the module {module} is not installed"
+        if not self.on_gpu and device.type == "cuda":
+            return "each of its backends is measured by itself on a GPU"
         if self.least_capability is None:
             return None
         if device.type != "cuda":
@@ -130,7 +134,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
 
-    functorch.donated_buffer = False  # a backward pass that is timed runs again and again over what its forward pass saved
+    functorch.donated_buffer = (
+        False  # a backward pass that is timed runs again and again over what its forward pass saved
+    )
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 2**20
     return torch.compile(function, dynamic=False, fullgraph=True)
 

@@ -16,8 +16,8 @@ from pytransformer.benchmarks.cases import AttentionCase, DecodeCase
 from pytransformer.benchmarks.peers.base import Factory, Peer, compiled, kept
 from pytransformer.benchmarks.rows import Inputs, Variant
 
-# Scores that the math backend may materialise, in elements: float32, with the softmax and its gradient beside them.
-LARGEST_SCORES = 2**30
+# Scores that the math backend may materialise, in elements: 512 MB of float32, with the softmax and its gradient beside them.
+LARGEST_SCORES = 2**27
 
 
 def _transposed(inputs: Inputs, names: tuple[str, str, str]) -> list[Tensor]:
@@ -64,9 +64,11 @@ def _attention(backend: SDPBackend | None, served: frozenset[str], *, grouped: b
     return build
 
 
-def _decode(backend: SDPBackend | None, *, grouped: bool = True) -> Any:
+def _decode(backend: SDPBackend | None, *, grouped: bool = True, small: bool = False) -> Any:
     def build(case: DecodeCase) -> Factory | None:
         is_grouped = case.num_heads != case.num_kv_heads
+        if small and case.cache_bytes > 2**28:
+            return None
         if case.page_size or case.cache_dtype != "bf16" or (is_grouped and not grouped):
             return None
 
@@ -79,14 +81,28 @@ def _decode(backend: SDPBackend | None, *, grouped: bool = True) -> Any:
     return build
 
 
-def _sdpa_peer(name: str, backend: SDPBackend | None, served: set[str], **options: Any) -> Peer:
-    grouped = options.get("grouped", True)
+def _sdpa_peer(
+    name: str,
+    backend: SDPBackend | None,
+    served: set[str],
+    *,
+    always: bool = False,
+    grouped: bool = True,
+    small: bool = False,
+) -> Peer:
     ops = {
-        "attention": _attention(backend, frozenset(served), grouped=grouped, small=options.get("small", False)),
-        "decode_attention": _decode(backend, grouped=grouped),
+        "attention": _attention(backend, frozenset(served), grouped=grouped, small=small),
+        "decode_attention": _decode(backend, grouped=grouped, small=small),
     }
+    # Without a backend it takes one of the others, on an H200 cuDNN's: on a GPU each of those is measured instead.
     return Peer(
-        name, "torch", "torch", ops, always=options.get("always", False), least_capability=options.get("least", (8, 0))
+        name,
+        "torch",
+        "torch",
+        ops,
+        always=always,
+        on_gpu=backend is not None,
+        least_capability=None if backend is None else (8, 0),
     )
 
 
@@ -197,7 +213,7 @@ def _flex(case: AttentionCase) -> Factory | None:
 
 
 PEERS = (
-    _sdpa_peer("sdpa", None, {"bias"}, always=True, least=None),
+    _sdpa_peer("sdpa", None, {"bias"}, always=True),
     _sdpa_peer("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION, {"bias"}, always=True),
     # With deterministic algorithms asked for, flash and cuDNN take other paths: `deterministic` rows compare packages that say so per call.
     _sdpa_peer("sdpa_flash", SDPBackend.FLASH_ATTENTION, set(), always=True),
