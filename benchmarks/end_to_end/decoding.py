@@ -77,37 +77,54 @@ def llama_8b(batch: int, tiny: bool) -> DecodingShape:
 Burst = Callable[[int], object]
 
 
-def ours(shape: DecodingShape, device: torch.device, graph: bool) -> Burst:
-    """Our model with its own cache, whose context is random; one step after another, or one captured step replayed."""
-    model = Transformer(shape.config, device=device, dtype=shape.dtype).eval()
-    cache = KVCache(shape.config, shape.batch, shape.capacity, device=device, dtype=shape.dtype)
-    cache.k_cache.normal_()
-    cache.v_cache.normal_()
-    cache.advance(shape.context, shape.context)
-    tokens = torch.zeros(shape.batch, dtype=torch.int64, device=device)
+class Decoder:
+    """Our model with its own cache, whose context is random, and the newest token of each sequence."""
 
-    def step() -> None:
-        hidden = model.model(tokens[:, None], cache=cache)
-        tokens.copy_(model.lm_head(hidden[:, 0]).argmax(-1))
+    def __init__(self, shape: DecodingShape, device: torch.device) -> None:
+        self.model = Transformer(shape.config, device=device, dtype=shape.dtype).eval()
+        self.cache = KVCache(shape.config, shape.batch, shape.capacity, device=device, dtype=shape.dtype)
+        self.cache.k_cache.normal_()
+        self.cache.v_cache.normal_()
+        self.cache.advance(shape.context, shape.context)
+        self.tokens = torch.zeros(shape.batch, dtype=torch.int64, device=device)
 
-    def eager(count: int) -> None:
+    def step(self) -> None:
+        """Feeds the newest token and chooses the next; the cache does not count it yet."""
+        hidden = self.model.model(self.tokens[:, None], cache=self.cache)
+        self.tokens.copy_(self.model.lm_head(hidden[:, 0]).argmax(-1))
+
+    def eager(self, count: int) -> None:
         for _ in range(count):
-            step()
-            cache.advance(1, cache.max_length + 1)
+            self.step()
+            self.cache.advance(1, self.cache.max_length + 1)
 
-    if not graph:
-        return eager
-    if device.type != "cuda":
+    def let_the_device_count(self) -> None:
+        """From here on the lengths are one tensor, which :meth:`counted_step` counts up; the host only knows the largest they may reach."""
+        self.cache.advance(0, self.cache.capacity - 1)
+
+    def counted_step(self) -> None:
+        """What a CUDA graph captures: everything that a step changes is changed in place."""
+        self.step()
+        self.cache.lengths.add_(1)
+
+
+def ours(shape: DecodingShape, device: torch.device, graph: bool) -> Burst:
+    """Our model, one step after another from the host, or one captured step replayed.
+
+    Raises:
+        Absent: a graph without a GPU.
+    """
+    if graph and device.type != "cuda":
         raise Absent("CUDA graphs need a GPU")
-    eager(2)  # compiles
-    # From here on the lengths are one tensor, which the captured step itself counts up; the host only knows the largest they may reach.
-    cache.advance(0, shape.capacity - 1)
-    lengths = cache.lengths
+    decoder = Decoder(shape, device)
+    if not graph:
+        return decoder.eager
+    decoder.eager(2)  # compiles
+    decoder.let_the_device_count()
     captured = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)
     with torch.cuda.graph(captured):
-        step()
-        lengths.add_(1)
+        decoder.counted_step()
 
     def replay(count: int) -> None:
         for _ in range(count):

@@ -331,6 +331,29 @@ def test_the_plain_model_is_ours_with_torchs_modules(shape, device):
     assert relative_error(actual, expected) < 1e-6  # the rotary tables are float32
 
 
+@torch.no_grad()
+def test_a_step_that_counts_on_the_device_decodes_the_same_tokens(device):
+    """What is captured into a graph, run again and again with the host's own counting out of the way, as a replay would."""
+    shape = replace(decoding.llama_8b(3, True), dtype=torch.float32)
+    found = []
+    for counted in (False, True):
+        torch.manual_seed(0)
+        decoder = decoding.Decoder(shape, device)
+        decoder.eager(2)
+        if counted:
+            decoder.let_the_device_count()
+        found.append([])
+        for _ in range(5):
+            if counted:
+                decoder.counted_step()
+                decoder.cache._attended = None  # a graph computes it anew
+            else:
+                decoder.eager(1)
+            found[-1].append(decoder.tokens.tolist())
+    assert found[0] == found[1]
+    assert len({tuple(tokens) for tokens in found[0]}) > 1, "the same token over and over shows little"
+
+
 def test_a_model_that_does_not_learn_is_no_result():
     with pytest.raises(RuntimeError, match="a random model's is near"):
         training._check([9.0, 8.0], 128)
