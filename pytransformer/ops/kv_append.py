@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -122,23 +123,26 @@ def kv_append(
             and not _is_autocasting()
         ):
             if straight == "triton":
-                given = AppendCall(
+                given = (
                     k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
                     positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
                 )  # fmt: skip
-                launch = _CHECKED.find(given)
-                if launch is not None:
-                    return _launch_again(launch, given)
+                checked = _CHECKED.find(given)
+                if checked is not None:
+                    launch, written = checked
+                    launched: Tensor | None = launch(given)
+                    mark_changed(*written(given))
+                    return launched
             else:
                 few = k_scale is v_scale is cu_seqlens is cache_batch_idx is q_norm_weight is k_norm_weight is None
                 if few and cos is sin is q is positions is None:
                     where = cache_seqlens if slot_mapping is None else _one_of(cache_seqlens, slot_mapping)
-                    _few_ops()[0](k, v, k_cache, v_cache, where, block_table)
+                    _cuda_ops()[0](k, v, k_cache, v_cache, where, block_table)
                     mark_changed(k_cache, v_cache)
                     return None
                 if few and q is not None and cos is not None and sin is not None:
                     where = cache_seqlens if slot_mapping is None else _one_of(cache_seqlens, slot_mapping)
-                    rotated: Tensor = _few_ops()[1](
+                    rotated: Tensor = _cuda_ops()[1](
                         q, k, v, k_cache, v_cache, where, block_table, cos, sin, positions, interleaved
                     )
                     mark_changed(k_cache, v_cache)
@@ -226,32 +230,26 @@ def _triton(call: AppendCall) -> Tensor | None:
     return new_q
 
 
-# Launches by the arguments as given, each kept after its first call has passed the checks.
-_CHECKED: Plans[Callable[..., Tensor | None]] = Plans()
+# By the arguments as given, in AppendCall's order: the launch, kept after its first call has passed the checks, and what takes the tensors
+# that it writes to out of the arguments.
+_CHECKED: Plans[tuple[Callable[..., Tensor | None], Callable[..., tuple[Tensor, ...]]]] = Plans()
 _NUM_TENSORS = AppendCall._fields.index("interleaved")
 
 
-def _keep(given: AppendCall, call: AppendCall) -> None:
+def _keep(given: tuple[Any, ...], call: AppendCall) -> None:
     """Keeps the launch of a checked call, unless values were read for its checks or tensors copied."""
     from pytransformer.kernels.kv_append import AppendLaunch
 
     tensors = tensors_of(call)
     if any(checks.readable(tensor) for tensor in tensors if not tensor.is_floating_point() or tensor.ndim == 1):
         return
-    for before, after in zip(tensors_of(given), tensors):
+    for before, after in zip(tensors_of(AppendCall._make(given)), tensors):
         if before.data_ptr() != after.data_ptr():
             return
     options = {name: getattr(call, name) for name in AppendCall._fields[_NUM_TENSORS:]}
-    _CHECKED.add(given, AppendLaunch(call[:_NUM_TENSORS], **options))  # type: ignore[arg-type]
-
-
-def _launch_again(launch: Callable[..., Tensor | None], call: AppendCall) -> Tensor | None:
-    new_q = launch(call)
-    if scales_are_written(call):
-        mark_changed(*_written(call))
-    else:
-        mark_changed(call.k_cache, call.v_cache)
-    return new_q
+    launch = AppendLaunch(call[:_NUM_TENSORS], **options)  # type: ignore[arg-type]
+    names = ("k_cache", "v_cache", "k_scale", "v_scale") if scales_are_written(call) else ("k_cache", "v_cache")
+    _CHECKED.add(given, (launch, operator.itemgetter(*map(AppendCall._fields.index, names))))
 
 
 def _written(call: AppendCall) -> tuple[Tensor, ...]:
@@ -260,10 +258,11 @@ def _written(call: AppendCall) -> tuple[Tensor, ...]:
 
 
 @functools.cache
-def _few_ops() -> tuple[Any, ...]:
-    """The extension's ops with few arguments, for most calls: each argument costs as much as a dictionary look-up."""
+def _cuda_ops() -> tuple[Any, ...]:
+    """The extension's ops: for most calls two with few arguments, each of which costs as much as a dictionary look-up; then the others."""
     # What OpOverload.__call__ calls: a tenth of the time of a small call is in that step.
-    return tuple(extension.op(name)._op for name in ("kv_store", "kv_rotate_store"))
+    names = ("kv_store", "kv_rotate_store", "kv_append", "kv_append_scaled")
+    return tuple(extension.op(name)._op for name in names)
 
 
 def _one_of(cache_seqlens: Tensor | None, slot_mapping: Tensor | None) -> Tensor | None:
@@ -287,10 +286,10 @@ def _straight(
     k_norm_weight: Tensor | None, interleaved: bool, norm_eps: float, norm_weight_offset: float,
 ) -> Tensor | None:  # fmt: skip
     """An eager call by the extension's op."""
-    op = extension.op("kv_append")
+    op = _cuda_ops()[2]
     written: tuple[Tensor, ...] = (k_cache, v_cache)
     if k_scale is not None and v_scale is not None and k_scale.ndim > 1:
-        op, written = extension.op("kv_append_scaled"), (k_cache, v_cache, k_scale, v_scale)
+        op, written = _cuda_ops()[3], (k_cache, v_cache, k_scale, v_scale)
     new_q: Tensor = op(
         k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx,
         positions, cos, sin, q, q_norm_weight, k_norm_weight, interleaved, norm_eps, norm_weight_offset,
