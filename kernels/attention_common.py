@@ -39,7 +39,6 @@ UNSPECIALISED = (
     "window_right",
     "dropout_last_out",
     "dbias_rows",
-    "dbias_cols",
     "tiles_m",
     "tiles_n",
 )

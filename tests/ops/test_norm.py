@@ -490,9 +490,10 @@ def test_weights_with_a_stride(op: str, backend: str, device: torch.device) -> N
         assert torch.equal(found, wanted)
 
 
-@ALL_KERNELS
-def test_a_call_like_one_that_was_checked_is_checked_where_it_differs(backend: str, device: torch.device) -> None:
-    """Checked calls go straight to the launch that was kept for them."""
+@pytest.mark.skipif(EMULATED, reason="the extension's ops check each call themselves")
+def test_a_call_like_one_that_was_checked_is_checked_where_it_differs(device: torch.device) -> None:
+    """Calls checked once go straight to the launch that was kept for them, with Triton."""
+    backend = "triton"
     x, weight = torch.randn(3, 8, device=device), torch.randn(8, device=device)
     for _ in range(3):
         y = rms_norm(x, weight, eps=1.0, weight_offset=1.0, backend=backend)
