@@ -29,8 +29,8 @@ GROUPS = {
     "liger": ("liger-kernel",),
     "cute": (
         "quack-kernels", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-core", "nvidia-cutlass-dsl-libs-base",
-        "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi", "torch-c-dlpack-ext", "packaging", "cuda-bindings", "cuda-pathfinder", "einops", "protobuf",
-        "typing-extensions",
+        "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi", "torch-c-dlpack-ext", "cuda-bindings", "cuda-pathfinder", "einops", "protobuf",
+        "packaging", "typing-extensions",
     ),
     "transformers": (
         "transformers", "tokenizers", "safetensors", "huggingface-hub", "regex", "pyyaml", "packaging", "tqdm", "typer", "click",
