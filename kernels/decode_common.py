@@ -80,11 +80,12 @@ def decode_configs(
     # float32 products without tensor cores keep their operands in registers, and a mask or bias its 64-bit addresses: 64 rows spill.
     block_m = 64
     if masked or (itemsize == 4 and row_bytes > 512):
-        block_m = 16 if itemsize == 4 and row_bytes > 1024 else 32
-    # 4 warps hold 64 rows of 128 features in 249 registers, and with options on top they spill.
+        block_m = 16 if itemsize == 4 and row_bytes >= 1024 else 32
+    # 4 warps hold 64 rows of 128 features in 249 registers, and with options on top they spill. Triton 3.6 needs more registers for float32
+    # than later releases: there 4 warps spill with 16 rows of 256 features, and 8 warps with 32 rows of 128.
     wide = (block_m, block_n, 4 if row_bytes <= 256 else 8, min(stages, 2) + paged)
     return (
-        DecodeConfig(0, 16, 16, block_n, 4, stages + paged, FINE_SPLITS),
+        DecodeConfig(0, 16, 16, block_n, 8 if itemsize == 4 and row_bytes >= 1024 else 4, stages + paged, FINE_SPLITS),
         DecodeConfig(16, 128, *wide, COARSE_SPLITS),
         DecodeConfig(128, UNLIMITED, *wide, NO_SPLITS),
     )

