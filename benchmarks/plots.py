@@ -203,7 +203,10 @@ def draw_peers(content: Result, rows: Sequence[Result], path: Path) -> Path:
     axes = figure.subplots()
     places = list(range(len(pairs) - 1, -1, -1))
     colors = [OUR_COLORS[_winner(row).split(" ", 1)[0]] for row in pairs]
-    axes.barh(places, [factor - 1 for factor in factors], left=1.0, height=0.7, color=colors)
+    for bar, factor in zip(
+        axes.barh(places, [factor - 1 for factor in factors], left=1.0, height=0.7, color=colors), factors
+    ):
+        bar.set_alpha(1.0 if factor >= 1 else 0.45)  # where the peer is faster, that is to be seen at a glance
     for place, row, factor in zip(places, pairs, factors):
         peer = best_peer(row)
         assert peer is not None
@@ -223,7 +226,8 @@ def draw_peers(content: Result, rows: Sequence[Result], path: Path) -> Path:
     low, high = min([1.0, *factors]), max([1.0, *factors])
     if high > 4 * low:
         axes.set_xscale("log", base=2)
-        axes.set_xlim(low / (1.0 if low == 1 else (high / low) ** 0.25), high * (high / low) ** 0.25)
+        margin = (high / low) ** 0.4  # for the labels
+        axes.set_xlim(low / (1.0 if low == 1 else margin), high * margin)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axes.set_xlim(low - (0.35 * (high - low) + 0.1 if low < 1 else 0.02), high + 0.3 * (high - low) + 0.1)
@@ -233,7 +237,7 @@ def draw_peers(content: Result, rows: Sequence[Result], path: Path) -> Path:
 
         patches = [Patch(color=OUR_COLORS[name], label=name) for name in names]
         figure.legend(handles=patches, loc="outside lower center", ncols=len(names), fontsize=8)
-    axes.set_xlabel("times as fast as the best peer of the same run (1 = as fast)")
+    axes.set_xlabel("times as fast as the best peer of the same run (1 = as fast; pale: the peer is faster)")
     axes.grid(True, axis="x", alpha=0.25)
     figure.suptitle(f"Fastest of ours against the best peer\n{subtitle(content)}", fontsize=10)
     save_figure(figure, path)
