@@ -18,16 +18,16 @@ Distances: query token t of a sequence sits at position ``cache_seqlen - seqlen_
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from . import decode_cases
 from .attention_common import block_dim, dot_precision, row_strides, window_limits
 from .decode_common import (
     DecodeConfig,
@@ -42,7 +42,8 @@ from .decode_common import (
     tanh,
     tile_keys,
 )
-from .launch import COMMON_OPTIONS, cdiv, on_device
+from .launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, device_limits
+from .plans import Plans
 
 # Splits merged per step: 16 rows of partial results are one or two 128-bit loads per thread.
 MERGE_SPLITS = 16
@@ -308,7 +309,7 @@ def _decode_merge_kernel(
 
 @dataclass(frozen=True)
 class _Call:
-    """A call's tensors and numbers in the order of the kernels' arguments; what differs between row classes is in :func:`_launch_class`."""
+    """A call's tensors and numbers in the order of the kernels' arguments; what differs between row classes is in :class:`_ClassLaunch`."""
 
     cache_seqlens: torch.Tensor
     cu_seqlens_q: torch.Tensor | None
@@ -382,6 +383,15 @@ def decode_attention_forward(
         bias: floating, expanded likewise.
         configs: replaces the launch policy (tests shrink tiles and splits with it).
     """
+    alike = None
+    unusual = (cu_seqlens_q, cache_leftpad, mask, bias, alibi_slopes, k_scale, v_scale, configs)
+    if all(option is None for option in unusual) and k_cache.dtype == v_cache.dtype == q.dtype:
+        given = (q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, sinks)
+        policy = device_limits(q.device)
+        alike = (*given, softmax_scale, causal, window, softcap, num_splits, allow_tf32, policy)
+        plain = _PLANS.find(alike)
+        if plain is not None:
+            return plain.launch(*given)
     packed = cu_seqlens_q is not None
     num_heads, num_kv_heads = q.shape[-2], k_cache.shape[-2]
     head_dim, value_dim = q.shape[-1], v_cache.shape[-1]
@@ -438,114 +448,124 @@ def decode_attention_forward(
     if configs is None:
         masked = mask is not None or bias is not None
         configs = decode_configs(head_dim, value_dim, k_view.element_size(), q.device, block_table is not None, masked)
-    with on_device(q):
-        for config in _row_classes(configs, seqlen_q * call.group, packed, capacity, num_splits):
-            one_page = block_table is not None and page_size % config.block_n == 0 and cache_leftpad is None
-            _launch_class(
-                call, config, tensors, options, (softmax_scale, softcap), {**constants, "ONE_PAGE": one_page}, value_dim
-            )
+    classes = []
+    for config in _row_classes(configs, seqlen_q * call.group, packed, capacity, num_splits):
+        one_page = block_table is not None and page_size % config.block_n == 0 and cache_leftpad is None
+        flags, scales = {**constants, "ONE_PAGE": one_page}, (softmax_scale, softcap)
+        classes.append(_ClassLaunch(call, config, tensors, options, scales, flags, value_dim))
+    pointers = [value for value in (*tensors, *options) if value is None or isinstance(value, torch.Tensor)]
+    for launch in classes:
+        launch(pointers)
+    if alike is not None:
+        _PLANS.add(alike, _PlainLaunch(NewTensor(q) if out.shape == q.shape else None, out.shape, lse.shape, classes))
     return out, lse
 
 
-def _launch_class(
-    call: _Call,
-    config: DecodeConfig,
-    tensors: tuple[object, ...],
-    options: tuple[object, ...],
-    scales: tuple[float, float],
-    constants: dict[str, object],
-    value_dim: int,
-) -> None:
+class _ClassLaunch:
     """The split kernel for one row class, and the merge if a sequence can have several splits."""
-    splits = config.splits.count(call.capacity)
-    rows = min(call.seqlen_q * call.group, config.rows_up_to)
-    tiles = cdiv(rows, config.block_m)
-    split_plan = (config.splits.fine_keys, config.splits.fine_splits, config.splits.coarse_keys)
-    partial_out = partial_stats = None
-    if splits > 1:
+
+    def __init__(
+        self,
+        call: _Call,
+        config: DecodeConfig,
+        tensors: tuple[object, ...],
+        options: tuple[object, ...],
+        scales: tuple[float, float],
+        constants: dict[str, object],
+        value_dim: int,
+    ) -> None:
+        splits = config.splits.count(call.capacity)
+        rows = min(call.seqlen_q * call.group, config.rows_up_to)
+        tiles = cdiv(rows, config.block_m)
+        split_plan = (config.splits.fine_keys, config.splits.fine_splits, config.splits.coarse_keys)
         scratch = (call.batch, call.num_kv_heads, splits)
-        device = call.cache_seqlens.device
-        partial_out = torch.empty((*scratch, rows, value_dim), dtype=torch.float32, device=device)
-        partial_stats = torch.empty((*scratch, 2, rows), dtype=torch.float32, device=device)
-    shared = {
-        "NUM_KV_HEADS": call.num_kv_heads,
-        "GROUP": call.group,
-        "ROWS_ABOVE": config.rows_above,
-        "ROWS_UP_TO": config.rows_up_to,
-        "VALUE_DIM": value_dim,
-        "BLOCK_VALUE_DIM": block_dim(value_dim),
-        "BLOCK_M": config.block_m,
-        **COMMON_OPTIONS,
-    }
-    _decode_split_kernel[(call.batch * call.num_kv_heads * tiles * splits,)](
-        *tensors, partial_out, partial_stats, *options,
-        call.batch, tiles, splits, call.seqlen_q, call.capacity, *call.window, *scales, *split_plan, rows,
-        **{**constants, **shared}, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    if partial_out is not None:
-        _decode_merge_kernel[(call.batch * call.num_kv_heads * rows,)](
-            partial_out, partial_stats, *tensors[12:19], call.cache_seqlens, call.cu_seqlens_q, call.cache_leftpad, call.sinks,
-            rows, splits, call.seqlen_q, call.capacity, *call.window, *split_plan, rows,
-            **shared, BLOCK_SPLITS=MERGE_SPLITS, num_warps=4,
+        self._scratch = ((*scratch, rows, value_dim), (*scratch, 2, rows)) if splits > 1 else None
+        shared = {
+            "NUM_KV_HEADS": call.num_kv_heads,
+            "GROUP": call.group,
+            "ROWS_ABOVE": config.rows_above,
+            "ROWS_UP_TO": config.rows_up_to,
+            "VALUE_DIM": value_dim,
+            "BLOCK_VALUE_DIM": block_dim(value_dim),
+            "BLOCK_M": config.block_m,
+            **COMMON_OPTIONS,
+        }
+        stages = {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        self._split = PreparedLaunch(
+            _decode_split_kernel,
+            (call.batch * call.num_kv_heads * tiles * splits,),
+            (
+                *tensors, None, None, *options,
+                call.batch, tiles, splits, call.seqlen_q, call.capacity, *call.window, *scales, *split_plan, rows,
+            ),
+            {**constants, **shared, **stages},
+        )  # fmt: skip
+        self._merge = PreparedLaunch(
+            _decode_merge_kernel,
+            (call.batch * call.num_kv_heads * rows,),
+            (
+                None, None, *tensors[12:19], call.cache_seqlens, call.cu_seqlens_q, call.cache_leftpad, call.sinks,
+                rows, splits, call.seqlen_q, call.capacity, *call.window, *split_plan, rows,
+            ),
+            {**shared, "BLOCK_SPLITS": MERGE_SPLITS, "num_warps": 4},
         )  # fmt: skip
 
+    def __call__(self, pointers: Sequence[torch.Tensor | None]) -> None:
+        """``pointers``: q, k, v, out, lse, cache_seqlens, cu_seqlens_q, leftpad, and the rest as the split kernel takes them."""
+        if self._scratch is None:
+            self._split((*pointers[:5], None, None, *pointers[5:]))
+            return
+        device = pointers[0].device  # type: ignore[union-attr]
+        partial = [torch.empty(shape, dtype=torch.float32, device=device) for shape in self._scratch]
+        self._split((*pointers[:5], *partial, *pointers[5:]))
+        self._merge((*partial, *pointers[3:8], pointers[13]))  # the last are the sinks
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# What is compiled in the gate that needs no GPU: every row class, dtype and width once, every option once.
 
+class _PlainLaunch(NamedTuple):
+    """The launches of a dense call with none of the options that are read through a view."""
 
-@dataclass(frozen=True)
-class _Case:
-    dtype: torch.dtype
-    seqlen_q: int
-    head_dim: int
-    value_dim: int
-    page_size: int = 0
-    cache_dtype: torch.dtype | None = None
-    packed: bool = False
-    every_option: bool = False
+    new_out: NewTensor | None
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    classes: list[_ClassLaunch]
 
-    def launch(self) -> object:
-        batch, num_heads, num_kv_heads, capacity = 2, 8, 2, 9216
-        leading = (capacity // self.page_size, self.page_size) if self.page_size else (batch, capacity)
-        k_cache = torch.empty((*leading, num_kv_heads, self.head_dim), dtype=self.cache_dtype or self.dtype)
-        v_cache = torch.empty((*leading, num_kv_heads, self.value_dim), dtype=self.cache_dtype or self.dtype)
-        q = torch.empty((batch, self.seqlen_q, num_heads, self.head_dim), dtype=self.dtype)
-        lengths = torch.empty(batch, dtype=torch.int32)
-        options: dict[str, Any] = {}
-        if self.page_size:
-            options["block_table"] = torch.empty((batch, capacity // self.page_size), dtype=torch.int32)
-        if self.packed:
-            q = q.flatten(0, 1)
-            options["cu_seqlens_q"] = torch.empty(batch + 1, dtype=torch.int32)
-        if self.cache_dtype is not None:
-            scale = torch.empty(num_kv_heads if self.page_size else k_cache.shape[:-1])
-            options |= {"k_scale": scale, "v_scale": scale}
-        if self.every_option:
-            options["alibi_slopes"] = options["sinks"] = torch.empty(num_heads)
-            options["mask"] = torch.empty(1, dtype=torch.bool).expand(batch, num_heads, self.seqlen_q, capacity)
-            options["bias"] = torch.empty(1, dtype=self.dtype).expand(batch, num_heads, self.seqlen_q, capacity)
-            options["cache_leftpad"] = lengths
-        window, softcap = ((100, 0), 30.0) if self.every_option else ((-1, -1), 0.0)
-        return decode_attention_forward(
-            q, k_cache, v_cache, lengths, softmax_scale=0.1, window=window, softcap=softcap, **options
+    def launch(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        *others: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        block_table, cache_batch_idx, sinks = others
+        out = q.new_empty(self.out_shape) if self.new_out is None else self.new_out(q)
+        lse = q.new_empty(self.lse_shape, dtype=torch.float32)
+        pointers = (
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cache_seqlens,
+            None,
+            None,
+            cache_batch_idx,
+            block_table,
+            None,
+            None,
+            None,
+            sinks,
+            None,
+            None,
         )
+        for launch in self.classes:
+            launch(pointers)
+        return out, lse
+
+
+_PLANS: Plans[_PlainLaunch] = Plans()
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call) of what ships: each row class by dtype and width, the paged variants, and every option at once."""
-    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
-    for dtype, head_dim, seqlen_q in itertools.chain(
-        itertools.product((bf16,), (64, 128, 256), (1, 8, 40)),
-        [(f16, 128, 1), (f32, 64, 1), (f32, 128, 8), (f32, 256, 1), (f32, 256, 40)],
-    ):
-        yield f"{dtype}-d{head_dim}-q{seqlen_q}", _Case(dtype, seqlen_q, head_dim, head_dim).launch
-    yield "bfloat16-d192-dv128-q1", _Case(bf16, 1, 192, 128).launch
-    yield "bfloat16-d80-q1", _Case(bf16, 1, 80, 80).launch
-    for page_size in (1, 16, 256):
-        yield f"bfloat16-d128-q1-page{page_size}", _Case(bf16, 1, 128, 128, page_size).launch
-    yield "bfloat16-d128-packed", _Case(bf16, 40, 128, 128, packed=True).launch
-    for seqlen_q in (1, 40):
-        yield f"bfloat16-d128-q{seqlen_q}-options", _Case(bf16, seqlen_q, 128, 128, every_option=True).launch
-    for cache_dtype, page_size in itertools.product((torch.int8, torch.float8_e4m3fn), (0, 16)):
-        yield f"bfloat16-d128-{cache_dtype}-page{page_size}", _Case(bf16, 1, 128, 128, page_size, cache_dtype).launch
+    """Name and launch of every shipped configuration, for the compile gate."""
+    return decode_cases.compile_cases(decode_attention_forward)

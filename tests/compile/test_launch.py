@@ -10,7 +10,7 @@ import torch
 import triton
 from triton.backends.nvidia.driver import CudaLauncher
 
-from pytransformer.kernels import kv_append, launch, norm, norm_backward, rope
+from pytransformer.kernels import decode_attention, kv_append, launch, norm, norm_backward, rope
 from pytransformer.kernels.launch import PreparedLaunch
 from pytransformer.kernels.norm import NormForward
 from pytransformer.kernels.plans import Plans
@@ -18,7 +18,7 @@ from pytransformer.kernels.rope import rope_rotate
 from tests.compile.test_keys import CASES
 from tests.support.triton_stub import count_launches, stubbed_driver
 
-PREPARED = [name for name in CASES if name.startswith(("norm", "rope", "kv_append"))]
+PREPARED = [name for name in CASES if name.startswith(("norm", "rope", "kv_append", "decode"))]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ class Spy:
 
         monkeypatch.setattr(CudaLauncher, "__call__", triton_launch)
         monkeypatch.setattr(launch, "_c_launcher", no_c_launcher)
-        for module in (kv_append, norm, norm_backward, rope):  # launches that were kept before go another way
+        for module in (decode_attention, kv_append, norm, norm_backward, rope):  # launches that were kept before go another way
             monkeypatch.setattr(module, "_PLANS", Plans())
 
     def _note(self, by_triton: bool, where: tuple[Any, ...], arguments: Any) -> None:
