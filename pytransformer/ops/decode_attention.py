@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
+from pytransformer.kernels.plans import Plans
 from pytransformer.ops import checks, decode_attention_torch
 from pytransformer.ops.attention_checks import is_autocasting
 from pytransformer.ops.backend import (
     BackendChoice,
     Candidate,
+    goes_straight,
     is_plain,
     requested_backend,
     serves_all,
@@ -131,6 +135,28 @@ def decode_attention(
 
     Sources: Dao et al. 2023 (Flash-Decoding); Kwon et al. 2023 (paged caches); Ainslie et al. 2023 (GQA).
     """
+    alike = None
+    if (
+        cu_seqlens_q is cache_leftpad is mask is bias is alibi_slopes is k_scale is v_scale is None
+        and max_seqlen_q is None
+        and _goes_straight(backend, q, k_cache, v_cache, sinks)
+    ):
+        alike = (
+            q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, sinks, softmax_scale, causal, window, softcap, num_splits,
+            return_lse,
+        )  # fmt: skip
+        launch = _CHECKED.find(alike)
+        if launch is not None:
+            results = launch(
+                q,
+                k_cache,
+                v_cache,
+                cache_seqlens,
+                block_table=block_table,
+                cache_batch_idx=cache_batch_idx,
+                sinks=sinks,
+            )
+            return results if return_lse else results[0]
     call = DecodeCall(
         q, k_cache, v_cache, cache_seqlens, cu_seqlens_q, max_seqlen_q, block_table, cache_batch_idx, cache_leftpad, mask, bias,
         alibi_slopes, sinks, k_scale, v_scale, 1.0, causal, window, softcap, num_splits, return_lse,
@@ -145,10 +171,58 @@ def decode_attention(
             f"decode_attention: the reference serves this call, one sequence after another with all its scores. torch: {why}"
         )
     if is_plain(*tensors_of(call)):
+        if alike is not None and chosen == "triton":
+            _keep(alike, call)
         out, lse = _decode(call, chosen)
     else:
         out, lse = torch.ops.pytransformer.decode_attention(*_to_arguments(call, chosen))
     return (out, lse) if return_lse else out
+
+
+# --- Calls like one whose checks have passed: Triton's launcher at once. ------------------------------------------------------------------
+
+_CHECKED: Plans[Callable[..., tuple[Tensor, Tensor]]] = Plans()
+_is_autocasting = torch._C._is_any_autocast_enabled
+
+
+def _goes_straight(backend: str | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:
+    """Whether Triton's launcher may be called at once, and without a gradient, a cast, or float32's choice of precision."""
+    named = requested_backend(backend)
+    if named != "triton" and (named is not None or not getattr(q, "is_cuda", False)):
+        return False
+    if checks.DEBUG or _is_autocasting() or getattr(q, "dtype", None) not in (torch.float16, torch.bfloat16):
+        return False
+    if goes_straight("triton", q, k_cache, v_cache, sinks) is None:
+        return False
+    return not torch.is_grad_enabled() or not any(
+        tensor is not None and tensor.requires_grad for tensor in (q, k_cache, v_cache, sinks)
+    )
+
+
+def _keep(alike: tuple[Any, ...], call: DecodeCall) -> None:
+    """Keeps the launcher with the options of a checked call, unless values were read for its checks or tensors replaced."""
+    from pytransformer.kernels.decode_attention import decode_attention_forward
+
+    tensors = (
+        call.q,
+        call.k_cache,
+        call.v_cache,
+        call.cache_seqlens,
+        call.block_table,
+        call.cache_batch_idx,
+        call.sinks,
+    )
+    if any(after is not before for after, before in zip(tensors, alike)) or checks.readable(call.cache_seqlens):
+        return
+    launch = functools.partial(
+        decode_attention_forward,
+        softmax_scale=call.softmax_scale,
+        causal=call.causal,
+        window=call.window,
+        softcap=call.softcap,
+        num_splits=call.num_splits,
+    )
+    _CHECKED.add(alike, launch)
 
 
 # --- The registered op. ----------------------------------------------------------------------------------------------------------------

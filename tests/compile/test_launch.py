@@ -10,6 +10,7 @@ import torch
 import triton
 from triton.backends.nvidia.driver import CudaLauncher
 
+import pytransformer
 from pytransformer.kernels import decode_attention, kv_append, launch, norm, norm_backward, rope
 from pytransformer.kernels.launch import PreparedLaunch
 from pytransformer.kernels.norm import NormForward
@@ -49,7 +50,8 @@ class Spy:
 
         monkeypatch.setattr(CudaLauncher, "__call__", triton_launch)
         monkeypatch.setattr(launch, "_c_launcher", no_c_launcher)
-        for module in (decode_attention, kv_append, norm, norm_backward, rope):  # launches that were kept before go another way
+        # Launches that were kept before go another way.
+        for module in (decode_attention, kv_append, norm, norm_backward, rope):
             monkeypatch.setattr(module, "_PLANS", Plans())
 
     def _note(self, by_triton: bool, where: tuple[Any, ...], arguments: Any) -> None:
@@ -183,3 +185,68 @@ def test_this_triton_is_known_down_to_its_c_function() -> None:
     (handle,) = forward._launch._handles.values()
     if triton.__version__.split(".")[:2] in (["3", "6"], ["3", "9"]):
         assert isinstance(handle.launcher.call, type(len)), "a C function"
+
+
+def _tensor(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(sizes, dtype=dtype)
+
+
+def test_a_checked_kv_append_is_checked_where_it_differs() -> None:
+    """On a GPU, where no values are read, checked calls go straight to the launch that was kept for them."""
+    q, k, v, lengths = _tensor(2, 1, 4, 16), _tensor(2, 1, 2, 16), _tensor(2, 1, 2, 16), _tensor(2, dtype=torch.int32)
+    caches = {"k_cache": _tensor(2, 8, 2, 16), "v_cache": _tensor(2, 8, 2, 16)}
+    tables = {"cos": _tensor(8, 8, dtype=torch.float32), "sin": _tensor(8, 8, dtype=torch.float32)}
+    good = {"k": k, "v": v, **caches, **tables, "q": q, "cache_seqlens": lengths, "backend": "triton"}
+    versions = []
+    for _ in range(3):
+        before = count_launches()
+        new_q = pytransformer.kv_append(**good)
+        assert new_q is not None and new_q.shape == q.shape and count_launches() == before + 1
+        versions.append((caches["k_cache"]._version, caches["v_cache"]._version))
+    assert versions[0] < versions[1] < versions[2], "autograd is told that the caches change"
+    before = count_launches()
+    for error, changes in (
+        (ValueError, {"v": _tensor(2, 2, 2, 16)}),
+        (ValueError, {"k_cache": _tensor(2, 8, 3, 16)}),
+        (ValueError, {"cache_seqlens": _tensor(3, dtype=torch.int32)}),
+        (TypeError, {"cache_seqlens": _tensor(2, dtype=torch.int64)}),
+        (TypeError, {"v_cache": _tensor(2, 8, 2, 16, dtype=torch.float16)}),
+        (ValueError, {"sin": None}),
+        (ValueError, {"block_table": _tensor(3, 4, dtype=torch.int32)}),
+        (ValueError, {"k_scale": _tensor(2, dtype=torch.float32)}),
+        (TypeError, {"interleaved": 0}),
+        (TypeError, {"norm_eps": True}),
+        (ValueError, {"k": k.to("meta")}),
+    ):
+        with pytest.raises(error):
+            pytransformer.kv_append(**{**good, **changes})
+    with pytest.raises(RuntimeError, match="not differentiable"), torch.enable_grad():
+        pytransformer.kv_append(**{**good, "k": k.clone().requires_grad_()})
+    assert count_launches() == before, "nothing is launched for what is refused"
+
+
+def test_a_checked_decode_attention_is_checked_where_it_differs() -> None:
+    q, cache, lengths = _tensor(2, 1, 4, 16), _tensor(2, 8, 2, 16), _tensor(2, dtype=torch.int32)
+    good = {"q": q, "k_cache": cache, "v_cache": cache.clone(), "cache_seqlens": lengths, "backend": "triton"}
+    for _ in range(3):
+        before = count_launches()
+        out = pytransformer.decode_attention(**good)
+        assert out.shape == q.shape and count_launches() == before + 1
+        assert len(pytransformer.decode_attention(**good, return_lse=True)) == 2
+    before = count_launches()
+    for error, changes in (
+        (ValueError, {"v_cache": _tensor(2, 9, 2, 16)}),
+        (ValueError, {"q": _tensor(2, 1, 3, 16)}),
+        (TypeError, {"q": q.half()}),
+        (TypeError, {"cache_seqlens": lengths.long()}),
+        (ValueError, {"block_table": _tensor(3, 4, dtype=torch.int32)}),
+        (TypeError, {"causal": 1}),
+        (TypeError, {"return_lse": 0}),
+        (ValueError, {"num_splits": -1}),
+        (ValueError, {"softcap": -1.0}),
+    ):
+        with pytest.raises(error):
+            pytransformer.decode_attention(**{**good, **changes})
+    with pytest.raises(RuntimeError, match="not differentiable"), torch.enable_grad():
+        pytransformer.decode_attention(**{**good, "q": q.clone().requires_grad_()})
+    assert count_launches() == before
