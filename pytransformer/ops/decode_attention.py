@@ -190,9 +190,9 @@ def _goes_straight(backend: str | None, q: Tensor, k_cache: Tensor, v_cache: Ten
     named = requested_backend(backend)
     if named != "triton" and (named is not None or not getattr(q, "is_cuda", False)):
         return False
-    if checks.DEBUG or _is_autocasting() or getattr(q, "dtype", None) not in (torch.float16, torch.bfloat16):
-        return False
     if goes_straight("triton", q, k_cache, v_cache, sinks) is None:
+        return False
+    if checks.DEBUG or _is_autocasting() or getattr(q, "dtype", None) not in (torch.float16, torch.bfloat16):
         return False
     return not torch.is_grad_enabled() or not any(
         tensor is not None and tensor.requires_grad for tensor in (q, k_cache, v_cache, sinks)
