@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import Transformer, TransformerConfig
-from pytransformer.benchmarks.record import Record
+from pytransformer.benchmarks.record import environment, save
 from pytransformer.benchmarks.timing import Timing
 from pytransformer.generation import Step, generate
 from pytransformer.nn import Linear
@@ -51,13 +51,13 @@ def main() -> int:
     theirs = make_theirs()
     ours = from_theirs(theirs, TransformerConfig.gpt2())
     prompt = torch.randint(ours.config.vocab_size, (1, PROMPT))
-    record = Record(arguments.out, torch.device("cpu"))
-    record.set("shape", "GPT-2 124M, float32, random weights, batch 1")
-    record.set("threads", torch.get_num_threads())
+    result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "rows": []}
+    result["shape"] = "GPT-2 124M, float32, random weights, batch 1"
+    result["threads"] = torch.get_num_threads()
     import transformers
 
-    record.set("transformers", transformers.__version__)
-    record.set("same_tokens", check_same_tokens(ours, theirs, prompt))
+    result["transformers"] = transformers.__version__
+    result["same_tokens"] = check_same_tokens(ours, theirs, prompt)
     decoders: dict[str, Callable[[int], list[float]]] = {
         "pytransformer": lambda count: our_times(ours, prompt, count, pack=True),
         "pytransformer, plain weights": lambda count: our_times(ours, prompt, count, pack=False),
@@ -65,7 +65,10 @@ def main() -> int:
         "transformers, static cache": lambda count: their_times(theirs, prompt, count, static=True),
     }
     samples = measure({**decoders, **chains(ours)}, arguments.rounds, arguments.tokens)
-    return report(record, samples, list(decoders))
+    code = report(result, samples, list(decoders))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    save(arguments.out, result)
+    return code
 
 
 def make_theirs() -> Any:
@@ -212,11 +215,11 @@ def measure(variants: dict[str, Callable[[int], list[float]]], rounds: int, toke
     return samples
 
 
-def report(record: Record, samples: dict[str, list[float]], decoders: list[str]) -> int:
+def report(result: dict[str, Any], samples: dict[str, list[float]], decoders: list[str]) -> int:
     timings = {name: Timing.of(values, "clock") for name, values in samples.items()}
     for name, timing in timings.items():
         rate = 1 / timing.median
-        record.add(
+        result["rows"].append(
             {
                 "variant": name,
                 "tokens_per_second": rate,
@@ -230,8 +233,8 @@ def report(record: Record, samples: dict[str, list[float]], decoders: list[str])
     ours = timings["pytransformer"].median
     peer = min(timings[name].median for name in decoders if name.startswith("transformers"))
     chain = min(timing.median for name, timing in timings.items() if name.startswith("weights only"))
-    record.set("speedup_over_transformers", peer / ours)
-    record.set("fraction_of_fastest_chain", chain / ours)
+    result["speedup_over_transformers"] = peer / ours
+    result["fraction_of_fastest_chain"] = chain / ours
     print(f"\n{peer / ours:.2f} × transformers' better cache (target {LEAST_SPEEDUP})")
     print(f"{chain / ours:.2f} of the fastest weight-only chain (target {CHAIN_FRACTION})")
     return 0 if peer / ours >= LEAST_SPEEDUP else 1

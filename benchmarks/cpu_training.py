@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pytransformer import TransformerConfig, linear_cross_entropy
 from pytransformer.benchmarks.cpu_decode import from_theirs
-from pytransformer.benchmarks.record import Record
+from pytransformer.benchmarks.record import environment, save
 from pytransformer.benchmarks.timing import Timing
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "training.json"
@@ -43,15 +43,18 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     import transformers
 
-    record = Record(arguments.out, torch.device("cpu"))
-    record.set("shape", {**SHAPE, "batch": BATCH, "dtype": "float32", "optimizer": "AdamW, fused"})
-    record.set("threads", torch.get_num_threads())
-    record.set("transformers", transformers.__version__)
+    result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "rows": []}
+    result["shape"] = {**SHAPE, "batch": BATCH, "dtype": "float32", "optimizer": "AdamW, fused"}
+    result["threads"] = torch.get_num_threads()
+    result["transformers"] = transformers.__version__
     trainers = make_trainers()
-    record.set("parameters", trainers["pytransformer"].parameters)
+    result["parameters"] = trainers["pytransformer"].parameters
     samples, losses = measure(trainers, arguments.rounds)
     check_same_losses(losses)
-    return report(record, samples, losses)
+    code = report(result, samples, losses)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    save(arguments.out, result)
+    return code
 
 
 class Trainer:
@@ -148,11 +151,11 @@ def check_same_losses(losses: dict[str, list[float]]) -> None:
             raise SystemExit(f"the models do not learn the same: {losses}")
 
 
-def report(record: Record, samples: dict[str, list[float]], losses: dict[str, list[float]]) -> int:
+def report(result: dict[str, Any], samples: dict[str, list[float]], losses: dict[str, list[float]]) -> int:
     tokens = BATCH * SHAPE["max_seqlen"]
     timings = {name: Timing.of(values, "clock") for name, values in samples.items()}
     for name, timing in timings.items():
-        record.add(
+        result["rows"].append(
             {
                 "variant": name,
                 "tokens_per_second": tokens / timing.median,
@@ -165,7 +168,7 @@ def report(record: Record, samples: dict[str, list[float]], losses: dict[str, li
         print(f"{name:36} {tokens / timing.median:8.0f} tokens/s   {timing.median * 1e3:6.0f} ms a step ({spread})")
     ours = timings["pytransformer"].median
     peer = min(timing.median for name, timing in timings.items() if name.startswith("transformers"))
-    record.set("speedup_over_transformers", peer / ours)
+    result["speedup_over_transformers"] = peer / ours
     print(f"\n{peer / ours:.2f} × transformers (target {LEAST_SPEEDUP})")
     return 0 if peer / ours >= LEAST_SPEEDUP else 1
 

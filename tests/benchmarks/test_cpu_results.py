@@ -1,0 +1,44 @@
+"""The CPU comparisons' result files: what a run leaves, and that the next run replaces it."""
+
+import json
+
+import pytest
+
+from pytransformer.benchmarks import cpu_decode, cpu_training
+
+
+def run_with(module, monkeypatch, path, seconds):
+    """main() with everything that takes time replaced; the names of the variants are real."""
+    samples = {
+        "pytransformer": [seconds] * 3,
+        "transformers, static cache": [2 * seconds] * 3,
+        "weights only, F.linear": [seconds] * 3,
+    }
+    if module is cpu_decode:
+        monkeypatch.setattr(module, "make_theirs", lambda: None)
+        monkeypatch.setattr(module, "from_theirs", lambda theirs, config: type("Model", (), {"config": config}))
+        monkeypatch.setattr(module, "check_same_tokens", lambda ours, theirs, prompt: 24)
+        monkeypatch.setattr(module, "chains", lambda model: {})
+        monkeypatch.setattr(module, "measure", lambda variants, rounds, tokens: samples)
+    else:
+        trainers = {"pytransformer": type("Trainer", (), {"parameters": 7})}
+        monkeypatch.setattr(module, "make_trainers", lambda: trainers)
+        monkeypatch.setattr(module, "measure", lambda trainers, rounds: (samples, dict.fromkeys(samples, [3.0, 2.0])))
+        monkeypatch.setattr(module, "check_same_losses", lambda losses: None)
+    monkeypatch.setattr("sys.argv", [module.__name__, "--out", str(path)])
+    return module.main()
+
+
+@pytest.mark.parametrize("module", [cpu_decode, cpu_training], ids=["decode", "training"])
+def test_a_run_replaces_the_result_of_the_one_before(module, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="these comparisons are with transformers")
+    path = tmp_path / "new" / "result.json"
+    for seconds in (1.0, 0.5):
+        assert run_with(module, monkeypatch, path, seconds) == 0
+    result = json.loads(path.read_text())
+    rates = {row["variant"]: row["tokens_per_second"] for row in result["rows"]}
+    assert len(rates) == len(result["rows"]) == 3
+    assert rates["pytransformer"] == pytest.approx(2 * rates["transformers, static cache"])
+    assert result["speedup_over_transformers"] == pytest.approx(2.0)
+    assert result["environment"]["torch"]
+    assert "2.00 × transformers" in capsys.readouterr().out
