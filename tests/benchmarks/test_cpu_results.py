@@ -12,6 +12,7 @@ def run_with(module, monkeypatch, path, seconds):
     samples = {
         "pytransformer": [seconds] * 3,
         "transformers, static cache": [2 * seconds] * 3,
+        "transformers, dynamic cache": [3 * seconds] * 3,
         "weights only, F.linear": [seconds] * 3,
     }
     if module is cpu_decode:
@@ -23,7 +24,7 @@ def run_with(module, monkeypatch, path, seconds):
     else:
         trainers = {"pytransformer": type("Trainer", (), {"parameters": 7})}
         monkeypatch.setattr(module, "make_trainers", lambda: trainers)
-        monkeypatch.setattr(module, "measure", lambda trainers, rounds: (samples, dict.fromkeys(samples, [3.0, 2.0])))
+        monkeypatch.setattr(module, "measure", lambda trainers, rounds: (samples, {key: [3.0, 2.0] for key in samples}))
         monkeypatch.setattr(module, "check_same_losses", lambda losses: None)
     monkeypatch.setattr("sys.argv", [module.__name__, "--out", str(path)])
     return module.main()
@@ -37,7 +38,7 @@ def test_a_run_replaces_the_result_of_the_one_before(module, monkeypatch, tmp_pa
         assert run_with(module, monkeypatch, path, seconds) == 0
     result = json.loads(path.read_text())
     rates = {row["variant"]: row["tokens_per_second"] for row in result["rows"]}
-    assert len(rates) == len(result["rows"]) == 3
+    assert len(rates) == len(result["rows"]) == 4
     assert rates["pytransformer"] == pytest.approx(2 * rates["transformers, static cache"])
     assert result["speedup_over_transformers"] == pytest.approx(2.0)
     assert result["environment"]["torch"]
