@@ -221,6 +221,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 _forward_ad = torch.autograd.forward_ad
+_is_traced = torch.compiler.is_dynamo_compiling  # what traces in other ways has a dispatch mode
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -229,7 +230,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     False under torch.compile, functorch transforms, dispatch or function modes, and for tensor subclasses: all of these must see a
     registered op. (Autocast need not: an op that casts does so before it gets here.)
     """
-    if torch.compiler.is_compiling() or _functorch_level() is not None:
+    if _is_traced() or _functorch_level() is not None:
         return False
     if _dispatch_modes() > 0 or _is_function_mode_enabled():
         return False
