@@ -20,11 +20,12 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
 
-$(VENV)/.run: requirements/constraints.txt pyproject.toml setup.py
+$(VENV)/.run: requirements/constraints.txt requirements/triton.txt pyproject.toml setup.py
 	@echo "Setting up $(VENV) (once; one to two minutes, PyTorch is the largest part) …"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) torch triton
+	@$(PIP) torch
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --requirement requirements/triton.txt
 	@$(PIP) --editable '.[model,plot]'
 	@touch $@
 
