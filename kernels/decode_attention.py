@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,7 +42,7 @@ from .decode_common import (
     tanh,
     tile_keys,
 )
-from .launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, device_limits
+from .launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, device_limits, on_device
 from .plans import Plans
 
 # Splits merged per step: 16 rows of partial results are one or two 128-bit loads per thread.
@@ -433,8 +433,6 @@ def decode_attention_forward(
         *_optional(alibi_slopes, 1), sinks, *_optional(_scale_view(k_scale), 3), *_optional(_scale_view(v_scale), 3),
     )  # fmt: skip
     constants = {
-        "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": call.group,
         "PAGE_SIZE": page_size if block_table is not None else 1,
         "ROW_LEFT": several_queries and call.window[0] >= 0,
         "ROW_RIGHT": several_queries and call.window[1] >= 0,
@@ -453,11 +451,11 @@ def decode_attention_forward(
         one_page = block_table is not None and page_size % config.block_n == 0 and cache_leftpad is None
         flags, scales = {**constants, "ONE_PAGE": one_page}, (softmax_scale, softcap)
         classes.append(_ClassLaunch(call, config, tensors, options, scales, flags, value_dim))
-    pointers = [value for value in (*tensors, *options) if value is None or isinstance(value, torch.Tensor)]
-    for launch in classes:
-        launch(pointers)
+        classes[-1].launch()
     if alike is not None:
-        _PLANS.add(alike, _PlainLaunch(NewTensor(q) if out.shape == q.shape else None, out.shape, lse.shape, classes))
+        new_out = NewTensor(q) if out.shape == q.shape else None
+        prepared = [row_class.prepare() for row_class in classes]
+        _PLANS.add(alike, _PlainLaunch(new_out, out.shape, lse.shape, prepared))
     return out, lse
 
 
@@ -468,8 +466,8 @@ class _ClassLaunch:
         self,
         call: _Call,
         config: DecodeConfig,
-        tensors: tuple[object, ...],
-        options: tuple[object, ...],
+        tensors: tuple[Any, ...],
+        options: tuple[Any, ...],
         scales: tuple[float, float],
         constants: dict[str, object],
         value_dim: int,
@@ -479,46 +477,77 @@ class _ClassLaunch:
         tiles = cdiv(rows, config.block_m)
         split_plan = (config.splits.fine_keys, config.splits.fine_splits, config.splits.coarse_keys)
         scratch = (call.batch, call.num_kv_heads, splits)
-        self._scratch = ((*scratch, rows, value_dim), (*scratch, 2, rows)) if splits > 1 else None
-        shared = {
-            "NUM_KV_HEADS": call.num_kv_heads,
-            "GROUP": call.group,
-            "ROWS_ABOVE": config.rows_above,
-            "ROWS_UP_TO": config.rows_up_to,
-            "VALUE_DIM": value_dim,
-            "BLOCK_VALUE_DIM": block_dim(value_dim),
-            "BLOCK_M": config.block_m,
-            **COMMON_OPTIONS,
-        }
+        self.scratch = ((*scratch, rows, value_dim), (*scratch, 2, rows)) if splits > 1 else None
+        shared: dict[str, object] = {
+            "NUM_KV_HEADS": call.num_kv_heads, "GROUP": call.group, "ROWS_ABOVE": config.rows_above, "ROWS_UP_TO": config.rows_up_to,
+            "VALUE_DIM": value_dim, "BLOCK_VALUE_DIM": block_dim(value_dim), "BLOCK_M": config.block_m, **COMMON_OPTIONS,
+        }  # fmt: skip
         stages = {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        self._split = PreparedLaunch(
-            _decode_split_kernel,
+        # Grid, arguments before and behind the partial results, constants.
+        self._split = (
             (call.batch * call.num_kv_heads * tiles * splits,),
+            tensors,
             (
-                *tensors, None, None, *options,
-                call.batch, tiles, splits, call.seqlen_q, call.capacity, *call.window, *scales, *split_plan, rows,
+                *options,
+                call.batch,
+                tiles,
+                splits,
+                call.seqlen_q,
+                call.capacity,
+                *call.window,
+                *scales,
+                *split_plan,
+                rows,
             ),
             {**constants, **shared, **stages},
-        )  # fmt: skip
-        self._merge = PreparedLaunch(
-            _decode_merge_kernel,
+        )
+        # Grid, arguments behind the partial results, constants.
+        self._merge = (
             (call.batch * call.num_kv_heads * rows,),
             (
-                None, None, *tensors[12:19], call.cache_seqlens, call.cu_seqlens_q, call.cache_leftpad, call.sinks,
+                *tensors[12:19], call.cache_seqlens, call.cu_seqlens_q, call.cache_leftpad, call.sinks,
                 rows, splits, call.seqlen_q, call.capacity, *call.window, *split_plan, rows,
             ),
             {**shared, "BLOCK_SPLITS": MERGE_SPLITS, "num_warps": 4},
         )  # fmt: skip
 
-    def __call__(self, pointers: Sequence[torch.Tensor | None]) -> None:
+    def launch(self) -> None:
+        """Launches with the tensors given, once."""
+        grid, before, behind, constants = self._split
+        partial = _partial(self.scratch, before[0].device)
+        with on_device(before[0]):
+            _decode_split_kernel[grid](*before, *partial, *behind, **constants)
+            if self.scratch is not None:
+                grid, behind, constants = self._merge
+                _decode_merge_kernel[grid](*partial, *behind, **constants)
+
+    def prepare(self) -> _PreparedClass:
+        """The same for tensors that are alike, any number of times."""
+        grid, before, behind, constants = self._split
+        split = PreparedLaunch(_decode_split_kernel, grid, (*before, None, None, *behind), constants)
+        grid, behind, constants = self._merge
+        merge = PreparedLaunch(_decode_merge_kernel, grid, (None, None, *behind), constants)
+        return _PreparedClass(split, merge, self.scratch)
+
+
+class _PreparedClass(NamedTuple):
+    split: PreparedLaunch
+    merge: PreparedLaunch
+    scratch: tuple[tuple[int, ...], ...] | None
+
+    def launch(self, pointers: Sequence[Any]) -> None:
         """``pointers``: q, k, v, out, lse, cache_seqlens, cu_seqlens_q, leftpad, and the rest as the split kernel takes them."""
-        if self._scratch is None:
-            self._split((*pointers[:5], None, None, *pointers[5:]))
-            return
-        device = pointers[0].device  # type: ignore[union-attr]
-        partial = [torch.empty(shape, dtype=torch.float32, device=device) for shape in self._scratch]
-        self._split((*pointers[:5], *partial, *pointers[5:]))
-        self._merge((*partial, *pointers[3:8], pointers[13]))  # the last are the sinks
+        partial = _partial(self.scratch, pointers[0].device)
+        self.split((*pointers[:5], *partial, *pointers[5:]))
+        if self.scratch is not None:
+            self.merge((*partial, *pointers[3:8], pointers[13]))  # the last are the sinks
+
+
+def _partial(scratch: tuple[tuple[int, ...], ...] | None, device: torch.device) -> list[torch.Tensor | None]:
+    """New partial results and statistics, or None where there is one split."""
+    if scratch is None:
+        return [None, None]
+    return [torch.empty(shape, dtype=torch.float32, device=device) for shape in scratch]
 
 
 class _PlainLaunch(NamedTuple):
@@ -527,7 +556,7 @@ class _PlainLaunch(NamedTuple):
     new_out: NewTensor | None
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
-    classes: list[_ClassLaunch]
+    classes: list[_PreparedClass]
 
     def launch(
         self,
@@ -558,8 +587,8 @@ class _PlainLaunch(NamedTuple):
             None,
             None,
         )
-        for launch in self.classes:
-            launch(pointers)
+        for row_class in self.classes:
+            row_class.launch(pointers)
         return out, lse
 
 

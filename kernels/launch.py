@@ -166,7 +166,7 @@ class Varying:
 class PreparedLaunch:
     """A kernel with its grid and all its arguments but the pointers, to be launched many times.
 
-    The first call goes through Triton, which specialises, compiles and says which kernel it took; the next ones hand the addresses to
+    The first two calls go through Triton, which specialises, compiles and says which kernel it took; the next ones hand the addresses to
     that kernel's launcher. A call that Triton could treat differently goes through Triton again: a pointer that is not a multiple of 16
     bytes, another current device, a profiler's hooks, debugging options, a number beyond 32 bits. So do all calls in the interpreter,
     while launches are recorded, and with a Triton whose launcher takes other arguments than those known here.
@@ -204,16 +204,21 @@ class PreparedLaunch:
     ) -> None:
         self._kernel = kernel
         self._grid = (*grid, 1, 1)[:3]
-        self._pointer_places = [
-            place for place, value in enumerate(arguments) if value is None or isinstance(value, torch.Tensor)
-        ]
-        self._number_places = [place for place, value in enumerate(arguments) if isinstance(value, Varying)]
-        self._order = range(len(self._pointer_places)) if order is None else order
-        given = {*self._pointer_places, *self._number_places}
+        self._pointer_places, self._number_places = [], []
         # The constexprs follow the arguments in the order in which the kernel declares them; its launcher skips them.
-        self._arguments = [None if place in given else value for place, value in enumerate(arguments)]
-        self._constants = dict(constants)
-        self._handles: dict[int, _Handle] = {}  # by device
+        self._arguments = list(arguments)
+        for place, value in enumerate(arguments):
+            kind = type(value)
+            if kind is int or kind is float:  # most are
+                continue
+            if kind is Varying:
+                self._number_places.append(place)
+            elif value is None or isinstance(value, torch.Tensor):
+                self._pointer_places.append(place)
+                self._arguments[place] = None
+        self._order = order
+        self._constants = constants
+        self._handles: dict[int, _Handle | None] = {}  # by device; None after the first launch
 
     def __call__(self, pointers: Sequence[Any], numbers: Sequence[int] = ()) -> None:
         """Launches on the current stream of the first pointer's device.
@@ -249,14 +254,18 @@ class PreparedLaunch:
 
     def _launch_by_triton(self, given: Sequence[Any], numbers: Sequence[int], device: int) -> None:
         arguments = self._arguments.copy()
-        pointers: list[torch.Tensor | None] = [None if index is None else given[index] for index in self._order]
+        order = range(len(self._pointer_places)) if self._order is None else self._order
+        pointers: list[torch.Tensor | None] = [None if index is None else given[index] for index in order]
         for place, pointer in zip(self._pointer_places, pointers):
             arguments[place] = pointer
         for place, number in zip(self._number_places, numbers):
             arguments[place] = number
         with on_device(given[0]):
             compiled = self._kernel[self._grid](*arguments, **self._constants)
-        if device in self._handles or compiled is None or not _can_launch_directly(device):
+        if self._handles.get(device) is not None or compiled is None or not _can_launch_directly(device):
+            return
+        if device not in self._handles:  # many launches are never made again
+            self._handles[device] = None
             return
         aligned = all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers)
         small = all(-(2**31) <= number < 2**31 for number in numbers)
@@ -265,7 +274,7 @@ class PreparedLaunch:
             names = self._kernel.arg_names[len(self._arguments) :]
             every = [*self._arguments, *(self._constants[name] for name in names)]
             places = [place for place, pointer in zip(self._pointer_places, pointers) if pointer is not None]
-            present = [index for index in self._order if index is not None and given[index] is not None]
+            present = [index for index in order if index is not None and given[index] is not None]
             self._handles[device] = _Handle(launcher, every, places, getter(present))
 
 
