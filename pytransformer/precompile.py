@@ -36,6 +36,8 @@ class Shapes:
         dtype: of activations, weights and cache.
         rotary_dim: features that RoPE rotates, 0 = no RoPE; None = head_dim.
         page_size: of a paged KV cache; None = a contiguous one.
+        intermediate_size: width of the feed-forward; None = 4 · hidden_size.
+        vocab_size: of the head that a loss is taken of; None = no loss.
     """
 
     hidden_size: int
@@ -52,9 +54,13 @@ class Shapes:
     softcap: float = 0.0
     activation: str = "swiglu"
     page_size: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+    logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "page_size"):
+        sizes = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "page_size", "intermediate_size", "vocab_size")
+        for name in sizes:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -82,6 +88,9 @@ class Shapes:
             softcap=config.attention_softcap,
             activation=config.activation,
             page_size=page_size,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            logit_softcap=config.logit_softcap,
         )
 
 
@@ -326,11 +335,40 @@ def _activation(shapes: Shapes, training: bool) -> Calls:
     if shapes.activation.endswith("_tanh"):
         options["approximate"] = "tanh"
     gated = shapes.activation in ("swiglu", "geglu", "geglu_tanh")
-    inputs = [_zeros(shapes, 2, 4, 4 * shapes.hidden_size, grad=training) for _ in range(2 if gated else 1)]
-    if training:
-        yield _with_backward(lambda *inputs: op(*inputs, **options), *inputs)
-    else:
-        yield lambda: op(*inputs, **options)
+    width = shapes.intermediate_size or 4 * shapes.hidden_size
+    x = _zeros(
+        shapes, 2, 4, 2 * width if gated else width, grad=training
+    )  # gate and up in one, as a feed-forward has them
+    call = functools.partial(op, **options)
+    yield _with_backward(call, x) if training else functools.partial(call, x)
+
+
+def _linear_cross_entropy(shapes: Shapes, training: bool) -> Calls:
+    """The kernel alone: around it are torch's matrix products, which compile nothing and would take long here."""
+    from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buffer
+
+    if shapes.vocab_size is None:
+        return
+    logits, losses = logits_buffer(2, shapes.vocab_size, _zeros(shapes, 1)), torch.zeros(2)
+    targets = torch.zeros(2, dtype=torch.int64)
+    options: dict[str, Any] = {
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "softcap": shapes.logit_softcap,
+        "z_loss": 0.0,
+    }
+    for wants_gradient in (False, True) if training else (False,):
+        yield functools.partial(
+            cross_entropy,
+            logits,
+            shapes.vocab_size,
+            targets,
+            None,
+            None,
+            losses,
+            wants_gradient=wants_gradient,
+            **options,
+        )
 
 
 # By name: the calls of an op (``training``: with a gradient too).
@@ -341,4 +379,5 @@ OPS: dict[str, Callable[[Shapes, bool], Calls]] = {
     "rope": _rope,
     "norm": _norm,
     "activation": _activation,
+    "linear_cross_entropy": _linear_cross_entropy,
 }

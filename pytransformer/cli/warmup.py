@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pytransformer.precompile import Compiled, Shapes
 
 DTYPES = ("float32", "float16", "bfloat16")
-SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim")
+SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,6 +33,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--num-heads", type=int, help="query heads")
     parser.add_argument("--num-kv-heads", type=int, help="key/value heads (default: num-heads)")
     parser.add_argument("--head-dim", type=int, help="width of a head")
+    parser.add_argument(
+        "--intermediate-size", type=int, help="width of the feed-forward (default: 4 times hidden-size)"
+    )
+    parser.add_argument("--vocab-size", type=int, help="of the head, for linear_cross_entropy (default: without it)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)"
     )
@@ -113,6 +117,8 @@ def shapes_of(arguments: argparse.Namespace) -> Shapes:
         *(hidden_size, arguments.num_heads, num_kv_heads, arguments.head_dim, dtype),
         norm=arguments.norm or "rms_norm",
         page_size=arguments.page_size,
+        intermediate_size=arguments.intermediate_size,
+        vocab_size=arguments.vocab_size,
     )
 
 

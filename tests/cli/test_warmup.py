@@ -13,12 +13,13 @@ from pytransformer.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", "16", "--hidden-size", "48"]
+SIZES += ["--intermediate-size", "96", "--vocab-size", "300"]
 
 # A process that launches on Triton's own driver, whose CUDA library is a stub, and cannot compile.
 LAUNCH = """
 import torch
 from triton.backends.nvidia.compiler import CUDABackend
-from pytransformer import attention, decode_attention, kv_append, rms_norm, rope, swiglu
+from pytransformer import attention, decode_attention, kv_append, linear_cross_entropy, rms_norm, rope, swiglu
 from tests.support.triton_stub import count_launches, stubbed_driver
 
 def add_stages(self, stages, options, *others):
@@ -43,8 +44,9 @@ with stubbed_driver(ARCH), torch.no_grad():
         kv_append(k, v, *caches, cache_seqlens=lengths, q=q, cos=tables[0], sin=tables[1], backend="triton")
         attention(q, k, v, causal=True, backend="triton")
         decode_attention(q[:, :1], *caches, lengths + seqlen, backend="triton")
-        swiglu(tensor(batch, seqlen, 192), tensor(batch, seqlen, 192), backend="triton")
-        launched += 8
+        swiglu(tensor(batch, seqlen, 192), backend="triton")
+        linear_cross_entropy(x, tensor(300, 48), torch.zeros(batch, seqlen, dtype=torch.int64), backend="triton")
+        launched += 9
     assert count_launches() == launched, count_launches()
 """
 
@@ -63,7 +65,7 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     result = _run(cache, "-m", "pytransformer", "warmup", *SIZES, "--arch", "90")
     assert result.returncode == 0, result.stderr
-    for op in ("attention", "decode_attention", "kv_append", "rope", "norm", "activation"):
+    for op in ("attention", "decode_attention", "kv_append", "rope", "norm", "activation", "linear_cross_entropy"):
         assert op in result.stdout
     assert ", 0 found" in result.stdout and str(cache) in result.stdout
     return cache
@@ -113,7 +115,7 @@ def test_a_models_shapes_and_backward_passes(tmp_path: Path) -> None:
         (["--num-heads", "4", "--arch", "90"], "--head-dim must be given, or --model"),
         (
             [*SIZES, "--ops", "norm,sorting"],
-            "--ops must be among attention, decode_attention, kv_append, rope, norm, activation",
+            "--ops must be among attention, decode_attention, kv_append, rope, norm, activation, linear_cross_entropy",
         ),
         (["--model", "here", *SIZES], "--model says all shapes, so --hidden-size, --num-heads"),
         (["--model", "nowhere"], "no model folder nowhere"),

@@ -16,6 +16,7 @@ from pytransformer.kernels.attention_backward import attention_backward
 from pytransformer.kernels.attention_forward import attention_forward
 from pytransformer.kernels.decode_attention import decode_attention_forward
 from pytransformer.kernels.kv_append import kv_append_forward
+from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buffer
 from pytransformer.kernels.norm import NormForward, norm_forward
 from pytransformer.kernels.norm_backward import norm_backward
 from pytransformer.kernels.rope import rope_rotate
@@ -161,6 +162,15 @@ def _decode_quantised(batch: int, capacity: int) -> object:
     )  # fmt: skip
 
 
+def _cross_entropy(batch: int, seqlen: int) -> object:
+    tokens = batch * seqlen
+    per_token, options = torch.empty(tokens), {"label_smoothing": 0.1, "softcap": 0.0, "z_loss": 0.0}
+    targets, logits = torch.empty(tokens, dtype=torch.int64), logits_buffer(tokens, 300, _empty(1))
+    return cross_entropy(
+        logits, 300, targets, None, per_token, per_token, ignore_index=-100, wants_gradient=True, **options
+    )
+
+
 # Name: call of two sizes, the most keys of a kernel, and why more than one.
 CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "norm": (_norm(256), 1, ""),
@@ -176,6 +186,7 @@ CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "rope": (_rope, 1, ""),
     "rope, fused projection with positions": (_rope_fused, 1, ""),
     "rope, packed": (_rope_packed, 2, "up to 16 sequences, or more"),
+    "linear_cross_entropy": (_cross_entropy, 1, ""),
     "kv_append, prefill": (functools.partial(_append, capacity=128), 2, "few tokens are spread over programs"),
     "kv_append, decode": (lambda batch, capacity: _append(batch, 1, capacity), 1, ""),
     "kv_append, decode, paged": (lambda batch, max_pages: _append(batch, 1, max_pages, 16), 1, ""),
