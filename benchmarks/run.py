@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -257,14 +258,21 @@ def wanted_rows(arguments: argparse.Namespace, device: torch.device) -> Iterator
         )
     )
     if ops:
-        known = {row.op for row in found}
+        known = {name for row in found for name in (row.op, _function(row.op))}
         unknown = [name for name in ops if name not in known]
         if unknown:
-            names = ", ".join(sorted({*grid.SUITES, *known}))
-            raise UsageError(f"OP must be one of {names}, got {unknown[0]!r}")
+            names = ", ".join(sorted({*grid.SUITES, *map(_function, known)}))
+            raise UsageError(
+                f"OP must be one of {names}; or of a function one pass, such as rms_norm_forward; got {unknown[0]!r}"
+            )
         chosen = {row.op for name in suites for row in grid.rows(device, tiny=True, suites=(name,))}
-        found = [row for row in found if row.op in ops or row.op in chosen]
+        found = [row for row in found if row.op in ops or _function(row.op) in ops or row.op in chosen]
     return iter(sorted(found, key=lambda row: row.priority))
+
+
+def _function(op: str) -> str:
+    """The public function that a row's op is a pass of: "rms_norm" of "rms_norm_backward"."""
+    return re.sub("_(forward|backward|both)$", "", op)
 
 
 if __name__ == "__main__":

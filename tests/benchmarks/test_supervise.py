@@ -157,6 +157,7 @@ def test_ops_and_suites_can_be_mixed():
     assert ops("rope") == {"rope_forward"}
     assert ops("rope_forward", "kv_append") == {"rope_forward", "kv_append"}
     assert ops("rms_norm_forward", "rope") == {"rms_norm_forward", "rope_forward"}
+    assert ops("rms_norm", "rope") == {"rms_norm_forward", "rms_norm_backward", "rope_forward"}
 
 
 def test_faults_are_ours_only():
