@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.coverage.pairwise import Factors, Impossible, Row, all_pairs, impossible_pairs, pairs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "docs/attention-options.json"
@@ -41,6 +43,21 @@ def expect(op: str, kind: str, backend: str, key: str, finding: Any) -> None:
         return
     assert key in known, f"{op}, {kind}, {backend}: nothing is recorded for {key}: {ADVICE}"
     assert known[key] == finding, f"{op}, {kind}, {backend}, {key}: recorded {known[key]}, found {finding}: {ADVICE}"
+
+
+def expect_share(op: str, factors: Factors, rules: Iterable[Impossible], rows: Sequence[Row]) -> None:
+    """Every possible pair of an op's options is in some row, at least 95 in a hundred of all, and the rest has its reason."""
+    everything = set(all_pairs(factors))
+    executed = set().union(*(pairs_of(row, factors) for row in rows))
+    left_out = impossible_pairs(factors, rules)
+    assert everything - executed == left_out.keys()
+    assert len(executed) >= 0.95 * len(everything)
+    expect(op, "share", "triton", "options", {name: list(levels) for name, levels in factors.items()})
+    reasons = {
+        " + ".join(f"{name}: {level}" for name, level in pair): reason for pair, reason in sorted(left_out.items())
+    }
+    found = {"all": len(everything), "executed": len(executed), "calls": len(rows), "left out": reasons}
+    expect(op, "share", "triton", "pairs", found)
 
 
 def outcome(run: Callable[[], object]) -> str:

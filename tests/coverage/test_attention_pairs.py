@@ -8,7 +8,7 @@ import torch
 from pytransformer import extension
 from tests.coverage import attention_rows as options
 from tests.coverage import record
-from tests.coverage.pairwise import Row, all_pairs, impossible_pairs, label, one_at_a_time, pairs_of, plain
+from tests.coverage.pairwise import Row, label, one_at_a_time, plain
 from tests.kernels.attention_contract import run_reference
 
 ROWS = options.rows()
@@ -28,20 +28,8 @@ def test_pairs_of_options(number: int, device: torch.device) -> None:
 
 def test_share_of_pairs_that_are_executed() -> None:
     """All that are possible; at least 95 in a hundred of all, and the rest has its reason."""
-    everything = set(all_pairs(options.FACTORS))
-    executed = set().union(*(pairs_of(row, options.FACTORS) for row in ROWS))
-    left_out = impossible_pairs(options.FACTORS, options.RULES)
-    assert everything - executed == left_out.keys()
-    assert len(executed) >= 0.95 * len(everything)
+    record.expect_share("attention", options.FACTORS, options.RULES, ROWS)
     assert not any(rule.matches(row) for rule in options.RULES for row in ROWS)
-    record.expect(
-        "attention", "share", "triton", "options", {name: list(levels) for name, levels in options.FACTORS.items()}
-    )
-    reasons = {
-        " + ".join(f"{name}: {level}" for name, level in pair): reason for pair, reason in sorted(left_out.items())
-    }
-    found = {"all": len(everything), "executed": len(executed), "calls": len(ROWS), "left out": reasons}
-    record.expect("attention", "share", "triton", "pairs", found)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

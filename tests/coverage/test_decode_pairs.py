@@ -7,7 +7,7 @@ import torch
 
 from tests.coverage import decode_rows as options
 from tests.coverage import record
-from tests.coverage.pairwise import Row, all_pairs, impossible_pairs, label, one_at_a_time, pairs_of, plain
+from tests.coverage.pairwise import Row, label, one_at_a_time, plain
 from tests.coverage.test_attention_pairs import BACKENDS
 from tests.kernels.decode_contract import small_configs
 
@@ -28,23 +28,7 @@ def test_pairs_of_options(number: int, device: torch.device, monkeypatch: pytest
 
 def test_share_of_pairs_that_are_executed() -> None:
     """All that are possible; at least 95 in a hundred of all, and the rest has its reason."""
-    everything = set(all_pairs(options.FACTORS))
-    executed = set().union(*(pairs_of(row, options.FACTORS) for row in ROWS))
-    left_out = impossible_pairs(options.FACTORS, options.RULES)
-    assert everything - executed == left_out.keys()
-    assert len(executed) >= 0.95 * len(everything)
-    record.expect(
-        "decode_attention",
-        "share",
-        "triton",
-        "options",
-        {name: list(levels) for name, levels in options.FACTORS.items()},
-    )
-    reasons = {
-        " + ".join(f"{name}: {level}" for name, level in pair): reason for pair, reason in sorted(left_out.items())
-    }
-    found = {"all": len(everything), "executed": len(executed), "calls": len(ROWS), "left out": reasons}
-    record.expect("decode_attention", "share", "triton", "pairs", found)
+    record.expect_share("decode_attention", options.FACTORS, options.RULES, ROWS)
 
 
 @pytest.mark.parametrize("rule", options.RULES, ids=lambda rule: ", ".join(rule.levels))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
@@ -42,13 +40,3 @@ def exact_forward(q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, **opti
     """(out, lse) by the reference in float32, out rounded once: what is measured then is the backward pass alone."""
     out, lse = reference.attention(q.float(), k.float(), v.float(), **options, return_lse=True)
     return out.to(q.dtype).contiguous(), lse.contiguous()
-
-
-def surrounded(tensor: Tensor) -> Tensor:
-    """The same values as a view whose neighbours in memory, on all sides and between the rows, are NaN."""
-    widened = [size + 1 for size in tensor.shape[:-1]] + [tensor.shape[-1] + 8]
-    memory = torch.full((math.prod(widened) + 16,), math.nan, dtype=tensor.dtype, device=tensor.device)
-    view = memory[8 : 8 + math.prod(widened)].view(widened)
-    view = view[tuple(slice(0, size) for size in tensor.shape)]
-    view.copy_(tensor)
-    return view

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension
-from tests.cuda.attention_ops import backward, exact_forward, op_options, surrounded
-from tests.kernels.attention_contract import Case, Inputs, contract_of, covering, draw, run_kernels
+from tests.cuda.attention_ops import backward, exact_forward, op_options
+from tests.kernels.attention_contract import Case, Inputs, contract_of, draw, grid_cases, run_kernels
 from tests.support.emulator import SCHEDULES, configure, in_every_schedule
+from tests.support.memory import surrounded
 
 # Tiles of the kernels: 128 queries against 32 keys for dq, 128 keys against 32 queries for dk and dv; above 128 features, 64 against 32 and
 # 32 against 32. The lengths are one row, a tile of either kind and one row less or more, more queries than keys, and packed sequences, some
@@ -28,27 +29,8 @@ GRID: dict[str, list[Any]] = {
     "dtype": [torch.bfloat16, torch.float16],
     "heads": [(1, 1), (3, 1), (2, 2)],
 }
-WINDOWS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "causal": {"causal": True},
-    "left": {"window": (5, -1)},
-    "both": {"window": (0, 3)},
-    "causal, left": {"causal": True, "window": (20, 7)},
-}
 EMULATED = "PYTRANSFORMER_CUDA_LIBRARY" in os.environ
 PACKED = ((5, 7), (0, 3), (17, 33), (4, 0))
-
-
-def grid_cases() -> list[Any]:
-    cases = []
-    for choice in covering(GRID):
-        window = choice.pop("window")
-        lengths, dims, heads = choice["lengths"], choice["dims"], choice["heads"]
-        dtype = str(choice["dtype"]).removeprefix("torch.")
-        shape = "packed" if isinstance(lengths[0], tuple) else f"{lengths[0]}x{lengths[1]}"
-        name = f"{dtype}-{shape}-d{dims[0]}-dv{dims[1]}-heads{heads[0]}/{heads[1]}-{window}"
-        cases.append(pytest.param(Case(**choice, options=WINDOWS[window]), id=name))
-    return cases
 
 
 def slopes(*shape: int) -> Tensor:
@@ -76,7 +58,7 @@ OPTION_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", grid_cases())
+@pytest.mark.parametrize("case", grid_cases(GRID))
 def test_contract_over_shapes(case: Case, device: torch.device, poison_empty: None) -> None:
     check_case(case, device, every_schedule=False)
 

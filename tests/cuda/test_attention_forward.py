@@ -18,10 +18,10 @@ from pytransformer.ops import attention as module
 from pytransformer.ops.attention import attention
 from pytransformer.ops.attention_checks import AttentionCall, check_attention
 from pytransformer.verification import SEEDS, Contract
-from tests.cuda.attention_ops import surrounded
-from tests.kernels.attention_contract import Case, covering, draw, run_reference
+from tests.kernels.attention_contract import Case, draw, grid_cases, run_reference
 from tests.support.broken_cuda import run_broken
 from tests.support.emulator import SCHEDULES, configure, in_every_schedule
+from tests.support.memory import surrounded
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -36,26 +36,7 @@ GRID: dict[str, list[Any]] = {
     "dtype": [BF16, F16],
     "heads": [(1, 1), (3, 1), (4, 2), (2, 2)],
 }
-WINDOWS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "causal": {"causal": True},
-    "left": {"window": (5, -1)},
-    "both": {"window": (0, 3)},
-    "causal, left": {"causal": True, "window": (20, 7)},
-}
 PACKED = ((5, 7), (0, 3), (17, 33), (4, 0), (70, 90))
-
-
-def grid_cases() -> list[Any]:
-    cases = []
-    for choice in covering(GRID):
-        window = choice.pop("window")
-        lengths, dims, heads = choice["lengths"], choice["dims"], choice["heads"]
-        dtype = str(choice["dtype"]).removeprefix("torch.")
-        shape = "packed" if isinstance(lengths[0], tuple) else f"{lengths[0]}x{lengths[1]}"
-        name = f"{dtype}-{shape}-d{dims[0]}-dv{dims[1]}-heads{heads[0]}/{heads[1]}-{window}"
-        cases.append(pytest.param(Case(**choice, options=WINDOWS[window]), id=name))
-    return cases
 
 
 def forward(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -84,7 +65,7 @@ def check_contract(case: Case, device: torch.device, *, every_schedule: bool) ->
 # --- The contract -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", grid_cases())
+@pytest.mark.parametrize("case", grid_cases(GRID))
 def test_contract_over_shapes(case: Case, device: torch.device) -> None:
     check_contract(case, device, every_schedule=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -191,3 +192,26 @@ def _pairs(chosen: dict[str, int], names: list[str]) -> Iterator[tuple[str, int,
     for position, first in enumerate(present):
         for second in present[position + 1 :]:
             yield first, chosen[first], second, chosen[second]
+
+
+# Windows of the grids, by name.
+WINDOWS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "causal": {"causal": True},
+    "left": {"window": (5, -1)},
+    "both": {"window": (0, 3)},
+    "causal, left": {"causal": True, "window": (20, 7)},
+}
+
+
+def grid_cases(grid: dict[str, list[Any]]) -> list[Any]:
+    """A named pytest parameter for each case of a covering array of lengths, dims, heads, dtype and the window's name."""
+    cases = []
+    for choice in covering(grid):
+        window = choice.pop("window")
+        lengths, dims, heads = choice["lengths"], choice["dims"], choice["heads"]
+        dtype = str(choice["dtype"]).removeprefix("torch.")
+        shape = "packed" if isinstance(lengths[0], tuple) else f"{lengths[0]}x{lengths[1]}"
+        name = f"{dtype}-{shape}-d{dims[0]}-dv{dims[1]}-heads{heads[0]}/{heads[1]}-{window}"
+        cases.append(pytest.param(Case(**choice, options=WINDOWS[window]), id=name))
+    return cases

@@ -18,7 +18,7 @@ from .attention_contract import (
     SQUARE_FORWARD_TILES,
     Case,
     contract_of,
-    covering,
+    grid_cases,
 )
 
 pytestmark = pytest.mark.usefixtures("without_overflow_checks")
@@ -32,34 +32,15 @@ GRID: dict[str, list[Any]] = {
     "dtype": [torch.float32, torch.bfloat16, torch.float16],
     "heads": [(1, 1), (3, 1), (4, 2), (2, 2)],
 }
-WINDOWS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "causal": {"causal": True},
-    "left": {"window": (5, -1)},
-    "both": {"window": (0, 3)},
-    "causal, left": {"causal": True, "window": (20, 7)},
-}
 
 
 def square(case: Case) -> Case:
     return replace(case, forward_tiles=SQUARE_FORWARD_TILES, backward_tiles=SQUARE_BACKWARD_TILES)
 
 
-def grid_cases() -> list[Any]:
-    cases = []
-    for choice in covering(GRID):
-        window = choice.pop("window")
-        lengths, dims, heads = choice["lengths"], choice["dims"], choice["heads"]
-        dtype = str(choice["dtype"]).removeprefix("torch.")
-        shape = "packed" if isinstance(lengths[0], tuple) else f"{lengths[0]}x{lengths[1]}"
-        name = f"{dtype}-{shape}-d{dims[0]}-dv{dims[1]}-heads{heads[0]}/{heads[1]}-{window}"
-        cases.append(pytest.param(square(Case(**choice, options=WINDOWS[window])), id=name))
-    return cases
-
-
-@pytest.mark.parametrize("case", grid_cases())
+@pytest.mark.parametrize("case", grid_cases(GRID))
 def test_contract_over_shapes(case: Case, device: torch.device, poison_empty: None) -> None:
-    contract_of(case, device).check()
+    contract_of(square(case), device).check()
 
 
 def normal(*shape: int) -> Callable[[Case, torch.Generator], Tensor]:

@@ -14,6 +14,7 @@ from pytransformer import reference
 from pytransformer.kernels.attention_backward import BackwardConfig, attention_backward
 from pytransformer.kernels.attention_forward import ForwardConfig, attention_forward
 from tests.conftest import INTERPRETING
+from tests.support.memory import surrounded
 
 from .attention_contract import (
     FORWARD_TILES,
@@ -73,16 +74,6 @@ def test_a_broadcast_bias_and_sinks_have_deterministic_gradients(device: torch.d
     case = Case((20, 33), heads=(2, 1), batch=2, options={"bias": bias, "sinks": sinks})
     inputs = draw(case, 0, device)
     assert_same_bits(results(case, inputs), results(case, inputs))
-
-
-def surrounded(tensor: Tensor) -> Tensor:
-    """The same values as a view whose neighbours in memory, on all sides and between the rows, are NaN."""
-    widened = [size + 1 for size in tensor.shape[:-1]] + [tensor.shape[-1] + 8]
-    memory = torch.full((math.prod(widened) + 16,), math.nan, dtype=tensor.dtype, device=tensor.device)
-    view = memory[8 : 8 + math.prod(widened)].view(widened)
-    view = view[tuple(slice(0, size) for size in tensor.shape)]
-    view.copy_(tensor)
-    return view
 
 
 @pytest.mark.parametrize("dims", [(16, 16), (40, 24)], ids=str)

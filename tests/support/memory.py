@@ -1,9 +1,10 @@
-"""What a call asks memory for, counted."""
+"""What a call asks memory for, counted; and memory that shows when it is read."""
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,3 +39,13 @@ def peak_allocated(function: Callable[[], Any], device: torch.device, folder: Pa
         held += event["args"]["Bytes"]
         highest = max(highest, held)
     return highest, result
+
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """The same values as a view whose neighbours in memory, on all sides and between the rows, are NaN."""
+    widened = [size + 1 for size in tensor.shape[:-1]] + [tensor.shape[-1] + 8]
+    memory = torch.full((math.prod(widened) + 16,), math.nan, dtype=tensor.dtype, device=tensor.device)
+    view = memory[8 : 8 + math.prod(widened)].view(widened)
+    view = view[tuple(slice(0, size) for size in tensor.shape)]
+    view.copy_(tensor)
+    return view
