@@ -5,8 +5,6 @@ A token costs the reading of every weight but the embedding, and of the cache; s
 
 from __future__ import annotations
 
-import gc
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import Transformer, TransformerConfig
-from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.end_to_end.training import transformers_model
+from pytransformer.benchmarks.end_to_end import models
 from pytransformer.benchmarks.rows import Absent
 from pytransformer.generation import KVCache
 
@@ -42,26 +39,14 @@ class DecodingShape:
     def bytes_per_step(self) -> float:
         """Weights but the embedding, and keys and values of every layer at the beginning."""
         config = self.config
-        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        layer = config.hidden_size * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
-        weights = config.num_layers * layer + config.hidden_size * config.vocab_size
-        cache = 2 * config.num_layers * self.batch * self.context * kv_width
-        return float(self.dtype.itemsize * (weights + cache))
+        cache = 2 * config.num_layers * self.batch * self.context * config.num_kv_heads * config.head_dim
+        return float(self.dtype.itemsize * (models.matrix_weights(config) + cache))
 
 
 def llama_8b(batch: int, tiny: bool) -> DecodingShape:
     """The shape of Llama 3 8B at 4k context."""
     if tiny:
-        config = TransformerConfig.llama(
-            vocab_size=128,
-            hidden_size=32,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
-            intermediate_size=64,
-            max_seqlen=64,
-        )
-        return DecodingShape("Llama tiny", config, batch, 16, 4, 2)
+        return DecodingShape("Llama tiny", models.tiny_llama(64), batch, 16, 4, 2)
     config = TransformerConfig.llama(
         vocab_size=128256,
         hidden_size=4096,
@@ -141,18 +126,15 @@ def theirs(shape: DecodingShape, device: torch.device, compiled: bool) -> Burst:
     Raises:
         Absent: it is not installed.
     """
-    peers.use_folder()
-    if importlib.util.find_spec("transformers") is None:
-        raise Absent("transformers is not installed")
-    from transformers import StaticCache
-
     default = torch.get_default_dtype()
     torch.set_default_dtype(shape.dtype)
     try:
         with torch.device(device):
-            model = transformers_model(shape.config).eval()
+            model = models.transformers_model(shape.config).eval()
     finally:
         torch.set_default_dtype(default)
+    from transformers import StaticCache
+
     cache = StaticCache(config=model.config, max_cache_len=shape.capacity)
     tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=device)
     forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
@@ -183,11 +165,7 @@ def measure(shape: DecodingShape, decoder: str, device: torch.device) -> dict[st
     Raises:
         Absent: the decoder is not here.
     """
-    torch.manual_seed(0)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    models.start_afresh(device)
     make, option = DECODERS[decoder]
     run = make(shape, device, option)
     samples = []

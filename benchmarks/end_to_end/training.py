@@ -6,7 +6,6 @@ batches come again and again, so that the loss must fall, which is the check tha
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import math
 import time
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from pytransformer import Transformer, TransformerConfig, linear_cross_entropy
 from pytransformer.benchmarks import peers
 from pytransformer.benchmarks.cases import visible_pairs
+from pytransformer.benchmarks.end_to_end import models
 from pytransformer.benchmarks.end_to_end.plain import PlainTransformer
 from pytransformer.benchmarks.rows import Absent
 
@@ -50,13 +50,8 @@ class TrainingShape:
         """Forward and backward: 6 for each weight of a matrix product, and the visible pairs of attention, counted exactly."""
         config = self.config
         width = config.num_heads * config.head_dim
-        qkv = config.hidden_size * (width + 2 * config.num_kv_heads * config.head_dim)
-        inner = config.hidden_size * config.intermediate_size * (3 if config.activation == "swiglu" else 2)
-        weights = (
-            config.num_layers * (qkv + width * config.hidden_size + inner) + config.hidden_size * config.vocab_size
-        )
         pairs = visible_pairs(self.seqlen, causal=True) / self.seqlen
-        return 6.0 * weights + 3.5 * 4.0 * config.num_layers * width * pairs
+        return 6.0 * models.matrix_weights(config) + 3.5 * 4.0 * config.num_layers * width * pairs
 
 
 def gpt2(tiny: bool) -> TrainingShape:
@@ -70,16 +65,7 @@ def gpt2(tiny: bool) -> TrainingShape:
 def llama_1b(tiny: bool) -> TrainingShape:
     """The shape of Llama 3.2 1B with 4k context."""
     if tiny:
-        config = TransformerConfig.llama(
-            vocab_size=128,
-            hidden_size=32,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
-            intermediate_size=64,
-            max_seqlen=32,
-        )
-        return TrainingShape("Llama tiny", config, 2, 32, 1, steps=3, warm_up=1)
+        return TrainingShape("Llama tiny", models.tiny_llama(32), 2, 32, 1, steps=3, warm_up=1)
     config = TransformerConfig.llama(
         vocab_size=128256,
         hidden_size=2048,
@@ -126,55 +112,14 @@ def theirs(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple[
     Raises:
         Absent: it is not installed.
     """
-    peers.use_folder()
-    if importlib.util.find_spec("transformers") is None:
-        raise Absent("transformers is not installed")
     with torch.device(device):
-        model = transformers_model(shape.config).train()
+        model = models.transformers_model(shape.config).train()
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         logits = model(ids, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     return model, torch.compile(loss) if compiled else loss
-
-
-def transformers_model(config: TransformerConfig) -> Any:
-    """transformers' GPT-2 or Llama of this shape, random, without dropout, with scaled_dot_product_attention."""
-    import transformers
-
-    common = {
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attn_implementation": "sdpa",
-    }
-    if config.positions == "learned":
-        return transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_embd=config.hidden_size,
-                n_layer=config.num_layers,
-                n_head=config.num_heads,
-                n_positions=config.max_seqlen,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                bos_token_id=0,
-                eos_token_id=0,
-                **common,
-            )
-        )
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_seqlen,
-            rms_norm_eps=config.norm_eps,
-            **common,
-        )
-    )
 
 
 def nanogpt(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple[nn.Module, Loss]:
@@ -228,7 +173,9 @@ def measure(shape: TrainingShape, trainer: str, compiled: bool, device: torch.de
         Absent: the trainer is not here.
         RuntimeError: the loss did not begin where a random model's does, or did not fall.
     """
-    _start_afresh(device, compiled)
+    models.start_afresh(device)
+    if compiled:  # importing the compiler alone takes seconds
+        torch.compiler.reset()
     model, loss = TRAINERS[trainer](shape, device, compiled)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     draw = torch.Generator(device=device).manual_seed(0)
@@ -256,16 +203,6 @@ def measure(shape: TrainingShape, trainer: str, compiled: bool, device: torch.de
         peak = next((value for name, value in DATA_SHEET.items() if name in torch.cuda.get_device_name(device)), None)
         found.update({"mfu": rate / peak, "mfu_of_flops": peak} if peak else {})
     return found
-
-
-def _start_afresh(device: torch.device, compiled: bool) -> None:
-    torch.manual_seed(0)
-    if compiled:  # importing the compiler alone takes seconds
-        torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Loss, ids: Tensor, device: torch.device) -> float:
