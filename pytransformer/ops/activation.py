@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import checks
-from pytransformer.ops.autograd import records_backward, refuse_double_backward, vmap_by_loop
+from pytransformer.ops.autograd import records_backward, refuse_double_backward, requires_grad, vmap_by_loop
 from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, serves_all
 
 
@@ -243,7 +243,7 @@ def _run_backward(dout: Tensor, gate: Tensor, up: Tensor | None, activation: str
 
 def _kernel_activation(call: ActivationCall) -> Tensor:
     gate, up = call.gate, call.up
-    needs_grad = torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad))
+    needs_grad = torch.is_grad_enabled() and requires_grad(gate, up)
     # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked. The tracer of torch.compile
     # knows, and cannot inline a Function none of whose inputs need a gradient.
     if needs_grad or not (torch.compiler.is_compiling() or is_plain(gate, up)):

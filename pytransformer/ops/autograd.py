@@ -38,12 +38,20 @@ def records_backward() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors requires a gradient; whether grad mode is on is the caller's to ask, first, in a small op."""
+    for tensor in tensors:  # noqa: SIM110 (a generator takes longer than the questions)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
 def is_recorded(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors must go through an autograd.Function: one requires grad, or torch.func is at work, inside which a
     tensor does not always know that it is differentiated."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and requires_grad(*tensors)
 
 
 _increment_version = torch._C._increment_version

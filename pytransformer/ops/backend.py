@@ -221,6 +221,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 _forward_ad = torch.autograd.forward_ad
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_traced = torch.compiler.is_dynamo_compiling  # what traces in other ways has a dispatch mode
 
 

@@ -13,10 +13,12 @@ from pytransformer import extension, reference
 from pytransformer.kernels.plans import Plans
 from pytransformer.ops import checks, decode_attention_torch
 from pytransformer.ops.attention_checks import is_autocasting
+from pytransformer.ops.autograd import requires_grad
 from pytransformer.ops.backend import (
     BackendChoice,
     Candidate,
     goes_straight,
+    is_any_autocast_enabled,
     is_plain,
     requested_backend,
     serves_all,
@@ -182,7 +184,6 @@ def decode_attention(
 # --- Calls like one whose checks have passed: Triton's launcher at once. ------------------------------------------------------------------
 
 _CHECKED: Plans[Callable[..., tuple[Tensor, Tensor]]] = Plans()
-_is_autocasting = torch._C._is_any_autocast_enabled
 
 
 def _goes_straight(backend: str | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:
@@ -192,11 +193,9 @@ def _goes_straight(backend: str | None, q: Tensor, k_cache: Tensor, v_cache: Ten
         return False
     if goes_straight("triton", q, k_cache, v_cache, sinks) is None:
         return False
-    if checks.DEBUG or _is_autocasting() or getattr(q, "dtype", None) not in (torch.float16, torch.bfloat16):
+    if checks.DEBUG or is_any_autocast_enabled() or getattr(q, "dtype", None) not in (torch.float16, torch.bfloat16):
         return False
-    return not torch.is_grad_enabled() or not any(
-        tensor is not None and tensor.requires_grad for tensor in (q, k_cache, v_cache, sinks)
-    )
+    return not (torch.is_grad_enabled() and requires_grad(q, k_cache, v_cache, sinks))
 
 
 def _keep(alike: tuple[Any, ...], call: DecodeCall) -> None:

@@ -14,8 +14,15 @@ from pytransformer import extension, reference
 from pytransformer.kernels.plans import Plans
 from pytransformer.ops import checks, kv_append_torch
 from pytransformer.ops.attention_checks import is_autocasting
-from pytransformer.ops.autograd import mark_changed
-from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight, is_plain, serves_all
+from pytransformer.ops.autograd import mark_changed, requires_grad
+from pytransformer.ops.backend import (
+    BackendChoice,
+    Candidate,
+    goes_straight,
+    is_any_autocast_enabled,
+    is_plain,
+    serves_all,
+)
 from pytransformer.ops.kv_append_checks import AppendCall, check_kv_append, count_tokens, scales_are_written, tensors_of
 
 
@@ -23,11 +30,6 @@ def _kernels_why_not(call: AppendCall) -> str | None:
     if call.k.dtype == torch.float64:
         return "the kernels compute in float32; float64 is served by torch and the reference"
     return None
-
-
-_is_autocasting = (
-    torch._C._is_any_autocast_enabled
-)  # bound once: a look-up through torch's modules takes as long as the question
 
 
 CHOICE = BackendChoice(
@@ -118,9 +120,9 @@ def kv_append(
             and not checks.DEBUG
             and not (
                 torch.is_grad_enabled()
-                and _requires_grad(k, v, k_cache, v_cache, q, q_norm_weight, k_norm_weight, cos, sin)
+                and requires_grad(k, v, k_cache, v_cache, q, q_norm_weight, k_norm_weight, cos, sin)
             )
-            and not _is_autocasting()
+            and not is_any_autocast_enabled()
         ):
             if straight == "triton":
                 given = (
@@ -270,13 +272,6 @@ def _one_of(cache_seqlens: Tensor | None, slot_mapping: Tensor | None) -> Tensor
     if cache_seqlens is None:
         return slot_mapping
     return cache_seqlens if slot_mapping is None else None
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:  # noqa: SIM110 (a generator takes longer than the questions)
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
 
 
 def _straight(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytransformer import extension, reference
 from pytransformer.kernels.plans import Plans
-from pytransformer.ops.autograd import records_backward, refuse_double_backward, vmap_by_loop
+from pytransformer.ops.autograd import records_backward, refuse_double_backward, requires_grad, vmap_by_loop
 from pytransformer.ops.backend import (
     BackendChoice,
     Candidate,
@@ -353,10 +353,8 @@ for _cuda_name, _cuda_fake in _CUDA_FAKES.items():
 def _goes_straight(backend: str | None, x: Tensor, *others: Tensor | None) -> str | None:
     """The backend whose launch for inference may be made at once, or ``None``."""
     straight = goes_straight(backend, x, *others)
-    if straight is not None and torch.is_grad_enabled():
-        for tensor in (x, *others):
-            if tensor is not None and tensor.requires_grad:
-                return None
+    if straight is not None and torch.is_grad_enabled() and requires_grad(x, *others):
+        return None
     return straight
 
 
@@ -400,9 +398,7 @@ def _run_backward(backend: str, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _kernel_norm(call: NormCall, backend: str) -> NormResult:
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors_of(call)
-    )
+    needs_grad = torch.is_grad_enabled() and requires_grad(*tensors_of(call))
     # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked. The tracer of torch.compile
     # knows, and cannot inline a Function none of whose inputs need a gradient.
     if needs_grad or not (torch.compiler.is_compiling() or is_plain(*tensors_of(call))):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pytransformer import extension, reference
 from pytransformer.kernels.plans import Plans
 from pytransformer.ops import checks
-from pytransformer.ops.autograd import mark_changed, records_backward, vmap_by_loop
+from pytransformer.ops.autograd import mark_changed, records_backward, requires_grad, vmap_by_loop
 from pytransformer.ops.backend import BackendChoice, Candidate, goes_straight, is_plain, serves_all
 from pytransformer.ops.rope_checks import RopeCall, check_positive, check_rope, check_scaling, tensors_of
 
@@ -81,7 +81,7 @@ def rope(
         if (
             straight is not None
             and not checks.DEBUG
-            and not (torch.is_grad_enabled() and _requires_grad(q, k, cos, sin))
+            and not (torch.is_grad_enabled() and requires_grad(q, k, cos, sin))
         ):
             if straight == "triton" and type(offsets) in (int, Tensor):
                 offset_tensor = None if type(offsets) is int else offsets
@@ -332,10 +332,6 @@ def _cuda_ops() -> tuple[Any, ...]:
     return tuple(extension.op(name)._op for name in ("rope", "rope_", "rope_at", "rope_at_"))
 
 
-def _requires_grad(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
-    return q.requires_grad or (k is not None and k.requires_grad) or cos.requires_grad or sin.requires_grad
-
-
 def _straight(
     q: Tensor,
     k: Tensor | None,
@@ -370,7 +366,7 @@ def _straight(
 def _rope(call: RopeCall, backend: str, inplace: bool) -> tuple[Tensor, Tensor | None]:
     q, k = call.q, call.k
     plain = is_plain(*tensors_of(call))
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
+    needs_grad = torch.is_grad_enabled() and requires_grad(q, k)
     if inplace and not needs_grad:
         _rotate_inplace(call, backend, plain)
         return q, k
