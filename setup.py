@@ -38,15 +38,10 @@ def builder():
 
 def packages():
     """Names of everything that is installed."""
-    inner = find_packages(str(ROOT / "benchmarks"))
-    return sorted(
-        {
-            *find_packages(include=["pytransformer", "pytransformer.*"]),
-            "pytransformer.kernels",
-            "pytransformer.benchmarks",
-            *(f"pytransformer.benchmarks.{name}" for name in inner),
-        }
-    )
+    beside = ("kernels", "benchmarks")
+    inner = {f"pytransformer.{folder}.{name}" for folder in beside for name in find_packages(str(ROOT / folder))}
+    outer = find_packages(include=["pytransformer", "pytransformer.*"])
+    return sorted({*outer, *(f"pytransformer.{folder}" for folder in beside), *inner})
 
 
 class BuildWithCuda(build_py):

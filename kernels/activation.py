@@ -14,9 +14,8 @@ gate and up may be the halves [gate; up] of one tensor; so, then, are their grad
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pytransformer.kernels.launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, next_power_of_2
-from pytransformer.kernels.norm import RowLayout, row_layout, row_offsets
-from pytransformer.kernels.plans import Plans
+from .launch import COMMON_OPTIONS, NewTensor, cdiv, next_power_of_2
+from .norm.forward import RowLayout, row_layout, row_offsets
+from .plans import Plans
+from .prepared import PreparedLaunch
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -385,23 +385,3 @@ def activation_backward(
         if all(after is before for after, before in zip((dout, gate, up), alike)):
             _BACKWARD.add(alike, backward)
     return backward(dout, gate, up)
-
-
-def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and launches, forward and backward, of the shipped configurations, for the compile gate."""
-
-    def both(num_cols: int, dtype: torch.dtype, activation: str, gated: bool, packed: bool) -> object:
-        dout = torch.empty(4, num_cols, dtype=dtype)
-        gate = torch.empty(4, 2 * num_cols, dtype=dtype) if packed else dout
-        up = dout if gated and not packed else None
-        activation_forward(gate, up, activation=activation, gated=gated)
-        return activation_backward(dout, gate, up, activation=activation, gated=gated)
-
-    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
-    yield "swiglu-14336-bfloat16-packed", functools.partial(both, 14336, bfloat16, "silu", True, True)
-    yield "swiglu-11008-float32", functools.partial(both, 11008, float32, "silu", True, False)
-    # erf needs the most registers.
-    yield "geglu-5632-bfloat16-packed", functools.partial(both, 5632, bfloat16, "gelu", True, True)
-    yield "geglu_tanh-1000-float16", functools.partial(both, 1000, float16, "gelu_tanh", True, False)
-    yield "gelu-3072-float32", functools.partial(both, 3072, float32, "gelu", False, False)
-    yield "gelu_tanh-16384-bfloat16", functools.partial(both, 16384, bfloat16, "gelu_tanh", False, False)

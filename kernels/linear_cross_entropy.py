@@ -15,8 +15,6 @@ hidden size of 4096.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_common import tanh
 from .launch import COMMON_OPTIONS, cdiv, next_power_of_2, on_device
+from .mathematics import tanh
 
 # Rows of the buffer start at multiples of this many elements, so that 128-bit accesses and the matrix products' loads are aligned
 # whatever the vocabulary's size.
@@ -233,31 +231,3 @@ def cross_entropy(
             num_warps=config.num_warps,
             **COMMON_OPTIONS,
         )  # fmt: skip
-
-
-def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and launch of every shipped configuration, for the compile gate."""
-
-    def launch(vocab_size: int, dtype: torch.dtype, *, wants_gradient: bool = True, everything: bool = False) -> None:
-        like = torch.empty(1, dtype=dtype)
-        per_row = torch.empty(2)
-        cross_entropy(
-            logits_buffer(2, vocab_size, like),
-            vocab_size,
-            torch.zeros(2, dtype=torch.int64),
-            torch.empty(vocab_size, dtype=dtype) if everything else None,
-            per_row if everything else None,
-            per_row,
-            ignore_index=-100,
-            label_smoothing=0.1 if everything else 0.0,
-            softcap=30.0 if everything else 0.0,
-            z_loss=1e-4 if everything else 0.0,
-            wants_gradient=wants_gradient,
-        )
-
-    bfloat16, float32 = torch.bfloat16, torch.float32
-    yield "50257-bfloat16", functools.partial(launch, 50257, bfloat16)
-    yield "131072-bfloat16", functools.partial(launch, 131072, bfloat16)
-    yield "131072-bfloat16-losses", functools.partial(launch, 131072, bfloat16, wants_gradient=False)
-    yield "256000-bfloat16-everything", functools.partial(launch, 256000, bfloat16, everything=True)
-    yield "131072-float32-everything", functools.partial(launch, 131072, float32, everything=True)

@@ -9,26 +9,16 @@ which a program reads once for all heads of its tokens. Arithmetic in float32, o
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pytransformer.kernels.launch import (
-    COMMON_OPTIONS,
-    NewTensor,
-    PreparedLaunch,
-    Varying,
-    cdiv,
-    contiguous_strides,
-    next_power_of_2,
-)
-from pytransformer.kernels.plans import Plans
+from .launch import COMMON_OPTIONS, NewTensor, cdiv, contiguous_strides, next_power_of_2
+from .plans import Plans
+from .prepared import PreparedLaunch, Varying
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -411,36 +401,3 @@ def _token_and_head_strides(x: Tensor | None) -> tuple[int, int, int]:
     if x is None:
         return 0, 0, 0
     return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
-
-
-def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and launch of every shipped configuration, for the compile gate."""
-
-    def rotate(dtype: torch.dtype, heads: tuple[int, int], head_dim: int, rotary_dim: int, **options: object) -> object:
-        q, k = (torch.empty(2, 8, count, head_dim, dtype=dtype) if count else None for count in heads)
-        table = torch.empty(64, rotary_dim // 2)
-        return rope_rotate(q, k, table, table, **options)  # type: ignore[arg-type]
-
-    def packed() -> object:
-        q, table = torch.empty(16, 32, 128, dtype=torch.bfloat16), torch.empty(64, 64)
-        bounds = torch.zeros(3, dtype=torch.int32)
-        return rope_rotate(q, q[:, :8].clone(), table, table, cu_seqlens=bounds, offsets=bounds[:2])
-
-    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
-    case = functools.partial
-    yield "half-32/8x128-bfloat16", case(rotate, bfloat16, (32, 8), 128, 128)
-    yield "half-32/8x128-bfloat16-reverse", case(rotate, bfloat16, (32, 8), 128, 128, reverse=True)
-    yield "half-32/8x128-bfloat16-inplace", case(rotate, bfloat16, (32, 8), 128, 128, inplace=True)
-    yield "interleaved-32/8x128-bfloat16", case(rotate, bfloat16, (32, 8), 128, 128, interleaved=True)
-    yield "half-12/12x64-float16", case(rotate, float16, (12, 12), 64, 64)
-    yield "interleaved-12/12x64-float16", case(rotate, float16, (12, 12), 64, 64, interleaved=True)
-    yield "half-32/8x128-float32", case(rotate, float32, (32, 8), 128, 128)
-    yield "half-16/8x256-bfloat16", case(rotate, bfloat16, (16, 8), 256, 256)
-    yield "half-32/32x80-bfloat16-partial", case(rotate, bfloat16, (32, 32), 80, 32)
-    yield "half-32/32x96-bfloat16", case(rotate, bfloat16, (32, 32), 96, 96)
-    yield "half-16/0x64-bfloat16", case(rotate, bfloat16, (16, 0), 64, 64)
-    yield (
-        "half-32/8x128-bfloat16-positions",
-        case(rotate, bfloat16, (32, 8), 128, 128, positions=torch.zeros(2, 8, dtype=torch.int64)),
-    )
-    yield "half-32/8x128-bfloat16-packed", packed

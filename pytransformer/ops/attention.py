@@ -301,7 +301,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Te
     if is_empty(call):
         return _forward_of_nothing(call, backend)
     if backend == "triton":
-        from pytransformer.kernels.attention_forward import attention_forward
+        from pytransformer.kernels.attention.forward import attention_forward
 
         return attention_forward(q, k, v, **_kernel_options(call))
     if backend == "cuda":
@@ -351,7 +351,7 @@ def _backward(
     if is_empty(call):
         gradients = _backward_of_nothing(call, want_dbias, dlse)
     elif backend == "triton":
-        from pytransformer.kernels.attention_backward import attention_backward
+        from pytransformer.kernels.attention.backward import attention_backward
 
         gradients = attention_backward(dout, q, k, v, out, lse, dlse, want_dbias=want_dbias, **_kernel_options(call))
     elif backend == "cuda":

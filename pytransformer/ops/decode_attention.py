@@ -200,7 +200,7 @@ def _goes_straight(backend: str | None, q: Tensor, k_cache: Tensor, v_cache: Ten
 
 def _keep(alike: tuple[Any, ...], call: DecodeCall) -> None:
     """Keeps the launcher with the options of a checked call, unless values were read for its checks or tensors replaced."""
-    from pytransformer.kernels.decode_attention import decode_attention_forward
+    from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
 
     tensors = (
         call.q,
@@ -288,7 +288,7 @@ def _composite(call: DecodeCall, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _triton(call: DecodeCall) -> tuple[Tensor, Tensor]:
-    from pytransformer.kernels.decode_attention import decode_attention_forward
+    from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
     from pytransformer.ops.attention import allows_tf32
 
     return decode_attention_forward(

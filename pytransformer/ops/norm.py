@@ -212,7 +212,7 @@ _CHECKED: Plans[Callable[..., tuple[Tensor | None, ...]]] = Plans()
 
 
 def _keep_and_launch(call: NormCall, alike: tuple[Any, ...]) -> NormResult:
-    from pytransformer.kernels.norm import NormForward
+    from pytransformer.kernels.norm.forward import NormForward
 
     options = {"eps": call.eps, "weight_offset": call.weight_offset, "is_rms": call.is_rms}
     try:
@@ -232,8 +232,8 @@ def _result(results: tuple[Tensor | None, ...]) -> NormResult:
 @functools.cache
 def _launchers() -> tuple[Any, Any]:
     # Triton is imported when the first kernel is wanted, not with the package.
-    from pytransformer.kernels.norm import norm_forward
-    from pytransformer.kernels.norm_backward import norm_backward
+    from pytransformer.kernels.norm.backward import norm_backward
+    from pytransformer.kernels.norm.forward import norm_forward
 
     return norm_forward, norm_backward
 

@@ -6,7 +6,6 @@ narrows the architectures down.
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 
@@ -20,22 +19,22 @@ collect_ignore_glob = [] if COMPILING else ["test_*.py"]
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from tests.support import compile_gate
 
-    if "module_name" in metafunc.fixturenames:
-        metafunc.parametrize("module_name", compile_gate.kernel_modules())
+    if "op" in metafunc.fixturenames:
+        metafunc.parametrize("op", compile_gate.ops())
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", _cases_of_importable_modules(), ids=str)
+        metafunc.parametrize("case", _cases_of_importable_ops(), ids=str)
 
 
-def _cases_of_importable_modules() -> list[object]:
+def _cases_of_importable_ops() -> list[object]:
     """A module that cannot be imported, or offers no cases, fails a test of its own and not the collection of all."""
     from tests.support import compile_gate
 
     chosen = os.environ.get("PYTRANSFORMER_COMPILE_ARCHS")
     architectures = [int(arch) for arch in chosen.split(",")] if chosen else compile_gate.ARCHITECTURES
     found: list[object] = []
-    for name in compile_gate.kernel_modules():
+    for op in compile_gate.ops():
         try:
-            found += compile_gate.cases(importlib.import_module(f"pytransformer.kernels.{name}"), architectures)
+            found += compile_gate.cases(op, architectures)
         except Exception:
             continue
     return found

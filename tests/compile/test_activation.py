@@ -14,7 +14,7 @@ WIDTH = 768
 
 
 def test_every_access_is_128_bits_wide():
-    for name, report in compile_gate.run_cases(list(compile_gate.cases(activation))).items():
+    for name, report in compile_gate.run_cases(list(compile_gate.cases("activation"))).items():
         assert report.outcomes and not report.complaints
         for outcome in report.outcomes:
             got = outcome.statistics

@@ -51,7 +51,7 @@ def _matmul(rows: int, columns: int, inner: int, **options: int) -> None:
 
 
 def _case(call, arch: int, *wgmma_kernels: str) -> Case:
-    return Case("module", "name", call, arch, frozenset(wgmma_kernels))
+    return Case("name", call, arch, frozenset(wgmma_kernels))
 
 
 def _complaints(call, arch: int, *wgmma_kernels: str) -> list[str]:

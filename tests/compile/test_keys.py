@@ -12,13 +12,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pytransformer.kernels.attention_backward import attention_backward
-from pytransformer.kernels.attention_forward import attention_forward
-from pytransformer.kernels.decode_attention import decode_attention_forward
+from pytransformer.kernels.attention.backward import attention_backward
+from pytransformer.kernels.attention.forward import attention_forward
+from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
 from pytransformer.kernels.kv_append import kv_append_forward
 from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buffer
-from pytransformer.kernels.norm import NormForward, norm_forward
-from pytransformer.kernels.norm_backward import norm_backward
+from pytransformer.kernels.norm.backward import norm_backward
+from pytransformer.kernels.norm.forward import NormForward, norm_forward
 from pytransformer.kernels.rope import rope_rotate
 from tests.support.launch_recorder import record_launches
 

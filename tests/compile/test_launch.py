@@ -11,10 +11,13 @@ import triton
 from triton.backends.nvidia.driver import CudaLauncher
 
 import pytransformer
-from pytransformer.kernels import decode_attention, kv_append, launch, norm, norm_backward, rope
-from pytransformer.kernels.launch import PreparedLaunch
-from pytransformer.kernels.norm import NormForward
+from pytransformer.kernels import kv_append, prepared, rope
+from pytransformer.kernels.decode_attention import launcher as decode_attention
+from pytransformer.kernels.norm import backward as norm_backward
+from pytransformer.kernels.norm import forward as norm
+from pytransformer.kernels.norm.forward import NormForward
 from pytransformer.kernels.plans import Plans
+from pytransformer.kernels.prepared import PreparedLaunch
 from pytransformer.kernels.rope import rope_rotate
 from tests.compile.test_keys import CASES
 from tests.support.triton_stub import count_launches, stubbed_driver
@@ -49,10 +52,10 @@ class Spy:
             spy._note(False, args[:6], args[9:])
 
         def no_c_launcher(run: Any, function: int, metadata: Any) -> Any:
-            return launch._Launcher(direct_launch, (function, metadata, None, None, None), True)
+            return prepared._Launcher(direct_launch, (function, metadata, None, None, None), True)
 
         monkeypatch.setattr(CudaLauncher, "__call__", triton_launch)
-        monkeypatch.setattr(launch, "_c_launcher", no_c_launcher)
+        monkeypatch.setattr(prepared, "_c_launcher", no_c_launcher)
         # Launches that were kept before go another way.
         for module in (decode_attention, kv_append, norm, norm_backward, rope):
             monkeypatch.setattr(module, "_PLANS", Plans())
@@ -170,12 +173,12 @@ def test_another_current_device_goes_through_triton(spy: Spy, monkeypatch: pytes
     run, x = _norm(spy), torch.empty(2, 64)
     assert run(x)[0] and run(x)[0], "the first two go through Triton"
     assert not run(x)[0]
-    monkeypatch.setattr(launch, "_current_device", lambda: 1)
+    monkeypatch.setattr(prepared, "_current_device", lambda: 1)
     assert run(x)[0]
 
 
 def test_a_triton_that_is_not_known_is_left_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_takes_known_arguments", lambda launcher: False)
+    monkeypatch.setattr(prepared, "_takes_known_arguments", lambda launcher: False)
     weight, x = torch.empty(64), torch.empty(2, 64)
     forward = NormForward(x, weight, None, None, eps=1e-5, is_rms=True, statistics=False)
     before = count_launches()

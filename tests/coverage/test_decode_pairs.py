@@ -17,7 +17,7 @@ ROWS = options.rows()
 @pytest.mark.parametrize("number", range(len(ROWS)))
 @pytest.mark.usefixtures("without_overflow_checks", "poison_empty")
 def test_pairs_of_options(number: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pytransformer.kernels import decode_attention
+    from pytransformer.kernels.decode_attention import launcher as decode_attention
 
     monkeypatch.setattr(decode_attention, "decode_configs", lambda dim, value_dim, *_: small_configs(dim, value_dim))
     options.contract_of(ROWS[number], "triton", device).check()

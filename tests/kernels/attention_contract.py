@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.kernels.attention_backward import BackwardConfig, attention_backward
-from pytransformer.kernels.attention_forward import ForwardConfig, attention_forward
+from pytransformer.kernels.attention.backward import BackwardConfig, attention_backward
+from pytransformer.kernels.attention.forward import ForwardConfig, attention_forward
 from pytransformer.verification import SEEDS, Contract
 
 # Small tiles make several of them of few rows; both axes differ, so that a swap shows.

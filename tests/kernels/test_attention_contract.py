@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytransformer.kernels.attention_backward import BackwardConfig
-from pytransformer.kernels.attention_forward import ForwardConfig
+from pytransformer.kernels.attention.backward import BackwardConfig
+from pytransformer.kernels.attention.forward import ForwardConfig
 
 from .attention_contract import (
     SQUARE_BACKWARD_TILES,

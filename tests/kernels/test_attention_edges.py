@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.kernels.attention_backward import BackwardConfig, attention_backward
-from pytransformer.kernels.attention_forward import ForwardConfig, attention_forward
+from pytransformer.kernels.attention.backward import BackwardConfig, attention_backward
+from pytransformer.kernels.attention.forward import ForwardConfig, attention_forward
 from tests.conftest import INTERPRETING
 from tests.support.memory import surrounded
 
@@ -225,8 +225,8 @@ def test_many_sequences_are_found(device: torch.device) -> None:
 @pytest.mark.usefixtures("without_overflow_checks")
 def test_groups_of_heads_cover_every_tile_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads are grouped to fit the L2 cache; groups that don't divide the number of heads leave none out."""
-    from pytransformer.kernels import attention_backward as backward_module
-    from pytransformer.kernels import attention_forward as forward_module
+    from pytransformer.kernels.attention import backward as backward_module
+    from pytransformer.kernels.attention import forward as forward_module
 
     case = Case((33, 33), heads=(3, 3), batch=3, options={"causal": True})
     inputs = draw(case, 0, device)

@@ -17,7 +17,7 @@ from tests.conftest import INTERPRETING
 
 from .attention_contract import Case, contract_of
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+KERNELS = Path(__file__).resolve().parents[2] / "kernels/attention"
 pytestmark = pytest.mark.usefixtures("without_overflow_checks")
 SEEDS = 2  # faults are gross; the shipped kernels are judged by the same number here
 
@@ -45,74 +45,74 @@ class Fault:
 
 
 FAULTS = {
-    "causal mask removed": Fault("attention_common", "keep = keep & (distance >= -window_right)", "keep = keep & (distance >= -99)"),
-    "window off by one": Fault("attention_common", "& (distance <= window_left)", "& (distance < window_left)", WINDOW),
+    "causal mask removed": Fault("tile", "keep = keep & (distance >= -window_right)", "keep = keep & (distance >= -99)"),
+    "window off by one": Fault("tile", "& (distance <= window_left)", "& (distance < window_left)", WINDOW),
     "left edge of the window removed": Fault(
-        "attention_common", "keep = keep & (distance <= window_left)", "keep = keep & (distance <= 99)", WINDOW
+        "tile", "keep = keep & (distance <= window_left)", "keep = keep & (distance <= 99)", WINDOW
     ),
     "end of the keys not masked": Fault(
-        "attention_common", "keep = (cols < seqlen_k) & (rows < seqlen_q)", "keep = (cols >= 0) & (rows >= 0)", Case((20, 33))
+        "tile", "keep = (cols < seqlen_k) & (rows < seqlen_q)", "keep = (cols >= 0) & (rows >= 0)", Case((20, 33))
     ),
     "loads not masked at the end": Fault(
-        "attention_common", "mask=offs_row[:, None] < rows_left, other=0.0", "mask=offs_row[:, None] >= 0, other=0.0"
+        "tile", "mask=offs_row[:, None] < rows_left, other=0.0", "mask=offs_row[:, None] >= 0, other=0.0"
     ),
     "features behind head_dim loaded": Fault(
-        "attention_common",
+        "tile",
         "mask=(offs_row[:, None] < rows_left) & (offs_dim[None, :] < DIM), other=0.0",
         "mask=(offs_row[:, None] < rows_left) & (offs_dim[None, :] >= 0), other=0.0",
         Case((20, 33), dims=(40, 24)),
     ),
-    "stores not masked at the end": Fault("attention_common", "mask = offs_row[:, None] < rows_left", "mask = offs_row[:, None] >= 0"),
-    "last tile forgotten": Fault("attention_common", "    end_position = length\n", "    end_position = length - 31\n", Case((20, 33))),
+    "stores not masked at the end": Fault("tile", "mask = offs_row[:, None] < rows_left", "mask = offs_row[:, None] >= 0"),
+    "last tile forgotten": Fault("tile", "    end_position = length\n", "    end_position = length - 31\n", Case((20, 33))),
     "tile of the right edge taken for whole": Fault(
-        "attention_common", "inside_end_position = tl.minimum(length, first + high_shift + 1)", "inside_end_position = end_position", CAUSAL
+        "tile", "inside_end_position = tl.minimum(length, first + high_shift + 1)", "inside_end_position = end_position", CAUSAL
     ),
     "tile of the left edge taken for whole": Fault(
-        "attention_common", "inside_begin = (tl.maximum(last + low_shift, 0) + BLOCK - 1) // BLOCK", "inside_begin = begin", WINDOW
+        "tile", "inside_begin = (tl.maximum(last + low_shift, 0) + BLOCK - 1) // BLOCK", "inside_begin = begin", WINDOW
     ),
     "lengths aligned top-left": Fault(
-        "attention_common", "distance = rows + (seqlen_k - seqlen_q) - cols", "distance = rows - cols"
+        "tile", "distance = rows + (seqlen_k - seqlen_q) - cols", "distance = rows - cols"
     ),
-    "two programs for one tile": Fault("attention_common", "tile = within // slots_here", "tile = within // slots_here // 2 * 2"),
+    "two programs for one tile": Fault("tile", "tile = within // slots_here", "tile = within // slots_here // 2 * 2"),
     "rows of the neighbouring sequence": Fault(
-        "attention_common", "tl.minimum(end, total) - start", "tl.minimum(end + 1, total) - start", PACKED
+        "tile", "tl.minimum(end, total) - start", "tl.minimum(end + 1, total) - start", PACKED
     ),
-    "wrong sequence found": Fault("attention_common", "// BLOCK + middle <= tile", "// BLOCK + middle < tile", PACKED),
-    "wrong dropout words": Fault("attention_common", "tl.join(tl.join(word_0, word_2)", "tl.join(tl.join(word_2, word_0)", DROPOUT),
+    "wrong sequence found": Fault("tile", "// BLOCK + middle <= tile", "// BLOCK + middle < tile", PACKED),
+    "wrong dropout words": Fault("tile", "tl.join(tl.join(word_0, word_2)", "tl.join(tl.join(word_2, word_0)", DROPOUT),
     "wrong stride": Fault(
-        "attention_forward", "v_tile_ptr = v_ptr + first_key * stride_v_seq", "v_tile_ptr = v_ptr + first_key * stride_q_seq"
+        "forward", "v_tile_ptr = v_ptr + first_key * stride_v_seq", "v_tile_ptr = v_ptr + first_key * stride_q_seq"
     ),
-    "wrong head of the keys": Fault("attention_forward", "kv_head = head // HEADS_PER_KV", "kv_head = head % HEADS_PER_KV"),
-    "output not rescaled": Fault("attention_forward", "acc = acc * rescale[:, None]", "acc = acc", LONG),
-    "sum not rescaled": Fault("attention_forward", "row_sum = row_sum * rescale + ", "row_sum = row_sum + ", LONG),
-    "output not divided by the sum": Fault("attention_forward", "acc = acc / row_sum[:, None]", "acc = acc"),
+    "wrong head of the keys": Fault("forward", "kv_head = head // HEADS_PER_KV", "kv_head = head % HEADS_PER_KV"),
+    "output not rescaled": Fault("forward", "acc = acc * rescale[:, None]", "acc = acc", LONG),
+    "sum not rescaled": Fault("forward", "row_sum = row_sum * rescale + ", "row_sum = row_sum + ", LONG),
+    "output not divided by the sum": Fault("forward", "acc = acc / row_sum[:, None]", "acc = acc"),
     "rows that see nothing not guarded": Fault(
-        "attention_forward", 'shift = tl.where(new_max == float("-inf"), 0.0, new_max)', "shift = new_max", MORE_QUERIES
+        "forward", 'shift = tl.where(new_max == float("-inf"), 0.0, new_max)', "shift = new_max", MORE_QUERIES
     ),
-    "lse in base 2": Fault("attention_forward", "row_max + tl.log2(row_sum) * LN2", "row_max + tl.log2(row_sum)"),
-    "output not written": Fault("attention_forward", "common.store_tile(out_ptr", "common.store_tile(q_ptr"),
-    "dropout not rescaled": Fault("attention_forward", "acc = acc * dropout_scale", "acc = acc", DROPOUT),
+    "lse in base 2": Fault("forward", "row_max + tl.log2(row_sum) * LN2", "row_max + tl.log2(row_sum)"),
+    "output not written": Fault("forward", "common.store_tile(out_ptr", "common.store_tile(q_ptr"),
+    "dropout not rescaled": Fault("forward", "acc = acc * dropout_scale", "acc = acc", DROPOUT),
     "gradient of lse ignored": Fault(
-        "attention_backward", "delta -= tl.load(dlse_ptr", "delta -= 0.0 * tl.load(dlse_ptr"
+        "backward", "delta -= tl.load(dlse_ptr", "delta -= 0.0 * tl.load(dlse_ptr"
     ),
     "gradient into rows that see nothing": Fault(
-        "attention_backward", 'delta = tl.where(lse == float("-inf"), 0.0, delta)', "delta = delta", MORE_QUERIES
+        "backward", 'delta = tl.where(lse == float("-inf"), 0.0, delta)', "delta = delta", MORE_QUERIES
     ),
-    "dq not scaled": Fault("attention_backward", "dq * softmax_scale", "dq"),
-    "dk not scaled": Fault("attention_backward", "dk * softmax_scale", "dk"),
+    "dq not scaled": Fault("backward", "dq * softmax_scale", "dq"),
+    "dk not scaled": Fault("backward", "dk * softmax_scale", "dk"),
     "one head of the group forgotten": Fault(
-        "attention_backward", "tl.range(0, tiles * HEADS_PER_KV,", "tl.range(0, tiles * HEADS_PER_KV - tiles,"
+        "backward", "tl.range(0, tiles * HEADS_PER_KV,", "tl.range(0, tiles * HEADS_PER_KV - tiles,"
     ),
-    "delta not subtracted": Fault("attention_backward", "ds = p * (dp - delta[None, :])", "ds = p * dp"),
-    "softcap without its slope": Fault("attention_backward", "* common.softcap_slope(capped, softcap)", "", SOFTCAP, times=2),
-    "dv without dropout": Fault("attention_backward", "kept = tl.where(keep, p * dropout_scale, 0.0)", "kept = p", DROPOUT),
-    "sink without its sign": Fault("attention_backward", "tl.store(dsinks_ptr, -tl.sum(", "tl.store(dsinks_ptr, tl.sum(", SINKS),
-    "large rows not normalised again": Fault("attention_backward", "tl.abs(lse)), 0) > large_lse", "tl.abs(lse)), 0) > 1e30", HUGE),
+    "delta not subtracted": Fault("backward", "ds = p * (dp - delta[None, :])", "ds = p * dp"),
+    "softcap without its slope": Fault("backward", "* common.softcap_slope(capped, softcap)", "", SOFTCAP, times=2),
+    "dv without dropout": Fault("backward", "kept = tl.where(keep, p * dropout_scale, 0.0)", "kept = p", DROPOUT),
+    "sink without its sign": Fault("backward", "tl.store(dsinks_ptr, -tl.sum(", "tl.store(dsinks_ptr, tl.sum(", SINKS),
+    "large rows not normalised again": Fault("backward", "tl.abs(lse)), 0) > large_lse", "tl.abs(lse)), 0) > 1e30", HUGE),
     "one batch of a shared bias forgotten": Fault(
-        "attention_bias_gradient", "first_sequence, last_sequence = 0, batch", "first_sequence, last_sequence = 0, batch - 1", SHARED_BIAS
+        "bias_gradient", "first_sequence, last_sequence = 0, batch", "first_sequence, last_sequence = 0, batch - 1", SHARED_BIAS
     ),
 }  # fmt: skip
-FILES = ("attention_common", "attention_bias_gradient", "attention_forward", "attention_backward")
+FILES = ("tile", "bias_gradient", "forward", "backward")
 
 
 def load(directory: Path, fault: Fault | None) -> dict[str, ModuleType]:
@@ -128,7 +128,7 @@ def load(directory: Path, fault: Fault | None) -> dict[str, ModuleType]:
         for other in FILES:
             source = source.replace(f"from .{other} import", f"from .broken_{other} import")
             source = source.replace(f"from . import {other} as", f"from . import broken_{other} as")
-        name = f"pytransformer.kernels.broken_{file}"
+        name = f"pytransformer.kernels.attention.broken_{file}"
         path = directory / f"broken_{file}.py"
         path.write_text(source)
         spec = importlib.util.spec_from_file_location(name, path)
@@ -141,19 +141,19 @@ def load(directory: Path, fault: Fault | None) -> dict[str, ModuleType]:
 @pytest.fixture
 def unload() -> Iterator[None]:
     yield
-    import pytransformer.kernels
+    import pytransformer.kernels.attention
 
     for file in FILES:
-        sys.modules.pop(f"pytransformer.kernels.broken_{file}", None)
-        vars(pytransformer.kernels).pop(f"broken_{file}", None)
+        sys.modules.pop(f"pytransformer.kernels.attention.broken_{file}", None)
+        vars(pytransformer.kernels.attention).pop(f"broken_{file}", None)
 
 
 def check(modules: dict[str, ModuleType], case: Case, device: torch.device) -> None:
     contract_of(
         case,
         device,
-        modules["attention_forward"].attention_forward,
-        modules["attention_backward"].attention_backward,
+        modules["forward"].attention_forward,
+        modules["backward"].attention_backward,
         seeds=SEEDS,
     ).check()
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pytransformer import reference, triton_interpreter
 from pytransformer.kernels.launch import DeviceLimits
-from pytransformer.kernels.norm import NormConfig, forward_config, norm_forward, row_layout
-from pytransformer.kernels.norm_backward import backward_config, norm_backward
+from pytransformer.kernels.norm.backward import backward_config, norm_backward
+from pytransformer.kernels.norm.forward import NormConfig, forward_config, norm_forward, row_layout
 from pytransformer.verification import SEEDS, Contract, ContractError
 from tests.support.broken_kernel import load_broken
 
@@ -245,7 +245,7 @@ def test_rows_around_a_tile(rows: int, device: torch.device, poison_empty: None)
 def test_each_program_walks_several_tiles(
     backward: NormConfig, is_rms: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytransformer.kernels.norm_backward.device_limits", lambda device: DeviceLimits(90, 2, 232448))
+    monkeypatch.setattr("pytransformer.kernels.norm.backward.device_limits", lambda device: DeviceLimits(90, 2, 232448))
     measure(Case(9, 48, is_rms, BFLOAT16, BFLOAT16, backward_config=backward), device).check()
 
 
@@ -389,7 +389,9 @@ def normalises_the_rounded_sum(device: torch.device, config: NormConfig | None, 
 def test_what_is_normalised_is_the_rounded_sum(config: NormConfig | None, device: torch.device, tmp_path: Path) -> None:
     assert normalises_the_rounded_sum(device, config)
     store = "tl.store(s_ptr + out_offsets, rounded, mask=mask)\n        s ="
-    broken = load_broken(tmp_path, "norm", (f"{store} rounded.to(tl.float32)", f"{store} s + residual.to(tl.float32)"))
+    broken = load_broken(
+        tmp_path, "norm/forward", (f"{store} rounded.to(tl.float32)", f"{store} s + residual.to(tl.float32)")
+    )
     assert normalises_the_rounded_sum(device, None, broken.norm_forward) is False
 
 
@@ -398,7 +400,7 @@ def test_what_is_normalised_is_the_rounded_sum(config: NormConfig | None, device
 def test_same_bits_each_run_in_any_order_of_programs(
     configs: tuple[NormConfig, NormConfig], is_rms: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytransformer.kernels.norm_backward.device_limits", lambda device: DeviceLimits(90, 3, 232448))
+    monkeypatch.setattr("pytransformer.kernels.norm.backward.device_limits", lambda device: DeviceLimits(90, 3, 232448))
     backward = configs[1] or NormConfig(1, 128, 4, 1, 2)
     case = Case(11, 100, is_rms, BFLOAT16, FLOAT32, BFLOAT16, forward_config=configs[0], backward_config=backward)
     inputs = case.inputs(device, 0)
@@ -519,7 +521,10 @@ def _is_caught(case: Case, device: torch.device, **launchers: Callable[..., obje
 
 @pytest.mark.parametrize("configs", [TILES, (WIDE, WIDE_BACKWARD)], ids=["whole", "blocks"])
 def test_the_check_for_faults_passes_faithful_copies(configs, device, tmp_path: Path, poison_empty: None) -> None:
-    forward, backward = load_broken(tmp_path, "norm").norm_forward, load_broken(tmp_path, "norm_backward").norm_backward
+    forward, backward = (
+        load_broken(tmp_path, "norm/forward").norm_forward,
+        load_broken(tmp_path, "norm/backward").norm_backward,
+    )
     case = _fault_case(configs)
     assert not _is_caught(case, device, forward=forward, backward=backward)
     assert not _is_caught(replace(case, weight_dtype=None, residual_dtype=None), device, forward=forward)
@@ -528,7 +533,7 @@ def test_the_check_for_faults_passes_faithful_copies(configs, device, tmp_path: 
 @INTERPRETED
 @pytest.mark.parametrize("fault", FORWARD_FAULTS)
 def test_a_fault_in_the_forward_kernel_is_caught(fault: str, device, tmp_path: Path, poison_empty: None) -> None:
-    broken = load_broken(tmp_path, "norm", *FORWARD_FAULTS[fault])
+    broken = load_broken(tmp_path, "norm/forward", *FORWARD_FAULTS[fault])
     case = _fault_case(TILES)
     if fault == "one-pass variance":
         case = replace(case, dtype=FLOAT32, residual_dtype=None, draw=lambda *shape: 1e4 + torch.randn(shape))
@@ -538,7 +543,7 @@ def test_a_fault_in_the_forward_kernel_is_caught(fault: str, device, tmp_path: P
 @INTERPRETED
 @pytest.mark.parametrize("fault", WIDE_FAULTS)
 def test_a_fault_in_the_wide_kernel_is_caught(fault: str, device, tmp_path: Path, poison_empty: None) -> None:
-    broken = load_broken(tmp_path, "norm", *WIDE_FAULTS[fault])
+    broken = load_broken(tmp_path, "norm/forward", *WIDE_FAULTS[fault])
     case = replace(_fault_case((WIDE, None)), cols=100)
     assert _is_caught(case, device, forward=broken.norm_forward)
 
@@ -548,7 +553,7 @@ def test_a_fault_in_the_wide_kernel_is_caught(fault: str, device, tmp_path: Path
 def test_a_fault_in_the_backward_kernels_is_caught(
     fault: str, device, tmp_path: Path, poison_empty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = load_broken(tmp_path, "norm_backward", *BACKWARD_FAULTS[fault])
+    broken = load_broken(tmp_path, "norm/backward", *BACKWARD_FAULTS[fault])
     # Two programs share six tiles.
     monkeypatch.setattr(
         broken, "device_limits", lambda device: DeviceLimits(90, 40 if "reduction" in fault else 2, 232448)

@@ -13,7 +13,7 @@ _numbers = itertools.count()
 
 
 def load_broken(folder: Path, name: str, *substitutions: tuple[str, str]) -> ModuleType:
-    """Imports kernels/``name``.py with each ``(good, bad)`` pair substituted; without pairs a faithful copy.
+    """Imports kernels/``name``.py ("rope", "norm/forward") with each ``(good, bad)`` pair substituted; without pairs a faithful copy.
 
     Args:
         folder: where the copy is written (a test's ``tmp_path``): Triton reads the source of its kernels from a file.
@@ -27,7 +27,8 @@ def load_broken(folder: Path, name: str, *substitutions: tuple[str, str]) -> Mod
             raise ValueError(f"{good!r} occurs {text.count(good)} times in kernels/{name}.py; once is needed")
         text = text.replace(good, bad)
     # Named as a member of the package, so that its relative imports find the other kernel files.
-    module_name = f"pytransformer.kernels.broken_{name}_{next(_numbers)}"
+    package, _, stem = f"pytransformer/kernels/{name}".replace("/", ".").rpartition(".")
+    module_name = f"{package}.broken_{stem}_{next(_numbers)}"
     path = folder / f"{module_name.rsplit('.', 1)[1]}.py"
     path.write_text(text)
     specification = importlib.util.spec_from_file_location(module_name, path)

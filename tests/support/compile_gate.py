@@ -7,7 +7,6 @@ import importlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import triton
 
@@ -31,24 +30,22 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher, as its module's ``compile_cases()`` offers it, for one architecture.
+    """One call of a launcher, as a module of tests/compile/cases offers it, for one architecture.
 
     Attributes:
-        module: name of the file in kernels/.
-        name: of the case within the module.
+        name: of the case.
         call: launches.
         arch: compute capability that launch policy and compiler are asked for.
         wgmma_kernels: names of the kernels that must use the matrix instructions of sm_90 or sm_100, there.
     """
 
-    module: str
     name: str
     call: Callable[[], object]
     arch: int
     wgmma_kernels: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        return f"{self.module}-{self.name}-sm_{self.arch}"
+        return f"{self.name}-sm_{self.arch}"
 
 
 def launched_kernels(path: Path) -> set[str]:
@@ -63,33 +60,34 @@ def launched_kernels(path: Path) -> set[str]:
     return {node.id for node in kernels if isinstance(node, ast.Name)}
 
 
-def kernel_modules() -> list[str]:
-    """Names of the files in kernels/ that launch something."""
-    return sorted(path.stem for path in KERNELS.glob("*.py") if launched_kernels(path))
+def ops() -> list[str]:
+    """Names of the folders and files in kernels/ that launch something."""
+    found = {path.relative_to(KERNELS).parts[0] for path in KERNELS.rglob("*.py") if launched_kernels(path)}
+    return sorted(name.removesuffix(".py") for name in found)
 
 
-def cases(module: ModuleType, architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Case]:
-    """The cases of a kernel module for each architecture.
+def kernels_of(op: str) -> set[str]:
+    """Names of the kernels that an op's folder or file launches."""
+    paths = [KERNELS / f"{op}.py"] if (KERNELS / f"{op}.py").is_file() else (KERNELS / op).rglob("*.py")
+    return set().union(*map(launched_kernels, paths))
 
-    A module provides ``compile_cases()``, which yields names and calls, and may provide ``wgmma_kernels(case_name)``: the kernels of that
-    case that are too slow without warp-group matrix instructions where there are any.
-    """
-    name = module.__name__.rpartition(".")[2]
+
+def cases(op: str, architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Case]:
+    """The cases of an op for each architecture: what its module in tests/compile/cases says."""
+    module = importlib.import_module(f"tests.compile.cases.{op}")
     wgmma_kernels: Callable[[str], Collection[str]] = getattr(module, "wgmma_kernels", lambda case_name: ())
     for arch in architectures:
         # Asked anew for each architecture, and under it: which configurations ship may depend on it.
         with assume_arch(arch):
             for case_name, call in module.compile_cases():
                 case_name = str(case_name).replace("torch.", "")
-                yield Case(name, case_name, call, arch, frozenset(wgmma_kernels(case_name)))
+                yield Case(case_name, call, arch, frozenset(wgmma_kernels(case_name)))
 
 
 def all_cases(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Case]:
-    """The cases of all kernel modules that have some."""
-    for name in kernel_modules():
-        module = importlib.import_module(f"pytransformer.kernels.{name}")
-        if hasattr(module, "compile_cases"):
-            yield from cases(module, architectures)
+    """The cases of all ops."""
+    for op in ops():
+        yield from cases(op, architectures)
 
 
 def complaints(case: Case, launch: Launch, statistics: Statistics) -> list[str]:

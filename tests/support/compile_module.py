@@ -1,34 +1,32 @@
-"""Compiles the cases of one kernel module and prints what came of it: registers and bytes of spills per thread, bytes of shared memory per
+"""Compiles the cases of one op and prints what came of it: registers and bytes of spills per thread, bytes of shared memory per
 block, warps, matrix instructions, how many of the loads and stores of global memory move 128 bits, and seconds.
 
 python -m tests.support.compile_module norm
-python -m tests.support.compile_module attention_forward --arch 90 --match d128
+python -m tests.support.compile_module attention --arch 90 --match forward-bfloat16-d128
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 
-from tests.support.compile_gate import ARCHITECTURES, cases, run_cases
+from tests.support.compile_gate import ARCHITECTURES, cases, ops, run_cases
 from tests.support.sass import GLOBAL_128_BIT, GLOBAL_ACCESS, MATRIX_INSTRUCTION
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints a line per case, architecture and kernel; returns 1 if any has a complaint."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.support.compile_module", description="Compiles the cases of one kernel module."
+        prog="python -m tests.support.compile_module", description="Compiles the cases of one op."
     )
-    parser.add_argument("module", help="file in kernels/, without .py")
+    parser.add_argument("op", choices=ops(), help="folder or file in kernels/")
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), help="compute capabilities")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--processes", type=int, default=None, help="compile this many at a time (default: all cores)")
     options = parser.parse_args(arguments)
 
-    module = importlib.import_module(f"pytransformer.kernels.{options.module}")
-    chosen = [case for case in cases(module, options.arch) if options.match in case.name]
+    chosen = [case for case in cases(options.op, options.arch) if options.match in case.name]
     begin = time.perf_counter()
     reports = run_cases(chosen, options.processes)
     width = max((len(name) for name in reports), default=0)

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from pytransformer.kernels import launch
+from pytransformer.kernels import launch, prepared
 from pytransformer.ops import backend, checks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,8 +181,8 @@ def stubbed_driver(arch: int) -> Iterator[None]:
     try:
         with (
             launch.assume_arch(arch),
-            mock.patch.object(launch, "_current_device", CURRENT_DEVICE),
-            mock.patch.object(launch, "_current_stream", CURRENT_STREAM),
+            mock.patch.object(prepared, "_current_device", CURRENT_DEVICE),
+            mock.patch.object(prepared, "_current_stream", CURRENT_STREAM),
             mock.patch.object(backend, "unavailable", serves),
             mock.patch.object(checks, "readable", lambda tensor: False),
         ):

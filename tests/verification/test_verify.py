@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pytransformer.cli.verify import exit_code, main
-from pytransformer.kernels import attention_forward
+from pytransformer.kernels.attention import forward as attention_forward
 from pytransformer.ops.overview import CHOICES
 from pytransformer.verification import Outcome, measure, plan, run_matrix
 from pytransformer.verification.cases import CASES
@@ -70,7 +70,7 @@ def test_cells_are_shared_among_processes(device):
     ids=["no rescale in the online softmax", "sums 2 % too large"],
 )
 def test_a_broken_kernel_makes_it_exit_with_1(old, new, tmp_path, monkeypatch, capsys):
-    broken = load_broken(tmp_path, "attention_forward", (old, new))
+    broken = load_broken(tmp_path, "attention/forward", (old, new))
     monkeypatch.setattr(attention_forward, "attention_forward", broken.attention_forward)
     arguments = ["--op", "attention", "--backend", "triton", "--dtype", "float32", "--seeds", "2", "--jobs", "1"]
     assert main(["verify", *arguments]) == 1

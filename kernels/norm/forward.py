@@ -13,9 +13,8 @@ from L2. No result of a row depends on how many rows there are.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pytransformer.kernels.launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, next_power_of_2
-from pytransformer.kernels.plans import Plans
+from ..launch import COMMON_OPTIONS, NewTensor, cdiv, next_power_of_2
+from ..plans import Plans
+from ..prepared import PreparedLaunch
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -429,38 +429,3 @@ def norm_forward(
     y, s, mean, rstd = forward(x, weight, bias, residual)
     assert rstd is not None
     return y, s, mean, rstd
-
-
-def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and launch of every shipped configuration, for the compile gate."""
-
-    def forward(
-        num_cols: int, dtype: torch.dtype, is_rms: bool, with_residual: bool, weight_dtype: torch.dtype
-    ) -> object:
-        x, weight = torch.empty(4, num_cols, dtype=dtype), torch.empty(num_cols, dtype=weight_dtype)
-        bias, residual = None if is_rms else weight, x if with_residual else None
-        return norm_forward(x, weight, bias, residual, eps=1e-5, is_rms=is_rms)
-
-    def inference(num_cols: int) -> object:
-        x = torch.empty(4, num_cols, dtype=torch.bfloat16)
-        return NormForward(x, x[0], x[0], x, eps=1e-5, is_rms=False, statistics=False)(x, x[0], x[0], x)
-
-    for num_cols in (4096, 65536):
-        yield f"forward-layer-{num_cols}-bfloat16-inference", functools.partial(inference, num_cols)
-    for case in norm_cases():
-        yield f"forward-{case[0]}", functools.partial(forward, *case[1:])
-
-
-def norm_cases() -> Iterator[tuple[str, int, torch.dtype, bool, bool, torch.dtype]]:
-    """(name, num_cols, dtype, is_rms, with_residual, weight_dtype) of the forward and the backward kernels' compile cases."""
-    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
-    for num_cols in (128, 4096, 65536):
-        yield f"rms-{num_cols}-bfloat16-residual", num_cols, bfloat16, True, True, bfloat16
-    # The widest rows of each kind of tile need the most registers, LayerNorm more of them than RMSNorm.
-    for num_cols in (128, 2048, 8192, 16384, 65536):
-        yield f"layer-{num_cols}-bfloat16-residual", num_cols, bfloat16, False, True, bfloat16
-    for num_cols in (4096, 65536):
-        yield f"layer-{num_cols}-float32", num_cols, float32, False, False, float32
-    yield "rms-4096-float16-float32_weight", 4096, float16, True, False, float32
-    # 1000 columns are a multiple of 8 but not of 16, which is all that Triton looks for by itself.
-    yield "layer-1000-bfloat16", 1000, bfloat16, False, False, bfloat16

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class _Case:
     packed: bool = False
     every_option: bool = False
 
-    def launch(self, forward: Callable[..., object]) -> object:
+    def launch(self) -> object:
         batch, num_heads, num_kv_heads, capacity = 2, 8, 2, 9216
         leading = (capacity // self.page_size, self.page_size) if self.page_size else (batch, capacity)
         k_cache = torch.empty((*leading, num_kv_heads, self.head_dim), dtype=self.cache_dtype or self.dtype)
@@ -44,27 +45,32 @@ class _Case:
             options["bias"] = torch.empty(1, dtype=self.dtype).expand(batch, num_heads, self.seqlen_q, capacity)
             options["cache_leftpad"] = lengths
         window, softcap = ((100, 0), 30.0) if self.every_option else ((-1, -1), 0.0)
-        return forward(q, k_cache, v_cache, lengths, softmax_scale=0.1, window=window, softcap=softcap, **options)
+        return decode_attention_forward(
+            q, k_cache, v_cache, lengths, softmax_scale=0.1, window=window, softcap=softcap, **options
+        )
 
 
-def compile_cases(forward: Callable[..., object]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call of ``forward``) of what ships: each row class by dtype and width, the paged variants, and every option at once."""
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and launch of what ships: each row class by dtype and width, the paged variants, and every option at once."""
 
     def case(*arguments: Any, **options: Any) -> Callable[[], object]:
-        return functools.partial(_Case(*arguments, **options).launch, forward)
+        return _Case(*arguments, **options).launch
 
     f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
     for dtype, head_dim, seqlen_q in itertools.chain(
         itertools.product((bf16,), (64, 128, 256), (1, 8, 40)),
         [(f16, 128, 1), (f32, 64, 1), (f32, 128, 8), (f32, 256, 1), (f32, 256, 40)],
     ):
-        yield f"{dtype}-d{head_dim}-q{seqlen_q}", case(dtype, seqlen_q, head_dim, head_dim)
-    yield "bfloat16-d192-dv128-q1", case(bf16, 1, 192, 128)
-    yield "bfloat16-d80-q1", case(bf16, 1, 80, 80)
+        yield f"decode_attention-{dtype}-d{head_dim}-q{seqlen_q}", case(dtype, seqlen_q, head_dim, head_dim)
+    yield "decode_attention-bfloat16-d192-dv128-q1", case(bf16, 1, 192, 128)
+    yield "decode_attention-bfloat16-d80-q1", case(bf16, 1, 80, 80)
     for page_size in (1, 16, 256):
-        yield f"bfloat16-d128-q1-page{page_size}", case(bf16, 1, 128, 128, page_size)
-    yield "bfloat16-d128-packed", case(bf16, 40, 128, 128, packed=True)
+        yield f"decode_attention-bfloat16-d128-q1-page{page_size}", case(bf16, 1, 128, 128, page_size)
+    yield "decode_attention-bfloat16-d128-packed", case(bf16, 40, 128, 128, packed=True)
     for seqlen_q in (1, 40):
-        yield f"bfloat16-d128-q{seqlen_q}-options", case(bf16, seqlen_q, 128, 128, every_option=True)
+        yield f"decode_attention-bfloat16-d128-q{seqlen_q}-options", case(bf16, seqlen_q, 128, 128, every_option=True)
     for cache_dtype, page_size in itertools.product((torch.int8, torch.float8_e4m3fn), (0, 16)):
-        yield f"bfloat16-d128-{cache_dtype}-page{page_size}", case(bf16, 1, 128, 128, page_size, cache_dtype)
+        yield (
+            f"decode_attention-bfloat16-d128-{cache_dtype}-page{page_size}",
+            case(bf16, 1, 128, 128, page_size, cache_dtype),
+        )

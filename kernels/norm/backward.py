@@ -13,17 +13,15 @@ order: no atomics, the same bits each run. dx of a row does not depend on how ma
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pytransformer.kernels.launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, device_limits, next_power_of_2
-from pytransformer.kernels.norm import UNSPECIALISED, NormConfig, norm_cases, row_layout, row_offsets
-from pytransformer.kernels.plans import Plans
+from ..launch import COMMON_OPTIONS, NewTensor, cdiv, device_limits, next_power_of_2
+from ..plans import Plans
+from ..prepared import PreparedLaunch
+from .forward import UNSPECIALISED, NormConfig, row_layout, row_offsets
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -397,16 +395,3 @@ def _backward_grid(num_rows: int, num_cols: int, config: NormConfig, device: tor
     col_blocks = cdiv(num_cols, config.block_cols)
     programs = max(1, device_limits(device).num_sms * config.programs_per_sm // col_blocks)
     return min(programs, cdiv(num_rows, config.block_rows)), col_blocks
-
-
-def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and launch of every shipped configuration, for the compile gate."""
-
-    def backward(num_cols: int, dtype: torch.dtype, is_rms: bool, with_ds: bool, weight_dtype: torch.dtype) -> object:
-        x, weight = torch.empty(4, num_cols, dtype=dtype), torch.empty(num_cols, dtype=weight_dtype)
-        rstd = torch.empty(4)
-        mean, dbias_dtype = (None, None) if is_rms else (rstd, weight_dtype)
-        return norm_backward(x, x if with_ds else None, x, weight, mean, rstd, dbias_dtype=dbias_dtype)
-
-    for case in norm_cases():
-        yield f"backward-{case[0]}", functools.partial(backward, *case[1:])

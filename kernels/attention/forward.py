@@ -7,17 +7,25 @@ q, k, v read and out, lse written once as far as L2 serves the other programs' r
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from . import attention_common as common
-from .attention_common import LN2, LOG2E
-from .launch import COMMON_OPTIONS, device_limits, on_device
+from ..launch import COMMON_OPTIONS, device_limits, on_device
+from ..mathematics import LN2, LOG2E
+from . import tile as common
+from .options import (
+    UNSPECIALISED,
+    Geometry,
+    block_dim,
+    geometry,
+    needs_wide_offsets,
+    row_strides,
+    score_options,
+    statistic_strides,
+)
 
 # Keys and values of the heads that run at the same time should stay in L2 (60 MB on an H200, part of it for everything else).
 L2_BYTES = 32 * 2**20
@@ -39,7 +47,7 @@ def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int,
     Registers decide: at 8 warps a thread holds block_m · dv / 256 values of the output and block_m · block_n / 256 scores. Shared memory
     holds q once and block_n rows of k and v for each stage. Figures are for sm_90.
     """
-    width = max(common.block_dim(head_dim), common.block_dim(value_dim))
+    width = max(block_dim(head_dim), block_dim(value_dim))
     if dtype == torch.float32:
         return ForwardConfig(32, 32, 4, 1)  # exact products run on the FMA units from registers: 168 to 215 of them
     if arch < 90:
@@ -57,7 +65,7 @@ def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int,
     return ForwardConfig(128 if options < 2 else 64, 32, 8, 2)
 
 
-@triton.jit(do_not_specialize=common.UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def attention_forward_kernel(
     q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
     k_ptr, stride_k_batch, stride_k_seq, stride_k_head,
@@ -228,13 +236,13 @@ def attention_forward(
     Returns:
         out like q with v's head_dim, and lse, float32, (batch, num_heads, seqlen_q) or packed (num_heads, total_q).
     """
-    shape = common.geometry(q, k, v, cu_seqlens_q)
+    shape = geometry(q, k, v, cu_seqlens_q)
     out = torch.empty(*q.shape[:-1], shape.value_dim, dtype=q.dtype, device=q.device)
     lse_shape = (shape.num_heads, shape.seqlen_q) if shape.packed else (shape.batch, shape.num_heads, shape.seqlen_q)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
-    options = common.score_options(
+    options = score_options(
         shape,
         causal,
         window,
@@ -257,36 +265,25 @@ def attention_forward(
     num_slots = shape.slots(shape.num_heads)
     with on_device(q):
         attention_forward_kernel[(num_tiles * num_slots,)](
-            q, *common.row_strides(q),
-            k, *common.row_strides(k),
-            v, *common.row_strides(v),
-            out, *common.row_strides(out),
-            lse, *common.statistic_strides(lse),
+            q, *row_strides(q),
+            k, *row_strides(k),
+            v, *row_strides(v),
+            out, *row_strides(out),
+            lse, *statistic_strides(lse),
             cu_seqlens_q, cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens_q,
             *options.tensors,
             shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k, num_tiles, num_slots, slots_per_group(shape, k),
             *options.scalars,
             **options.constexprs,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            WIDE=common.needs_wide_offsets(max(config.block_m, config.block_n), q, k, v, out),
+            WIDE=needs_wide_offsets(max(config.block_m, config.block_n), q, k, v, out),
             num_warps=config.num_warps, num_stages=config.num_stages, **COMMON_OPTIONS,
         )  # fmt: skip
     return out, lse
 
 
-def slots_per_group(shape: common.Geometry, k: torch.Tensor) -> int:
+def slots_per_group(shape: Geometry, k: torch.Tensor) -> int:
     """Heads that share the L2 cache: whole GQA groups, as many as their keys and values fit."""
     heads_per_kv = shape.num_heads // shape.num_kv_heads
     bytes_per_kv_head = max(1, shape.seqlen_k * (shape.head_dim + shape.value_dim) * k.element_size())
     return min(shape.slots(shape.num_heads), heads_per_kv * max(1, L2_BYTES // bytes_per_kv_head))
-
-
-def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Launches of every shipped configuration for the compile gate."""
-    for name, arguments in common.compile_calls():
-        yield name, functools.partial(attention_forward, **arguments)
-
-
-def wgmma_kernels(case_name: str) -> tuple[str, ...]:
-    """Kernels of a compile case that must use the matrix instructions of sm_90 and sm_100 there."""
-    return ("attention_forward_kernel",) if "float16" in case_name else ()

@@ -19,7 +19,7 @@ Distances: query token t of a sequence sits at position ``cache_seqlen - seqlen_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,9 +27,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import decode_cases
-from .attention_common import block_dim, dot_precision, row_strides, window_limits
-from .decode_common import (
+from ..attention.options import block_dim, dot_precision, row_strides, window_limits
+from ..launch import COMMON_OPTIONS, NewTensor, cdiv, device_limits, on_device
+from ..plans import Plans
+from ..prepared import PreparedLaunch
+from .cache import (
     DecodeConfig,
     cache_places,
     decode_configs,
@@ -42,8 +44,6 @@ from .decode_common import (
     tanh,
     tile_keys,
 )
-from .launch import COMMON_OPTIONS, NewTensor, PreparedLaunch, cdiv, device_limits, on_device
-from .plans import Plans
 
 # Splits merged per step: 16 rows of partial results are one or two 128-bit loads per thread.
 MERGE_SPLITS = 16
@@ -593,8 +593,3 @@ class _PlainLaunch(NamedTuple):
 
 
 _PLANS: Plans[_PlainLaunch] = Plans()
-
-
-def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and launch of every shipped configuration, for the compile gate."""
-    return decode_cases.compile_cases(decode_attention_forward)

@@ -12,19 +12,27 @@ if causal.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from . import attention_common as common
-from .attention_bias_gradient import attention_bias_gradient, is_broadcast
-from .attention_common import LOG2E
-from .attention_forward import slots_per_group
-from .launch import COMMON_OPTIONS, device_limits, on_device
+from ..launch import COMMON_OPTIONS, device_limits, on_device
+from ..mathematics import LOG2E
+from . import tile as common
+from .bias_gradient import attention_bias_gradient, is_broadcast
+from .forward import slots_per_group
+from .options import (
+    UNSPECIALISED,
+    block_dim,
+    geometry,
+    needs_wide_offsets,
+    row_strides,
+    score_options,
+    statistic_strides,
+    strides_of,
+)
 
 # |lse| from which on rows are normalised again: float32's rounding of it is then felt in the weights of float32 and of 16-bit inputs.
 LARGE_LSE_FLOAT32 = 64.0
@@ -51,7 +59,7 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
     Registers decide: at 8 warps a thread of the dk/dv kernel holds kv_block_n · (d + dv) / 256 gradients, two score tiles and two
     statistics of each query; of the dq kernel one gradient tile and two score tiles. Figures are for sm_90.
     """
-    width = max(common.block_dim(head_dim), common.block_dim(value_dim))
+    width = max(block_dim(head_dim), block_dim(value_dim))
     if dtype == torch.float32:
         # Exact products run on the FMA units from registers; two accumulators of 32 · 256, or an option's values too, are too many of them.
         kv_block_m = 32 if width <= 128 and options == 0 else 16
@@ -84,7 +92,7 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
     return BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
 
 
-@triton.jit(do_not_specialize=common.UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def attention_backward_dq_kernel(
     dout_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head,
     q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
@@ -263,7 +271,7 @@ def attention_backward_dq_kernel(
     common.store_tile(dq_ptr, stride_dq_seq, rows_left, offs_m, offs_d, dq * softmax_scale, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=common.UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def attention_backward_dkv_kernel(
     dout_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head,
     q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
@@ -445,9 +453,9 @@ def attention_backward(
         dq, dk, dv, contiguous, in the dtypes of q, k, v; dbias shaped like bias, or None where there is none or it is not wanted;
         dsinks, or None without sinks.
     """
-    shape = common.geometry(q, k, v, cu_seqlens_q)
+    shape = geometry(q, k, v, cu_seqlens_q)
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
-    options = common.score_options(
+    options = score_options(
         shape,
         causal,
         window,
@@ -472,7 +480,7 @@ def attention_backward(
     dlse = None if dlse is None else dlse.contiguous()
     delta, lse_shift = torch.empty_like(lse), torch.empty_like(lse)
     lse_norm = torch.empty_like(lse) if options.constexprs["SCALE_FIRST"] else None
-    row_statistics = (delta, lse_shift, lse_norm, *common.statistic_strides(lse))
+    row_statistics = (delta, lse_shift, lse_norm, *statistic_strides(lse))
     num_tiles_q, num_slots_q = shape.tiles(shape.seqlen_q, config.q_block_m), shape.slots(shape.num_heads)
     num_tiles_k, num_slots_k = shape.tiles(shape.seqlen_k, config.kv_block_n), shape.slots(shape.num_kv_heads)
     shared_bias = bias is not None and want_dbias and any(is_broadcast(bias, shape))
@@ -485,25 +493,25 @@ def attention_backward(
     dsinks = None if sinks is None else torch.zeros(num_slots_q, num_tiles_q, dtype=torch.float32, device=q.device)
     inputs = (
         dout,
-        *common.row_strides(dout),
+        *row_strides(dout),
         q,
-        *common.row_strides(q),
+        *row_strides(q),
         k,
-        *common.row_strides(k),
+        *row_strides(k),
         v,
-        *common.row_strides(v),
+        *row_strides(v),
     )
     packing = (cu_seqlens_q, cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens_q)
     sizes = (shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k)
-    wide = common.needs_wide_offsets(256, dout, q, k, v, out, dq, dk, dv)
+    wide = needs_wide_offsets(256, dout, q, k, v, out, dq, dk, dv)
     with on_device(q):
         if dq.numel() > 0:
             attention_backward_dq_kernel[(num_tiles_q * num_slots_q,)](
                 *inputs,
-                out, *common.row_strides(out),
-                dq, *common.row_strides(dq),
+                out, *row_strides(out),
+                dq, *row_strides(dq),
                 lse, dlse, *row_statistics,
-                dbias, *common.strides_of(dbias, 4)[:3],
+                dbias, *strides_of(dbias, 4)[:3],
                 dsinks, LARGE_LSE_FLOAT32 if q.dtype == torch.float32 else LARGE_LSE_16_BIT,
                 *packing, *options.tensors,
                 *sizes, num_tiles_q, num_slots_q, slots_per_group(shape, k),
@@ -514,8 +522,8 @@ def attention_backward(
         if dk.numel() + dv.numel() > 0:
             attention_backward_dkv_kernel[(num_tiles_k * num_slots_k,)](
                 *inputs,
-                dk, *common.row_strides(dk),
-                dv, *common.row_strides(dv),
+                dk, *row_strides(dk),
+                dv, *row_strides(dv),
                 *row_statistics,
                 *packing, *options.tensors,
                 *sizes, num_tiles_k, num_slots_k, num_slots_k,
@@ -528,20 +536,3 @@ def attention_backward(
     if dsinks is not None and sinks is not None:
         dsinks = dsinks.view(-1, shape.num_heads, num_tiles_q).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
-
-
-def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Launches of every shipped configuration for the compile gate."""
-    for name, arguments in common.compile_calls():
-        q, v = arguments["q"], arguments["v"]
-        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-        lse = torch.empty(*q.shape[:-3], q.shape[-2], q.shape[-3])
-        yield name, functools.partial(attention_backward, dout=out, out=out, lse=lse, dlse=None, **arguments)
-
-
-def wgmma_kernels(case_name: str) -> tuple[str, ...]:
-    """Kernels of a compile case that must use the matrix instructions of sm_90 and sm_100 there."""
-    if "float16" not in case_name:
-        return ()
-    dq, dkv = "attention_backward_dq_kernel", "attention_backward_dkv_kernel"
-    return (dq,) if "d256" in case_name else (dq, dkv)  # see backward_config

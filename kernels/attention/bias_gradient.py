@@ -7,26 +7,25 @@ the same bits every run. Cost: 2 more matrix products than the 7 of the other ba
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from . import attention_common as common
-from .launch import COMMON_OPTIONS, cdiv
+from ..launch import COMMON_OPTIONS, cdiv
+from . import tile as common
+from .options import UNSPECIALISED, Geometry, ScoreOptions
 
 
-def is_broadcast(bias: torch.Tensor, shape: common.Geometry) -> tuple[bool, bool, bool, bool]:
+def is_broadcast(bias: torch.Tensor, shape: Geometry) -> tuple[bool, bool, bool, bool]:
     """For (batch, heads, rows, columns), whether one element of the bias may serve several."""
     sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     full = (shape.batch, shape.num_heads, *((None, None) if shape.packed else (shape.seqlen_q, shape.seqlen_k)))
     return tuple(size == 1 and size != extent for size, extent in zip(sizes, full, strict=True))  # type: ignore[return-value]
 
 
-@triton.jit(do_not_specialize=common.UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def attention_bias_gradient_kernel(
     dout_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head,
     q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
@@ -178,8 +177,8 @@ def attention_bias_gradient(
     inputs: tuple[Any, ...],
     statistics: tuple[Any, ...],
     packing: tuple[Any, ...],
-    options: common.ScoreOptions,
-    shape: common.Geometry,
+    options: ScoreOptions,
+    shape: Geometry,
     wide: bool,
 ) -> torch.Tensor:
     """Runs the kernel with arguments that the other backward kernels get too. Returns the gradient, shaped like ``bias``."""
@@ -201,23 +200,3 @@ def attention_bias_gradient(
         BLOCK_M=block_m, BLOCK_N=block_n, WIDE=wide, num_warps=num_warps, num_stages=1, **COMMON_OPTIONS,
     )  # fmt: skip
     return dbias
-
-
-def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Backward passes whose bias is shared by the batch, which is what launches this kernel."""
-    from .attention_backward import attention_backward  # imports this module
-
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, v, dout = (torch.empty(2, 128, 2, 64, dtype=dtype) for _ in range(4))
-        arguments: dict[str, Any] = {
-            "out": torch.empty_like(dout),
-            "lse": torch.empty(2, 2, 128),
-            "dlse": None,
-            "softmax_scale": 0.125,
-            "causal": False,
-            "bias": torch.empty(1, 2, 128, 128, dtype=dtype),
-        }
-        yield (
-            f"{str(dtype).removeprefix('torch.')}-d64",
-            functools.partial(attention_backward, dout, q, k, v, **arguments),
-        )

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import block_dim
-from .launch import cdiv, device_limits
+from ..attention.options import block_dim
+from ..launch import cdiv, device_limits
 
 UNLIMITED = 2**30  # more keys than a cache can hold, small enough to be added to in 32 bits
 

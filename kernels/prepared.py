@@ -1,0 +1,230 @@
+"""Launches that are made again: a kernel's launch, prepared once, costs the host 2 µs instead of the 10 to 30 µs of Triton's own way.
+
+Triton looks at each argument of each launch to find the kernel compiled for it. A launch with the same numbers, dtypes and constants, and
+with pointers as aligned as Triton assumes, needs the same kernel, so that it is kept. This file can go, and launchers call
+``kernel[grid](...)``, when Triton's own launch costs as little (benchmarks: host_cost; looked at for every release that is supported).
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from .launch import interpreting, on_device
+
+
+@dataclass(frozen=True)
+class Varying:
+    """An int argument of a :class:`PreparedLaunch` that is given anew with each call; its parameter must be ``do_not_specialize``."""
+
+    number: int
+
+
+class PreparedLaunch:
+    """A kernel with its grid and all its arguments but the pointers, to be launched many times.
+
+    The first two calls go through Triton, which specialises, compiles and says which kernel it took; the next ones hand the addresses to
+    that kernel's launcher. A call that Triton could treat differently goes through Triton again: a pointer that is not a multiple of 16
+    bytes, another current device, a profiler's hooks, debugging options, a number beyond 32 bits. So do all calls in the interpreter,
+    while launches are recorded, and with a Triton whose launcher takes other arguments than those known here.
+
+    An option that Triton reads from the environment when it compiles must be set before the first launch, as with Triton itself.
+
+    Args:
+        kernel: the ``@triton.jit`` function.
+        grid: one to three sizes.
+        arguments: the positional arguments. A tensor or None is a pointer, which each call gives anew, and None stays None; a
+            :class:`Varying` is given anew too; all else stays as it is.
+        constants: constexprs and options by name.
+        order: for each of the kernel's pointers the index in ``pointers`` where calls give it, or None where there is never one; by
+            default they are given in the kernel's order.
+    """
+
+    __slots__ = (
+        "_arguments",
+        "_constants",
+        "_grid",
+        "_handles",
+        "_kernel",
+        "_number_places",
+        "_order",
+        "_pointer_places",
+    )
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        order: Sequence[int | None] | None = None,
+    ) -> None:
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._pointer_places, self._number_places = [], []
+        # The constexprs follow the arguments in the order in which the kernel declares them; its launcher skips them.
+        self._arguments = list(arguments)
+        for place, value in enumerate(arguments):
+            kind = type(value)
+            if kind is int or kind is float:  # most are
+                continue
+            if kind is Varying:
+                self._number_places.append(place)
+            elif value is None or isinstance(value, torch.Tensor):
+                self._pointer_places.append(place)
+                self._arguments[place] = None
+        self._order = order
+        self._constants = constants
+        self._handles: dict[int, _Handle | None] = {}  # by device; None after the first launch
+
+    def __call__(self, pointers: Sequence[Any], numbers: Sequence[int] = ()) -> None:
+        """Launches on the current stream of the first pointer's device.
+
+        Args:
+            pointers: tensors or None, in the ``order`` given; of the dtypes with which this was prepared, and None where it was None
+                then. Whatever ``order`` does not name is ignored.
+            numbers: values of the arguments that were :class:`Varying`.
+        """
+        device = pointers[0].get_device()
+        handle = self._handles.get(device)
+        if handle is None or device != _current_device() or _is_watched(self._kernel):
+            self._launch_by_triton(pointers, numbers, device)
+            return
+        (call, fixed, spread), arguments, places, present = handle
+        # Loops of C functions: this is most of what a launch costs the host.
+        addresses = list(map(_data_ptr, present(pointers)))
+        arguments = arguments.copy()
+        bits = 0
+        for place, address in zip(places, addresses):
+            arguments[place] = address
+            bits |= address
+        for place, number in zip(self._number_places, numbers):
+            arguments[place] = number
+            if not -(2**31) <= number < 2**31:
+                bits |= 1
+        if bits & 15:
+            self._launch_by_triton(pointers, numbers, device)
+        elif spread:
+            call(*self._grid, _current_stream(device), *fixed, *arguments)
+        else:
+            call(*self._grid, _current_stream(device), *fixed, arguments)
+
+    def _launch_by_triton(self, given: Sequence[Any], numbers: Sequence[int], device: int) -> None:
+        arguments = self._arguments.copy()
+        order = range(len(self._pointer_places)) if self._order is None else self._order
+        pointers: list[torch.Tensor | None] = [None if index is None else given[index] for index in order]
+        for place, pointer in zip(self._pointer_places, pointers):
+            arguments[place] = pointer
+        for place, number in zip(self._number_places, numbers):
+            arguments[place] = number
+        with on_device(given[0]):
+            compiled = self._kernel[self._grid](*arguments, **self._constants)
+        if self._handles.get(device) is not None or compiled is None or not _can_launch_directly(device):
+            return
+        if device not in self._handles:  # many launches are never made again
+            self._handles[device] = None
+            return
+        aligned = all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers)
+        small = all(-(2**31) <= number < 2**31 for number in numbers)
+        launcher = _launcher(compiled)
+        if aligned and small and launcher is not None and not _is_watched(self._kernel):
+            names = self._kernel.arg_names[len(self._arguments) :]
+            every = [*self._arguments, *(self._constants[name] for name in names)]
+            places = [place for place, pointer in zip(self._pointer_places, pointers) if pointer is not None]
+            present = [index for index in order if index is not None and given[index] is not None]
+            self._handles[device] = _Handle(launcher, every, places, _getter(present))
+
+
+# torch's own functions, bound once; a torch built without CUDA has none of them.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+_data_ptr = torch.Tensor.data_ptr
+_runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
+
+
+def _can_launch_directly(device: int) -> bool:
+    # Triton's run returns what it launched, but for the interpreter, which returns None.
+    return device == _current_device() and not interpreting()
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Whether each launch must go through Triton: for a profiler, a debugging option, or what runs before the kernel."""
+    try:
+        if _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls:
+            return True
+    except AttributeError:  # None, or a function, has taken the place of the chain of hooks
+        return True
+    return bool(_runtime.debug or _compilation.instrumentation_mode or kernel.pre_run_hooks)
+
+
+class _Handle(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        launcher: how to launch it.
+        arguments: all of them, without the pointers.
+        places: of the pointers that are not None among the arguments.
+        present: takes these out of what a call is given.
+    """
+
+    launcher: _Launcher
+    arguments: list[Any]
+    places: list[int]
+    present: Callable[[Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]]
+
+
+class _Launcher(NamedTuple):
+    """``call(*grid, stream, *fixed, *arguments)``, or with one list of arguments if not ``spread``."""
+
+    call: Callable[..., object]
+    fixed: tuple[Any, ...]
+    spread: bool
+
+
+def _launcher(compiled: Any) -> _Launcher | None:
+    """How to launch a compiled kernel; ``None`` with a Triton that is not known to do it in one of these ways."""
+    try:
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        if not _takes_known_arguments(type(run)):
+            return None
+        return _c_launcher(run, function, metadata) or _Launcher(run, (function, metadata, None, None, None), True)
+    except AttributeError:
+        return None
+
+
+def _takes_known_arguments(launcher: Any) -> bool:
+    """Whether a compiled kernel is called with what is passed here: so in Triton 3.6 to 3.9."""
+    code = launcher.__call__.__code__
+    first = ("gridX", "gridY", "gridZ", "stream", "function")
+    rest = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
+    named = code.co_varnames[1 : code.co_argcount]
+    return named in (first, first + rest) and bool(code.co_flags & inspect.CO_VARARGS)
+
+
+def _c_launcher(run: Any, function: Any, metadata: Any) -> _Launcher | None:
+    """The C function below Triton's launcher, where that would only pass its arguments on: it takes the host a microsecond less."""
+    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return None
+    if not isinstance(run.launch, types.BuiltinFunctionType):  # a wrapper that unpacks tensor descriptors
+        return None
+    release = triton.__version__.split(".")[:2]
+    fixed = (function, run.launch_cooperative_grid, run.launch_pdl)
+    if release == ["3", "6"]:
+        scratch, hooks = (None, None), (metadata, None, None, None)
+        return _Launcher(run.launch, (*fixed, *scratch, *hooks), True)
+    if release == ["3", "9"]:
+        hooks, scratch = (metadata, None, None, None), (None, None)
+        return _Launcher(run.launch, (*fixed, *hooks, *scratch, run.arg_annotations, run.kernel_signature), False)
+    return None
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Takes the elements at these places, as a tuple however many there are."""
+    return operator.itemgetter(*places) if len(places) > 1 else operator.itemgetter(slice(places[0], places[0] + 1))

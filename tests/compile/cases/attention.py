@@ -1,0 +1,88 @@
+"""What of attention is compiled in the gate: calls that together use every shipped configuration."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from pytransformer.kernels.attention.backward import attention_backward
+from pytransformer.kernels.attention.forward import attention_forward
+
+
+def compile_calls() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and arguments of calls that together use every shipped configuration, on CPU tensors; nothing of their values matters."""
+
+    def call(
+        head_dim: int, value_dim: int, dtype: torch.dtype, packed: bool = False, **options: object
+    ) -> dict[str, Any]:
+        shape = (256,) if packed else (1, 256)
+        if packed:
+            options["cu_seqlens_q"] = options["cu_seqlens_k"] = torch.tensor([0, 100, 256], dtype=torch.int32)
+        q, k, v = (
+            torch.empty(*shape, heads, dim, dtype=dtype)
+            for heads, dim in ((4, head_dim), (2, head_dim), (2, value_dim))
+        )
+        return {"q": q, "k": k, "v": v, "softmax_scale": 0.1, "causal": True, **options}
+
+    everything: dict[str, Any] = {
+        "window": (64, 0),
+        "softcap": 30.0,
+        "alibi_slopes": torch.empty(4),
+        "bias": torch.empty(256, 256),
+        "mask": torch.empty(1, 1, 256, 256, dtype=torch.bool),
+        "key_padding_mask": torch.empty(1, 256, dtype=torch.bool),
+        "sinks": torch.empty(4),
+        "dropout_p": 0.1,
+        "dropout_seed": torch.empty(2, dtype=torch.int64),
+    }
+    for head_dim in (64, 128, 256):
+        yield f"bfloat16-d{head_dim}-causal", call(head_dim, head_dim, torch.bfloat16)
+    yield "float16-d80-dv40-full", call(80, 40, torch.float16, causal=False)
+    yield "bfloat16-d128-window-packed", call(128, 128, torch.bfloat16, packed=True, window=(64, 0))
+    yield "bfloat16-d128-bias", call(128, 128, torch.bfloat16, bias=torch.empty(1, 4, 256, 256, dtype=torch.bfloat16))
+    yield "bfloat16-d64-options", call(64, 64, torch.bfloat16, **everything)
+    yield "float32-d256-causal", call(256, 256, torch.float32)
+    yield "float32-d64-tf32", call(64, 64, torch.float32, allow_tf32=True)
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and launch, forward and backward."""
+    for name, arguments in compile_calls():
+        yield f"attention_forward-{name}", functools.partial(attention_forward, **arguments)
+    for name, arguments in compile_calls():
+        q, v = arguments["q"], arguments["v"]
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+        lse = torch.empty(*q.shape[:-3], q.shape[-2], q.shape[-3])
+        call = functools.partial(attention_backward, dout=out, out=out, lse=lse, dlse=None, **arguments)
+        yield f"attention_backward-{name}", call
+    yield from _bias_gradient_cases()
+
+
+def _bias_gradient_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Backward passes whose bias is shared by the batch, which is what launches that kernel."""
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, dout = (torch.empty(2, 128, 2, 64, dtype=dtype) for _ in range(4))
+        arguments: dict[str, Any] = {
+            "out": torch.empty_like(dout),
+            "lse": torch.empty(2, 2, 128),
+            "dlse": None,
+            "softmax_scale": 0.125,
+            "causal": False,
+            "bias": torch.empty(1, 2, 128, 128, dtype=dtype),
+        }
+        name = f"attention_bias_gradient-{str(dtype).removeprefix('torch.')}-d64"
+        yield name, functools.partial(attention_backward, dout, q, k, v, **arguments)
+
+
+def wgmma_kernels(case_name: str) -> tuple[str, ...]:
+    """Kernels of a case that must use the matrix instructions of sm_90 and sm_100 there."""
+    if "float16" not in case_name or "bias_gradient" in case_name:
+        return ()
+    if case_name.startswith("attention_forward"):
+        return ("attention_forward_kernel",)
+    dq, dkv = "attention_backward_dq_kernel", "attention_backward_dkv_kernel"
+    # See backward_config.
+    return (dq,) if "d256" in case_name else (dq, dkv)
