@@ -67,9 +67,12 @@ def ops() -> list[str]:
 
 
 def kernels_of(op: str) -> set[str]:
-    """Names of the kernels that an op's folder or file launches."""
-    paths = [KERNELS / f"{op}.py"] if (KERNELS / f"{op}.py").is_file() else (KERNELS / op).rglob("*.py")
-    return set().union(*map(launched_kernels, paths))
+    """Names of the kernels that an op's folder or file defines and launches."""
+    paths = [KERNELS / f"{op}.py"] if (KERNELS / f"{op}.py").is_file() else list((KERNELS / op).rglob("*.py"))
+    defined = {
+        node.name for path in paths for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+    }
+    return defined & set().union(*map(launched_kernels, paths))
 
 
 def cases(op: str, architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Case]:
