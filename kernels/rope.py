@@ -10,14 +10,15 @@ which a program reads once for all heads of its tokens. Arithmetic in float32, o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import COMMON_OPTIONS, NewTensor, cdiv, contiguous_strides, next_power_of_2
-from .plans import Plans
 from .prepared import PreparedLaunch, Varying
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
@@ -254,30 +255,47 @@ def rope_kernel(
 # ----------------------------------------------------------------------------------------------------------------------- launcher
 
 
-class RopeLaunch:
-    """The launch for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times.
+class RopeArguments(Protocol):
+    """A checked call of ``pytransformer.rope``, in this order (see pytransformer/ops/rope/call.py).
 
-    Args:
-        q, k, cos, sin, positions, cu_seqlens: tensors of which only shapes, strides and dtypes count; see :func:`rope_rotate`.
-        offset_tensor: the offsets, where they are a tensor.
+    Attributes:
+        q: (batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim), float32 or 16-bit, last dimension contiguous.
+        k: as q with num_kv_heads, or None. Its dtype may differ.
+        cos, sin: float32 (length, rotary_dim / 2), last dimension contiguous.
+        positions: int32 or int64, (seqlen) or (batch, seqlen); packed (total).
+        sequence_offsets: int32 or int64 (batch), position of each sequence's first token, or None; unused with ``positions``.
+        cu_seqlens: int32 (batch + 1), packed only.
+        interleaved: pairs (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
+        reverse: rotate by the opposite angle, which is the gradient.
+        offset: added to each position.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor | None,
-        offset_tensor: Tensor | None,
-        cu_seqlens: Tensor | None,
-        *,
-        interleaved: bool,
-        inplace: bool,
-        reverse: bool,
-        config: RopeConfig | None = None,
-    ) -> None:
-        self._inplace = inplace
+    q: Tensor
+    k: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None
+    sequence_offsets: Tensor | None
+    cu_seqlens: Tensor | None
+    interleaved: bool
+    reverse: bool
+    offset: int
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class RopeLaunch:
+    """The launch for calls of certain shapes, strides, dtypes and options, to be called with such any number of times.
+
+    Args:
+        call: a checked call, of whose tensors only shapes, strides and dtypes count.
+        inplace: write into q and k.
+        config: overrides the launch policy, for tests.
+    """
+
+    def __init__(self, call: RopeArguments, *, inplace: bool = False, config: RopeConfig | None = None) -> None:
+        q, k, cos, sin, positions = call.q, call.k, call.cos, call.sin, call.positions
+        offset_tensor, cu_seqlens = call.sequence_offsets, call.cu_seqlens
         self._new_q = None if inplace else NewTensor(q)
         self._new_k = None if inplace or k is None else NewTensor(k)
         self._launch: PreparedLaunch | None = None
@@ -306,8 +324,8 @@ class RopeLaunch:
             "HAS_POSITIONS": positions is not None,
             "HAS_OFFSETS": offset_tensor is not None,
             "IS_PACKED": cu_seqlens is not None and positions is None,
-            "INTERLEAVED": interleaved,
-            "REVERSE": reverse,
+            "INTERLEAVED": call.interleaved,
+            "REVERSE": call.reverse,
             "COPY_REST": not inplace and head_dim > 2 * half,
             "ALIGNMENT": math.gcd(16, *(stride for strides in rows for stride in strides)),
             "BLOCK_TOKENS": config.block_tokens,
@@ -324,68 +342,15 @@ class RopeLaunch:
             rope_kernel, (cdiv(batch * seqlen, config.block_tokens),), arguments, constants
         )  # fmt: skip
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor | None,
-        offset_tensor: Tensor | None,
-        cu_seqlens: Tensor | None,
-        offset: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Results as :func:`rope_rotate` returns them."""
+    def __call__(self, call: RopeArguments) -> tuple[Tensor, Tensor | None]:
+        """(q, k): new contiguous tensors, or the inputs if in place. ``call`` may be a plain tuple in the order of the arguments."""
+        q, k, cos, sin, positions, sequence_offsets, cu_seqlens, _, _, offset = call
         new_q, new_k = self._new_q, self._new_k
         q_out = q if new_q is None else new_q(q)
         k_out = k if new_k is None or k is None else new_k(k)
         if self._launch is not None:
-            self._launch((q, k, q_out, k_out, cos, sin, positions, offset_tensor, cu_seqlens), (offset,))
+            self._launch((q, k, q_out, k_out, cos, sin, positions, sequence_offsets, cu_seqlens), (offset,))
         return q_out, k_out
-
-
-_PLANS: Plans[RopeLaunch] = Plans()
-
-
-def rope_rotate(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    positions: Tensor | None = None,
-    offsets: int | Tensor = 0,
-    cu_seqlens: Tensor | None = None,
-    interleaved: bool = False,
-    inplace: bool = False,
-    reverse: bool = False,
-    config: RopeConfig | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Launches the kernel.
-
-    Args:
-        q: (batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim), float32 or 16-bit, last dimension contiguous.
-        k: as q with num_kv_heads, or None. Its dtype may differ.
-        cos, sin: float32 (length, rotary_dim / 2), last dimension contiguous.
-        positions: int32 or int64, (seqlen) or (batch, seqlen); packed (total).
-        offsets: int, or int32 or int64 (batch): position of each sequence's first token; unused with ``positions``.
-        cu_seqlens: int32 (batch + 1), packed only.
-        interleaved: pairs (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
-        inplace: write into q and k.
-        reverse: rotate by the opposite angle, which is the gradient.
-        config: overrides the launch policy, for tests.
-
-    Returns:
-        (q, k): new contiguous tensors, or the inputs if ``inplace``.
-    """
-    offset_tensor = offsets if isinstance(offsets, Tensor) and positions is None else None
-    tensors = (q, k, cos, sin, positions, offset_tensor, cu_seqlens)
-    alike = (*tensors, interleaved, inplace, reverse, config)
-    launch = _PLANS.find(alike)
-    if launch is None:
-        options = {"interleaved": interleaved, "inplace": inplace, "reverse": reverse, "config": config}
-        launch = _PLANS.add(alike, RopeLaunch(*tensors, **options))  # type: ignore[arg-type]
-    return launch(*tensors, 0 if isinstance(offsets, Tensor) else offsets)
 
 
 def _new_strides(x: Tensor | None) -> tuple[int, int, int]:

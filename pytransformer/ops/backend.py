@@ -1,31 +1,37 @@
 """Which implementation serves an operation: an ordered list per op, printable, overridable.
 
-Each op holds one :class:`BackendChoice`: candidates in order of preference, each with a ``can_serve(call)`` that returns ``None`` or the
-reason why not. A backend that was named (argument, :class:`use_backend`, ``PYTRANSFORMER_BACKEND``) and cannot serve raises with its
+Each op holds one :class:`BackendChoice`: a :class:`Backend` for each way to compute it, in order of preference, with what it does not
+serve. A backend that was named (argument, :class:`use_backend`, ``PYTRANSFORMER_BACKEND``) and cannot serve raises with its
 reason; the automatic choice takes the first that can.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pytransformer import extension
 
 BACKENDS = ("cuda", "triton", "torch", "reference")
 
-# A thread-local rather than a ContextVar: torch.compile can trace (and guard on) it.
-_override = threading.local()
+
+class _Override(threading.local):
+    """What :class:`use_backend` has set; a thread-local rather than a ContextVar: torch.compile can trace (and guard on) it."""
+
+    name: str | None = None
+
+
+_override = _Override()
 _environment = os.environ.get("PYTRANSFORMER_BACKEND") or None
 
 
@@ -51,7 +57,7 @@ class use_backend:
         self._before: list[str | None] = []
 
     def __enter__(self) -> None:
-        self._before.append(getattr(_override, "name", None))
+        self._before.append(_override.name)
         _override.name = self.name
 
     def __exit__(
@@ -64,7 +70,7 @@ def requested_backend(argument: str | None) -> str | None:
     """The backend that was named: the ``backend=`` argument, else the context, else the environment; ``None`` = choose."""
     if argument is not None:
         return check_backend_name(argument)
-    context: str | None = getattr(_override, "name", None)
+    context: str | None = _override.name
     if context is not None:
         return context
     if _environment is not None:
@@ -117,48 +123,77 @@ def unavailable(backend: str, device_type: str) -> str | None:
     return None
 
 
+# Inside pytransformer/precompile.py Triton takes tensors of the CPU, as kernels are only compiled.
 _compiles_for_cpu_tensors = False
 
 
-@contextlib.contextmanager
-def triton_compiles_for_cpu_tensors() -> Iterator[None]:
-    """Inside, Triton takes tensors of the CPU, as kernels are only compiled (pytransformer/precompile.py)."""
-    global _compiles_for_cpu_tensors
-    _compiles_for_cpu_tensors = True
-    _serves_straight.cache_clear()
-    try:
-        yield
-    finally:
-        _compiles_for_cpu_tensors = False
-        _serves_straight.cache_clear()
+def never(call: Any) -> bool:
+    """An ``is_transparent`` of kernels."""
+    return False
+
+
+def always(call: Any) -> bool:
+    """An ``is_transparent`` of torch's own functions."""
+    return True
+
+
+def no_float64(call: Any) -> str | None:
+    """An ``exceeds`` of the kernels, by the dtype of a call's first tensor."""
+    return "float64 is served by torch and reference only" if call[0].dtype == torch.float64 else None
+
+
+Outputs = tuple[Tensor | None, ...]
+
+
+class Limit(NamedTuple):
+    """Something that a backend does not serve.
+
+    Attributes:
+        name: for the table of :func:`pytransformer.backends`, e.g. "float64".
+        exceeds: the reason why not if a call is beyond it, else ``None``.
+    """
+
+    name: str
+    exceeds: Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One backend of one op.
+class Backend:
+    """One way to compute an op.
 
     Attributes:
-        backend: name out of :data:`BACKENDS`.
-        can_serve: given the op's call (its arguments after the checks), ``None`` or the reason why not.
-        limits: one line for people: what this backend does not serve ("" = everything).
+        name: out of :data:`BACKENDS`.
+        run: the outputs of a checked call, ``None`` for those that it has not.
+        limits: what it does not serve.
+        plan: of a checked call, a function of calls like it, as tuples, that launches and returns the public result; ``None`` = nothing
+            to keep.
+        direct: the public result of arguments as given, by an op that checks them itself; it raises ValueError for what it refuses, before
+            anything is written.
+        is_transparent: whether a call is made of torch's own functions, which autograd, torch.func and torch.compile see through.
     """
 
-    backend: str
-    can_serve: Callable[[Any], str | None]
-    limits: str = ""
+    name: str
+    run: Callable[[Any], Outputs]
+    limits: tuple[Limit, ...] = ()
+    plan: Callable[[Any], Callable[[Any], Any] | None] | None = None
+    direct: Callable[..., Any] | None = None
+    is_transparent: Callable[[Any], bool] = never
 
-
-def serves_all(call: Any) -> str | None:
-    """A ``can_serve`` for a backend without limits."""
-    return None
+    def why_not(self, call: Any) -> str | None:
+        """Why it cannot serve a checked call, or ``None``."""
+        for limit in self.limits:
+            reason = limit.exceeds(call)
+            if reason is not None:
+                return reason
+        return None
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The ordered candidates of op ``op``, best first."""
+    """The backends of op ``op``, best first."""
 
     op: str
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Backend, ...]
 
     def select(self, call: Any, device_type: str, requested: str | None = None) -> str:
         """Name of the backend that serves ``call``.
@@ -174,34 +209,42 @@ class BackendChoice:
                 return named
             raise NotImplementedError(f"{self.op}: backend {named!r} cannot serve this call: {reason}")
         for candidate in self.candidates:
-            # Interpreted and emulated kernels are for proofs, a thousand times slower than torch: only on request.
-            if candidate.backend in ("triton", "cuda") and device_type == "cpu":
-                continue
-            if unavailable(candidate.backend, device_type) is None and candidate.can_serve(call) is None:
-                return candidate.backend
-        reasons = "; ".join(f"{c.backend}: {self.why_not(c.backend, call, device_type)}" for c in self.candidates)
+            if _serves_unasked(candidate.name, device_type) and candidate.why_not(call) is None:
+                return candidate.name
+        reasons = "; ".join(f"{c.name}: {self.why_not(c.name, call, device_type)}" for c in self.candidates)
         raise NotImplementedError(f"{self.op}: no backend serves this call: {reasons}")
 
     def why_not(self, backend: str, call: Any, device_type: str) -> str | None:
         """Why ``backend`` cannot serve ``call``, or ``None`` if it can."""
         for candidate in self.candidates:
-            if candidate.backend == backend:
-                return unavailable(backend, device_type) or candidate.can_serve(call)
+            if candidate.name == backend:
+                return unavailable(backend, device_type) or candidate.why_not(call)
         return unavailable(backend, device_type) or f"there is no {backend} implementation of {self.op} yet"
 
+    def first(self, device_type: str, named: str | None) -> str | None:
+        """The backend that a call meets first: the named one, or the best that is there."""
+        for candidate in self.candidates:
+            if candidate.name == named or (named is None and _serves_unasked(candidate.name, device_type)):
+                return candidate.name
+        return None
+
     def report(self, device_type: str) -> dict[str, str]:
-        """For each backend: "serves", what it leaves out, or why it serves nothing here."""
+        """For each backend, best first: "serves", what it leaves out, or why it serves nothing here."""
+        found = {candidate.name: candidate for candidate in self.candidates}
         report = {}
-        for backend in BACKENDS:
-            found = [candidate for candidate in self.candidates if candidate.backend == backend]
-            if not found:
-                report[backend] = (
-                    unavailable(backend, device_type) or f"there is no {backend} implementation of {self.op} yet"
-                )
-                continue
-            reason = unavailable(backend, device_type)
-            report[backend] = reason or (f"serves, except {found[0].limits}" if found[0].limits else "serves")
+        for name in (*found, *(name for name in BACKENDS if name not in found)):
+            report[name] = unavailable(name, device_type) or f"there is no {name} implementation of {self.op} yet"
+            if name in found and unavailable(name, device_type) is None:
+                left_out = ", ".join(limit.name for limit in found[name].limits)
+                report[name] = f"serves, except {left_out}" if left_out else "serves"
         return report
+
+
+def _serves_unasked(backend: str, device_type: str) -> bool:
+    # Interpreted and emulated kernels are for proofs, a thousand times slower than torch: only on request.
+    if backend in ("triton", "cuda") and device_type == "cpu":
+        return False
+    return unavailable(backend, device_type) is None
 
 
 _given_warnings: set[str] = set()
@@ -240,31 +283,13 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     return _PLAIN_TYPES.issuperset(map(type, tensors))
 
 
-def goes_straight(backend: str | None, first: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    """The backend to which an eager call of an op whose first choices are "cuda" and "triton" may go straight, or ``None``.
-
-    The extension's op checks all arguments itself: where it raises, the caller goes the long way, whose checks say in clearer words what
-    is wrong. Triton's launchers do not: straight to them goes a call that is like one whose checks have passed (kernels/plans.py).
-    Whether a gradient is wanted is the caller's to ask.
-
-    Args:
-        backend: the op's ``backend`` argument.
-        first, others: the call's tensors, or whatever was given in their place.
-    """
-    named = backend or getattr(_override, "name", None) or _environment
-    if named is None and not getattr(first, "is_cuda", False):
-        return None
-    if first is None or not is_plain(first, *others):
-        return None
-    return _serves_straight(named, first.is_cuda, first.is_cpu)
+_increment_version = torch._C._increment_version
 
 
-@functools.cache
-def _serves_straight(named: str | None, is_cuda: bool, is_cpu: bool) -> str | None:
-    # Kept for the process: the answer does not change, and its questions take longer than all others of a small call.
-    if not (is_cuda or is_cpu):
-        return None
-    for backend in ("cuda", "triton"):
-        if named in (backend, None) and unavailable(backend, "cuda" if is_cuda else "cpu") is None:
-            return backend
-    return None
+def mark_changed(tensors: tuple[Tensor | None, ...]) -> None:
+    """A kernel writes behind autograd's back; a tensor saved for some backward pass must be seen to have changed."""
+    try:
+        _increment_version(tensors)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError):
+        # One is None, or was made under inference mode and has no version; asking each beforehand takes longer than all else here.
+        _increment_version([tensor for tensor in tensors if tensor is not None and not tensor.is_inference()])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
-from pytransformer.kernels.plans import Plans
 from pytransformer.ops import checks, decode_attention_torch
 from pytransformer.ops.attention_checks import is_autocasting
 from pytransformer.ops.autograd import requires_grad
@@ -32,6 +31,7 @@ from pytransformer.ops.decode_attention_checks import (
     is_packed,
     tensors_of,
 )
+from pytransformer.ops.launches import Launches
 
 
 def _triton_why_not(call: DecodeCall) -> str | None:
@@ -183,7 +183,7 @@ def decode_attention(
 
 # --- Calls like one whose checks have passed: Triton's launcher at once. ------------------------------------------------------------------
 
-_CHECKED: Plans[Callable[..., tuple[Tensor, Tensor]]] = Plans()
+_CHECKED: Launches[Callable[..., tuple[Tensor, Tensor]]] = Launches()
 
 
 def _goes_straight(backend: str | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
-from pytransformer.kernels.plans import Plans
 from pytransformer.ops import checks, kv_append_torch
 from pytransformer.ops.attention_checks import is_autocasting
 from pytransformer.ops.autograd import mark_changed, requires_grad
@@ -24,6 +23,7 @@ from pytransformer.ops.backend import (
     serves_all,
 )
 from pytransformer.ops.kv_append_checks import AppendCall, check_kv_append, count_tokens, scales_are_written, tensors_of
+from pytransformer.ops.launches import Launches
 
 
 def _kernels_why_not(call: AppendCall) -> str | None:
@@ -234,7 +234,7 @@ def _triton(call: AppendCall) -> Tensor | None:
 
 # By the arguments as given, in AppendCall's order: the launch, kept after its first call has passed the checks, and what takes the tensors
 # that it writes to out of the arguments.
-_CHECKED: Plans[tuple[Callable[..., Tensor | None], Callable[..., tuple[Tensor, ...]]]] = Plans()
+_CHECKED: Launches[tuple[Callable[..., Tensor | None], Callable[..., tuple[Tensor, ...]]]] = Launches()
 _NUM_TENSORS = AppendCall._fields.index("interleaved")
 
 

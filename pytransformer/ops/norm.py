@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
-from pytransformer.kernels.plans import Plans
 from pytransformer.ops.autograd import records_backward, refuse_double_backward, requires_grad, vmap_by_loop
 from pytransformer.ops.backend import (
     BackendChoice,
@@ -19,6 +18,7 @@ from pytransformer.ops.backend import (
     is_plain,
     serves_all,
 )
+from pytransformer.ops.launches import Launches
 from pytransformer.ops.norm_checks import NormCall, NormResult, check_norm, tensors_of
 from pytransformer.ops.norm_torch import torch_norm
 
@@ -208,7 +208,7 @@ torch.library.define(
 
 
 # Launches for inference, each kept after its first call has passed the checks: by (x, weight, bias, residual, eps, weight_offset, is_rms).
-_CHECKED: Plans[Callable[..., tuple[Tensor | None, ...]]] = Plans()
+_CHECKED: Launches[Callable[..., tuple[Tensor | None, ...]]] = Launches()
 
 
 def _keep_and_launch(call: NormCall, alike: tuple[Any, ...]) -> NormResult:

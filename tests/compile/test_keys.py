@@ -19,8 +19,8 @@ from pytransformer.kernels.kv_append import kv_append_forward
 from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buffer
 from pytransformer.kernels.norm.backward import norm_backward
 from pytransformer.kernels.norm.forward import NormForward, norm_forward
-from pytransformer.kernels.rope import rope_rotate
 from tests.support.launch_recorder import record_launches
+from tests.support.launchers import rope_rotate
 
 ARCH = 90
 SIZES = (1, 2, 7, 16, 33, 128)

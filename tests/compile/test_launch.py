@@ -16,10 +16,10 @@ from pytransformer.kernels.decode_attention import launcher as decode_attention
 from pytransformer.kernels.norm import backward as norm_backward
 from pytransformer.kernels.norm import forward as norm
 from pytransformer.kernels.norm.forward import NormForward
-from pytransformer.kernels.plans import Plans
 from pytransformer.kernels.prepared import PreparedLaunch
-from pytransformer.kernels.rope import rope_rotate
+from pytransformer.ops.launches import Launches
 from tests.compile.test_keys import CASES
+from tests.support.launchers import rope_rotate
 from tests.support.triton_stub import count_launches, stubbed_driver
 
 # Decode attention keeps the launches of plain calls only.
@@ -58,7 +58,7 @@ class Spy:
         monkeypatch.setattr(prepared, "_c_launcher", no_c_launcher)
         # Launches that were kept before go another way.
         for module in (decode_attention, kv_append, norm, norm_backward, rope):
-            monkeypatch.setattr(module, "_PLANS", Plans())
+            monkeypatch.setattr(module, "_PLANS", Launches())
 
     def _note(self, by_triton: bool, where: tuple[Any, ...], arguments: Any) -> None:
         numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference, triton_interpreter
-from pytransformer.kernels.rope import RopeConfig, rope_config, rope_rotate
+from pytransformer.kernels.rope import RopeConfig, rope_config
 from pytransformer.verification import SEEDS, Contract, ContractError
 from tests.support.broken_kernel import load_broken
+from tests.support.launchers import rope_by, rope_rotate
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 # Few tokens and heads per tile make several tiles of each; no two numbers are equal, so that a swap shows.
@@ -328,10 +329,10 @@ def _is_caught(device: torch.device, rotate: Callable[..., tuple[Tensor, Tensor 
 
 
 def test_the_check_for_faults_passes_a_faithful_copy(device: torch.device, tmp_path: Path, poison_empty: None) -> None:
-    assert not _is_caught(device, load_broken(tmp_path, "rope").rope_rotate)
+    assert not _is_caught(device, rope_by(load_broken(tmp_path, "rope")))
 
 
 @INTERPRETED
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_kernel_is_caught(fault: str, device: torch.device, tmp_path: Path, poison_empty: None) -> None:
-    assert _is_caught(device, load_broken(tmp_path, "rope", *FAULTS[fault]).rope_rotate)
+    assert _is_caught(device, rope_by(load_broken(tmp_path, "rope", *FAULTS[fault])))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pytransformer.ops.registered import REGISTERED
 
 
 class SeenOps(TorchDispatchMode):
@@ -19,11 +20,11 @@ class SeenOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Refused:
-    def __getattr__(self, name: str) -> object:
-        raise AssertionError("went through the dispatcher")
+def _refuse(*args: object) -> None:
+    raise AssertionError("went through the dispatcher")
 
 
 def refuse_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on a call of a registered op of ours fails the test."""
-    monkeypatch.setattr(torch.ops, "pytransformer", _Refused())
+    for op in REGISTERED:
+        monkeypatch.setattr(op, "op", _refuse)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from pytransformer.kernels.rope import rope_rotate
+from tests.support.launchers import rope_rotate
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:

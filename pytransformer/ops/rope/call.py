@@ -1,4 +1,4 @@
-"""The host-side checks of RoPE: every argument, each error naming what is allowed."""
+"""A call of RoPE, and the checks of every argument on the host, each error naming what is allowed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAYOUT = "(batch, seqlen, num_heads, head_dim) or packed (total, num_heads, hea
 
 
 class RopeCall(NamedTuple):
-    """A checked call, without ``inplace``. ``offsets`` is split in a tensor (or None) and an int."""
+    """A call. ``offsets`` is split in a tensor (or None) and an int; ``reverse`` rotates by the opposite angle, which is the gradient."""
 
     q: Tensor
     k: Tensor | None
@@ -23,16 +23,10 @@ class RopeCall(NamedTuple):
     sin: Tensor
     positions: Tensor | None
     sequence_offsets: Tensor | None
-    offset: int
     cu_seqlens: Tensor | None
     interleaved: bool
     reverse: bool
-
-
-# A function rather than a property: the tracer of torch 2.10 follows no property of a NamedTuple.
-def tensors_of(call: RopeCall) -> tuple[Tensor | None, ...]:
-    """q, k, the tables and the index tensors."""
-    return call.q, call.k, call.cos, call.sin, call.positions, call.sequence_offsets, call.cu_seqlens
+    offset: int
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -66,12 +60,10 @@ def check_scaling(scaling: Any, rotary_dim: int) -> None:
         raise ValueError(f"scaling: low_freq_factor must be below high_freq_factor, got {low} and {high}")
 
 
-def check_rope(
-    q: Any, k: Any, cos: Any, sin: Any, positions: Any, offsets: Any, cu_seqlens: Any, interleaved: Any, inplace: Any
-) -> RopeCall:
+def check_rope(call: RopeCall) -> RopeCall:
     """Checks a call as the user gave it; see ``rope`` for the errors."""
-    checks.check_bool("interleaved", interleaved)
-    checks.check_bool("inplace", inplace)
+    q, k, cos, sin = call[:4]
+    checks.check_bool("interleaved", call.interleaved)
     checks.check_tensor("q", q, ndim=(3, 4), dtypes=checks.FLOAT_DTYPES_AND_DOUBLE, layout=_LAYOUT)
     checks.check_last_dim_contiguous("q", q)
     if k is not None:
@@ -80,23 +72,29 @@ def check_rope(
         checks.check_shape("k", k, (*q.shape[:-2], None, q.shape[-1]), "of q, except in the number of heads,")
         checks.check_last_dim_contiguous("k", k)
     _check_tables(q, cos, sin)
-    if inplace:
-        for name, tensor in (("q", q), ("k", k)):
-            if tensor is not None and any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride())):
-                raise ValueError(
-                    f"{name} must not be expanded for inplace=True: elements share memory (strides {tuple(tensor.stride())})"
-                )
-    if cu_seqlens is not None:
+    if call.cu_seqlens is not None:
         if q.ndim != 3:
             raise ValueError(
                 f"cu_seqlens needs packed q and k (total, num_heads, head_dim), got q of shape {tuple(q.shape)}"
             )
-        checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], q.device)
-    if positions is not None:
-        _check_positions(q, cos.shape[0], positions, offsets)
-        return RopeCall(q, k, cos, sin, positions, None, 0, None, interleaved, False)
-    sequence_offsets, offset = _check_offsets(q, cos.shape[0], offsets, cu_seqlens)
-    return RopeCall(q, k, cos, sin, None, sequence_offsets, offset, cu_seqlens, interleaved, False)
+        checks.check_cu_seqlens("cu_seqlens", call.cu_seqlens, q.shape[0], q.device)
+    offsets = call.offset if call.sequence_offsets is None else call.sequence_offsets
+    if call.positions is not None:
+        _check_positions(q, cos.shape[0], call.positions, offsets)
+        return call._replace(cu_seqlens=None)
+    _check_offsets(q, cos.shape[0], offsets, call.cu_seqlens)
+    return call
+
+
+def check_rope_in_place(call: RopeCall) -> RopeCall:
+    """The same for q and k that are written to."""
+    call = check_rope(call)
+    for name, tensor in (("q", call.q), ("k", call.k)):
+        if tensor is not None and any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride())):
+            raise ValueError(
+                f"{name} must not be expanded for inplace=True: elements share memory (strides {tuple(tensor.stride())})"
+            )
+    return call
 
 
 def _check_tables(q: Tensor, cos: Any, sin: Any) -> None:
@@ -127,7 +125,7 @@ def _check_positions(q: Tensor, length: int, positions: Any, offsets: Any) -> No
     checks.check_values("positions", positions, 0, length - 1, "rows of cos and sin")
 
 
-def _check_offsets(q: Tensor, length: int, offsets: Any, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+def _check_offsets(q: Tensor, length: int, offsets: Any, cu_seqlens: Tensor | None) -> None:
     seqlen = q.shape[-3]
     if cu_seqlens is not None:
         # Lengths of packed sequences are values: known where they may be read, else at least not negative.
@@ -139,7 +137,7 @@ def _check_offsets(q: Tensor, length: int, offsets: Any, cu_seqlens: Tensor | No
             raise ValueError(
                 f"cos and sin must have a row for each position: {offsets} (offsets) + {seqlen} (tokens) rows, got {length}"
             )
-        return None, offsets
+        return
     batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 1 if q.ndim == 3 else q.shape[0]
     checks.check_tensor("offsets", offsets, ndim=1, dtypes=INTEGERS, device=q.device, layout="(batch)")
     checks.check_shape("offsets", offsets, (batch,), "(batch,)")
@@ -153,4 +151,3 @@ def _check_offsets(q: Tensor, length: int, offsets: Any, cu_seqlens: Tensor | No
                 f"offsets must leave room in the {length} rows of cos and sin: sequence {sequence} ends at position "
                 f"{int(ends[sequence])} (offset {int(offsets[sequence])})"
             )
-    return offsets, 0

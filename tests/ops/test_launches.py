@@ -1,27 +1,27 @@
-"""Plans are found for calls that are alike, and for no others."""
+"""Launches are found for calls that are alike, and for no others."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pytransformer.kernels import plans
-from pytransformer.kernels.plans import Plans
+from pytransformer.ops import launches
+from pytransformer.ops.launches import Launches
 
 
 @pytest.fixture(params=[True, False], ids=["torch_guards", "python"])
-def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Plans[str]:
-    """Plans that tell tensors apart with torch's guards, or where there are none."""
+def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launches[str]:
+    """Launches that tell tensors apart with torch's guards, or where there are none."""
     if not request.param:
-        monkeypatch.setattr(plans, "_torch_guards_work", lambda: False)
-    return Plans()
+        monkeypatch.setattr(launches, "_torch_guards_work", lambda: False)
+    return Launches()
 
 
 def test_this_torch_has_guards_that_work() -> None:
-    assert plans._torch_guards_work()
+    assert launches._torch_guards_work()
 
 
-def test_only_a_call_alike_finds_the_plan(kept: Plans[str]) -> None:
+def test_only_a_call_alike_finds_the_launch(kept: Launches[str]) -> None:
     x, weight = torch.zeros(2, 4), torch.zeros(4)
     kept.add((x, weight, None, 1.0, True), "plan")
     assert kept.find((torch.ones(2, 4), torch.ones(4), None, 1.0, True)) == "plan"
@@ -45,7 +45,7 @@ def test_only_a_call_alike_finds_the_plan(kept: Plans[str]) -> None:
         assert kept.find(arguments) is None, arguments
 
 
-def test_one_tensor_in_two_places(kept: Plans[str]) -> None:
+def test_one_tensor_in_two_places(kept: Launches[str]) -> None:
     x = torch.zeros(2, 4)
     kept.add((x, x), "twice")
     assert kept.find((x, x)) == "twice"
@@ -53,7 +53,7 @@ def test_one_tensor_in_two_places(kept: Plans[str]) -> None:
     assert kept.find((x, torch.zeros(4, 2))) is None
 
 
-def test_shapes_of_one_kind_are_told_apart(kept: Plans[str]) -> None:
+def test_shapes_of_one_kind_are_told_apart(kept: Launches[str]) -> None:
     x = torch.zeros(2, 4)
     for width in range(1, 5):
         kept.add((x, torch.zeros(width)), f"plan {width}")
@@ -61,9 +61,9 @@ def test_shapes_of_one_kind_are_told_apart(kept: Plans[str]) -> None:
         assert kept.find((x, torch.zeros(width))) == f"plan {width}"
 
 
-def test_old_plans_go(kept: Plans[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_MOST_SHAPES", 3)
-    monkeypatch.setattr(plans, "_MOST_ALIKE", 2)
+def test_old_plans_go(kept: Launches[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "_MOST_SHAPES", 3)
+    monkeypatch.setattr(launches, "_MOST_ALIKE", 2)
     x = torch.zeros(2, 4)
     for number in range(3):
         kept.add((x, number), f"plan {number}")

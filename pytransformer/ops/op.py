@@ -1,0 +1,227 @@
+"""The hall: the one way from a public function to its kernel, walked by every operation.
+
+A public function hands over its arguments as they were given, a tuple in the order of the op's call. Then:
+
+1. **seen before**: an eager call on plain tensors that is like one that passed the checks goes straight to its launch;
+2. **check**: each argument, on the host; what is left is the call, a value;
+3. **choose**: the backend that was named, or the first that can serve;
+4. **keep** the launch, for 1;
+5. traced: the **registered** op; recorded for a backward pass: the **autograd Function**; else the backend **directly**.
+
+An op is one :class:`Op` in its room (ops/<op>/), with a :class:`Backend` for each way to compute it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytransformer.ops import backend as choice
+from pytransformer.ops import checks
+from pytransformer.ops.backend import Backend, BackendChoice, is_plain, mark_changed
+from pytransformer.ops.launches import Launches, forget_kept
+from pytransformer.ops.precision import is_autocasting
+from pytransformer.ops.registered import Differentiable, Outputs, RegisteredOp
+
+# Bound once: each look-up through torch's modules takes as long as the question itself.
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_is_traced = torch.compiler.is_dynamo_compiling
+_forward_ad = torch.autograd.forward_ad
+
+
+class Op:
+    """An operation.
+
+    Args:
+        name: of the public function.
+        registered: what torch.compile and dispatch modes see; its call's arguments are the op's.
+        check: returns the checked call of one as given, or raises what the public function documents.
+        backends: best first.
+        result: what the public function returns, of a checked call and the outputs; by default the first output.
+        rule: the op under autograd; ``None`` = it has no gradient.
+        grads: names of the tensors that have a gradient, or that are refused if they want one.
+        values: names of the tensors whose values the checks read, where they may be read.
+        varying: the last argument is an int that differs from call to call, for the launch to look at.
+        casts: whether autocast changes the call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        registered: RegisteredOp,
+        check: Callable[[Any], Any],
+        backends: Sequence[Backend],
+        *,
+        result: Callable[[Any, Outputs], Any] = lambda call, outputs: outputs[0],
+        rule: Differentiable | None = None,
+        grads: Sequence[str] = (),
+        values: Sequence[str] = (),
+        varying: bool = False,
+        casts: bool = False,
+    ) -> None:
+        self.name, self.registered, self.check, self.result = name, registered, check, result
+        self.rule, self.casts, self.grads, self.varying = rule, casts, tuple(grads), varying
+        self.call, self.num_tensors = registered.call, registered.num_tensors
+        self.choice = BackendChoice(name, tuple(backends))
+        self._backends = {backend.name: backend for backend in backends}
+        self._grads, self._values = _getter(self.call, grads), _getter(self.call, values)
+        self._written = _getter(self.call, registered.written) if registered.written else None
+        # By the name of a backend: launches of calls without a gradient, and what checked calls with one become.
+        self._launches: dict[str | None, Launches[Callable[[Any], Any]]] = {}
+        self._recorded: dict[str | None, Launches[tuple[Any, ...]]] = {}
+        self._direct: dict[tuple[str | None, bool], Callable[..., Any] | None] = {}
+        _EVERY.append(self)
+
+    def __call__(self, given: tuple[Any, ...], backend: str | None) -> Any:
+        """The public result of arguments as given."""
+        error = None
+        # A dual tensor is plain by its type, and would lose its tangent.
+        if (
+            not _is_traced()
+            and _functorch_level() is None
+            and _dispatch_modes() == 0
+            and not _is_function_mode_enabled()
+            and _forward_ad._current_level < 0
+            and not (self.casts and _is_any_autocast_enabled())
+        ):
+            named = backend or choice._override.name or choice._environment
+            try:
+                if _is_grad_enabled() and requires_grad(self._grads(given)):
+                    rest = self._recorded[named].find(given)
+                    if rest is not None:
+                        args = (*given[: self.num_tensors], *rest)
+                        return self.result(self.call(*args[:-1]), self.rule(*args))  # type: ignore[misc]
+                else:
+                    direct = self._direct[named, given[0].is_cuda]
+                    if direct is not None:
+                        return direct(*given)
+                    launch = self._launches[named].find(given)
+                    if launch is not None:
+                        return launch(given)
+            except Exception as raised:
+                # Nothing is kept yet, or an argument is not as it should be: the checks say which. If they find nothing, a launch has
+                # failed, which must not be tried another way; ValueError is what a launch says of a call that it leaves to others.
+                error = raised
+        call = self.check(self.call(*given))
+        if error is not None and not isinstance(error, (KeyError, ValueError)):
+            raise error
+        return self._walk(given, call, backend)
+
+    def _walk(self, given: tuple[Any, ...], call: Any, backend: str | None) -> Any:
+        """Choose, keep, run: for a checked call."""
+        if self.rule is None and _is_grad_enabled():
+            checks.refuse_grad(self.name, **dict(zip(self.grads, self._grads(call))))
+        device_type = call[0].device.type
+        chosen = self._backends[self.choice.select(call, device_type, backend)]
+        if not torch.compiler.is_compiling():
+            self._keep(given, call, chosen, backend)
+        if is_autocasting(device_type):
+            # Whatever is cast has been; what a backend computes in float32 inside must stay so.
+            with torch.autocast(device_type, enabled=False):
+                outputs = self._run(call, chosen)
+        else:
+            outputs = self._run(call, chosen)
+        return self.result(call, outputs)
+
+    def _run(self, call: Any, backend: Backend) -> Outputs:
+        tensors = call[: self.num_tensors]
+        if backend.is_transparent(call):
+            return backend.run(call)
+        if torch.compiler.is_compiling():
+            return self.registered.listed(self.registered.op(*call, backend.name))
+        # Inside functorch a tensor does not always know that it is differentiated, and a dual tensor must meet the rule, which has no jvp.
+        recorded = _functorch_level() is not None or _forward_ad._current_level >= 0
+        if self.rule is not None and (recorded or (_is_grad_enabled() and requires_grad(self._grads(call)))):
+            return self.rule(*call, backend.name)
+        if not is_plain(*tensors):
+            return self.registered.listed(self.registered.op(*call, backend.name))
+        outputs = backend.run(call)
+        if self._written is not None:
+            mark_changed(self._written(call))
+        return outputs
+
+    def _keep(self, given: tuple[Any, ...], call: Any, backend: Backend, asked: str | None) -> None:
+        """Keeps the launch of a checked call, unless values were read for its checks or tensors replaced."""
+        tensors = call[: self.num_tensors]
+        if checks.DEBUG or not is_plain(*tensors) or (self.casts and _is_any_autocast_enabled()):
+            return
+        named = choice.requested_backend(asked)
+        if named not in self._launches:
+            self._launches[named] = Launches(varying=-1 if self.varying else None)
+            self._recorded[named] = Launches()
+        is_cuda = given[0].is_cuda
+        if (named, is_cuda) not in self._direct:
+            first = self.choice.first(given[0].device.type, named)
+            self._direct[named, is_cuda] = None if first is None else self._backends[first].direct
+        if any(before is not after for before, after in zip(given, tensors)):
+            return
+        if any(tensor is not None and checks.readable(tensor) for tensor in self._values(call)):
+            return
+        if self.rule is not None and _is_grad_enabled() and requires_grad(self._grads(given)):
+            if not backend.is_transparent(call):
+                self._recorded[named].add(given, (*call[self.num_tensors :], backend.name))
+        elif backend.plan is not None:
+            launch = backend.plan(call)
+            if launch is not None:
+                self._launches[named].add(given, launch if self._written is None else _marking(launch, self._written))
+
+    def forget(self) -> None:
+        """Forgets what was kept: launches depend on which GPU they are for, and on which backends there are."""
+        for kept in (self._launches, self._recorded, self._direct):
+            kept.clear()
+
+
+_EVERY: list[Op] = []
+
+
+def forget_launches() -> None:
+    """Forgets every launch that was kept, for tests and for compiling ahead of time."""
+    for op in _EVERY:
+        op.forget()
+    forget_kept()
+
+
+@contextlib.contextmanager
+def triton_compiles_for_cpu_tensors() -> Iterator[None]:
+    """Inside, Triton takes tensors of the CPU, as kernels are only compiled (pytransformer/precompile.py)."""
+    forget_launches()
+    choice._compiles_for_cpu_tensors = True
+    try:
+        yield
+    finally:
+        choice._compiles_for_cpu_tensors = False
+        forget_launches()
+
+
+def _getter(call: Any, names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """Takes the arguments of these names out of a call, or out of a tuple in its order."""
+    places = [call._fields.index(name) for name in names]
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return operator.itemgetter(slice(places[0], places[0] + 1) if places else slice(0, 0))
+
+
+def requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether one of the tensors requires a gradient; whether grad mode is on is the caller's to ask, first."""
+    for tensor in tensors:  # noqa: SIM110 (a generator takes longer than the questions)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _marking(launch: Callable[[Any], Any], written: Callable[[Any], tuple[Tensor, ...]]) -> Callable[[Any], Any]:
+    def launch_and_mark(given: tuple[Any, ...]) -> Any:
+        result = launch(given)
+        mark_changed(written(given))
+        return result
+
+    return launch_and_mark
