@@ -26,6 +26,7 @@ from triton.runtime.driver import driver
 
 from pytransformer.kernels import launch, prepared
 from pytransformer.ops import backend, checks
+from pytransformer.ops.op import forget_launches
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/triton_stub"
@@ -177,7 +178,7 @@ def stubbed_driver(arch: int) -> Iterator[None]:
     def serves(name: str, device_type: str) -> str | None:
         return None if (name, device_type) == ("triton", "cpu") else unavailable(name, device_type)
 
-    backend._serves_straight.cache_clear()
+    forget_launches()
     try:
         with (
             launch.assume_arch(arch),
@@ -189,4 +190,4 @@ def stubbed_driver(arch: int) -> Iterator[None]:
             yield
     finally:
         driver._active = active
-        backend._serves_straight.cache_clear()
+        forget_launches()
