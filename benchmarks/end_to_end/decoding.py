@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pytransformer import Transformer, TransformerConfig
 from pytransformer.benchmarks.end_to_end import models
-from pytransformer.benchmarks.rows import Absent
+from pytransformer.benchmarks.harness.rows import Absent
 from pytransformer.generation import KVCache
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pytransformer import TransformerConfig
 from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.rows import Absent
+from pytransformer.benchmarks.harness.rows import Absent
 
 
 def tiny_llama(max_seqlen: int) -> TransformerConfig:

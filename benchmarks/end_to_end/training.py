@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from pytransformer import Transformer, TransformerConfig, linear_cross_entropy
 from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.cases import visible_pairs
+from pytransformer.benchmarks.definitions.cases import visible_pairs
 from pytransformer.benchmarks.end_to_end import models
 from pytransformer.benchmarks.end_to_end.plain import PlainTransformer
-from pytransformer.benchmarks.rows import Absent
+from pytransformer.benchmarks.harness.rows import Absent
 
 # Dense bfloat16 by the makers' data sheets, FLOP/s: what an MFU is a fraction of. "H100" is the SXM part.
 DATA_SHEET = {"H200": 989.4e12, "H100": 989.4e12, "GH200": 989.4e12, "A100": 311.9e12, "B200": 2250e12}

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from pytransformer.benchmarks.rows import Inputs, Variant
+from pytransformer.benchmarks.harness.paths import ROOT
+from pytransformer.benchmarks.harness.rows import Inputs, Variant
 
 # A factory imports the package and returns the call; it runs at the first call, so that listing rows imports nothing.
 Factory = Callable[[], Variant]
@@ -22,7 +23,6 @@ Factory = Callable[[], Variant]
 Builder = Callable[[Any], Factory | None]
 
 FOLDER_VARIABLE = "PYTRANSFORMER_PEERS"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def folder() -> Path:

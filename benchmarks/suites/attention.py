@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import pytransformer
-from pytransformer.benchmarks.cases import AttentionCase, skewed_lengths
-from pytransformer.benchmarks.rows import Inputs, Row, Variant
+from pytransformer.benchmarks.definitions.cases import AttentionCase, skewed_lengths
+from pytransformer.benchmarks.harness.rows import Inputs, Row, Variant
 from pytransformer.benchmarks.suites import attention_golden as golden
 from pytransformer.benchmarks.suites.common import (
     Wanted,

@@ -10,7 +10,7 @@ import torch
 
 from pytransformer.benchmarks import peers
 from pytransformer.benchmarks.end_to_end import decoding, training
-from pytransformer.benchmarks.rows import Measurement
+from pytransformer.benchmarks.harness.rows import Measurement
 from pytransformer.benchmarks.suites.common import Wanted
 
 # (trainer, under torch.compile, also where no peers are asked for, also in the quick grid)

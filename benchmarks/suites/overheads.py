@@ -18,13 +18,20 @@ import torch
 
 import pytransformer
 from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.cases import ActivationCase, AppendCase, AttentionCase, DecodeCase, NormCase, RopeCase
-from pytransformer.benchmarks.rows import Absent, Inputs, Measurement, Variant
+from pytransformer.benchmarks.definitions.cases import (
+    ActivationCase,
+    AppendCase,
+    AttentionCase,
+    DecodeCase,
+    NormCase,
+    RopeCase,
+)
+from pytransformer.benchmarks.harness.paths import ROOT
+from pytransformer.benchmarks.harness.rows import Absent, Inputs, Measurement, Variant
 from pytransformer.benchmarks.suites import activation, attention, decode_attention, kv_append, norm, rope
 from pytransformer.benchmarks.suites.common import Wanted, our_backends
 
 Measure = Callable[[torch.device], dict[str, Any]]
-ROOT = Path(__file__).resolve().parents[2]
 
 # --- launch: eager calls on tensors so small that only the host counts --------------------------------------------------------------------
 

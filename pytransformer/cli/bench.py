@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytransformer.benchmarks.compare import Report
+    from pytransformer.benchmarks.harness.compare import Report
 
 DEFAULT_FOLDER = Path("runs/bench")
 COMMANDS = ("run", "compare", "plot")
@@ -137,9 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     import torch
 
-    from pytransformer.benchmarks import record, schema, tables
-    from pytransformer.benchmarks import run as worker
-    from pytransformer.benchmarks.supervise import Limits, supervise
+    from pytransformer.benchmarks.harness import record, schema, tables, worker
+    from pytransformer.benchmarks.harness.supervise import Limits, supervise
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     grid = arguments.grid or ("quick" if device.type == "cuda" else "tiny")
@@ -167,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(worker: Any, options: list[str], out: Path, device: Any) -> None:
     """Finds out in this process, in one line, what cannot be served."""
-    from pytransformer.benchmarks.record import Record
+    from pytransformer.benchmarks.harness.record import Record
 
     parser = argparse.ArgumentParser()
     worker.add_options(parser)
@@ -184,8 +183,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: a file is no result, or the two cannot be compared.
     """
-    from pytransformer.benchmarks import record
-    from pytransformer.benchmarks.compare import compare
+    from pytransformer.benchmarks.harness import record
+    from pytransformer.benchmarks.harness.compare import compare
 
     before, after = record.load(arguments.before), record.load(arguments.after)
     margin = None if arguments.margin is None else arguments.margin / 100
@@ -210,8 +209,8 @@ def _print_report(report: Report, everything: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from pytransformer.benchmarks.compare import FASTER, SAME, SLOWER
-    from pytransformer.benchmarks.tables import PAGE_WIDTH, duration
+    from pytransformer.benchmarks.harness.compare import FASTER, SAME, SLOWER
+    from pytransformer.benchmarks.harness.tables import PAGE_WIDTH, duration
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -258,7 +257,7 @@ def _print_report(report: Report, everything: bool) -> None:
 
 def run_plot(arguments: argparse.Namespace) -> int:
     """Draws result files."""
-    from pytransformer.benchmarks import record
+    from pytransformer.benchmarks.harness import record
 
     for path in arguments.files:
         _draw(record.load(path), arguments.output or path.parent, path.stem)
@@ -266,7 +265,7 @@ def run_plot(arguments: argparse.Namespace) -> int:
 
 
 def _draw(content: dict[str, Any], folder: Path, stem: str) -> None:
-    from pytransformer.benchmarks.plots import draw
+    from pytransformer.benchmarks.harness.plots import draw
 
     for path in draw(content, folder, stem):
         print(path)

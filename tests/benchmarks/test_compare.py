@@ -6,7 +6,15 @@ import statistics
 
 import pytest
 
-from pytransformer.benchmarks.compare import FASTER, SAME, SLOWER, bootstrap_interval, compare, holm, mann_whitney
+from pytransformer.benchmarks.harness.compare import (
+    FASTER,
+    SAME,
+    SLOWER,
+    bootstrap_interval,
+    compare,
+    holm,
+    mann_whitney,
+)
 from tests.benchmarks.samples import attention_row, measurement, record_of, row
 
 

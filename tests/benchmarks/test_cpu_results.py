@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pytransformer.benchmarks import cpu_decode, cpu_training
+from pytransformer.benchmarks.programs import cpu_decode, cpu_training
 
 
 def run_with(module, monkeypatch, path, seconds):

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from pytransformer.benchmarks import gpu, record, rehearsal, schema
+from pytransformer.benchmarks.harness import record, schema
+from pytransformer.benchmarks.programs import gpu, rehearsal
 from tests.benchmarks.samples import attention_row, record_of
 
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pytransformer.benchmarks import record, rows
-from pytransformer.benchmarks.timing import (
+from pytransformer.benchmarks.harness import record, rows
+from pytransformer.benchmarks.harness.timing import (
     MAX_CAPTURED_CALLS,
     ContextLost,
     Sampling,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.cases import AttentionCase, DecodeCase, LinearCrossEntropyCase, NormCase
+from pytransformer.benchmarks.definitions.cases import AttentionCase, DecodeCase, LinearCrossEntropyCase, NormCase
+from pytransformer.benchmarks.harness.rows import is_ours, relative_error
 from pytransformer.benchmarks.peers import base, flash_attention, torch_attention, triton_tutorial
-from pytransformer.benchmarks.rows import is_ours, relative_error
 from pytransformer.benchmarks.suites import attention, attention_golden, common, decode_attention
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from pytransformer.benchmarks import record, schema
-from pytransformer.benchmarks.record import Record
+from pytransformer.benchmarks.harness import record, schema
+from pytransformer.benchmarks.harness.record import Record
 from tests.benchmarks.samples import OPTIONS, attention_row, measurement, record_of, row
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pytransformer.benchmarks import tables
-from pytransformer.benchmarks.roofline import Ceilings
-from pytransformer.benchmarks.rows import (
+from pytransformer.benchmarks.harness import tables
+from pytransformer.benchmarks.harness.roofline import Ceilings
+from pytransformer.benchmarks.harness.rows import (
     Absent,
     Measurement,
     Options,
@@ -18,8 +18,8 @@ from pytransformer.benchmarks.rows import (
     run_row,
     tensor_bytes,
 )
-from pytransformer.benchmarks.run import faults
-from pytransformer.benchmarks.timing import Sampling, side_stream
+from pytransformer.benchmarks.harness.timing import Sampling, side_stream
+from pytransformer.benchmarks.harness.worker import faults
 from tests.benchmarks.samples import doubling
 
 CEILINGS = Ceilings(copy=1e11, read=1e11, matmul=1e12)

@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 
-from pytransformer.benchmarks import schema
-from pytransformer.benchmarks.grid import SUITES, rows
-from pytransformer.benchmarks.roofline import Ceilings
-from pytransformer.benchmarks.rows import Options, Row, run_measurement, run_row
-from pytransformer.benchmarks.timing import Sampling, side_stream
+from pytransformer.benchmarks.harness import schema
+from pytransformer.benchmarks.harness.roofline import Ceilings
+from pytransformer.benchmarks.harness.rows import Options, Row, run_measurement, run_row
+from pytransformer.benchmarks.harness.timing import Sampling, side_stream
+from pytransformer.benchmarks.suites.grid import SUITES, rows
 from tests.benchmarks.samples import record_of
 
 CEILINGS = Ceilings(copy=1e11, read=1e11, matmul=1e12)

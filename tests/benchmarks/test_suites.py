@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pytransformer import Transformer
-from pytransformer.benchmarks import cases
-from pytransformer.benchmarks.cases import (
+from pytransformer.benchmarks.definitions import cases
+from pytransformer.benchmarks.definitions.cases import (
     ActivationCase,
     AppendCase,
     AttentionCase,
@@ -20,8 +20,7 @@ from pytransformer.benchmarks.cases import (
 )
 from pytransformer.benchmarks.end_to_end import decoding, training
 from pytransformer.benchmarks.end_to_end.plain import PlainTransformer
-from pytransformer.benchmarks.grid import SUITES, rows
-from pytransformer.benchmarks.rows import Measurement, relative_error
+from pytransformer.benchmarks.harness.rows import Measurement, relative_error
 from pytransformer.benchmarks.suites import (
     activation,
     attention,
@@ -33,6 +32,7 @@ from pytransformer.benchmarks.suites import (
     norm,
     rope,
 )
+from pytransformer.benchmarks.suites.grid import SUITES, rows
 
 CPU = torch.device("cpu")
 SMALL = AttentionCase(2, 24, 4, 2, 16)

@@ -7,8 +7,8 @@ import textwrap
 import pytest
 import torch
 
-from pytransformer.benchmarks import record, run, supervise
-from pytransformer.benchmarks.supervise import Limits
+from pytransformer.benchmarks.harness import record, supervise, worker
+from pytransformer.benchmarks.harness.supervise import Limits
 from tests.benchmarks.samples import ENVIRONMENT, OPTIONS, record_of, row
 
 PRELUDE = """
@@ -83,7 +83,7 @@ def test_processes_that_die_outside_any_row_are_given_up(watch):
 
 
 def test_options_that_cannot_be_served_are_not_tried_again(watch):
-    outcome, _, started = watch(f"raise SystemExit({run.USAGE})")
+    outcome, _, started = watch(f"raise SystemExit({worker.USAGE})")
     assert (outcome.problem, len(started)) == ("the options cannot be served", 1)
 
 
@@ -125,21 +125,21 @@ def test_a_worker_without_time_leaves_all_rows_out(tmp_path, monkeypatch, capsys
     """In this process: the ceilings are still measured twice, and every row is named as left out."""
     monkeypatch.setenv("PYTRANSFORMER_REVISION", "here")
     out = tmp_path / "r.json"
-    assert run.main(["rope", "--grid", "tiny", "--limit-seconds", "0", "--out", str(out)]) == 0
+    assert worker.main(["rope", "--grid", "tiny", "--limit-seconds", "0", "--out", str(out)]) == 0
     content = record.load(out)
     assert content["rows"] == [] and not content["complete"]
     assert content["left_out"] and "left out, the time limit was reached" in capsys.readouterr().out
-    assert run.main(["rope", "--grid", "tiny", "--out", str(out)]) == 0
+    assert worker.main(["rope", "--grid", "tiny", "--out", str(out)]) == 0
     content = record.load(out)
     assert content["complete"] and content["left_out"] == []
-    assert run.main(["rope", "--grid", "tiny", "--out", str(out)]) == run.USAGE
+    assert worker.main(["rope", "--grid", "tiny", "--out", str(out)]) == worker.USAGE
     assert "holds a complete run" in capsys.readouterr().err
 
 
 def test_what_is_asked_wrongly_is_one_line(tmp_path, capsys):
     out = str(tmp_path / "r.json")
-    assert run.main(["rope", "--grid", "tiny", "--rounds", "0", "--out", out]) == run.USAGE
-    assert run.main(["fly", "--grid", "tiny", "--out", out]) == run.USAGE
+    assert worker.main(["rope", "--grid", "tiny", "--rounds", "0", "--out", out]) == worker.USAGE
+    assert worker.main(["fly", "--grid", "tiny", "--out", out]) == worker.USAGE
     assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
         "benchmarks: --rounds must be at least 1",
         "benchmarks: OP must be one of activation",
@@ -147,12 +147,12 @@ def test_what_is_asked_wrongly_is_one_line(tmp_path, capsys):
 
 
 def test_ops_and_suites_can_be_mixed():
-    parser = run.argparse.ArgumentParser()
-    run.add_options(parser)
+    parser = worker.argparse.ArgumentParser()
+    worker.add_options(parser)
 
     def ops(*names):
         arguments = parser.parse_args(["--grid", "tiny", *names])
-        return {found.op for found in run.wanted_rows(arguments, torch.device("cpu"))}
+        return {found.op for found in worker.wanted_rows(arguments, torch.device("cpu"))}
 
     assert ops("rope") == {"rope_forward"}
     assert ops("rope_forward", "kv_append") == {"rope_forward", "kv_append"}
@@ -163,8 +163,8 @@ def test_ops_and_suites_can_be_mixed():
 def test_faults_are_ours_only():
     failed = row("rope", "8", 1.0, 1.0, {})
     failed["failed"] = {"flex": "no", "triton": "RuntimeError: no", "cuda deterministic": "no"}
-    assert run.faults(failed) == ["triton: RuntimeError: no", "cuda deterministic: no"]
-    assert run.faults(run.failed_row("rope", "8", "out of memory")) == ["out of memory"]
+    assert worker.faults(failed) == ["triton: RuntimeError: no", "cuda deterministic: no"]
+    assert worker.faults(worker.failed_row("rope", "8", "out of memory")) == ["out of memory"]
     assert record_of([failed])["rows"][0]["failed"]
 
 
@@ -175,9 +175,9 @@ def test_a_worker_ends_with_its_supervisor(monkeypatch):
         def prctl(self, *arguments):
             calls.append(arguments)
 
-    monkeypatch.setattr(run.ctypes, "CDLL", lambda _: Library())
-    monkeypatch.delenv(run.SUPERVISOR, raising=False)
-    run.end_with_parent()
-    monkeypatch.setenv(run.SUPERVISOR, str(os.getppid()))
-    run.end_with_parent()
+    monkeypatch.setattr(worker.ctypes, "CDLL", lambda _: Library())
+    monkeypatch.delenv(worker.SUPERVISOR, raising=False)
+    worker.end_with_parent()
+    monkeypatch.setenv(worker.SUPERVISOR, str(os.getppid()))
+    worker.end_with_parent()
     assert calls == ([(1, 9)] if sys.platform == "linux" else [])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pytransformer.benchmarks import plots, tables
+from pytransformer.benchmarks.harness import plots, tables
 from tests.benchmarks.samples import attention_row, measurement, record_of, row
 
 

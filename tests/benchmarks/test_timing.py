@@ -5,8 +5,8 @@ import statistics
 import pytest
 import torch
 
-from pytransformer.benchmarks.roofline import Ceilings, measure_ceilings
-from pytransformer.benchmarks.timing import Sampling, Timing, reason_of, settled, side_stream, time_interleaved
+from pytransformer.benchmarks.harness.roofline import Ceilings, measure_ceilings
+from pytransformer.benchmarks.harness.timing import Sampling, Timing, reason_of, settled, side_stream, time_interleaved
 
 FEW = Sampling(rounds=4, max_rounds=4)
 
@@ -65,11 +65,11 @@ def test_rounds_end_when_the_median_is_known():
 
 def test_the_rounds_have_a_floor_and_a_cap(monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr("pytransformer.benchmarks.timing.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("pytransformer.benchmarks.harness.timing.time.perf_counter", lambda: float(next(clock)))
     steady = timed({"A": [lambda: None]}, torch.device("cpu"), Sampling(5, 40)).found["A"]
     assert steady.rounds == 5
     jumps = iter([1.0, 5.0, 2.0, 9.0] * 100)
-    monkeypatch.setattr("pytransformer.benchmarks.timing.time.perf_counter", lambda: next(clock) * next(jumps))
+    monkeypatch.setattr("pytransformer.benchmarks.harness.timing.time.perf_counter", lambda: next(clock) * next(jumps))
     assert timed({"A": [lambda: None]}, torch.device("cpu"), Sampling(5, 12)).found["A"].rounds == 12
 
 
@@ -86,7 +86,7 @@ def test_timing_summarises_with_the_median():
 
 def test_the_error_of_a_median_is_estimated_rightly():
     """The rule behind `settled`, against what medians of many samples really do."""
-    from pytransformer.benchmarks.timing import MEDIAN_ERROR_PER_IQR
+    from pytransformer.benchmarks.harness.timing import MEDIAN_ERROR_PER_IQR
 
     draw = torch.Generator().manual_seed(0)
     groups = torch.randn(2000, 25, generator=draw, dtype=torch.float64)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from pytransformer import __version__
+from pytransformer.benchmarks.harness.paths import ROOT
 
 SCHEMA = 2
-ROOT = Path(__file__).resolve().parent.parent
 # What must agree between two runs before their times may be put side by side in one file.
 SAME_RUN = ("device", "torch", "triton", "revision")
 NUMBERS = re.compile(r"\[\s*(-?\d[^\[\]{}\"]*?)\s*\]")

@@ -67,7 +67,7 @@ class Budget:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all parts; 0 if none of them failed."""
-    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.programs.gpu", description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="walk through on a machine without a GPU")
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), help="folder for logs and JSON"
@@ -260,7 +260,7 @@ def run_sanitizer(out: Path, tool: str, backend: str, limit: float, rehearse: bo
 
 def run_grid(out: Path, grid: str, limit: float, rehearse: bool) -> Part:
     """The benchmarks with peers, most important rows first; the full grid goes on where the quick one ended."""
-    from pytransformer.benchmarks.supervise import Limits, supervise
+    from pytransformer.benchmarks.harness.supervise import Limits, supervise
 
     name = f"{grid} grid"
     if limit < SHORTEST_GRID:
@@ -284,7 +284,7 @@ def make_room(path: Path) -> None:
     """Moves a record aside that cannot be continued: a complete full grid, or one of another device, version or revision."""
     import torch
 
-    from pytransformer.benchmarks import record
+    from pytransformer.benchmarks.harness import record
 
     if not path.exists():
         return
@@ -302,7 +302,7 @@ def make_room(path: Path) -> None:
 
 def rehearse_faults(out: Path) -> Part:
     """Rows that raise, hang, exit and are wrong: the others must all be there."""
-    from pytransformer.benchmarks import rehearsal
+    from pytransformer.benchmarks.programs import rehearsal
 
     path = out / "rehearsal-faults.json"
     path.unlink(missing_ok=True)
@@ -311,7 +311,7 @@ def rehearse_faults(out: Path) -> Part:
 
 def rehearse_cut(out: Path) -> Part:
     """Everything killed in the middle, then continued: no row is lost and none is run twice."""
-    from pytransformer.benchmarks import rehearsal
+    from pytransformer.benchmarks.programs import rehearsal
 
     path = out / "rehearsal-cut.json"
     path.unlink(missing_ok=True)
@@ -362,7 +362,7 @@ def _test_lines(path: Path) -> list[str]:
 def _benchmark_lines(path: Path) -> list[str]:
     if not path.exists():
         return ["no benchmark was written"]
-    from pytransformer.benchmarks import tables
+    from pytransformer.benchmarks.harness import tables
 
     content = json.loads(path.read_text())
     lines = []
@@ -375,7 +375,7 @@ def _benchmark_lines(path: Path) -> list[str]:
 
 
 def _short(row: dict[str, Any], name: str, figures: dict[str, Any]) -> str:
-    from pytransformer.benchmarks import tables
+    from pytransformer.benchmarks.harness import tables
 
     if "value" in figures:
         return f"{name} {tables.number(figures['value'])} {row['unit']}"

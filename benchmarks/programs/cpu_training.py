@@ -3,7 +3,7 @@
 Same weights, same batches, same optimizer; a step is forward, loss, backward and update. transformers is measured in its usual way
 (``labels=``) and with the loss computed outside, as ours is; the faster of the two counts.
 
-    python -m pytransformer.benchmarks.cpu_training          # writes benchmarks/results/cpu/training.json
+    python -m pytransformer.benchmarks.programs.cpu_training          # writes benchmarks/results/cpu/training.json
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer import TransformerConfig, linear_cross_entropy
-from pytransformer.benchmarks.cpu_decode import from_theirs
-from pytransformer.benchmarks.record import environment, save
-from pytransformer.benchmarks.timing import Timing
+from pytransformer.benchmarks.harness.paths import RESULTS
+from pytransformer.benchmarks.harness.record import environment, save
+from pytransformer.benchmarks.harness.timing import Timing
+from pytransformer.benchmarks.programs.cpu_decode import from_theirs
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "training.json"
+RESULT = RESULTS / "cpu/training.json"
 SHAPE = {"vocab_size": 2048, "hidden_size": 192, "num_layers": 4, "num_heads": 6, "max_seqlen": 256}
 BATCH = 8
 LEAST_SPEEDUP = 1.0
@@ -33,11 +34,11 @@ LEAST_SPEEDUP = 1.0
 def main() -> int:
     """Measures, prints a table, writes the JSON; 0 if the target is met."""
     parser = argparse.ArgumentParser(
-        prog="python -m pytransformer.benchmarks.cpu_training", description=__doc__.splitlines()[0]
+        prog="python -m pytransformer.benchmarks.programs.cpu_training", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--rounds", type=int, default=30, help="steps of each variant")
     parser.add_argument("--threads", type=int, default=0, help="threads for torch; 0 = its own choice")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -1,6 +1,6 @@
 """What an eager call costs the host: the public functions with the launch stubbed, beside torch's own layer_norm, in one run.
 
-    python -m pytransformer.benchmarks.host_cost [--repeats N] [--output FILE]
+    python -m pytransformer.benchmarks.programs.host_cost [--repeats N] [--output FILE]
 
 CPU tensors of one element (heads of 8, the smallest), backend="cuda" served by the extension built for the host emulator, whose launches
 return at once, and backend="triton" by Triton's own launcher on a CUDA driver that does nothing (tests/support/triton_stub.py): what is
@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks/results/cpu/host_cost.json"
+from pytransformer.benchmarks.harness.paths import RESULTS, ROOT
+
+RESULT = RESULTS / "cpu/host_cost.json"
 BASE, BASE_WITH_BACKWARD = "F.layer_norm", "F.layer_norm, forward and backward"
 BACKENDS = ("cuda", "triton")
 # The most that a call may cost, in calls of F.layer_norm.
@@ -223,7 +224,7 @@ def run_in_emulator(arguments: Sequence[str], **options: object) -> subprocess.C
     variables = os.environ | environment("emulated", library) | {"PYTHONPATH": str(ROOT)}
     # A sanitizer of the caller would be measured too, and so would Triton's interpreter.
     variables = {name: value for name, value in variables.items() if name not in ("LD_PRELOAD", "TRITON_INTERPRET")}
-    command = [sys.executable, "-m", "pytransformer.benchmarks.host_cost", *arguments]
+    command = [sys.executable, "-m", "pytransformer.benchmarks.programs.host_cost", *arguments]
     return subprocess.run(command, env=variables, cwd=ROOT, text=True, check=False, **options)  # type: ignore[call-overload]
 
 
@@ -244,7 +245,7 @@ def first_launches(processes: int = 3) -> dict[str, object]:
     """Seconds of a process's first launch with an empty cache on disk, and the best of those that find it filled."""
     with tempfile.TemporaryDirectory() as folder:
         variables = os.environ | {"TRITON_CACHE_DIR": folder}
-        command = [sys.executable, "-m", "pytransformer.benchmarks.host_cost", "--first-launch"]
+        command = [sys.executable, "-m", "pytransformer.benchmarks.programs.host_cost", "--first-launch"]
         outputs = [
             subprocess.run(command, env=variables, cwd=ROOT, text=True, check=True, capture_output=True).stdout
             for _ in range(1 + processes)
@@ -256,7 +257,7 @@ def first_launches(processes: int = 3) -> dict[str, object]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, writes the result file and prints its table."""
-    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.host_cost", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.programs.host_cost", description=__doc__)
     parser.add_argument("--repeats", type=int, default=300)
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--limited-only", action="store_true", help="only the rows that have a limit")

@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks`."""
+"""Options of `pytest benchmarks/pytest_suites`."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.benchmarks import record
-from pytransformer.benchmarks.rows import Absent, Inputs, Measurement, Row
-from pytransformer.benchmarks.supervise import REVISION, Limits, Outcome, supervise
-from pytransformer.benchmarks.timing import ContextLost
+from pytransformer.benchmarks.harness import record
+from pytransformer.benchmarks.harness.rows import Absent, Inputs, Measurement, Row
+from pytransformer.benchmarks.harness.supervise import REVISION, Limits, Outcome, supervise
+from pytransformer.benchmarks.harness.timing import ContextLost
 
 SUITES = {"rehearsal": None}
-MODULE = "pytransformer.benchmarks.rehearsal"
+MODULE = "pytransformer.benchmarks.programs.rehearsal"
 OPTIONS = ("--grid", "tiny", "--grid-module", MODULE)
 # Rows wait this long where a cut-off is to find them running; seconds.
 PAUSE = "PYTRANSFORMER_REHEARSAL_PAUSE"
@@ -120,6 +120,11 @@ def rows(
     yield _row("right again", peer=_double)
 
 
+def peers(device: torch.device) -> list[dict[str, Any]]:
+    """As a grid does; nobody else takes part."""
+    return []
+
+
 def _measurement_raises(device: torch.device) -> dict[str, Any]:
     raise RuntimeError("an injected failure")
 
@@ -176,7 +181,7 @@ def rehearse_faults(
 def rehearse_cut(out: Path, rows_before: int = 2, log: Path | None = None) -> tuple[dict[str, Any], list[str]]:
     """Everything killed after a few rows, then continued: the record at the cut, and what differs from what must come out."""
     revision = record.revision()  # one for both halves, even if the checkout changes between them
-    command = [sys.executable, "-m", "pytransformer.benchmarks.supervise", "--out", str(out), *OPTIONS]
+    command = [sys.executable, "-m", "pytransformer.benchmarks.harness.supervise", "--out", str(out), *OPTIONS]
     command += ["--stage-seconds", str(STAGE_SECONDS)]
     stream = subprocess.DEVNULL if log is None else log.open("a")
     process = subprocess.Popen(

@@ -5,7 +5,7 @@ variant, again and again. Ours is measured through the public ``generate``, its 
 bare loop around ``forward``, without the overhead of its ``generate``. The weight-only chains are every matrix-vector product of one token
 and nothing else, in each layout torch offers: what no decoder on top of them can beat.
 
-    python -m pytransformer.benchmarks.cpu_decode            # writes benchmarks/results/cpu/decode.json
+    python -m pytransformer.benchmarks.programs.cpu_decode            # writes benchmarks/results/cpu/decode.json
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from pytransformer import Transformer, TransformerConfig
-from pytransformer.benchmarks.record import environment, save
-from pytransformer.benchmarks.timing import Timing
+from pytransformer.benchmarks.harness.paths import RESULTS
+from pytransformer.benchmarks.harness.record import environment, save
+from pytransformer.benchmarks.harness.timing import Timing
 from pytransformer.generation import Step, generate
 from pytransformer.nn import Linear
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "decode.json"
+RESULT = RESULTS / "cpu/decode.json"
 PROMPT = 32
 LEAST_SPEEDUP = 1.2
 CHAIN_FRACTION = 0.9
@@ -38,12 +39,12 @@ CHAIN_FRACTION = 0.9
 def main() -> int:
     """Measures, prints a table, writes the JSON; 0 if the target is met."""
     parser = argparse.ArgumentParser(
-        prog="python -m pytransformer.benchmarks.cpu_decode", description=__doc__.splitlines()[0]
+        prog="python -m pytransformer.benchmarks.programs.cpu_decode", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--rounds", type=int, default=24, help="bursts of each variant")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of a burst")
     parser.add_argument("--threads", type=int, default=0, help="threads for torch; 0 = its own choice")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from pytransformer.benchmarks.timing import Sampling, time_interleaved
+from pytransformer.benchmarks.harness.timing import Sampling, time_interleaved
 
 
 @dataclass(frozen=True)

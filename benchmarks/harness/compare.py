@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytransformer.benchmarks.record import key_of
-from pytransformer.benchmarks.rows import is_ours
+from pytransformer.benchmarks.harness.record import key_of
+from pytransformer.benchmarks.harness.rows import is_ours
 
 Result = Mapping[str, Any]
 ALPHA = 0.05

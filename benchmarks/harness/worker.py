@@ -1,4 +1,4 @@
-"""`python -m pytransformer.benchmarks.run`: one process that times rows until all are done or its time is up, JSON after each.
+"""`python -m pytransformer.benchmarks.harness.worker`: one process that times rows until all are done or its time is up, JSON after each.
 
 Rows that the file already holds are not run again. The process notes what it is about to run, so that whoever started it
 (`supervise`, behind `pytransformer bench` and `make gpu`) knows what it died of. Exit codes: 0, or FAULTS if something of ours failed;
@@ -22,19 +22,18 @@ from typing import Any
 
 import torch
 
-from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.record import Record, key_of
-from pytransformer.benchmarks.roofline import Ceilings, measure_ceilings
-from pytransformer.benchmarks.rows import Measurement, Options, Row, is_ours, run_measurement, run_row
-from pytransformer.benchmarks.tables import describe_ceilings, plain_lines
-from pytransformer.benchmarks.timing import ContextLost, Sampling, context_is_lost, reason_of, side_stream
+from pytransformer.benchmarks.harness.record import Record, key_of
+from pytransformer.benchmarks.harness.roofline import Ceilings, measure_ceilings
+from pytransformer.benchmarks.harness.rows import Measurement, Options, Row, is_ours, run_measurement, run_row
+from pytransformer.benchmarks.harness.tables import describe_ceilings, plain_lines
+from pytransformer.benchmarks.harness.timing import ContextLost, Sampling, context_is_lost, reason_of, side_stream
 
 FAULTS, USAGE, CONTEXT_LOST = 3, 2, 75
 # Environment variable with the process id of the supervisor.
 SUPERVISOR = "PYTRANSFORMER_BENCHMARK_SUPERVISOR"
 PR_SET_PDEATHSIG = 1
 GRIDS = ("tiny", "quick", "full")
-GRID_MODULE = "pytransformer.benchmarks.grid"
+GRID_MODULE = "pytransformer.benchmarks.suites.grid"
 ROUNDS, MAX_ROUNDS, TINY_ROUNDS = 11, 41, 3
 # Time kept back for the second measurement of the ceilings.
 CLOSING_SECONDS = 5.0
@@ -58,13 +57,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--grid-module",
         default=GRID_MODULE,
         metavar="NAME",
-        help="the module whose rows() are run (default: the grid here)",
+        help="the module with the rows, as suites/grid.py is (default: that one)",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the rows."""
-    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.harness.worker", description=__doc__)
     add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
     arguments = parser.parse_args(argv)
@@ -121,7 +120,7 @@ class Worker:
         """All rows that are left; the exit code of the process."""
         small = self.device.type != "cuda"
         if self.arguments.peers and "peers" not in self.record.content:
-            self.record.set("peers", peers.overview(self.device))
+            self.record.set("peers", _grid(self.arguments).peers(self.device))
         ceilings = self._ceilings(small)
         left_out = []
         done = self.record.done()
@@ -245,7 +244,7 @@ def wanted_rows(arguments: argparse.Namespace, device: torch.device) -> Iterator
     Raises:
         UsageError: an op that is neither a suite nor the op of a row.
     """
-    grid: ModuleType = importlib.import_module(arguments.grid_module)
+    grid = _grid(arguments)
     suites = tuple(name for name in arguments.ops if name in grid.SUITES)
     ops = [name for name in arguments.ops if name not in grid.SUITES]
     found = list(
@@ -268,6 +267,11 @@ def wanted_rows(arguments: argparse.Namespace, device: torch.device) -> Iterator
         chosen = {row.op for name in suites for row in grid.rows(device, tiny=True, suites=(name,))}
         found = [row for row in found if row.op in ops or _function(row.op) in ops or row.op in chosen]
     return iter(sorted(found, key=lambda row: row.priority))
+
+
+def _grid(arguments: argparse.Namespace) -> ModuleType:
+    """The module with ``SUITES``, ``rows`` and ``peers``. It is imported by its name only: the harness knows none of the rows."""
+    return importlib.import_module(arguments.grid_module)
 
 
 def _function(op: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytransformer.benchmarks.rows import is_ours
+from pytransformer.benchmarks.harness.rows import is_ours
 
 if TYPE_CHECKING:
     from rich.table import Table

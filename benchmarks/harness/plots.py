@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytransformer.benchmarks.rows import is_ours
-from pytransformer.benchmarks.tables import amount, best_of_ours, best_peer, speedup
+from pytransformer.benchmarks.harness.rows import is_ours
+from pytransformer.benchmarks.harness.tables import amount, best_of_ours, best_peer, speedup
 from pytransformer.training.plots import new_figure, save_figure
 
 Result = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The rows as pytest-benchmark suites: `pytest benchmarks [--grid tiny|quick|full] [--suite NAME] [--peers]`.
+"""The rows as pytest-benchmark suites: `pytest benchmarks/pytest_suites [--grid tiny|quick|full] [--suite NAME] [--peers]`.
 
 One test for each row and variant, so that a person can choose with -k and keep histories with --benchmark-autosave. Calls are timed one by
 one from the host; the figures that count come from `pytransformer bench`, which interleaves, captures and rotates. On a CPU the rows are
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from pytransformer.benchmarks.grid import SUITES, rows
-from pytransformer.benchmarks.rows import Absent, Measurement, Row, relative_error
-from pytransformer.benchmarks.timing import side_stream
+from pytransformer.benchmarks.harness.rows import Absent, Measurement, Row, relative_error
+from pytransformer.benchmarks.harness.timing import side_stream
+from pytransformer.benchmarks.suites.grid import SUITES, rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNAVAILABLE = (Absent, NotImplementedError, ModuleNotFoundError)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pytransformer.benchmarks import record
-from pytransformer.benchmarks.run import CONTEXT_LOST, FAULTS, SUPERVISOR, USAGE, failed_row, faults
+from pytransformer.benchmarks.harness import record
+from pytransformer.benchmarks.harness.worker import CONTEXT_LOST, FAULTS, SUPERVISOR, USAGE, failed_row, faults
 
 # Seconds. A stage is one variant's check or capture, compilation included, or all rounds of a row.
 STAGE_SECONDS = 120.0
@@ -88,7 +88,7 @@ def supervise(
 
     Args:
         out: the record; an unfinished one is continued.
-        options: of `pytransformer.benchmarks.run`, without --out and --limit-seconds.
+        options: of `pytransformer.benchmarks.harness.worker`, without --out and --limit-seconds.
         limits: of time.
         environment: variables for the processes, beside those here.
         log: where their output goes (default: to this process's own output).
@@ -130,7 +130,7 @@ _PAST_THE_END = "ran past the end of the run"
 
 def worker_command(out: Path, options: Sequence[str], left: float | None) -> list[str]:
     """The process that runs rows, with so many seconds left."""
-    command = [sys.executable, "-m", "pytransformer.benchmarks.run", *options, "--out", str(out)]
+    command = [sys.executable, "-m", "pytransformer.benchmarks.harness.worker", *options, "--out", str(out)]
     return command if left is None else [*command, "--limit-seconds", f"{left:.1f}"]
 
 
@@ -239,8 +239,8 @@ def _judge(out: Path, outcome: Outcome) -> Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m pytransformer.benchmarks.supervise --out FILE [--stage-seconds S] [options of run]`."""
-    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.supervise", description=__doc__)
+    """`python -m pytransformer.benchmarks.harness.supervise --out FILE [--stage-seconds S] [options of run]`."""
+    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.harness.supervise", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
     parser.add_argument("--limit-seconds", type=float, metavar="S", help="of all rows (default: no limit)")
     parser.add_argument(

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from pytransformer.benchmarks.rows import Measurement, Row, is_ours
+from pytransformer.benchmarks.harness.rows import Measurement, Row, is_ours
+from pytransformer.benchmarks.peers import overview
 from pytransformer.benchmarks.suites import (
     activation,
     attention,
@@ -72,6 +73,11 @@ def rows(
         later = {name: _later_rows(wanted, name, first[name]) for name in names}
         whole = list(_in_turns([found for name, found in later.items() if name in WHOLE]))
         yield from _in_turns([*(found for name, found in later.items() if name not in WHOLE), whole])
+
+
+def peers(device: torch.device) -> list[dict[str, Any]]:
+    """Everybody the rows compare with, for the record of a run."""
+    return overview(device)
 
 
 def _in_turns(suites: list[list[Row | Measurement]]) -> Iterator[Row | Measurement]:

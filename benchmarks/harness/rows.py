@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.benchmarks.record import clocks
-from pytransformer.benchmarks.roofline import Ceilings
-from pytransformer.benchmarks.timing import ContextLost, Sampling, Timing, context_is_lost, reason_of, time_interleaved
+from pytransformer.benchmarks.harness.record import clocks
+from pytransformer.benchmarks.harness.roofline import Ceilings
+from pytransformer.benchmarks.harness.timing import (
+    ContextLost,
+    Sampling,
+    Timing,
+    context_is_lost,
+    reason_of,
+    time_interleaved,
+)
 
 Inputs = dict[str, Any]
 Variant = Callable[[Inputs], Any]
