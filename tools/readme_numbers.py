@@ -162,8 +162,9 @@ def pictures(path: Path, result: dict[str, Any]) -> list[Path]:
     drawn = [IMAGES / name for name in known.get("pictures", ())]
     if known.get("sha256") == digest and all(picture.exists() for picture in drawn):
         return drawn
+    # Without them the links are missing, so the page is stale.
     if not WRITING:
-        return []  # the links are missing then, so the page is stale
+        return []
     from pytransformer.benchmarks.harness.plots import draw
 
     for picture in drawn:

@@ -52,13 +52,8 @@ def append_(
     batch, tokens = k.shape[:2]
     sequences = torch.arange(batch, device=k.device)[:, None]
     slots = cache_seqlens.long()[:, None] + torch.arange(tokens, device=k.device)
-    if (
-        q is not None
-        and cos is not None
-        and sin is not None
-        and q_norm_weight is not None
-        and k_norm_weight is not None
-    ):
+    if q is not None:
+        assert cos is not None and sin is not None and q_norm_weight is not None and k_norm_weight is not None
         cos, sin = cos[slots], sin[slots]
         k = rotate(head_norm(k, k_norm_weight), cos, sin).to(k.dtype)
         q = rotate(head_norm(q, q_norm_weight), cos, sin).to(q.dtype)

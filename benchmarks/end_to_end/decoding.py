@@ -104,7 +104,8 @@ def ours(shape: DecodingShape, device: torch.device, graph: bool) -> Burst:
     decoder = Decoder(shape, device)
     if not graph:
         return decoder.eager
-    decoder.eager(2)  # compiles
+    # This compiles.
+    decoder.eager(2)
     decoder.let_the_device_count()
     captured = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)

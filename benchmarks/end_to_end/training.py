@@ -174,7 +174,8 @@ def measure(shape: TrainingShape, trainer: str, compiled: bool, device: torch.de
         RuntimeError: the loss did not begin where a random model's does, or did not fall.
     """
     models.start_afresh(device)
-    if compiled:  # importing the compiler alone takes seconds
+    # Importing the compiler alone takes seconds.
+    if compiled:
         torch.compiler.reset()
     model, loss = TRAINERS[trainer](shape, device, compiled)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -89,9 +89,8 @@ def subtitle(content: Result) -> str:
     """Device, versions and revision, under the title of each picture."""
     where, grid = content["environment"], content["options"]["grid"]
     smoke = "\nsmoke sizes on a CPU: the times mean nothing" if grid == "tiny" else ""
-    return (
-        f"{where['device']} · torch {where['torch']} · triton {where['triton']} · revision {where['revision']}{smoke}"
-    )
+    versions = f"torch {where['torch']} · triton {where['triton']} · revision {where['revision']}"
+    return f"{where['device']} · {versions}{smoke}"
 
 
 def draw_roofline(content: Result, rows: Sequence[Result], path: Path) -> Path:
@@ -165,9 +164,8 @@ def _fractions(axes: Any, rows: Sequence[Result], ops: Sequence[str], style: Map
         color, marker = style[row["op"]]
         peer = best_peer(row)
         if peer is not None:
-            axes.plot(
-                row["variants"][peer[0]]["fraction_of_floor"] * 100, place - 0.18, "|", color="#737373", markersize=8
-            )
+            share = row["variants"][peer[0]]["fraction_of_floor"] * 100
+            axes.plot(share, place - 0.18, "|", color="#737373", markersize=8)
         if best_of_ours(row):
             share = row["variants"][_winner(row)]["fraction_of_floor"] * 100
             axes.plot(share, place + 0.1, marker, color=color, **POINT)
@@ -203,10 +201,10 @@ def draw_peers(content: Result, rows: Sequence[Result], path: Path) -> Path:
     axes = figure.subplots()
     places = list(range(len(pairs) - 1, -1, -1))
     colors = [OUR_COLORS[_winner(row).split(" ", 1)[0]] for row in pairs]
-    for bar, factor in zip(
-        axes.barh(places, [factor - 1 for factor in factors], left=1.0, height=0.7, color=colors), factors
-    ):
-        bar.set_alpha(1.0 if factor >= 1 else 0.45)  # where the peer is faster, that is to be seen at a glance
+    bars = axes.barh(places, [factor - 1 for factor in factors], left=1.0, height=0.7, color=colors)
+    for bar, factor in zip(bars, factors):
+        # Where the peer is faster, that is to be seen at a glance.
+        bar.set_alpha(1.0 if factor >= 1 else 0.45)
     for place, row, factor in zip(places, pairs, factors):
         peer = best_peer(row)
         assert peer is not None
@@ -226,7 +224,8 @@ def draw_peers(content: Result, rows: Sequence[Result], path: Path) -> Path:
     low, high = min([1.0, *factors]), max([1.0, *factors])
     if high > 4 * low:
         axes.set_xscale("log", base=2)
-        margin = (high / low) ** 0.4  # for the labels
+        # For the labels.
+        margin = (high / low) ** 0.4
         axes.set_xlim(low / (1.0 if low == 1 else margin), high * margin)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
@@ -289,9 +288,8 @@ def _meaning(shape: str, match: re.Match[str]) -> str | None:
     if match.group(1):
         return LETTERS.get(match.group(1))
     before, after = shape[: match.start()], shape[match.end() :]
-    return next(
-        (meaning for left, right, meaning in WORDS if re.search(left, before) and re.search(right, after)), None
-    )
+    found = (meaning for left, right, meaning in WORDS if re.search(left, before) and re.search(right, after))
+    return next(found, None)
 
 
 def draw_sweeps(content: Result, op: str, found: Sequence[Sweep], path: Path) -> Path:
@@ -306,7 +304,8 @@ def draw_sweeps(content: Result, op: str, found: Sequence[Sweep], path: Path) ->
     ceilings = content["ceilings"]
     points = [row for sweep in found for _, row in sweep.points]
     bound = [row["flop"] / ceilings["matmul"] >= row["bytes"] / ceilings["copy"] for row in points]
-    arithmetic = 2 * sum(bound) > len(bound)  # one unit for all panels of an op
+    # One unit for all panels of an op.
+    arithmetic = 2 * sum(bound) > len(bound)
     for axes, sweep in zip(panels.flat, found):
         _panel(axes, sweep, ceilings, colors, handles, arithmetic)
     for axes in panels.flat[len(found) :]:

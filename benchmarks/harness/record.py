@@ -232,17 +232,15 @@ def load(path: Path) -> dict[str, Any]:
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Writes a record in one step: samples on one line, six digits of each number."""
-    text = json.dumps(_rounded(content), indent=1, ensure_ascii=False).replace(
-        f"{ROOT}/", ""
-    )  # where it was run is nobody's business
+    # Where it was run is nobody's business.
+    text = json.dumps(_rounded(content), indent=1, ensure_ascii=False).replace(f"{ROOT}/", "")
     _replace(path, NUMBERS.sub(lambda found: f"[{' '.join(found.group(1).split())}]", text) + "\n")
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return (
-            float(f"{value:.6g}") if math.isfinite(value) else None
-        )  # JSON has no infinity; the schema refuses null where it matters
+        # JSON has no infinity; the schema refuses null where it matters.
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {name: _rounded(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -43,8 +43,8 @@ def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
         RuntimeError: one of the three could not be timed.
     """
     size = 512 if small else 8192
-    count = 2**22 if small else 2**30  # bytes
-    source, target = torch.randn(count // 4, device=device), torch.empty(count // 4, device=device)
+    bytes_each = 2**22 if small else 2**30
+    source, target = torch.randn(bytes_each // 4, device=device), torch.empty(bytes_each // 4, device=device)
     left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     sampling = Sampling(rounds=5, max_rounds=9) if small else Sampling(rounds=21, sample_seconds=5e-3)
     timings = time_interleaved(
@@ -61,7 +61,7 @@ def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
         raise RuntimeError(f"the limits of this device could not be measured: {timings.failed}")
     seconds = {name: timing.median for name, timing in timings.found.items()}
     return Ceilings(
-        copy=2 * count / seconds["copy"],
-        read=count / min(seconds["sum"], seconds["max"]),
+        copy=2 * bytes_each / seconds["copy"],
+        read=bytes_each / min(seconds["sum"], seconds["max"]),
         matmul=2 * size**3 / seconds["matmul"],
     )

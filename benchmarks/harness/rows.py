@@ -284,9 +284,8 @@ def _input_sets(row: Row, device: torch.device, seed: int) -> list[Inputs]:
     sets = [row.inputs(device, seed)]
     set_bytes = tensor_bytes(sets[0])
     if any(isinstance(value, Tensor) and value.requires_grad for value in sets[0].values()):
-        set_bytes += len(row.variants) * int(
-            row.moved_bytes
-        )  # each variant keeps what its forward pass saves for each set
+        # Each variant keeps what its forward pass saves for each set.
+        set_bytes += len(row.variants) * int(row.moved_bytes)
     room = int(INPUT_MEMORY_SHARE * free / max(set_bytes, 1))
     for index in range(1, min(_sets_for_cold(row, device), room, MAX_INPUT_SETS)):
         try:

@@ -144,6 +144,8 @@ def _one_process(
 ) -> tuple[int, str | None]:
     """Exit code, and how it died (None if it ended by itself and had nothing more to do)."""
     record.running_path(out).unlink(missing_ok=True)
+    # The revision is that of the whole run, whatever happens to the checkout meanwhile.
+    variables = {**os.environ, REVISION: record.revision(), **(environment or {}), SUPERVISOR: str(os.getpid())}
     stream = None if log is None else log.open("a")
     sys.stdout.flush()
     started = time.time()
@@ -152,17 +154,13 @@ def _one_process(
             worker_command(out, options, left),
             stdout=stream,
             stderr=None if stream is None else subprocess.STDOUT,
-            env={
-                **os.environ,
-                REVISION: record.revision(),  # of the whole run, whatever happens to the checkout meanwhile
-                **(environment or {}),
-                SUPERVISOR: str(os.getpid()),
-            },
+            env=variables,
             start_new_session=True,
         )
         try:
             death = _watch(process, out, limits, started, left)
-        finally:  # also on Ctrl-C
+        finally:
+            # Also on Ctrl-C.
             if process.poll() is None:
                 os.killpg(process.pid, 9)
             code = process.wait()

@@ -32,11 +32,8 @@ def amount(value: float, unit: str) -> str:
     """Three digits and a prefix: 4.31 TB/s."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
-            return (
-                f"{value / factor:.3g} {prefix}{unit}"
-                if value < 1e3 * factor
-                else f"{value / factor:.0f} {prefix}{unit}"
-            )
+            digits = ".3g" if value < 1e3 * factor else ".0f"
+            return f"{value / factor:{digits}} {prefix}{unit}"
     return f"{value:.3g} {unit}"
 
 
@@ -115,7 +112,8 @@ def cells(row: Result) -> list[list[str]]:
                 [label, f"{number(figures['value'])} ± {number(half, 2)}", row["unit"], _against_peer(row, name)]
             )
             continue
-        eager = " eager" if figures["method"] == "events" else ""  # neither a captured graph nor a CPU's clock
+        # Neither a captured graph nor a CPU's clock.
+        eager = " eager" if figures["method"] == "events" else ""
         memory = amount(figures["peak_memory_bytes"], "B") if "peak_memory_bytes" in figures else ""
         lines.append(
             [

@@ -141,9 +141,8 @@ class _GraphRunner:
     def __init__(self, calls: Sequence[Call], sample_seconds: float) -> None:
         _warm_up(calls)
         self._capture(calls, 1)
-        seconds = min(
-            _elapsed(self.run) for _ in range(3)
-        )  # of the graph, without the host time that eager calls would add
+        # Of the graph, without the host time that eager calls would add.
+        seconds = min(_elapsed(self.run) for _ in range(3))
         most = max(1, MAX_CAPTURED_CALLS // len(calls))
         repeats = max(1, min(most, round(sample_seconds / max(seconds, 1e-7))))
         if repeats > 1:
@@ -210,9 +209,8 @@ def _runner(
     """A captured graph where that works, else eager calls. Raises ContextLost, or what the calls themselves raise."""
     try:
         return _GraphRunner(calls, sample_seconds)
-    except (
-        Exception
-    ) as error:  # not capturable: a peer that synchronises, or that asks what cannot be asked during capture
+    except Exception as error:
+        # Not capturable: a peer that synchronises, or that asks what cannot be asked during capture.
         reason = reason_of(error)
         if context_is_lost(device):
             raise ContextLost(name, reason) from error

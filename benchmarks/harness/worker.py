@@ -134,7 +134,8 @@ class Worker:
                 self._one(row, ceilings)
         except ContextLost as error:
             print(f"the GPU context is lost: {error}; a new process goes on", flush=True)
-            os._exit(CONTEXT_LOST)  # whatever would be tidied up on the way out would fail, or hang
+            # Whatever would be tidied up on the way out would fail, or hang.
+            os._exit(CONTEXT_LOST)
         self._close(left_out, ceilings, small)
         return FAULTS if self.faults else 0
 
@@ -164,7 +165,8 @@ class Worker:
         except ContextLost as error:
             self.record.running(row.op, row.shape, section, error.variant, error.reason)
             raise
-        except Exception as error:  # one broken row must not end the run
+        except Exception as error:
+            # One broken row must not end the run.
             if context_is_lost(self.device):
                 self.record.running(row.op, row.shape, section, "", reason_of(error))
                 raise ContextLost("", reason_of(error)) from error

@@ -189,7 +189,8 @@ def _flex(case: AttentionCase) -> Factory | None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         attention = compiled(flex_attention)
-        blocks: list[Any] = []  # one mask for all input sets
+        # One mask for all input sets.
+        blocks: list[Any] = []
 
         def block_mask(inputs: Inputs) -> Any:
             if not blocks:

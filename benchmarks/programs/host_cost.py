@@ -33,8 +33,10 @@ BACKENDS = ("cuda", "triton")
 # The most that a call may cost, in calls of F.layer_norm.
 LIMITS = {"cuda": 2.0, "triton": 4.0}
 ARCH = 90
-WARM_CALLS = 20  # untimed: the row before left the caches of the processor full of other code
-CALLS = 100  # a tenth of a time slice of a busy machine, so that the best repeat is one that was not interrupted
+# Untimed: the row before left the caches of the processor full of other code.
+WARM_CALLS = 20
+# A tenth of a time slice of a busy machine, so that the best repeat is one that was not interrupted.
+CALLS = 100
 
 
 class Row(NamedTuple):
@@ -134,23 +136,21 @@ def _cache_rows(backend: str) -> list[Row]:
             k, v, k_codes, v_codes, cache_seqlens=lengths, q=q, cos=cos, sin=sin, k_scale=k_scale, v_scale=v_scale, backend=backend
         )  # fmt: skip
 
-    query, keys, values = (
-        tensor.bfloat16() for tensor in (q, k_cache, v_cache)
-    )  # the extension's attention takes 16 bits
-    rare = ("triton",)  # goes through the extension's op with all arguments
+    # The extension's attention takes 16 bits.
+    query, keys, values = (tensor.bfloat16() for tensor in (q, k_cache, v_cache))
+
+    def decoding() -> object:
+        return decode_attention(query, keys, values, lengths, backend=backend)
+
+    # What these ask for goes through the extension's op with all arguments.
+    rare = ("triton",)
     return [
         Row("kv_append", backend, lambda: kv_append(k, v, k_cache, v_cache, cache_seqlens=lengths, backend=backend)),
         Row("kv_append, q and RoPE", backend, rotating),
         Row("kv_append, q, RoPE and QK-norm", backend, norming, BASE, rare),
         Row("kv_append, q and RoPE, int8", backend, quantising, BASE, rare),
         Row("attention", backend, lambda: attention(query, keys, values, backend=backend), BASE, ()),
-        Row(
-            "decode_attention",
-            backend,
-            lambda: decode_attention(query, keys, values, lengths, backend=backend),
-            BASE,
-            (),
-        ),
+        Row("decode_attention", backend, decoding, BASE, ()),
     ]
 
 

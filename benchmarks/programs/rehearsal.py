@@ -180,7 +180,8 @@ def rehearse_faults(
 
 def rehearse_cut(out: Path, rows_before: int = 2, log: Path | None = None) -> tuple[dict[str, Any], list[str]]:
     """Everything killed after a few rows, then continued: the record at the cut, and what differs from what must come out."""
-    revision = record.revision()  # one for both halves, even if the checkout changes between them
+    # One for both halves, even if the checkout changes between them.
+    revision = record.revision()
     command = [sys.executable, "-m", "pytransformer.benchmarks.harness.supervise", "--out", str(out), *OPTIONS]
     command += ["--stage-seconds", str(STAGE_SECONDS)]
     stream = subprocess.DEVNULL if log is None else log.open("a")
@@ -198,7 +199,8 @@ def rehearse_cut(out: Path, rows_before: int = 2, log: Path | None = None) -> tu
         process.wait()
         if not isinstance(stream, int):
             stream.close()
-    time.sleep(0.3)  # its worker ends with it
+    # Its worker ends with it.
+    time.sleep(0.3)
     cut = record.load(out)
     found = [] if not cut["complete"] and cut["rows"] else ["the run was not cut in its middle"]
     _, more = rehearse_faults(out, log, {REVISION: revision})

@@ -38,10 +38,11 @@ def _training(wanted: Wanted, shape: training.TrainingShape, priority: int) -> M
         here = always or (wanted.peers and peers.is_here(trainer, wanted.device))
         if not here or (wanted.quick and not quick):
             continue
+        # nanoGPT is GPT-2.
         if trainer == "nanogpt" and shape.config.positions != "learned":
-            continue  # it is GPT-2
-        if wanted.tiny:  # torch.compile takes half a minute on a CPU, whatever the size
-            compiled = False
+            continue
+        # torch.compile takes half a minute on a CPU, whatever the size.
+        compiled = compiled and not wanted.tiny
         name = f"{trainer} compiled" if compiled else trainer
         variants[name] = functools.partial(training.measure, shape, trainer, compiled)
     return Measurement(

@@ -193,7 +193,8 @@ def _run_first_call(name: str, variant: str, device: torch.device, folder: str) 
         "PYTRANSFORMER_CACHE_DIR": "pytransformer",
     }
     environment = {**os.environ, **{key: f"{folder}/{value}" for key, value in caches.items()}}
-    environment["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"  # it keeps nothing on disk unless it is asked to
+    # FlashAttention keeps nothing on disk unless it is asked to.
+    environment["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
     program = FIRST_CALL.format(path=sys.path, name=name, variant=variant, device=str(device))
     start = time.perf_counter()
     result = subprocess.run(
@@ -229,7 +230,8 @@ def first_call(name: str, variant: str, device_name: str) -> None:
 
 def install(wanted: Wanted) -> Iterator[Measurement]:
     """Seconds to make a wheel without the CUDA extension, and to install it into a fresh environment, offline."""
-    if (ROOT / "setup.py").is_file():  # an installed package has no sources to install
+    # An installed package has no sources to install.
+    if (ROOT / "setup.py").is_file():
         yield Measurement(
             "install",
             "wheel without the CUDA extension",
