@@ -16,6 +16,7 @@ from torch import Tensor
 from pytransformer import Transformer, TransformerConfig
 from pytransformer.benchmarks.end_to_end import models
 from pytransformer.benchmarks.harness.rows import Absent
+from pytransformer.benchmarks.harness.timing import wait
 from pytransformer.generation import KVCache
 
 
@@ -171,10 +172,10 @@ def measure(shape: DecodingShape, decoder: str, device: torch.device) -> dict[st
     run = make(shape, device, option)
     samples = []
     for index in range(shape.bursts + (1 if "graph" in decoder else 2)):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         run(shape.burst)
-        _wait(device)
+        wait(device)
         if index >= 1:
             samples.append(shape.batch * shape.burst / (time.perf_counter() - start))
     samples = samples[-shape.bursts :]
@@ -183,8 +184,3 @@ def measure(shape: DecodingShape, decoder: str, device: torch.device) -> dict[st
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         found["gbytes_per_second"] = shape.bytes_per_step() * sorted(samples)[len(samples) // 2] / shape.batch * 1e-9
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -16,14 +16,12 @@ import math
 import random
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pytransformer.benchmarks.harness.record import key_of
+from pytransformer.benchmarks.harness.record import Result, entries, key_of
 from pytransformer.benchmarks.harness.rows import is_ours
 
-Result = Mapping[str, Any]
 ALPHA = 0.05
 MARGIN = 0.01
 BOOTSTRAPS = 1000
@@ -161,7 +159,7 @@ class _Series:
 
 
 def _series(content: Result) -> Iterator[tuple[tuple[str, str, str], _Series]]:
-    for row in (*content["rows"], *content["measurements"]):
+    for row in entries(content):
         for variant, figures in row["variants"].items():
             series = _Series(
                 row["op"],

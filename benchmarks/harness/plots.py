@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytransformer.benchmarks.harness.record import Result
 from pytransformer.benchmarks.harness.rows import is_ours
 from pytransformer.benchmarks.harness.tables import amount, best_of_ours, best_peer, speedup
 from pytransformer.training.plots import new_figure, save_figure
-
-Result = Mapping[str, Any]
 
 NUMBER = re.compile(r"(?<![\w.,/])([A-Za-z]{0,3})(\d+)(?![\d.,/])")
 # What a number may mean: by the letters before it, else by the words around it. Others (heads, head_dim, dtypes) are not sizes.

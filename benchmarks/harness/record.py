@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import torch
 
 from pytransformer import __version__
 from pytransformer.benchmarks.harness.paths import ROOT
+
+# A record, or a row of one, that is only read.
+Result = Mapping[str, Any]
 
 SCHEMA = 2
 # What must agree between two runs before their times may be put side by side in one file.
@@ -146,7 +150,7 @@ class Record:
 
     def done(self) -> set[str]:
         """Keys of the rows that need not be run again."""
-        return {key_of(row["op"], row["shape"]) for row in (*self.content["rows"], *self.content["measurements"])}
+        return {key_of(row["op"], row["shape"]) for row in entries(self.content)}
 
     def skipped_variants(self, key: str) -> dict[str, str]:
         """Variants of a row that took their process down before, and how."""
@@ -201,6 +205,11 @@ def new_content(here: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]
         "rows": [],
         "measurements": [],
     }
+
+
+def entries(content: Result) -> list[dict[str, Any]]:
+    """Rows and measurements of a record, in this order."""
+    return [*content["rows"], *content["measurements"]]
 
 
 def reopen(path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,10 @@ def is_ours(variant: str) -> bool:
 
 class Absent(Exception):
     """Raised by a variant that cannot run here, such as a peer that is not installed or does not serve this row; its message says why."""
+
+
+# What a variant raises that cannot run here: it is absent, and has not failed.
+UNAVAILABLE = (Absent, NotImplementedError, ModuleNotFoundError)
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ def _check(row: Row, inputs: Inputs, device: torch.device, options: Options) -> 
             checked.failed[name] = options.skip[name]
             continue
         options.progress(name)
-        try:
+        with _survived(name, device, checked.absent, checked.failed):
             error = relative_error(row.pick(variant(inputs)), golden)
             if error > row.largest_error:
                 checked.failed[name] = (
@@ -191,17 +196,29 @@ def _check(row: Row, inputs: Inputs, device: torch.device, options: Options) -> 
             if device.type == "cuda":
                 checked.memory[name] = _peak_memory(variant, inputs, device)
             checked.errors[name] = error
-        except (Absent, NotImplementedError, ModuleNotFoundError) as error:
-            checked.absent[name] = reason_of(error).removeprefix("Absent: ")
-        except ContextLost:
-            raise
-        except Exception as error:  # a failing variant must not end the run
-            checked.failed[name] = reason_of(error)
-            if context_is_lost(device):
-                raise ContextLost(name, checked.failed[name]) from error
         if checked.failed.get(name, "").startswith("out of memory"):
-            torch.cuda.empty_cache()  # what it had taken is of no use to the others in pieces
+            # What it had taken is of no use to the others in pieces.
+            torch.cuda.empty_cache()
     return checked
+
+
+@contextlib.contextmanager
+def _survived(name: str, device: torch.device, absent: dict[str, str], failed: dict[str, str]) -> Iterator[None]:
+    """What a variant raises becomes the reason why it has no figures: it must not end the run.
+
+    Raises:
+        ContextLost: the process can do nothing more on its GPU.
+    """
+    try:
+        yield
+    except UNAVAILABLE as error:
+        absent[name] = reason_of(error).removeprefix("Absent: ")
+    except ContextLost:
+        raise
+    except Exception as error:
+        failed[name] = reason_of(error)
+        if context_is_lost(device):
+            raise ContextLost(name, failed[name]) from error
 
 
 def _peak_memory(variant: Variant, inputs: Inputs, device: torch.device) -> int:
@@ -244,7 +261,7 @@ def run_measurement(row: Measurement, device: torch.device, options: Options | N
             failed[name] = options.skip[name]
             continue
         options.progress(name)
-        try:
+        with _survived(name, device, absent, failed):
             found = variant(device)
             timing = Timing.of(found["samples"], "own")
             details = {key: value for key, value in found.items() if key != "samples"}
@@ -255,12 +272,6 @@ def run_measurement(row: Measurement, device: torch.device, options: Options | N
                 "samples": list(timing.samples),
                 "details": details,
             }
-        except (Absent, NotImplementedError, ModuleNotFoundError) as error:
-            absent[name] = reason_of(error).removeprefix("Absent: ")
-        except Exception as error:
-            failed[name] = reason_of(error)
-            if context_is_lost(device):
-                raise ContextLost(name, failed[name]) from error
     return {
         "op": row.op,
         "shape": row.shape,

@@ -231,7 +231,7 @@ def _judge(out: Path, outcome: Outcome) -> Outcome:
         outcome.problem = outcome.problem or f"no result was written: {error}"
         return outcome
     outcome.complete = bool(content["complete"])
-    for row in (*content["rows"], *content["measurements"]):
+    for row in record.entries(content):
         outcome.faults += [f"{row['op']} {row['shape']}: {fault}" for fault in faults(row)]
     return outcome
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pytransformer.benchmarks.harness.record import Result, entries
 from pytransformer.benchmarks.harness.rows import is_ours
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-Result = Mapping[str, Any]
 COLUMNS = ("shape, variant", "time", "of floor", "rate", "error", "memory", "× best peer")
 MEASUREMENT_COLUMNS = ("shape, variant", "median", "unit", "× best peer")
 # Columns of text that goes to a file or a pipe.
@@ -146,7 +147,7 @@ def plain_lines(row: Result) -> list[str]:
 def grouped(content: Result) -> dict[str, list[Result]]:
     """The rows and measurements of each op, in the order of their first row."""
     groups: dict[str, list[Result]] = {}
-    for row in (*content["rows"], *content["measurements"]):
+    for row in entries(content):
         groups.setdefault(row["op"], []).append(row)
     return groups
 
@@ -216,10 +217,22 @@ def _places(places: list[str]) -> str:
     return ", ".join(distinct[:3]) + (f" and {len(distinct) - 3} more" if len(distinct) > 3 else "")
 
 
+def console() -> Console:
+    """Where tables go: as wide as the terminal, or as a page where there is none.
+
+    Raises:
+        ImportError: rich is not installed.
+    """
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=PAGE_WIDTH)
+
+
 def show(content: Result) -> None:
     """Prints everything."""
     try:
-        from rich.console import Console
+        out = console()
     except ImportError:
         for line in summary(content):
             print(line)
@@ -228,12 +241,9 @@ def show(content: Result) -> None:
                 print("\n".join(plain_lines(row)))
         print("\n".join(missing(content)))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PAGE_WIDTH)
     for line in summary(content):
-        console.print(line, markup=False, soft_wrap=True)
+        out.print(line, markup=False, soft_wrap=True)
     for op, rows in grouped(content).items():
-        console.print(op_table(op, rows))
+        out.print(op_table(op, rows))
     for line in missing(content):
-        console.print(line, markup=False, soft_wrap=True)
+        out.print(line, markup=False, soft_wrap=True)

@@ -46,6 +46,17 @@ def side_stream(device: torch.device) -> contextlib.AbstractContextManager[objec
     return torch.cuda.stream(torch.cuda.Stream(device))
 
 
+def device_here() -> torch.device:
+    """The GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done everything that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def context_is_lost(device: torch.device) -> bool:
     """Whether the CUDA context fails now at anything (an illegal access or a failed assertion cannot be recovered from)."""
     if device.type != "cuda":

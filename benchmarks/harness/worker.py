@@ -22,11 +22,18 @@ from typing import Any
 
 import torch
 
-from pytransformer.benchmarks.harness.record import Record, key_of
+from pytransformer.benchmarks.harness.record import Record, entries, key_of
 from pytransformer.benchmarks.harness.roofline import Ceilings, measure_ceilings
 from pytransformer.benchmarks.harness.rows import Measurement, Options, Row, is_ours, run_measurement, run_row
 from pytransformer.benchmarks.harness.tables import describe_ceilings, plain_lines
-from pytransformer.benchmarks.harness.timing import ContextLost, Sampling, context_is_lost, reason_of, side_stream
+from pytransformer.benchmarks.harness.timing import (
+    ContextLost,
+    Sampling,
+    context_is_lost,
+    device_here,
+    reason_of,
+    side_stream,
+)
 
 FAULTS, USAGE, CONTEXT_LOST = 3, 2, 75
 # Environment variable with the process id of the supervisor.
@@ -68,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
     arguments = parser.parse_args(argv)
     end_with_parent()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     if device.type == "cpu" and arguments.grid != "tiny":
         parser.error("the grid needs a GPU; --grid tiny runs it at sizes for a CPU")
     try:
@@ -193,7 +200,7 @@ class Worker:
         self.record.write()
         if left_out:
             print(f"{len(left_out)} rows left out, the time limit was reached")
-        count = len(content["rows"]) + len(content["measurements"])
+        count = len(entries(content))
         print(f"{count} rows in {content['seconds']:.0f} s, written to {self.record.path}", flush=True)
 
 

@@ -30,7 +30,11 @@ from typing import Any
 MINUTES = 7.75
 PARTS = ("build", "tests", "quick", "sanitizers", "full")
 SANITIZERS = [(tool, backend) for backend in ("triton", "cuda") for tool in ("memcheck", "racecheck")]
-TESTS = ("tests/cuda", "tests/kernels", "tests/ops", "tests/nn", "tests/model", "tests/generation")
+TESTS = [
+    *("tests/cuda", "tests/kernels", "tests/ops", "tests/nn", "tests/model", "tests/generation"),
+    *("tests/benchmarks/test_timing.py", "tests/benchmarks/test_rows.py"),
+]
+REHEARSED_TESTS = ["tests/ops/test_norm.py"]
 RECORD = "benchmarks.json"
 # Less than this is not worth starting the benchmarks for.
 SHORTEST_GRID = 20.0
@@ -135,10 +139,8 @@ class Run:
     def all(self, names: Sequence[str]) -> None:
         """One part after another; what a part raises is its failure."""
         makers: dict[str, Callable[[], None]] = {
-            "build": lambda: self.add(
-                "extension", build_extension, self.out, self.within(self.budget.build), self.rehearse
-            ),
-            "tests": lambda: self.add("tests", run_tests, self.out, self.within(self.budget.tests), self.rehearse),
+            "build": self.build,
+            "tests": self.tests,
             "quick": self.quick,
             "sanitizers": self.sanitizers,
             "full": self.full,
@@ -165,6 +167,14 @@ class Run:
             raise
         except Exception as error:
             self.parts.append(Part(name, f"failed ({type(error).__name__}: {error})"[:200], time.monotonic() - start))
+
+    def build(self) -> None:
+        """The CUDA extension, which the others use."""
+        self.add("extension", build_extension, self.out, self.within(self.budget.build), self.rehearse)
+
+    def tests(self) -> None:
+        """On the device."""
+        self.add("tests", run_tests, self.out, self.within(self.budget.tests), self.rehearse)
 
     def quick(self) -> None:
         """The quick grid; the sanitizers' time is kept back."""
@@ -205,41 +215,37 @@ def _run(name: str, command: Sequence[str], log: Path, limit: float, environment
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    seconds = time.monotonic() - start
-    lines = log.read_text(errors="replace").splitlines()
-    print("\n".join(lines[-25:]))
     status = "passed" if code == 0 else ("ran past its limit" if code is None else f"failed (exit {code})")
+    return _ended(name, status, time.monotonic() - start, log)
+
+
+def _ended(name: str, status: str, seconds: float, log: Path) -> Part:
+    """Prints the last lines of a part's log and how it ended."""
+    if log.exists():
+        print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
     print(f"-- {name}: {status} in {seconds:.0f} s; all of it in {log}", flush=True)
     return Part(name, status, seconds)
+
+
+def _absent(name: str, why: str) -> Part:
+    print(f"\n== {name}: {why}")
+    return Part(name, "not available", 0.0)
 
 
 def build_extension(out: Path, limit: float, rehearse: bool) -> Part:
     """The CUDA extension for the GPUs that are here; without nvcc the rest goes on with Triton."""
     if rehearse or (shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists()):
-        print("\n== extension: " + ("not rehearsed" if rehearse else "nvcc is not on this machine"))
-        return Part("extension", "not available", 0.0)
+        return _absent("extension", "not rehearsed" if rehearse else "nvcc is not on this machine")
     return _run("extension", [sys.executable, "csrc/build.py"], out / "extension.log", limit)
 
 
 def run_tests(out: Path, limit: float, rehearse: bool) -> Part:
     """The test suite on the device; kernels are compiled, not interpreted."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "not slow",
-        f"--junitxml={out / 'tests.xml'}",
-        "--maxfail=60",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow"]
+    command += [f"--junitxml={out / 'tests.xml'}", "--maxfail=60"]
     if importlib.util.find_spec("xdist") is not None and not rehearse:
         command += ["-n", str(max(1, min(12, (os.cpu_count() or 2) - 2)))]
-    command += (
-        ["tests/ops/test_norm.py"]
-        if rehearse
-        else [*TESTS, "tests/benchmarks/test_timing.py", "tests/benchmarks/test_rows.py"]
-    )
+    command += REHEARSED_TESTS if rehearse else TESTS
     return _run("tests", command, out / "tests.log", limit, {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
 
 
@@ -248,8 +254,7 @@ def run_sanitizer(out: Path, tool: str, backend: str, limit: float, rehearse: bo
     name = f"{tool} {backend}"
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists() or rehearse:
-        print(f"\n== {name}: " + ("not rehearsed" if rehearse else "compute-sanitizer is not on this machine"))
-        return Part(name, "not available", 0.0)
+        return _absent(name, "not rehearsed" if rehearse else "compute-sanitizer is not on this machine")
     verify = [sys.executable, "-m", "pytransformer.cli.verify", "verify"]
     verify += ["--backend", backend, "--dtype", "bfloat16", "--seeds", "1"]
     command = [program, "--tool", tool, "--error-exitcode", "9", *verify]
@@ -273,24 +278,19 @@ def run_grid(out: Path, grid: str, limit: float, rehearse: bool) -> Part:
     start = time.monotonic()
     options = ["--grid", "tiny" if rehearse else grid, "--peers"]
     outcome = supervise(path, options, Limits(limit), environment={"PYTHONPATH": "."}, log=log)
-    seconds = time.monotonic() - start
-    if log.exists():
-        print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
-    print(f"-- {name}: {outcome.status} in {seconds:.0f} s; all of it in {log}", flush=True)
-    return Part(name, outcome.status, seconds)
+    return _ended(name, outcome.status, time.monotonic() - start, log)
 
 
 def make_room(path: Path) -> None:
     """Moves a record aside that cannot be continued: a complete full grid, or one of another device, version or revision."""
-    import torch
-
     from pytransformer.benchmarks.harness import record
+    from pytransformer.benchmarks.harness.timing import device_here
 
     if not path.exists():
         return
     try:
         content = record.load(path)
-        here = record.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        here = record.environment(device_here())
         same = all(content["environment"].get(name) == here[name] for name in record.SAME_RUN)
         if same and not (content["complete"] and content["options"]["grid"] == "full"):
             record.reopen(path)
@@ -362,11 +362,11 @@ def _test_lines(path: Path) -> list[str]:
 def _benchmark_lines(path: Path) -> list[str]:
     if not path.exists():
         return ["no benchmark was written"]
-    from pytransformer.benchmarks.harness import tables
+    from pytransformer.benchmarks.harness import record, tables
 
     content = json.loads(path.read_text())
     lines = []
-    for row in (*content["rows"], *content["measurements"]):
+    for row in record.entries(content):
         figures = [_short(row, name, variant) for name, variant in row["variants"].items()]
         figures += [f"{name} FAILED" for name in row["failed"]] + [f"{name} absent" for name in row["absent"]]
         figures += [f"FAILED: {row['failure']}"] if "failure" in row else []

@@ -152,7 +152,7 @@ EXPECTED_FAULTS = 7
 def differences(content: dict[str, Any]) -> list[str]:
     """What a record of these rows says otherwise than it must."""
     found: list[str] = []
-    rows_there = [*content["rows"], *content["measurements"]]
+    rows_there = record.entries(content)
     counts = Counter(row["shape"] for row in rows_there)
     found += [f"{shape}: {counts[shape]} times" for shape in EXPECTED if counts[shape] != 1]
     for row in rows_there:

@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from pytransformer.benchmarks.harness.rows import Absent, Measurement, Row, relative_error
-from pytransformer.benchmarks.harness.timing import side_stream
+from pytransformer.benchmarks.harness.rows import UNAVAILABLE, Measurement, Row, relative_error
+from pytransformer.benchmarks.harness.timing import device_here, side_stream, wait
 from pytransformer.benchmarks.suites.grid import SUITES, rows
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-UNAVAILABLE = (Absent, NotImplementedError, ModuleNotFoundError)
+DEVICE = device_here()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,8 +45,7 @@ def test_row(benchmark: Any, row: Row, variant: str) -> None:
 
     def once() -> Any:
         result = call(inputs)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        wait(DEVICE)
         return result
 
     with side_stream(DEVICE):

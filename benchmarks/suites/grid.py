@@ -110,8 +110,6 @@ def _later_rows(wanted: Wanted, name: str, quick: list[Row | Measurement]) -> li
 
 
 def _narrowed(row: Row | Measurement, slow: Collection[str]) -> Row | Measurement:
-    shape = f"{row.shape}{SLOW}"
-    variants: dict[str, Any] = {name: call for name, call in row.variants.items() if name in slow or is_ours(name)}
-    if isinstance(row, Row):
-        return replace(row, shape=shape, variants=variants, priority=1)
-    return replace(row, shape=shape, variants=variants, priority=1)
+    variants = {name: call for name, call in row.variants.items() if name in slow or is_ours(name)}
+    changes: dict[str, Any] = {"shape": f"{row.shape}{SLOW}", "variants": variants, "priority": 1}
+    return replace(row, **changes)

@@ -28,6 +28,7 @@ from pytransformer.benchmarks.definitions.cases import (
 )
 from pytransformer.benchmarks.harness.paths import ROOT
 from pytransformer.benchmarks.harness.rows import Absent, Inputs, Measurement, Variant
+from pytransformer.benchmarks.harness.timing import wait
 from pytransformer.benchmarks.suites import activation, attention, decode_attention, kv_append, norm, rope
 from pytransformer.benchmarks.suites.common import Wanted, our_backends
 
@@ -117,18 +118,13 @@ def _host_time(
         samples = []
         repeats = LAUNCH_CALLS if device.type == "cuda" else 20
         for _ in range(LAUNCH_SAMPLES):
-            _wait(device)
+            wait(device)
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
             samples.append((time.perf_counter() - start) / repeats * 1e6)
-        _wait(device)
+        wait(device)
     return {"samples": samples, "calls_per_sample": repeats}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- first call: a fresh process with an empty cache of kernels, and again with a full one ------------------------------------------------
@@ -218,10 +214,10 @@ def first_call(name: str, variant: str, device_name: str) -> None:
     suite: Any = {"attention": attention, "decode_attention": decode_attention}.get(case.op, norm)
     row = suite._row(Wanted(device, peers=True), case, 0)
     inputs = row.inputs(device, 0)
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     row.variants[variant](inputs)
-    _wait(device)
+    wait(device)
     print(time.perf_counter() - start)
 
 

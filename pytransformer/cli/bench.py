@@ -135,12 +135,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: an op that does not exist, a real grid without a GPU, a result file that cannot be continued.
     """
-    import torch
-
     from pytransformer.benchmarks.harness import record, schema, tables, worker
     from pytransformer.benchmarks.harness.supervise import Limits, supervise
+    from pytransformer.benchmarks.harness.timing import device_here
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     grid = arguments.grid or ("quick" if device.type == "cuda" else "tiny")
     if grid != "tiny" and device.type == "cpu":
         raise ValueError(f"--{grid} needs a GPU, and torch sees none here; --tiny runs every row at sizes for a CPU")
@@ -205,16 +204,13 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 def _print_report(report: Report, everything: bool) -> None:
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from pytransformer.benchmarks.harness.compare import FASTER, SAME, SLOWER
-    from pytransformer.benchmarks.harness.tables import PAGE_WIDTH, duration
+    from pytransformer.benchmarks.harness.tables import console, duration
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PAGE_WIDTH)
+    out = console()
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("op, shape", "variant", "A", "B", "B / A", "95 %", "p", "B is"):
         table.add_column(
@@ -238,10 +234,10 @@ def _print_report(report: Report, everything: bool) -> None:
             f"[{styles[found.verdict]}]{found.verdict}[/]",
         )
     if table.row_count:
-        console.print(table)
+        out.print(table)
     for name, only in (("A", report.only_before), ("B", report.only_after)):
         for place in only:
-            console.print(f"only in {name}: {place}", markup=False, soft_wrap=True)
+            out.print(f"only in {name}: {place}", markup=False, soft_wrap=True)
     counts = {
         verdict: sum(found.verdict == verdict for found in report.comparisons) for verdict in (FASTER, SLOWER, SAME)
     }
