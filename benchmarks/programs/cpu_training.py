@@ -8,11 +8,8 @@ Same weights, same batches, same optimizer; a step is forward, loss, backward an
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer import TransformerConfig, linear_cross_entropy
+from pytransformer.benchmarks.end_to_end import models
 from pytransformer.benchmarks.harness.paths import RESULTS
-from pytransformer.benchmarks.harness.record import environment, save
-from pytransformer.benchmarks.harness.timing import Timing
-from pytransformer.benchmarks.programs.cpu_decode import from_theirs
+from pytransformer.benchmarks.programs import cpu
 
 RESULT = RESULTS / "cpu/training.json"
 SHAPE = {"vocab_size": 2048, "hidden_size": 192, "num_layers": 4, "num_heads": 6, "max_seqlen": 256}
@@ -33,28 +29,15 @@ LEAST_SPEEDUP = 1.0
 
 def main() -> int:
     """Measures, prints a table, writes the JSON; 0 if the target is met."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pytransformer.benchmarks.programs.cpu_training", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--rounds", type=int, default=30, help="steps of each variant")
-    parser.add_argument("--threads", type=int, default=0, help="threads for torch; 0 = its own choice")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    import transformers
-
-    result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "rows": []}
-    result["shape"] = {**SHAPE, "batch": BATCH, "dtype": "float32", "optimizer": "AdamW, fused"}
-    result["threads"] = torch.get_num_threads()
-    result["transformers"] = transformers.__version__
+    arguments = cpu.new_parser("cpu_training", __doc__, 30, "steps", RESULT).parse_args()
+    shape = {**SHAPE, "batch": BATCH, "dtype": "float32", "optimizer": "AdamW, fused"}
+    result = cpu.new_result(shape, arguments.threads)
     trainers = make_trainers()
     result["parameters"] = trainers["pytransformer"].parameters
     samples, losses = measure(trainers, arguments.rounds)
     check_same_losses(losses)
     code = report(result, samples, losses)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    save(arguments.out, result)
+    cpu.write(arguments.out, result)
     return code
 
 
@@ -96,33 +79,17 @@ def make_trainers() -> dict[str, Trainer]:
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
     config = TransformerConfig.gpt2(**SHAPE)
+
+    def theirs() -> Any:
+        torch.manual_seed(0)
+        return models.transformers_model(config)
+
     return {
-        "pytransformer": Trainer(from_theirs(make_theirs(), config), by_logits),
-        "transformers, labels": Trainer(make_theirs(), theirs_by_labels),
-        "transformers, loss outside": Trainer(make_theirs(), theirs_by_logits),
-        "pytransformer, linear_cross_entropy": Trainer(from_theirs(make_theirs(), config), fused),
+        "pytransformer": Trainer(models.from_transformers(theirs(), config), by_logits),
+        "transformers, labels": Trainer(theirs(), theirs_by_labels),
+        "transformers, loss outside": Trainer(theirs(), theirs_by_logits),
+        "pytransformer, linear_cross_entropy": Trainer(models.from_transformers(theirs(), config), fused),
     }
-
-
-def make_theirs() -> Any:
-    """transformers' GPT-2 of the small shape without dropout, always with the same weights."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=SHAPE["vocab_size"],
-        n_embd=SHAPE["hidden_size"],
-        n_layer=SHAPE["num_layers"],
-        n_head=SHAPE["num_heads"],
-        n_positions=SHAPE["max_seqlen"],
-        bos_token_id=0,
-        eos_token_id=0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    config._attn_implementation = "sdpa"
-    return transformers.GPT2LMHeadModel(config)
 
 
 def measure(trainers: dict[str, Trainer], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -139,8 +106,7 @@ def measure(trainers: dict[str, Trainer], rounds: int) -> tuple[dict[str, list[f
             if index >= warm_up:
                 samples[name].append(time.perf_counter() - start)
             losses[name].append(loss)
-        print(f"\rstep {index + 1} of {warm_up + rounds}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        cpu.show_progress("step", index + 1, warm_up + rounds)
     return samples, losses
 
 
@@ -153,25 +119,15 @@ def check_same_losses(losses: dict[str, list[float]]) -> None:
 
 
 def report(result: dict[str, Any], samples: dict[str, list[float]], losses: dict[str, list[float]]) -> int:
+    """Adds the rows to the result; 0 if the target is met."""
     tokens = BATCH * SHAPE["max_seqlen"]
-    timings = {name: Timing.of(values, "clock") for name, values in samples.items()}
-    for name, timing in timings.items():
-        result["rows"].append(
-            {
-                "variant": name,
-                "tokens_per_second": tokens / timing.median,
-                "seconds_per_step": {"median": timing.median, "p10": timing.low, "p90": timing.high},
-                "steps": samples[name],
-                "first_and_last_loss": [losses[name][0], losses[name][-1]],
-            }
+    timings = {}
+    for name, steps in samples.items():
+        ends = [losses[name][0], losses[name][-1]]
+        timings[name] = cpu.add_row(
+            result, name, steps, unit="step", tokens=tokens, samples="steps", first_and_last_loss=ends
         )
-        spread = f"{timing.low * 1e3:.0f} to {timing.high * 1e3:.0f}"
-        print(f"{name:36} {tokens / timing.median:8.0f} tokens/s   {timing.median * 1e3:6.0f} ms a step ({spread})")
-    ours = timings["pytransformer"].median
-    peer = min(timing.median for name, timing in timings.items() if name.startswith("transformers"))
-    result["speedup_over_transformers"] = peer / ours
-    print(f"\n{peer / ours:.2f} × transformers (target {LEAST_SPEEDUP})")
-    return 0 if peer / ours >= LEAST_SPEEDUP else 1
+    return cpu.judge(result, timings, LEAST_SPEEDUP)
 
 
 if __name__ == "__main__":

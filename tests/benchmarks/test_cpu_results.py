@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from pytransformer.benchmarks.programs import cpu_decode, cpu_training
 
@@ -16,8 +17,8 @@ def run_with(module, monkeypatch, path, seconds):
         "weights only, F.linear": [seconds] * 3,
     }
     if module is cpu_decode:
-        monkeypatch.setattr(module, "make_theirs", lambda: None)
-        monkeypatch.setattr(module, "from_theirs", lambda theirs, config: type("Model", (), {"config": config}))
+        monkeypatch.setattr(module.models, "transformers_model", lambda config: torch.nn.Identity())
+        monkeypatch.setattr(module.models, "from_transformers", lambda theirs, config: None)
         monkeypatch.setattr(module, "check_same_tokens", lambda ours, theirs, prompt: 24)
         monkeypatch.setattr(module, "chains", lambda model: {})
         monkeypatch.setattr(module, "measure", lambda variants, rounds, tokens: samples)
