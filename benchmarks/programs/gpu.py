@@ -32,7 +32,7 @@ PARTS = ("build", "tests", "quick", "sanitizers", "full")
 SANITIZERS = [(tool, backend) for backend in ("triton", "cuda") for tool in ("memcheck", "racecheck")]
 TESTS = [
     *("tests/cuda", "tests/kernels", "tests/ops", "tests/nn", "tests/model", "tests/generation"),
-    *("tests/benchmarks/test_timing.py", "tests/benchmarks/test_rows.py"),
+    *("tests/benchmarks/harness/test_timing.py", "tests/benchmarks/harness/test_rows.py"),
 ]
 REHEARSED_TESTS = ["tests/ops/test_norm.py"]
 RECORD = "benchmarks.json"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pytransformer.benchmarks.harness import record, schema
+from pytransformer.benchmarks.harness.paths import ROOT
 from pytransformer.benchmarks.programs import gpu, rehearsal
 from tests.benchmarks.samples import attention_row, record_of
 
@@ -92,6 +93,11 @@ def test_a_failing_part_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
         ["ops.test_rope", "1", "1", "0"]
     ]
     assert "no benchmark was written" in text
+
+
+def test_the_tests_of_the_device_are_there():
+    """A path that moved would fail the part on the GPU only."""
+    assert [path for path in (*gpu.TESTS, *gpu.REHEARSED_TESTS) if not (ROOT / path).exists()] == []
 
 
 def test_parts_can_be_chosen(tmp_path, monkeypatch):

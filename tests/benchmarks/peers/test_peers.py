@@ -16,7 +16,7 @@ from pytransformer.benchmarks.peers import base, flash_attention, torch_attentio
 from pytransformer.benchmarks.suites import attention, attention_golden, common, decode_attention
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LLAMA = AttentionCase(4, 4096, 32, 8, 128)
 OPS = {
     "attention",
