@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,9 +191,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
     report = compare(before, after, force=arguments.force, margin=margin)
     for name, content in (("A", before), ("B", after)):
         where = content["environment"]
-        print(
-            f"{name}: {where['device']}, revision {where['revision']}, torch {where['torch']}, triton {where['triton']}, {where['time']}"
-        )
+        versions = f"torch {where['torch']}, triton {where['triton']}"
+        print(f"{name}: {where['device']}, revision {where['revision']}, {versions}, {where['time']}")
     _print_report(report, arguments.all)
     if arguments.fail_on_regression is None:
         return 0
@@ -213,9 +213,8 @@ def _print_report(report: Report, everything: bool) -> None:
     out = console()
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("op, shape", "variant", "A", "B", "B / A", "95 %", "p", "B is"):
-        table.add_column(
-            name, justify="left" if name in ("op, shape", "variant", "B is") else "right", no_wrap=name != "op, shape"
-        )
+        left = name in ("op, shape", "variant", "B is")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "op, shape")
     styles = {FASTER: "green", SLOWER: "red", SAME: "dim"}
     for found in report.comparisons:
         if found.verdict == SAME and not everything:
@@ -238,9 +237,7 @@ def _print_report(report: Report, everything: bool) -> None:
     for name, only in (("A", report.only_before), ("B", report.only_after)):
         for place in only:
             out.print(f"only in {name}: {place}", markup=False, soft_wrap=True)
-    counts = {
-        verdict: sum(found.verdict == verdict for found in report.comparisons) for verdict in (FASTER, SLOWER, SAME)
-    }
+    counts = Counter(found.verdict for found in report.comparisons)
     print(
         f"{len(report.comparisons)} compared: {counts[FASTER]} faster, {counts[SLOWER]} slower, {counts[SAME]} no difference "
         f"(beyond {100 * report.margin:.1f} % and chance)"
