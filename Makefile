@@ -71,16 +71,16 @@ types: $(VENV)/.dev ## mypy --strict on pytransformer/
 
 bench: $(VENV)/.dev ## every benchmark row on this machine, tables and pictures in runs/bench; on a CPU a smoke run at tiny sizes (≤ 2 minutes)
 	$(BIN)/pytransformer bench --peers --plot
-	PYTHONPATH=. $(BIN)/python -m pytest benchmarks/test_ops.py --benchmark-only --benchmark-columns=median,iqr,rounds
+	PYTHONPATH=. $(BIN)/python -m pytest benchmarks/pytest_suites --benchmark-only --benchmark-columns=median,iqr,rounds
 
 readme-numbers: $(VENV)/.dev ## README.md's numbers and pictures from the committed results
 	$(BIN)/python tools/readme_numbers.py
 
 gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; MINUTES=25 for more of the grid, REHEARSE=1 without a GPU; results in $$OUT
-	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REHEARSE),--rehearse)
+	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.programs.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REHEARSE),--rehearse)
 
 gpu-bench: ## the benchmarks of `make gpu` alone, without tests and sanitizers; one that was cut off goes on
-	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.gpu --parts build,quick,full $(if $(MINUTES),--minutes $(MINUTES))
+	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.programs.gpu --parts build,quick,full $(if $(MINUTES),--minutes $(MINUTES))
 
 peers: $(VENV)/.dev ## wheels of the packages we compare with into peers/, for a GPU machine without a network; there: tools/fetch_peers.py --install
 	$(BIN)/python tools/fetch_peers.py

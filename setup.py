@@ -1,7 +1,8 @@
 """Packages of the distribution, and the CUDA extension where it can be built; everything else stands in pyproject.toml.
 
 ``kernels/`` and ``benchmarks/`` lie beside the package and are imported as ``pytransformer.kernels`` and ``pytransformer.benchmarks`` (in a
-checkout through the committed links of those names). Of the benchmarks the results and the pytest suites stay out.
+checkout through the committed links of those names). Of the benchmarks the results and the pytest suites stay out: they are no
+packages.
 
 The extension (csrc/, compiled by csrc/build.py) is an extra: without nvcc or without torch's headers the installation succeeds in seconds,
 with Triton's kernels only. PYTRANSFORMER_CUDA=1 makes whatever is missing an error, =0 never builds. Editable installations build it with
@@ -65,12 +66,6 @@ class BuildWithCuda(build_py):
             if not editable:
                 (package / "_cuda_absent.txt").write_text(str(error).splitlines()[0] + "\n")
 
-    def find_package_modules(self, package, package_dir):
-        modules = super().find_package_modules(package, package_dir)
-        if not package.startswith("pytransformer.benchmarks"):
-            return modules
-        return [module for module in modules if module[1] != "conftest" and not module[1].startswith("test_")]
-
     def get_outputs(self, include_bytecode=1):
         built = (Path(self.build_lib) / "pytransformer").glob("_cuda*")
         return [*super().get_outputs(include_bytecode), *map(str, built)]
@@ -91,6 +86,6 @@ setup(
     version=version.group(1),
     packages=packages(),
     package_dir={"pytransformer.kernels": "kernels", "pytransformer.benchmarks": "benchmarks"},
-    package_data={"pytransformer": ["py.typed"], "pytransformer.benchmarks": ["schema.json"]},
+    package_data={"pytransformer": ["py.typed"], "pytransformer.benchmarks.harness": ["schema.json"]},
     cmdclass={"build_py": BuildWithCuda, "bdist_wheel": Wheel},
 )

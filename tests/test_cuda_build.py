@@ -108,10 +108,10 @@ def test_without_nvcc_the_wheel_is_pure_python_and_remembers_why(tmp_path):
         names = set(files.namelist())
     assert {
         "pytransformer/kernels/norm.py",
-        "pytransformer/benchmarks/run.py",
+        "pytransformer/benchmarks/harness/worker.py",
         "pytransformer/benchmarks/suites/norm.py",
         "pytransformer/benchmarks/peers/base.py",
-        "pytransformer/benchmarks/schema.json",
+        "pytransformer/benchmarks/harness/schema.json",
     } <= names
     assert not [name for name in names if "test_ops" in name or "conftest" in name or "/results/" in name]
 

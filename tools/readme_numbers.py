@@ -80,7 +80,7 @@ def host_table(result: dict[str, Any]) -> list[str]:
 
 def gpu_results() -> dict[Path, dict[str, Any]]:
     """The newest result of each GPU, by its file. Raises ValueError if a file there is not a valid result."""
-    from pytransformer.benchmarks import record, schema
+    from pytransformer.benchmarks.harness import record, schema
 
     newest: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted((RESULTS / "gpu").glob("*.json")):
@@ -102,7 +102,7 @@ def gpu_tables() -> list[str]:
             "**On a GPU**: no result has been measured yet, so there is no number to show. `make gpu` makes them.",
             "",
         ]
-    from pytransformer.benchmarks.tables import describe_ceilings
+    from pytransformer.benchmarks.harness.tables import describe_ceilings
 
     lines = []
     for path, result in gpu_results().items():
@@ -126,7 +126,7 @@ def gpu_tables() -> list[str]:
 
 def gpu_row(row: dict[str, Any]) -> str:
     """One row of a GPU's table."""
-    from pytransformer.benchmarks.tables import best_of_ours, best_peer, duration, speedup
+    from pytransformer.benchmarks.harness.tables import best_of_ours, best_peer, duration, speedup
 
     ours, peer = best_of_ours(row), best_peer(row)
     cells = ["—", "—", "—"]
@@ -140,7 +140,7 @@ def gpu_row(row: dict[str, Any]) -> str:
 
 def measurement_table(result: dict[str, Any]) -> list[str]:
     """Tokens per second and other figures with a unit of their own."""
-    from pytransformer.benchmarks.tables import best_of_ours, best_peer, number, speedup
+    from pytransformer.benchmarks.harness.tables import best_of_ours, best_peer, number, speedup
 
     lines = ["| measured | shape | fastest of ours | | unit | best peer | ours is |", "|---|---|---|---:|---|---|---:|"]
     for row in result["measurements"]:
@@ -162,9 +162,10 @@ def pictures(path: Path, result: dict[str, Any]) -> list[Path]:
     drawn = [IMAGES / name for name in known.get("pictures", ())]
     if known.get("sha256") == digest and all(picture.exists() for picture in drawn):
         return drawn
+    # Without them the links are missing, so the page is stale.
     if not WRITING:
-        return []  # the links are missing then, so the page is stale
-    from pytransformer.benchmarks.plots import draw
+        return []
+    from pytransformer.benchmarks.harness.plots import draw
 
     for picture in drawn:
         picture.unlink(missing_ok=True)

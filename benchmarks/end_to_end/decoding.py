@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pytransformer import Transformer, TransformerConfig
 from pytransformer.benchmarks.end_to_end import models
-from pytransformer.benchmarks.rows import Absent
+from pytransformer.benchmarks.harness.rows import Absent
+from pytransformer.benchmarks.harness.timing import wait
 from pytransformer.generation import KVCache
 
 
@@ -104,7 +105,8 @@ def ours(shape: DecodingShape, device: torch.device, graph: bool) -> Burst:
     decoder = Decoder(shape, device)
     if not graph:
         return decoder.eager
-    decoder.eager(2)  # compiles
+    # This compiles.
+    decoder.eager(2)
     decoder.let_the_device_count()
     captured = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)
@@ -170,10 +172,10 @@ def measure(shape: DecodingShape, decoder: str, device: torch.device) -> dict[st
     run = make(shape, device, option)
     samples = []
     for index in range(shape.bursts + (1 if "graph" in decoder else 2)):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         run(shape.burst)
-        _wait(device)
+        wait(device)
         if index >= 1:
             samples.append(shape.batch * shape.burst / (time.perf_counter() - start))
     samples = samples[-shape.bursts :]
@@ -182,8 +184,3 @@ def measure(shape: DecodingShape, decoder: str, device: torch.device) -> dict[st
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         found["gbytes_per_second"] = shape.bytes_per_step() * sorted(samples)[len(samples) // 2] / shape.batch * 1e-9
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from pytransformer import TransformerConfig
+from pytransformer import Transformer, TransformerConfig
 from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.rows import Absent
+from pytransformer.benchmarks.harness.rows import Absent
 
 
 def tiny_llama(max_seqlen: int) -> TransformerConfig:
@@ -86,3 +86,32 @@ def transformers_model(config: TransformerConfig) -> Any:
             **common,
         )
     )
+
+
+def from_transformers(theirs: Any, config: TransformerConfig) -> Transformer:
+    """Our model of this shape with the weights of transformers' GPT-2, in evaluation mode on the CPU."""
+    ours = Transformer(config, device="meta").to_empty(device="cpu").eval()
+    state = theirs.state_dict()
+    renamed = {
+        "model.embed_tokens.weight": state["transformer.wte.weight"],
+        "lm_head.weight": state["transformer.wte.weight"],
+        "model.embed_positions.weight": state["transformer.wpe.weight"],
+        "model.norm.weight": state["transformer.ln_f.weight"],
+        "model.norm.bias": state["transformer.ln_f.bias"],
+    }
+    parts = {
+        "attention_norm": "ln_1",
+        "attention.qkv_proj": "attn.c_attn",
+        "attention.out_proj": "attn.c_proj",
+        "feed_forward_norm": "ln_2",
+        "feed_forward.up_proj": "mlp.c_fc",
+        "feed_forward.down_proj": "mlp.c_proj",
+    }
+    for index in range(ours.config.num_layers):
+        for name, source in parts.items():
+            weight = state[f"transformer.h.{index}.{source}.weight"]
+            # Their matrices are (in, out): Conv1D.
+            renamed[f"model.layers.{index}.{name}.weight"] = weight.t() if weight.ndim == 2 else weight
+            renamed[f"model.layers.{index}.{name}.bias"] = state[f"transformer.h.{index}.{source}.bias"]
+    ours.load_state_dict(renamed)
+    return ours

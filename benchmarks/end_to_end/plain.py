@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytransformer import TransformerConfig, rope_tables
-from pytransformer.benchmarks.suites.formulas import rotate
+from pytransformer.benchmarks.definitions.formulas import rotate
 
 
 class PlainTransformer(nn.Module):

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from pytransformer import Transformer, TransformerConfig, linear_cross_entropy
 from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.cases import visible_pairs
+from pytransformer.benchmarks.definitions.cases import visible_pairs
 from pytransformer.benchmarks.end_to_end import models
 from pytransformer.benchmarks.end_to_end.plain import PlainTransformer
-from pytransformer.benchmarks.rows import Absent
+from pytransformer.benchmarks.harness.rows import Absent
 
 # Dense bfloat16 by the makers' data sheets, FLOP/s: what an MFU is a fraction of. "H100" is the SXM part.
 DATA_SHEET = {"H200": 989.4e12, "H100": 989.4e12, "GH200": 989.4e12, "A100": 311.9e12, "B200": 2250e12}
@@ -82,7 +82,7 @@ def llama_1b(tiny: bool) -> TrainingShape:
 # --- who trains ---------------------------------------------------------------------------------------------------------------------------
 
 
-def ours(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple[nn.Module, Loss]:
+def ours(shape: TrainingShape, device: torch.device) -> tuple[nn.Module, Loss]:
     """Our model; its head and loss are one op, which holds no logits."""
     model = Transformer(shape.config, device=device)
 
@@ -90,10 +90,10 @@ def ours(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple[nn
         hidden = model.model(ids)
         return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
 
-    return model, torch.compile(loss) if compiled else loss
+    return model, loss
 
 
-def plain(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple[nn.Module, Loss]:
+def plain(shape: TrainingShape, device: torch.device) -> tuple[nn.Module, Loss]:
     """A model of torch's modules (`plain.py`), with the same initial weights."""
     with torch.device(device):
         model = PlainTransformer(shape.config)
@@ -103,10 +103,10 @@ def plain(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple[n
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(ids).flatten(0, 1).float(), targets.flatten())
 
-    return model, torch.compile(loss) if compiled else loss
+    return model, loss
 
 
-def theirs(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple[nn.Module, Loss]:
+def theirs(shape: TrainingShape, device: torch.device) -> tuple[nn.Module, Loss]:
     """transformers' model of the same shape, with torch's attention.
 
     Raises:
@@ -119,10 +119,10 @@ def theirs(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple[
         logits = model(ids, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    return model, torch.compile(loss) if compiled else loss
+    return model, loss
 
 
-def nanogpt(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple[nn.Module, Loss]:
+def nanogpt(shape: TrainingShape, device: torch.device) -> tuple[nn.Module, Loss]:
     """nanoGPT's model from its own file in the folder of peers.
 
     Raises:
@@ -152,10 +152,10 @@ def nanogpt(shape: TrainingShape, device: torch.device, compiled: bool) -> tuple
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         return model(ids, targets)[1]
 
-    return model, torch.compile(loss) if compiled else loss
+    return model, loss
 
 
-TRAINERS: dict[str, Callable[[TrainingShape, torch.device, bool], tuple[nn.Module, Loss]]] = {
+TRAINERS: dict[str, Callable[[TrainingShape, torch.device], tuple[nn.Module, Loss]]] = {
     "pytransformer": ours,
     "torch_modules": plain,
     "transformers": theirs,
@@ -174,9 +174,11 @@ def measure(shape: TrainingShape, trainer: str, compiled: bool, device: torch.de
         RuntimeError: the loss did not begin where a random model's does, or did not fall.
     """
     models.start_afresh(device)
-    if compiled:  # importing the compiler alone takes seconds
+    # Importing the compiler alone takes seconds.
+    if compiled:
         torch.compiler.reset()
-    model, loss = TRAINERS[trainer](shape, device, compiled)
+    model, loss = TRAINERS[trainer](shape, device)
+    loss = torch.compile(loss) if compiled else loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     draw = torch.Generator(device=device).manual_seed(0)
     size = (shape.micro_batches, shape.batch, shape.seqlen + 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pytransformer.benchmarks.harness.rows import Variant
 from pytransformer.benchmarks.peers import (
     flash_attention,
     flashinfer,
@@ -20,8 +21,7 @@ from pytransformer.benchmarks.peers import (
     triton_tutorial,
 )
 from pytransformer.benchmarks.peers import transformers as transformers_peer
-from pytransformer.benchmarks.peers.base import Peer, folder, kept, lazily, loose_file, use_folder
-from pytransformer.benchmarks.rows import Variant
+from pytransformer.benchmarks.peers.base import Peer, kept, lazily, loose_file, use_folder
 
 # Whole models only: see end_to_end/training.py.
 NANOGPT = Peer("nanogpt", "nanogpt", "torch", {}, file="nanogpt/model.py", least_capability=None)
@@ -43,8 +43,6 @@ PEERS: tuple[Peer, ...] = (
 __all__ = [
     "NANOGPT",
     "PEERS",
-    "Peer",
-    "folder",
     "is_here",
     "kept",
     "loose_file",

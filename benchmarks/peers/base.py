@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from pytransformer.benchmarks.rows import Inputs, Variant
+from pytransformer.benchmarks.harness.paths import ROOT
+from pytransformer.benchmarks.harness.rows import Inputs, Variant
 
 # A factory imports the package and returns the call; it runs at the first call, so that listing rows imports nothing.
 Factory = Callable[[], Variant]
@@ -22,7 +23,6 @@ Factory = Callable[[], Variant]
 Builder = Callable[[Any], Factory | None]
 
 FOLDER_VARIABLE = "PYTRANSFORMER_PEERS"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def folder() -> Path:
@@ -110,7 +110,8 @@ class Peer:
 def _is_importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # a parent package is missing, or breaks when it is imported
+    except (ImportError, ValueError):
+        # A parent package is missing, or breaks when it is imported.
         return False
 
 
@@ -134,9 +135,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
 
-    functorch.donated_buffer = (
-        False  # a backward pass that is timed runs again and again over what its forward pass saved
-    )
+    # A backward pass that is timed runs again and again over what its forward pass saved.
+    functorch.donated_buffer = False
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 2**20
     return torch.compile(function, dynamic=False, fullgraph=True)
 

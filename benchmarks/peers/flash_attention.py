@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.benchmarks.cases import AttentionCase, DecodeCase, RopeCase
+from pytransformer.benchmarks.definitions.cases import AttentionCase, DecodeCase, RopeCase
+from pytransformer.benchmarks.harness.rows import Inputs, Variant
 from pytransformer.benchmarks.peers.base import Factory, Peer, kept
-from pytransformer.benchmarks.rows import Inputs, Variant
 
 
 def _first(result: Any) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.benchmarks.cases import AppendCase, AttentionCase, DecodeCase, NormCase, RopeCase
+from pytransformer.benchmarks.definitions.cases import AppendCase, AttentionCase, DecodeCase, NormCase, RopeCase
+from pytransformer.benchmarks.harness.rows import Inputs, Variant
 from pytransformer.benchmarks.peers.base import Factory, Peer, kept
-from pytransformer.benchmarks.rows import Inputs, Variant
 
 WORKSPACE_BYTES = 128 * 2**20
 # A contiguous cache is read through a table of pages of this many slots.

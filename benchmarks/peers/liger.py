@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.benchmarks.cases import LinearCrossEntropyCase, NormCase, RopeCase
+from pytransformer.benchmarks.definitions.cases import LinearCrossEntropyCase, NormCase, RopeCase
+from pytransformer.benchmarks.harness.rows import Inputs, Variant
 from pytransformer.benchmarks.peers.base import Factory, Peer, kept
-from pytransformer.benchmarks.rows import Inputs, Variant
 
 
 def _rms_norm(case: NormCase) -> Factory:

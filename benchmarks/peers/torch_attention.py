@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pytransformer.benchmarks.cases import AttentionCase, DecodeCase
+from pytransformer.benchmarks.definitions.cases import AttentionCase, DecodeCase
+from pytransformer.benchmarks.harness.rows import Inputs, Variant
 from pytransformer.benchmarks.peers.base import Factory, Peer, compiled, kept
-from pytransformer.benchmarks.rows import Inputs, Variant
 
 # Scores that the math backend may materialise, in elements: 512 MB of float32, with the softmax and its gradient beside them.
 LARGEST_SCORES = 2**27
@@ -189,7 +189,8 @@ def _flex(case: AttentionCase) -> Factory | None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         attention = compiled(flex_attention)
-        blocks: list[Any] = []  # one mask for all input sets
+        # One mask for all input sets.
+        blocks: list[Any] = []
 
         def block_mask(inputs: Inputs) -> Any:
             if not blocks:

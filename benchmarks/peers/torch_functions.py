@@ -9,10 +9,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer.benchmarks.cases import ActivationCase, AppendCase, LinearCrossEntropyCase, NormCase, RopeCase
+from pytransformer.benchmarks.definitions import formulas
+from pytransformer.benchmarks.definitions.cases import (
+    ActivationCase,
+    AppendCase,
+    LinearCrossEntropyCase,
+    NormCase,
+    RopeCase,
+)
+from pytransformer.benchmarks.harness.rows import Inputs, Variant
 from pytransformer.benchmarks.peers.base import Factory, Peer, compiled
-from pytransformer.benchmarks.rows import Inputs, Variant
-from pytransformer.benchmarks.suites import formulas
 
 Formula = Callable[..., Any]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.benchmarks.cases import AttentionCase, NormCase
+from pytransformer.benchmarks.definitions.cases import AttentionCase, NormCase
+from pytransformer.benchmarks.harness.rows import Inputs, Variant
 from pytransformer.benchmarks.peers.base import Factory, Peer, kept, loose_file
-from pytransformer.benchmarks.rows import Inputs, Variant
 
 ATTENTION = "triton-tutorials/06-fused-attention.py"
 LAYER_NORM = "triton-tutorials/05-layer-norm.py"

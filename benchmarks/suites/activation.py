@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import pytransformer
-from pytransformer.benchmarks.cases import ActivationCase
+from pytransformer.benchmarks.definitions import formulas
+from pytransformer.benchmarks.definitions.cases import ActivationCase
+from pytransformer.benchmarks.harness.rows import Inputs, Row, Variant
 from pytransformer.benchmarks.peers import kept
-from pytransformer.benchmarks.rows import Inputs, Row, Variant
-from pytransformer.benchmarks.suites import formulas
 from pytransformer.benchmarks.suites.common import (
     Wanted,
     all_variants,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import pytransformer
-from pytransformer.benchmarks.cases import AttentionCase, skewed_lengths
-from pytransformer.benchmarks.rows import Inputs, Row, Variant
+from pytransformer.benchmarks.definitions.cases import AttentionCase, skewed_lengths
+from pytransformer.benchmarks.harness.rows import Inputs, Row, Variant
 from pytransformer.benchmarks.suites import attention_golden as golden
 from pytransformer.benchmarks.suites.common import (
     Wanted,
@@ -83,7 +83,8 @@ def _specials() -> Iterator[AttentionCase]:
 def _prices() -> Iterator[AttentionCase]:
     for options in PRICED:
         case = _llama(4096, **options)
-        if not case.deterministic:  # it only concerns gradients
+        # Determinism only concerns gradients.
+        if not case.deterministic:
             yield case
         yield replace(case, backward=True)
 
@@ -189,9 +190,8 @@ def draw(case: AttentionCase, device: torch.device, seed: int) -> Inputs:
         inputs["bias"] = normal(device, 8 * seed + 5, 1, case.num_heads, case.seqlen, case.seqlen)
     if case.alibi:
         exponents = torch.arange(1, case.num_heads + 1, device=device) * (8.0 / case.num_heads)
-        inputs["alibi_slopes"] = torch.exp2(
-            -exponents.flip(0)
-        ).float()  # the last head, which is checked, has the steepest
+        # The last head, which is checked, has the steepest.
+        inputs["alibi_slopes"] = torch.exp2(-exponents.flip(0)).float()
     if case.dropout_p:
         inputs["dropout_seed"] = torch.tensor([case.dropout_seed, seed], dtype=torch.int64, device=device)
     if case.lengths:

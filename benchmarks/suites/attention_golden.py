@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from pytransformer.benchmarks.cases import AttentionCase
-from pytransformer.benchmarks.rows import Inputs
+from pytransformer.benchmarks.definitions.cases import AttentionCase
+from pytransformer.benchmarks.harness.rows import Inputs
 from pytransformer.benchmarks.suites.common import checked_rows
 from pytransformer.reference.philox import dropout_threshold, philox_4x32
 

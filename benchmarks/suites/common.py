@@ -10,7 +10,7 @@ import torch
 
 from pytransformer import extension
 from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.rows import Inputs, Variant
+from pytransformer.benchmarks.harness.rows import Inputs, Variant
 
 BF16 = torch.bfloat16
 # Rows of a result that are compared with float64; a whole one would take longer to check than to time.

@@ -10,7 +10,7 @@ import torch
 
 from pytransformer.benchmarks import peers
 from pytransformer.benchmarks.end_to_end import decoding, training
-from pytransformer.benchmarks.rows import Measurement
+from pytransformer.benchmarks.harness.rows import Measurement
 from pytransformer.benchmarks.suites.common import Wanted
 
 # (trainer, under torch.compile, also where no peers are asked for, also in the quick grid)
@@ -38,10 +38,11 @@ def _training(wanted: Wanted, shape: training.TrainingShape, priority: int) -> M
         here = always or (wanted.peers and peers.is_here(trainer, wanted.device))
         if not here or (wanted.quick and not quick):
             continue
+        # nanoGPT is GPT-2.
         if trainer == "nanogpt" and shape.config.positions != "learned":
-            continue  # it is GPT-2
-        if wanted.tiny:  # torch.compile takes half a minute on a CPU, whatever the size
-            compiled = False
+            continue
+        # torch.compile takes half a minute on a CPU, whatever the size.
+        compiled = compiled and not wanted.tiny
         name = f"{trainer} compiled" if compiled else trainer
         variants[name] = functools.partial(training.measure, shape, trainer, compiled)
     return Measurement(

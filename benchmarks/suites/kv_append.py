@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import pytransformer
-from pytransformer.benchmarks.cases import QUANTISED, AppendCase
-from pytransformer.benchmarks.rows import LARGEST_ERROR, Inputs, Row, Variant
-from pytransformer.benchmarks.suites import formulas
+from pytransformer.benchmarks.definitions import formulas
+from pytransformer.benchmarks.definitions.cases import QUANTISED, AppendCase
+from pytransformer.benchmarks.harness.rows import LARGEST_ERROR, Inputs, Row, Variant
 from pytransformer.benchmarks.suites.common import Wanted, all_variants, generator, no_grad, normal
 
 QUICK = (

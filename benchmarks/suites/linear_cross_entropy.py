@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import pytransformer
-from pytransformer.benchmarks.cases import LinearCrossEntropyCase
-from pytransformer.benchmarks.rows import Inputs, Row, Variant
+from pytransformer.benchmarks.definitions.cases import LinearCrossEntropyCase
+from pytransformer.benchmarks.harness.rows import Inputs, Row, Variant
 from pytransformer.benchmarks.suites.common import Wanted, all_variants, generator, no_grad, normal
 
 QUICK = (LinearCrossEntropyCase(8192, 4096, 128256),)

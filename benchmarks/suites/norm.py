@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import pytransformer
-from pytransformer.benchmarks.cases import NormCase
-from pytransformer.benchmarks.rows import Inputs, Row, Variant
-from pytransformer.benchmarks.suites import formulas
+from pytransformer.benchmarks.definitions import formulas
+from pytransformer.benchmarks.definitions.cases import NormCase
+from pytransformer.benchmarks.harness.rows import Inputs, Row, Variant
 from pytransformer.benchmarks.suites.common import Wanted, all_variants, backward_of, no_grad, normal
 
 OPS = ("rms_norm", "layer_norm")

@@ -18,13 +18,21 @@ import torch
 
 import pytransformer
 from pytransformer.benchmarks import peers
-from pytransformer.benchmarks.cases import ActivationCase, AppendCase, AttentionCase, DecodeCase, NormCase, RopeCase
-from pytransformer.benchmarks.rows import Absent, Inputs, Measurement, Variant
+from pytransformer.benchmarks.definitions.cases import (
+    ActivationCase,
+    AppendCase,
+    AttentionCase,
+    DecodeCase,
+    NormCase,
+    RopeCase,
+)
+from pytransformer.benchmarks.harness.paths import ROOT
+from pytransformer.benchmarks.harness.rows import Absent, Inputs, Measurement, Variant
+from pytransformer.benchmarks.harness.timing import wait
 from pytransformer.benchmarks.suites import activation, attention, decode_attention, kv_append, norm, rope
 from pytransformer.benchmarks.suites.common import Wanted, our_backends
 
 Measure = Callable[[torch.device], dict[str, Any]]
-ROOT = Path(__file__).resolve().parents[2]
 
 # --- launch: eager calls on tensors so small that only the host counts --------------------------------------------------------------------
 
@@ -110,18 +118,13 @@ def _host_time(
         samples = []
         repeats = LAUNCH_CALLS if device.type == "cuda" else 20
         for _ in range(LAUNCH_SAMPLES):
-            _wait(device)
+            wait(device)
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
             samples.append((time.perf_counter() - start) / repeats * 1e6)
-        _wait(device)
+        wait(device)
     return {"samples": samples, "calls_per_sample": repeats}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- first call: a fresh process with an empty cache of kernels, and again with a full one ------------------------------------------------
@@ -186,7 +189,8 @@ def _run_first_call(name: str, variant: str, device: torch.device, folder: str) 
         "PYTRANSFORMER_CACHE_DIR": "pytransformer",
     }
     environment = {**os.environ, **{key: f"{folder}/{value}" for key, value in caches.items()}}
-    environment["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"  # it keeps nothing on disk unless it is asked to
+    # FlashAttention keeps nothing on disk unless it is asked to.
+    environment["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
     program = FIRST_CALL.format(path=sys.path, name=name, variant=variant, device=str(device))
     start = time.perf_counter()
     result = subprocess.run(
@@ -210,10 +214,10 @@ def first_call(name: str, variant: str, device_name: str) -> None:
     suite: Any = {"attention": attention, "decode_attention": decode_attention}.get(case.op, norm)
     row = suite._row(Wanted(device, peers=True), case, 0)
     inputs = row.inputs(device, 0)
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     row.variants[variant](inputs)
-    _wait(device)
+    wait(device)
     print(time.perf_counter() - start)
 
 
@@ -222,7 +226,8 @@ def first_call(name: str, variant: str, device_name: str) -> None:
 
 def install(wanted: Wanted) -> Iterator[Measurement]:
     """Seconds to make a wheel without the CUDA extension, and to install it into a fresh environment, offline."""
-    if (ROOT / "setup.py").is_file():  # an installed package has no sources to install
+    # An installed package has no sources to install.
+    if (ROOT / "setup.py").is_file():
         yield Measurement(
             "install",
             "wheel without the CUDA extension",

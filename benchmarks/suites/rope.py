@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import pytransformer
-from pytransformer.benchmarks.cases import RopeCase
-from pytransformer.benchmarks.rows import Inputs, Row, Variant
-from pytransformer.benchmarks.suites import formulas
+from pytransformer.benchmarks.definitions import formulas
+from pytransformer.benchmarks.definitions.cases import RopeCase
+from pytransformer.benchmarks.harness.rows import Inputs, Row, Variant
 from pytransformer.benchmarks.suites.common import Wanted, all_variants, checked_rows, no_grad, normal
 
 QUICK = (RopeCase(8192, 32, 8, 128), RopeCase(32768, 32, 8, 128))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytransformer.benchmarks.compare import Report
+    from pytransformer.benchmarks.harness.compare import Report
 
 DEFAULT_FOLDER = Path("runs/bench")
 COMMANDS = ("run", "compare", "plot")
@@ -135,13 +136,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: an op that does not exist, a real grid without a GPU, a result file that cannot be continued.
     """
-    import torch
+    from pytransformer.benchmarks.harness import record, schema, tables, worker
+    from pytransformer.benchmarks.harness.supervise import Limits, supervise
+    from pytransformer.benchmarks.harness.timing import device_here
 
-    from pytransformer.benchmarks import record, schema, tables
-    from pytransformer.benchmarks import run as worker
-    from pytransformer.benchmarks.supervise import Limits, supervise
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     grid = arguments.grid or ("quick" if device.type == "cuda" else "tiny")
     if grid != "tiny" and device.type == "cpu":
         raise ValueError(f"--{grid} needs a GPU, and torch sees none here; --tiny runs every row at sizes for a CPU")
@@ -167,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(worker: Any, options: list[str], out: Path, device: Any) -> None:
     """Finds out in this process, in one line, what cannot be served."""
-    from pytransformer.benchmarks.record import Record
+    from pytransformer.benchmarks.harness.record import Record
 
     parser = argparse.ArgumentParser()
     worker.add_options(parser)
@@ -184,17 +183,16 @@ def run_compare(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: a file is no result, or the two cannot be compared.
     """
-    from pytransformer.benchmarks import record
-    from pytransformer.benchmarks.compare import compare
+    from pytransformer.benchmarks.harness import record
+    from pytransformer.benchmarks.harness.compare import compare
 
     before, after = record.load(arguments.before), record.load(arguments.after)
     margin = None if arguments.margin is None else arguments.margin / 100
     report = compare(before, after, force=arguments.force, margin=margin)
     for name, content in (("A", before), ("B", after)):
         where = content["environment"]
-        print(
-            f"{name}: {where['device']}, revision {where['revision']}, torch {where['torch']}, triton {where['triton']}, {where['time']}"
-        )
+        versions = f"torch {where['torch']}, triton {where['triton']}"
+        print(f"{name}: {where['device']}, revision {where['revision']}, {versions}, {where['time']}")
     _print_report(report, arguments.all)
     if arguments.fail_on_regression is None:
         return 0
@@ -206,21 +204,17 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 def _print_report(report: Report, everything: bool) -> None:
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from pytransformer.benchmarks.compare import FASTER, SAME, SLOWER
-    from pytransformer.benchmarks.tables import PAGE_WIDTH, duration
+    from pytransformer.benchmarks.harness.compare import FASTER, SAME, SLOWER
+    from pytransformer.benchmarks.harness.tables import console, duration
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PAGE_WIDTH)
+    out = console()
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("op, shape", "variant", "A", "B", "B / A", "95 %", "p", "B is"):
-        table.add_column(
-            name, justify="left" if name in ("op, shape", "variant", "B is") else "right", no_wrap=name != "op, shape"
-        )
+        left = name in ("op, shape", "variant", "B is")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "op, shape")
     styles = {FASTER: "green", SLOWER: "red", SAME: "dim"}
     for found in report.comparisons:
         if found.verdict == SAME and not everything:
@@ -239,13 +233,11 @@ def _print_report(report: Report, everything: bool) -> None:
             f"[{styles[found.verdict]}]{found.verdict}[/]",
         )
     if table.row_count:
-        console.print(table)
+        out.print(table)
     for name, only in (("A", report.only_before), ("B", report.only_after)):
         for place in only:
-            console.print(f"only in {name}: {place}", markup=False, soft_wrap=True)
-    counts = {
-        verdict: sum(found.verdict == verdict for found in report.comparisons) for verdict in (FASTER, SLOWER, SAME)
-    }
+            out.print(f"only in {name}: {place}", markup=False, soft_wrap=True)
+    counts = Counter(found.verdict for found in report.comparisons)
     print(
         f"{len(report.comparisons)} compared: {counts[FASTER]} faster, {counts[SLOWER]} slower, {counts[SAME]} no difference "
         f"(beyond {100 * report.margin:.1f} % and chance)"
@@ -258,7 +250,7 @@ def _print_report(report: Report, everything: bool) -> None:
 
 def run_plot(arguments: argparse.Namespace) -> int:
     """Draws result files."""
-    from pytransformer.benchmarks import record
+    from pytransformer.benchmarks.harness import record
 
     for path in arguments.files:
         _draw(record.load(path), arguments.output or path.parent, path.stem)
@@ -266,7 +258,7 @@ def run_plot(arguments: argparse.Namespace) -> int:
 
 
 def _draw(content: dict[str, Any], folder: Path, stem: str) -> None:
-    from pytransformer.benchmarks.plots import draw
+    from pytransformer.benchmarks.harness.plots import draw
 
     for path in draw(content, folder, stem):
         print(path)

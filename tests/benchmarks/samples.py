@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.benchmarks.record import new_content
-from pytransformer.benchmarks.rows import Row, Variant
+from pytransformer.benchmarks.harness.record import new_content
+from pytransformer.benchmarks.harness.rows import Row, Variant
 
 ENVIRONMENT = {
     "time": "2026-01-02T03:04:05Z",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pytransformer.benchmarks import record
+from pytransformer.benchmarks.harness import record
 from tests.benchmarks.samples import attention_row, measurement, record_of, row
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pytransformer.benchmarks import record, schema
+from pytransformer.benchmarks.harness import record, schema
 from pytransformer.cli import bench
 from pytransformer.cli.main import main
 from tests.benchmarks.samples import attention_row, measurement, record_of, row

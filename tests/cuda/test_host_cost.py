@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pytransformer.benchmarks.host_cost import BACKENDS, run_in_emulator
+from pytransformer.benchmarks.programs.host_cost import BACKENDS, run_in_emulator
 
 
 @pytest.mark.slow  # builds one more flavor of the extension

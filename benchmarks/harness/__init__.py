@@ -1,0 +1,1 @@
+"""How a row is run, watched, recorded and shown; what the rows compute is not known here."""

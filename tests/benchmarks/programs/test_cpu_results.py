@@ -1,0 +1,46 @@
+"""The CPU comparisons' result files: what a run leaves, and that the next run replaces it."""
+
+import json
+
+import pytest
+import torch
+
+from pytransformer.benchmarks.programs import cpu_decode, cpu_training
+
+
+def run_with(module, monkeypatch, path, seconds):
+    """main() with everything that takes time replaced; the names of the variants are real."""
+    samples = {
+        "pytransformer": [seconds] * 3,
+        "transformers, static cache": [2 * seconds] * 3,
+        "transformers, dynamic cache": [3 * seconds] * 3,
+        "weights only, F.linear": [seconds] * 3,
+    }
+    if module is cpu_decode:
+        monkeypatch.setattr(module.models, "transformers_model", lambda config: torch.nn.Identity())
+        monkeypatch.setattr(module.models, "from_transformers", lambda theirs, config: None)
+        monkeypatch.setattr(module, "check_same_tokens", lambda ours, theirs, prompt: 24)
+        monkeypatch.setattr(module, "chains", lambda model: {})
+        monkeypatch.setattr(module, "measure", lambda variants, rounds, tokens: samples)
+    else:
+        trainers = {"pytransformer": type("Trainer", (), {"parameters": 7})}
+        monkeypatch.setattr(module, "make_trainers", lambda: trainers)
+        monkeypatch.setattr(module, "measure", lambda trainers, rounds: (samples, {key: [3.0, 2.0] for key in samples}))
+        monkeypatch.setattr(module, "check_same_losses", lambda losses: None)
+    monkeypatch.setattr("sys.argv", [module.__name__, "--out", str(path)])
+    return module.main()
+
+
+@pytest.mark.parametrize("module", [cpu_decode, cpu_training], ids=["decode", "training"])
+def test_a_run_replaces_the_result_of_the_one_before(module, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="these comparisons are with transformers")
+    path = tmp_path / "new" / "result.json"
+    for seconds in (1.0, 0.5):
+        assert run_with(module, monkeypatch, path, seconds) == 0
+    result = json.loads(path.read_text())
+    rates = {row["variant"]: row["tokens_per_second"] for row in result["rows"]}
+    assert len(rates) == len(result["rows"]) == 4
+    assert rates["pytransformer"] == pytest.approx(2 * rates["transformers, static cache"])
+    assert result["speedup_over_transformers"] == pytest.approx(2.0)
+    assert result["environment"]["torch"]
+    assert "2.00 × transformers" in capsys.readouterr().out
