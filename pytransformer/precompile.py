@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytransformer.ops.backend import triton_compiles_for_cpu_tensors
+from pytransformer.ops.op import triton_compiles_for_cpu_tensors
 
 if TYPE_CHECKING:
     from pytransformer.model.config import TransformerConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import Library
 
 from pytransformer.ops.attention import CHOICE, attention
-from pytransformer.ops.attention_checks import AttentionCall
+from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.backend import requested_backend
 
 IMPLEMENTATION = "pytransformer"
@@ -248,13 +248,21 @@ def _backend(
     if named is not None and named != "torch":
         return named
     call = AttentionCall(
-        q, k, v, causal, window, dropout_p=dropout_p, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, return_lse=True
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        dropout_p=dropout_p,
+        cu_seqlens_q=starts_q,
+        cu_seqlens_k=starts_k,
+        return_lse=True,
     )
     reasons = []
     for candidate in CHOICE.candidates:
-        if candidate.backend not in ("torch", "reference"):
-            reason = CHOICE.why_not(candidate.backend, call, q.device.type)
+        if candidate.name not in ("torch", "reference"):
+            reason = CHOICE.why_not(candidate.name, call, q.device.type)
             if reason is None:
-                return candidate.backend
-            reasons.append(f"{candidate.backend}: {reason}")
+                return candidate.name
+            reasons.append(f"{candidate.name}: {reason}")
     raise NotImplementedError(f"no kernel serves this call in place of torch's flash attention: {'; '.join(reasons)}")

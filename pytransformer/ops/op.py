@@ -52,6 +52,7 @@ class Op:
         values: names of the tensors whose values the checks read, where they may be read.
         varying: the last argument is an int that differs from call to call, for the launch to look at.
         casts: whether autocast changes the call.
+        reference_costs: what the reference does that is worth a warning when it was not asked for.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class Op:
         values: Sequence[str] = (),
         varying: bool = False,
         casts: bool = False,
+        reference_costs: str = "",
     ) -> None:
         self.name, self.registered, self.check, self.result = name, registered, check, result
         self.rule, self.casts, self.grads, self.varying = rule, casts, tuple(grads), varying
+        self._reference_costs = reference_costs
         self.call, self.num_tensors = registered.call, registered.num_tensors
         self.choice = BackendChoice(name, tuple(backends))
         self._backends = {backend.name: backend for backend in backends}
@@ -122,6 +125,8 @@ class Op:
             checks.refuse_grad(self.name, **dict(zip(self.grads, self._grads(call))))
         device_type = call[0].device.type
         chosen = self._backends[self.choice.select(call, device_type, backend)]
+        if chosen.name == "reference" and self._reference_costs and choice.requested_backend(backend) is None:
+            choice.warn_once(self._warning(call, device_type))
         if not torch.compiler.is_compiling():
             self._keep(given, call, chosen, backend)
         if is_autocasting(device_type):
@@ -131,6 +136,12 @@ class Op:
         else:
             outputs = self._run(call, chosen)
         return self.result(call, outputs)
+
+    def _warning(self, call: Any, device_type: str) -> str:
+        by_request = "interpreted kernels serve on request only"
+        others = (name for name in self._backends if name != "reference")
+        reasons = "; ".join(f"{name}: {self.choice.why_not(name, call, device_type) or by_request}" for name in others)
+        return f"{self.name}: no fused backend serves this call, so the reference does, which {self._reference_costs}. {reasons}"
 
     def _run(self, call: Any, backend: Backend) -> Outputs:
         tensors = call[: self.num_tensors]

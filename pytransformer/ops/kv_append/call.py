@@ -1,16 +1,27 @@
-"""The host-side checks of KV append: every argument, before anything is written, each error naming what is allowed."""
+"""A call of KV append, and the checks of every argument before anything is written, each error naming what is allowed."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pytransformer.ops import checks
-from pytransformer.ops.attention_checks import is_autocasting
-from pytransformer.ops.decode_attention_checks import CACHE_LAYOUT, QUANTISED_DTYPES, check_cache_scale
+from pytransformer.ops.cache_checks import (
+    CACHE_DTYPES,
+    CACHE_LAYOUT,
+    capacity_of,
+    check_cache_dtype,
+    check_index,
+    check_pages,
+    check_rows,
+    check_scales,
+)
+from pytransformer.ops.precision import is_autocasting
+from pytransformer.ops.registered import Outputs
 
 INTEGERS = (torch.int32, torch.int64)
 DENSE_LAYOUT = "(batch, seqlen_new, num_kv_heads, head_dim)"
@@ -48,27 +59,21 @@ def count_tokens(call: AppendCall) -> int:
     return call.k.shape[0] if call.k.ndim == 3 else call.k.shape[0] * call.k.shape[1]
 
 
-def capacity_of(call: AppendCall) -> int:
-    """Tokens that one sequence can have."""
-    pages = 1 if call.block_table is None else call.block_table.shape[1]
-    return pages * call.k_cache.shape[1]
-
-
 def scales_are_written(call: AppendCall) -> bool:
     """Whether the scales are per token, so that the op makes them."""
     return call.k_scale is not None and call.k_scale.ndim > 1
 
 
-def tensors_of(call: AppendCall) -> tuple[Tensor, ...]:
-    """All tensors of the call."""
-    return tuple(value for value in call if isinstance(value, Tensor))
+def unless_empty(run: Callable[[AppendCall], Outputs]) -> Callable[[AppendCall], Outputs]:
+    """``run`` for calls that have tokens; the others write nothing."""
+    return lambda call: run(call) if count_tokens(call) > 0 else (None if call.q is None else torch.empty_like(call.q),)
 
 
 def check_kv_append(call: AppendCall) -> AppendCall:
     """Checks a call as the user gave it and returns it normalised; see ``kv_append`` for the errors."""
     call = _check_new(call)
     _check_caches(call)
-    _check_scales(call)
+    check_scales(call, "per head (read)", "per token (written)")
     call = _check_where(call)
     call = _check_rope(call)
     _check_norms(call)
@@ -107,17 +112,12 @@ def _check_new(call: AppendCall) -> AppendCall:
 
 
 def _check_caches(call: AppendCall) -> None:
-    allowed = (*checks.FLOAT_DTYPES_AND_DOUBLE, *QUANTISED_DTYPES)
     for name, cache, new_name, new in (
         ("k_cache", call.k_cache, "k", call.k),
         ("v_cache", call.v_cache, "v", call.v),
     ):
-        checks.check_tensor(name, cache, ndim=4, dtypes=allowed, device=new.device, layout=CACHE_LAYOUT)
-        if cache.dtype != new.dtype and cache.dtype not in QUANTISED_DTYPES:
-            raise TypeError(
-                f"{name} must have the dtype of {new_name} ({checks.short(new.dtype)}), or be quantised (int8, float8_e4m3fn), "
-                f"got {checks.short(cache.dtype)}"
-            )
+        checks.check_tensor(name, cache, ndim=4, dtypes=CACHE_DTYPES, device=new.device, layout=CACHE_LAYOUT)
+        check_cache_dtype(name, cache, new_name, new)
         if cache.shape[2:] != new.shape[-2:]:
             raise ValueError(
                 f"{name} must have the heads and head_dim of {new_name}, {tuple(new.shape[-2:])}, got shape {tuple(cache.shape)}"
@@ -129,29 +129,6 @@ def _check_caches(call: AppendCall) -> None:
             )
     checks.check_same_dtype("v_cache", call.v_cache, "k_cache", call.k_cache)
     checks.check_shape("v_cache", call.v_cache, (*call.k_cache.shape[:3], None), "(first three sizes of k_cache, any)")
-
-
-def _check_scales(call: AppendCall) -> None:
-    if call.k_cache.dtype not in QUANTISED_DTYPES:
-        for name, scale in (("k_scale", call.k_scale), ("v_scale", call.v_scale)):
-            if scale is not None:
-                raise ValueError(
-                    f"{name} is for quantised caches (int8, float8_e4m3fn); k_cache is {checks.short(call.k_cache.dtype)}"
-                )
-        return
-    if call.k_scale is None or call.v_scale is None:
-        missing = "k_scale" if call.k_scale is None else "v_scale"
-        raise ValueError(f"{missing} must be given with caches of {checks.short(call.k_cache.dtype)}")
-    check_cache_scale("k_scale", call.k_scale, call.k_cache)
-    check_cache_scale("v_scale", call.v_scale, call.v_cache)
-    if call.k_scale.ndim != call.v_scale.ndim:
-        raise ValueError(
-            "k_scale and v_scale must both be per head (read) or both per token (written), "
-            f"got shapes {tuple(call.k_scale.shape)} and {tuple(call.v_scale.shape)}"
-        )
-    if call.k_scale.ndim == 1:
-        checks.check_no_nan("k_scale", call.k_scale)
-        checks.check_no_nan("v_scale", call.v_scale)
 
 
 def _check_where(call: AppendCall) -> AppendCall:
@@ -177,34 +154,11 @@ def _check_where(call: AppendCall) -> AppendCall:
         checks.check_cu_seqlens("cu_seqlens", call.cu_seqlens, call.k.shape[0], device, batch)
     elif call.k.shape[0] != batch:
         raise ValueError(f"cache_seqlens must have shape (batch) = ({call.k.shape[0]}), got {(batch,)}")
-    checks.check_last_dim_contiguous("cache_seqlens", call.cache_seqlens)
-    _check_rows(call, batch)
-    return call
-
-
-def _check_rows(call: AppendCall, batch: int) -> None:
-    """block_table or cache_batch_idx, or one row of the caches per sequence."""
-    device = call.k.device
-    if call.block_table is not None:
-        if call.cache_batch_idx is not None:
-            raise ValueError("cache_batch_idx is for contiguous caches; block_table lists each sequence's pages")
-        table = checks.check_tensor(
-            "block_table", call.block_table, ndim=2, dtypes=(torch.int32,), device=device, layout="(batch, max_pages)"
-        )
-        checks.check_shape("block_table", table, (batch, None), "(batch, max_pages)")
-        checks.check_last_dim_contiguous("block_table", table)
-    elif call.cache_batch_idx is not None:
-        index = call.cache_batch_idx
-        checks.check_tensor("cache_batch_idx", index, ndim=1, dtypes=(torch.int32,), device=device, layout="(batch)")
-        checks.check_shape("cache_batch_idx", index, (batch,), "(batch)")
-        checks.check_last_dim_contiguous("cache_batch_idx", index)
-    elif call.k_cache.shape[0] != batch:
-        raise ValueError(
-            f"k_cache must have batch = {batch} rows unless block_table, cache_batch_idx or slot_mapping is given, "
-            f"got shape {tuple(call.k_cache.shape)}"
-        )
+    check_index("cache_seqlens", call.cache_seqlens, batch, device)
+    check_rows(call, batch, hint="block_table, cache_batch_idx or slot_mapping")
     if call.k_cache.shape[1] == 0 and count_tokens(call) > 0:
         raise ValueError(f"k_cache must have room for tokens, got shape {tuple(call.k_cache.shape)}")
+    return call
 
 
 def _per_token(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], call: AppendCall) -> Tensor:
@@ -303,16 +257,5 @@ def _check_lengths(call: AppendCall, lengths: list[int]) -> None:
         if len(set(rows)) != len(rows):
             raise ValueError(f"cache_batch_idx must name each row once, got {rows}")
     if call.block_table is not None:
-        _check_pages(call, call.block_table, lengths, counts)
-
-
-def _check_pages(call: AppendCall, block_table: Tensor, lengths: list[int], counts: list[int]) -> None:
-    num_pages, page_size = call.k_cache.shape[:2]
-    table = block_table.tolist()
-    for sequence, (length, count) in enumerate(zip(lengths, counts)):
-        for entry in range(length // page_size, -(-(length + count) // page_size) if count else 0):
-            if not 0 <= table[sequence][entry] < num_pages:
-                raise ValueError(
-                    f"block_table must hold pages from 0 to {num_pages - 1} where new tokens go, "
-                    f"got {table[sequence][entry]} at index [{sequence}, {entry}]"
-                )
+        spans = ((length, length + count) for length, count in zip(lengths, counts))
+        check_pages(call, spans, "new tokens go")

@@ -10,26 +10,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer.ops import attention_torch
-from pytransformer.ops.attention_checks import AttentionCall
-from pytransformer.ops.decode_attention_checks import QUANTISED_DTYPES, DecodeCall, first_visible_key
+from pytransformer import reference
+from pytransformer.ops.attention.by_torch import attend as attend_whole
+from pytransformer.ops.attention.call import AttentionCall
+from pytransformer.ops.backend import Backend, Limit
+from pytransformer.ops.cache_checks import QUANTISED_DTYPES
+from pytransformer.ops.decode_attention.call import DecodeCall, first_visible_key
+from pytransformer.ops.registered import Outputs
 
-
-def why_not(call: DecodeCall) -> str | None:
-    """What of this call scaled_dot_product_attention cannot do, or ``None``."""
-    if call.softcap > 0:
-        return "scaled_dot_product_attention has no softcap"
-    if call.sinks is not None:
-        return "scaled_dot_product_attention has no sinks"
-    if call.return_lse:
-        return "scaled_dot_product_attention does not return lse (return_lse=True)"
-    if call.q.is_cuda:
-        return "the lengths in cache_seqlens cannot be read back from the GPU without synchronising"
-    return None
+_LIMITS = (
+    Limit("softcap", lambda call: "scaled_dot_product_attention has no softcap" if call.softcap > 0 else None),
+    Limit("sinks", lambda call: None if call.sinks is None else "scaled_dot_product_attention has no sinks"),
+    Limit(
+        "return_lse",
+        lambda call: "scaled_dot_product_attention does not return lse (return_lse=True)" if call.return_lse else None,
+    ),
+    Limit(
+        "anything on a GPU",
+        lambda call: (
+            "the lengths in cache_seqlens cannot be read back from the GPU without synchronising"
+            if call.q.is_cuda
+            else None
+        ),
+    ),
+)
 
 
 def attend(call: DecodeCall) -> Tensor:
-    """Output of a checked call that :func:`why_not` has nothing against; contiguous, in q's dtype."""
+    """Output of a checked call within the limits; contiguous, in q's dtype."""
     lengths = call.cache_seqlens.tolist()
     if _is_one_rectangle(call, lengths):
         first = first_visible_key(call, 0, lengths[0])
@@ -100,7 +108,7 @@ def _attend_one(call: DecodeCall, q: Tensor, sequence: int, length: int) -> Tens
         bias=_part(call.bias, sequence, seqlen_q, first, length),
         alibi_slopes=slopes[sequence] if slopes is not None and slopes.ndim == 2 else slopes,
     )
-    return attention_torch.attend(attention_call)
+    return attend_whole(attention_call)
 
 
 def _part(tensor: Tensor | None, sequence: int, seqlen_q: int, first: int, length: int) -> Tensor | None:
@@ -133,3 +141,25 @@ def _keys(call: DecodeCall, cache: Tensor, scale: Tensor | None, sequence: int, 
         wide = torch.promote_types(call.q.dtype, torch.float32)
         found = (found.to(wide) * scale.to(wide)[..., None]).to(call.q.dtype)
     return found[None]
+
+
+def _torch(call: DecodeCall) -> Outputs:
+    return attend(call).contiguous(), None
+
+
+def _reference(call: DecodeCall) -> Outputs:
+    """The reference in at least float32, rounded once at the end."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    options = {name: getattr(call, name) for name in _REFERENCE_OPTIONS}
+    for name in ("k_cache", "v_cache", "bias") if call.k_scale is None else ("bias",):
+        options[name] = None if options[name] is None else options[name].to(wide)
+    result = reference.decode_attention(call.q.to(wide), **options, return_lse=True)
+    assert isinstance(result, tuple)
+    return result[0].to(call.q.dtype).contiguous(), result[1].contiguous()
+
+
+_REFERENCE_OPTIONS = tuple(
+    name for name in DecodeCall._fields if name not in ("q", "max_seqlen_q", "num_splits", "return_lse")
+)
+BACKEND = Backend("torch", _torch, _LIMITS)
+REFERENCE = Backend("reference", _reference)

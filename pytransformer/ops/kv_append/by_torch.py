@@ -8,19 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pytransformer.ops.decode_attention_checks import QUANTISED_DTYPES
-from pytransformer.ops.kv_append_checks import AppendCall
+from pytransformer import reference
+from pytransformer.ops.backend import Backend, Limit
+from pytransformer.ops.cache_checks import QUANTISED_DTYPES
+from pytransformer.ops.kv_append.call import AppendCall, unless_empty
 from pytransformer.ops.norm import rms_norm
+from pytransformer.ops.registered import Outputs
 from pytransformer.ops.rope import rope
 
-
-def why_not(call: AppendCall) -> str | None:
-    """What of this call this path cannot do, or ``None``."""
-    if call.k_cache.dtype in QUANTISED_DTYPES:
-        return "torch has no fused quantisation for a cache; the reference serves int8 and float8_e4m3fn"
-    if call.k.is_cuda:
-        return "the places to write to cannot be read back from the GPU without synchronising"
-    return None
+_LIMITS = (
+    Limit(
+        "quantised caches",
+        lambda call: (
+            "torch has no fused quantisation for a cache; the reference serves int8 and float8_e4m3fn"
+            if call.k_cache.dtype in QUANTISED_DTYPES
+            else None
+        ),
+    ),
+    Limit(
+        "anything on a GPU",
+        lambda call: (
+            "the places to write to cannot be read back from the GPU without synchronising" if call.k.is_cuda else None
+        ),
+    ),
+)
 
 
 def append(call: AppendCall) -> Tensor | None:
@@ -94,3 +105,15 @@ def _write_slots(call: AppendCall, k: Tensor, slot_mapping: Tensor) -> None:
     place = (slots // page_size, slots % page_size)
     for cache, new in ((call.k_cache, k), (call.v_cache, call.v)):
         cache.index_put_(place, new.reshape(-1, *new.shape[-2:])[written])
+
+
+def _reference(call: AppendCall) -> Outputs:
+    options = call._asdict()
+    if call.positions is not None:
+        options["positions"] = call.positions.view(call.k.shape[:-2])
+    new_q = reference.kv_append(**options)
+    return (None if new_q is None else new_q.contiguous(),)
+
+
+BACKEND = Backend("torch", unless_empty(lambda call: (append(call),)), _LIMITS)
+REFERENCE = Backend("reference", unless_empty(_reference))

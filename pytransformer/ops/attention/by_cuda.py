@@ -9,22 +9,27 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension
-from pytransformer.ops.attention_checks import AttentionCall
-from pytransformer.ops.backend import is_plain
+from pytransformer.ops.attention.call import AttentionCall, unless_empty
+from pytransformer.ops.backend import Backend, Limit, is_plain
 from pytransformer.ops.checks import short
+from pytransformer.ops.registered import Outputs
 
-LIMITS = "float32, float64, mask, bias, key_padding_mask, sinks, dropout_p, rows that are not 16-byte aligned"
+
+def _not_16_bit(call: AttentionCall) -> str | None:
+    if call.q.dtype in (torch.float16, torch.bfloat16):
+        return None
+    return f"the kernels take float16 and bfloat16, got {short(call.q.dtype)}"
 
 
-def why_not(call: AttentionCall) -> str | None:
-    """What of this call the CUDA kernels cannot do, or ``None``."""
-    if call.q.dtype not in (torch.float16, torch.bfloat16):
-        return f"the kernels take float16 and bfloat16, got {short(call.q.dtype)}"
-    for name in ("mask", "bias", "key_padding_mask", "sinks"):
-        if getattr(call, name) is not None:
-            return f"the kernels have no {name}"
-    if call.dropout_p > 0:
-        return "the kernels have no dropout (dropout_p > 0)"
+def _has(name: str) -> Limit:
+    return Limit(name, lambda call: None if getattr(call, name) is None else f"the kernels have no {name}")
+
+
+def _drops_out(call: AttentionCall) -> str | None:
+    return "the kernels have no dropout (dropout_p > 0)" if call.dropout_p > 0 else None
+
+
+def _has_unaligned_rows(call: AttentionCall) -> str | None:
     # What is being traced has no address yet; rows that turn out not to be aligned are copied then.
     if is_plain(call.q, call.k, call.v):
         for name, tensor in (("q", call.q), ("k", call.k), ("v", call.v)):
@@ -51,20 +56,18 @@ def _aligned(tensor: Tensor) -> Tensor:
 _op = functools.cache(extension.op)
 
 
-def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a checked call that :func:`why_not` has nothing against."""
-    out, lse = _op("attention_forward")(*_arguments(call))
-    return out, lse
+def _forward(call: AttentionCall) -> Outputs:
+    """(out, lse)."""
+    return tuple(_op("attention_forward")(*_arguments(call)))
 
 
-def backward(
-    call: AttentionCall, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor | None, ...]:
+def backward(given: Any, call: AttentionCall) -> Outputs:
     """(dq, dk, dv, None, None), contiguous, with the same bits each run."""
-    if dlse is not None:
-        dlse = dlse.contiguous()
-    dq, dk, dv = _op("attention_backward")(_aligned(dout), dlse, _aligned(out), lse.contiguous(), *_arguments(call))
-    return dq, dk, dv, None, None
+    dlse = None if given.dlse is None else given.dlse.contiguous()
+    gradients = _op("attention_backward")(
+        _aligned(given.dout), dlse, _aligned(given.out), given.lse.contiguous(), *_arguments(call)
+    )
+    return (*gradients, None, None)
 
 
 def _arguments(call: AttentionCall) -> tuple[Any, ...]:
@@ -88,3 +91,14 @@ def _fake_backward(
 
 extension.register_fake("attention_forward", _fake_forward)
 extension.register_fake("attention_backward", _fake_backward)
+
+BACKEND = Backend(
+    "cuda",
+    unless_empty(_forward),
+    (
+        Limit("float32 and float64", _not_16_bit),
+        *map(_has, ("mask", "bias", "key_padding_mask", "sinks")),
+        Limit("dropout_p", _drops_out),
+        Limit("rows that are not 16-byte aligned", _has_unaligned_rows),
+    ),
+)

@@ -8,49 +8,67 @@ softmax over nothing (NaN in some) reaches the output or the gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer.ops.attention_checks import AttentionCall, batch_size, is_packed
+from pytransformer import reference
+from pytransformer.ops.attention.call import AttentionCall, batch_size, is_empty, is_packed, unless_empty
+from pytransformer.ops.backend import Backend, Limit
 from pytransformer.ops.checks import readable, short
+from pytransformer.ops.registered import Outputs, autograd_inside_an_op
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
-def why_not(call: AttentionCall) -> str | None:
-    """What of this call scaled_dot_product_attention cannot do, or ``None``."""
-    if call.softcap > 0:
-        return "scaled_dot_product_attention has no softcap"
-    if call.sinks is not None:
-        return "scaled_dot_product_attention has no sinks"
-    if call.return_lse:
-        return "scaled_dot_product_attention does not return lse (return_lse=True)"
-    if call.dropout_p > 0:
-        return "scaled_dot_product_attention's dropout (dropout_p > 0) cannot reproduce the mask of dropout_seed"
-    if call.q.is_cuda:
-        return _why_not_on_a_gpu(call)
-    return None
-
-
-def _why_not_on_a_gpu(call: AttentionCall) -> str | None:
-    if is_packed(call):
+def _is_packed_on_a_gpu(call: AttentionCall) -> str | None:
+    if call.q.is_cuda and is_packed(call):
         return "the lengths in cu_seqlens cannot be read back from the GPU without synchronising"
-    if call.deterministic and not torch.are_deterministic_algorithms_enabled():
-        return "scaled_dot_product_attention is deterministic by torch.use_deterministic_algorithms(True) only"
-    if call.q.dtype in SIXTEEN_BIT:
-        if call.alibi_slopes is not None:
-            return f"its fused kernels would round alibi_slopes' bias to q's dtype ({short(call.q.dtype)})"
-        if call.bias is not None and call.bias.dtype != call.q.dtype:
-            return (
-                f"its fused kernels take a bias of q's dtype ({short(call.q.dtype)}) only, got {short(call.bias.dtype)}"
-            )
     return None
+
+
+def _must_be_deterministic_on_a_gpu(call: AttentionCall) -> str | None:
+    if call.q.is_cuda and call.deterministic and not torch.are_deterministic_algorithms_enabled():
+        return "scaled_dot_product_attention is deterministic by torch.use_deterministic_algorithms(True) only"
+    return None
+
+
+def _would_round_on_a_gpu(call: AttentionCall) -> str | None:
+    if not call.q.is_cuda or call.q.dtype not in SIXTEEN_BIT:
+        return None
+    if call.alibi_slopes is not None:
+        return f"its fused kernels would round alibi_slopes' bias to q's dtype ({short(call.q.dtype)})"
+    if call.bias is not None and call.bias.dtype != call.q.dtype:
+        return f"its fused kernels take a bias of q's dtype ({short(call.q.dtype)}) only, got {short(call.bias.dtype)}"
+    return None
+
+
+_LIMITS = (
+    Limit("softcap", lambda call: "scaled_dot_product_attention has no softcap" if call.softcap > 0 else None),
+    Limit("sinks", lambda call: None if call.sinks is None else "scaled_dot_product_attention has no sinks"),
+    Limit(
+        "return_lse",
+        lambda call: "scaled_dot_product_attention does not return lse (return_lse=True)" if call.return_lse else None,
+    ),
+    Limit(
+        "dropout_p",
+        lambda call: (
+            "scaled_dot_product_attention's dropout (dropout_p > 0) cannot reproduce the mask of dropout_seed"
+            if call.dropout_p > 0
+            else None
+        ),
+    ),
+    Limit("packed sequences on a GPU", _is_packed_on_a_gpu),
+    Limit("deterministic on a GPU", _must_be_deterministic_on_a_gpu),
+    Limit("16-bit alibi_slopes or a bias of another dtype on a GPU", _would_round_on_a_gpu),
+)
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """Output of a checked call that :func:`why_not` has nothing against, differentiable by autograd."""
+    """Output of a checked call within the limits, differentiable by autograd."""
     return _attend_packed(call) if is_packed(call) else _attend_dense(call)
 
 
@@ -205,3 +223,63 @@ def _sdpa(call: AttentionCall, attn_mask: Tensor | None, is_causal: bool = False
         q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=call.softmax_scale, enable_gqa=enable_gqa
     )
     return (out[..., :value_dim] if padded else out).transpose(1, 2)
+
+
+def _reference(call: AttentionCall) -> Outputs:
+    """The reference in at least float32, rounded once at the end."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    q, k, v = call.q.to(wide), call.k.to(wide), call.v.to(wide)
+    bias = None if call.bias is None else call.bias.to(wide)
+    options = {name: getattr(call, name) for name in _REFERENCE_OPTIONS}
+    result = reference.attention(q, k, v, bias=bias, **options, return_lse=True)
+    assert isinstance(result, tuple)
+    return result[0].to(call.q.dtype), result[1]
+
+
+_NOT_OPTIONS = ("q", "k", "v", "bias", "max_seqlen_q", "max_seqlen_k", "deterministic", "return_lse")
+_REFERENCE_OPTIONS = tuple(name for name in AttentionCall._fields if name not in _NOT_OPTIONS)
+
+
+def _torch(call: AttentionCall) -> Outputs:
+    return attend(call), None
+
+
+def _gradients_by_recomputing(
+    run: Callable[[AttentionCall], Outputs], given: Any, call: AttentionCall
+) -> Sequence[Tensor | None]:
+    """Gradients of torch's own functions, by running them again."""
+    differentiable = (call.q, call.k, call.v, call.bias if given.wants_bias else None, call.sinks)
+    inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in differentiable]
+    q, k, v, bias, sinks = inputs
+    assert q is not None and k is not None and v is not None
+    with autograd_inside_an_op():
+        out, lse = run(call._replace(q=q, k=k, v=v, bias=call.bias if bias is None else bias, sinks=sinks))
+    outputs, gradients = ([out], [given.dout]) if given.dlse is None else ([out, lse], [given.dout, given.dlse])
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, materialize_grads=True))  # type: ignore[arg-type]
+    return [None if tensor is None else next(found) for tensor in inputs]
+
+
+def backward(given: Any, call: AttentionCall) -> Sequence[Tensor | None]:
+    """(dq, dk, dv, dbias, dsinks) of :data:`BACKEND`."""
+    return _gradients_by_recomputing(_torch, given, call)
+
+
+def reference_backward(given: Any, call: AttentionCall) -> Sequence[Tensor | None]:
+    """(dq, dk, dv, dbias, dsinks) of :data:`REFERENCE`."""
+    return _gradients_by_recomputing(_reference, given, call)
+
+
+# The tracer of torch.compile cannot read cu_seqlens, nor need it see the reference: there both hide behind the registered ops.
+
+
+def _torch_is_transparent(call: AttentionCall) -> bool:
+    return not is_empty(call) and not (torch.compiler.is_compiling() and is_packed(call))
+
+
+def _reference_is_transparent(call: AttentionCall) -> bool:
+    return not is_empty(call) and not torch.compiler.is_compiling()
+
+
+BACKEND = Backend("torch", unless_empty(_torch), _LIMITS, is_transparent=_torch_is_transparent)
+REFERENCE = Backend("reference", unless_empty(_reference), is_transparent=_reference_is_transparent)
