@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.coverage import decode_rows as options
-from tests.coverage import record
-from tests.coverage.pairwise import Row, label, one_at_a_time, plain
-from tests.coverage.test_attention_pairs import BACKENDS
+from tests.combinations import decode_rows as options
+from tests.combinations import record
+from tests.combinations.pairwise import Row, label, one_at_a_time, plain
+from tests.combinations.test_attention_pairs import BACKENDS
 from tests.kernels.decode_contract import small_configs
 
 ROWS = options.rows()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.coverage.pairwise import Factors, Impossible, Row, all_pairs, impossible_pairs, pairs_of
+from tests.combinations.pairwise import Factors, Impossible, Row, all_pairs, impossible_pairs, pairs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "docs/attention-options.json"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pytransformer import extension
-from tests.coverage import attention_rows as options
-from tests.coverage import record
-from tests.coverage.pairwise import Row, label, one_at_a_time, plain
+from tests.combinations import attention_rows as options
+from tests.combinations import record
+from tests.combinations.pairwise import Row, label, one_at_a_time, plain
 from tests.kernels.attention_contract import run_reference
 
 ROWS = options.rows()
