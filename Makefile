@@ -12,6 +12,8 @@ RUN ?= runs/demo
 PIP := PYTRANSFORMER_CUDA=0 $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
 # All kernels are compiled in the first test that asks for one.
 COMPILE_SECONDS := 3000
+# What runs in the emulator. The norm ops' tests take every backend, and there the CUDA one alone.
+EMULATED := tests/cuda tests/ops/test_norm.py
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
@@ -41,14 +43,14 @@ demo: $(VENV)/.run ## verify the kernels, train a small model on real text, draw
 
 test: $(VENV)/.dev ## the tests, without a GPU: Triton's kernels interpreted, the CUDA kernels emulated under sanitizers (≤ 14 minutes on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/compile --ignore=tests/cuda --cov --cov-report=term:skip-covered --cov-report=xml:.coverage.xml
-	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor address -n $(WORKERS) -m "not slow" tests/cuda
+	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor address -n $(WORKERS) -m "not slow" $(EMULATED)
 
 cuda: $(VENV)/.dev ## the CUDA extension, in place (nvcc needed); ARCHS="80 90" or ARCHS=all, by default the GPUs that are here
 	$(BIN)/python csrc/build.py $(if $(ARCHS),--archs "$(ARCHS)")
 
 sanitize: $(VENV)/.dev ## every CUDA kernel test on the CPU, under AddressSanitizer and UBSan, then under ThreadSanitizer
-	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor address -n $(WORKERS) tests/cuda
-	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor thread -n $(WORKERS) tests/cuda
+	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor address -n $(WORKERS) $(EMULATED)
+	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor thread -n $(WORKERS) $(EMULATED)
 
 gate: $(VENV)/.dev ## every kernel × shipped configuration compiled for sm_80, sm_90 and sm_100 (or ARCHS=80,90) and judged, without a GPU
 	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 $(if $(ARCHS),PYTRANSFORMER_COMPILE_ARCHS=$(ARCHS)) $(BIN)/python -m pytest --timeout $(COMPILE_SECONDS) tests/compile

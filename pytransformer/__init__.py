@@ -6,9 +6,11 @@ Everything is loaded on first use: ``import pytransformer`` costs next to nothin
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pytransformer._version import __version__
+from pytransformer.model import generator as _generator
 
 _EXPORTS = {
     "attention": "pytransformer.ops.attention",
@@ -79,3 +81,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])
+
+
+def _find_generate() -> Callable[..., Any]:
+    from pytransformer.generation import generate
+
+    return generate
+
+
+_generator.find_generate = _find_generate

@@ -13,85 +13,39 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pytransformer.model.config import TransformerConfig
 from pytransformer.ops.op import triton_compiles_for_cpu_tensors
-
-if TYPE_CHECKING:
-    from pytransformer.model.config import TransformerConfig
 
 _MANY_TOKENS = 1024  # a prefill: more than a few for each SM, from where on kv_append takes larger tiles
 _LONG_CACHE = 8192  # a decode step over so many keys is split
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What the kernels of one model are compiled for.
+class Shapes(TransformerConfig):
+    """A model's configuration, with what its kernels are compiled for besides.
 
     Attributes:
-        hidden_size: width of the norms; the other sizes are those of :class:`pytransformer.TransformerConfig`.
         dtype: of activations, weights and cache.
-        rotary_dim: features that RoPE rotates, 0 = no RoPE; None = head_dim.
         page_size: of a paged KV cache; None = a contiguous one.
-        intermediate_size: width of the feed-forward; None = 4 · hidden_size.
-        vocab_size: of the head that a loss is taken of; None = no loss.
     """
 
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     dtype: torch.dtype = torch.bfloat16
-    norm: str = "rms_norm"
-    norm_weight_offset: float = 0.0
-    qk_norm: bool = False
-    rotary_dim: int | None = None
-    rope_interleaved: bool = False
-    window: tuple[int, int] = (-1, -1)
-    softcap: float = 0.0
-    activation: str = "swiglu"
     page_size: int | None = None
-    intermediate_size: int | None = None
-    vocab_size: int | None = None
-    logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "page_size", "intermediate_size", "vocab_size")
-        for name in sizes:
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
-            )
-        if self.head_dim % 8 or self.head_dim > 256:
-            raise ValueError(f"head_dim must be a multiple of 8 from 8 to 256, got {self.head_dim}")
-        if self.norm not in ("layer_norm", "rms_norm"):
-            raise ValueError(f"norm must be 'layer_norm' or 'rms_norm', got {self.norm!r}")
+        super().__post_init__()
+        if self.page_size is not None and self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {self.page_size}")
 
     @staticmethod
     def of(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16, page_size: int | None = None) -> Shapes:
         """The shapes of a model."""
-        window = (-1, -1) if config.sliding_window is None else (config.sliding_window - 1, 0)
-        return Shapes(
-            *(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, dtype),
-            norm=config.norm,
-            norm_weight_offset=config.norm_weight_offset,
-            qk_norm=config.qk_norm,
-            rotary_dim=config.rotary_dim if config.positions == "rope" else 0,
-            rope_interleaved=config.rope_interleaved,
-            window=window,
-            softcap=config.attention_softcap,
-            activation=config.activation,
-            page_size=page_size,
-            intermediate_size=config.intermediate_size,
-            vocab_size=config.vocab_size,
-            logit_softcap=config.logit_softcap,
-        )
+        return Shapes(**config.to_dict(), dtype=dtype, page_size=page_size)
 
 
 @dataclass(frozen=True)
@@ -254,8 +208,9 @@ def _heads(shapes: Shapes, batch: int, seqlen: int, *, grad: bool = False) -> tu
 
 
 def _tables(shapes: Shapes, length: int) -> tuple[Tensor, Tensor] | None:
-    rotary_dim = shapes.head_dim if shapes.rotary_dim is None else shapes.rotary_dim
-    return (torch.zeros(length, rotary_dim // 2), torch.zeros(length, rotary_dim // 2)) if rotary_dim else None
+    if shapes.positions != "rope":
+        return None
+    return torch.zeros(length, shapes.rotary_dim // 2), torch.zeros(length, shapes.rotary_dim // 2)
 
 
 def _rope(shapes: Shapes, training: bool) -> Calls:
@@ -307,7 +262,7 @@ def _attention(shapes: Shapes, training: bool) -> Calls:
     from pytransformer.ops.attention import attention
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return attention(q, k, v, causal=True, window=shapes.window, softcap=shapes.softcap, backend="triton")
+        return attention(q, k, v, causal=True, window=shapes.window, softcap=shapes.attention_softcap, backend="triton")
 
     for seqlen in (1, 16):
         inputs = _heads(shapes, 2, seqlen, grad=training)
@@ -317,7 +272,7 @@ def _attention(shapes: Shapes, training: bool) -> Calls:
 def _decode_attention(shapes: Shapes, training: bool) -> Calls:
     from pytransformer.ops.decode_attention import decode_attention
 
-    options: dict[str, Any] = {"window": shapes.window, "softcap": shapes.softcap, "backend": "triton"}
+    options: dict[str, Any] = {"window": shapes.window, "softcap": shapes.attention_softcap, "backend": "triton"}
     for capacity, seqlen in itertools.product((64, _LONG_CACHE), (1, 48)):
         q, _, _ = _heads(shapes, 2, seqlen)
         k_cache, v_cache, table = _cache(shapes, capacity)
@@ -334,11 +289,9 @@ def _activation(shapes: Shapes, training: bool) -> Calls:
     options: dict[str, Any] = {"backend": "triton"}
     if shapes.activation.endswith("_tanh"):
         options["approximate"] = "tanh"
-    gated = shapes.activation in ("swiglu", "geglu", "geglu_tanh")
-    width = shapes.intermediate_size or 4 * shapes.hidden_size
-    x = _zeros(
-        shapes, 2, 4, 2 * width if gated else width, grad=training
-    )  # gate and up in one, as a feed-forward has them
+    # Gate and up are in one tensor, as a feed-forward has them.
+    width = shapes.intermediate_size * (2 if shapes.is_gated else 1)
+    x = _zeros(shapes, 2, 4, width, grad=training)
     call = functools.partial(op, **options)
     yield _with_backward(call, x) if training else functools.partial(call, x)
 
@@ -347,8 +300,6 @@ def _linear_cross_entropy(shapes: Shapes, training: bool) -> Calls:
     """The kernel alone: around it are torch's matrix products, which compile nothing and would take long here."""
     from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buffer
 
-    if shapes.vocab_size is None:
-        return
     logits, losses = logits_buffer(2, shapes.vocab_size, _zeros(shapes, 1)), torch.zeros(2)
     targets = torch.zeros(2, dtype=torch.int64)
     options: dict[str, Any] = {

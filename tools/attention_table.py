@@ -1,4 +1,4 @@
-"""Writes docs/attention-options.md from docs/attention-options.json, which the tests in tests/coverage write and compare themselves with.
+"""Writes docs/attention-options.md from docs/attention-options.json, which tests/combinations writes and compares itself with.
 
     python tools/attention_table.py                 the page from the committed findings
     python tools/attention_table.py --check         fails if the page is stale
@@ -28,10 +28,10 @@ INTRODUCTION = """\
 
 <!-- made by tools/attention_table.py from docs/attention-options.json; do not edit -->
 
-Made from what the tests in `tests/coverage` found. **yes**: a test made such calls and their results, forward and backward, were within the
-[accuracy contract](verification.md). Under *triton* stands the number of calls of the covering array with this option, each with many other
-options; every other column is the option by itself, with bfloat16, head_dim 64 and nothing else. A number in brackets refers to the
-backend's own reason for refusing, below the table; what it refuses, the next backend serves.
+Made from what the tests in `tests/combinations` found. **yes**: a test made such calls and their results, forward and backward, were
+within the [accuracy contract](verification.md). Under *triton* stands the number of calls of the covering array with this option, each
+with many other options; every other column is the option by itself, with bfloat16, head_dim 64 and nothing else. A number in brackets
+refers to the backend's own reason for refusing, below the table; what it refuses, the next backend serves.
 """
 
 
@@ -123,7 +123,7 @@ def update(cuda: bool) -> int:
     forget(("cuda",) if cuda else ("triton", "torch", "reference"))
     runner = ["tests.support.emulator", "--flavor", "emulated"] if cuda else ["pytest"]
     selection = "alone and cuda" if cuda else "pairs_of_options or alone or share"
-    files = ("tests/coverage/test_attention_pairs.py", "tests/coverage/test_decode_pairs.py")
+    files = ("tests/combinations/test_attention_pairs.py", "tests/combinations/test_decode_pairs.py")
     command = [sys.executable, "-m", *runner, *files, "-k", selection]
     environment = {**os.environ, "PYTRANSFORMER_UPDATE_OPTIONS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

@@ -6,7 +6,9 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pytransformer.model.config import NORMS, TransformerConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,7 +16,17 @@ if TYPE_CHECKING:
     from pytransformer.precompile import Compiled, Shapes
 
 DTYPES = ("float32", "float16", "bfloat16")
-SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
+LOSS = "linear_cross_entropy"
+# Fields of the configuration that decide what is compiled; it knows their types, choices and defaults.
+_FIELDS = {
+    "hidden_size": "width of the model (default: num-heads times head-dim)",
+    "num_heads": "query heads",
+    "num_kv_heads": "key/value heads (default: num-heads)",
+    "head_dim": "width of a head",
+    "intermediate_size": "width of the feed-forward (default: 8/3 times hidden-size, rounded up to a multiple of 64)",
+    "vocab_size": f"of the head, for {LOSS} (default: without it)",
+    "norm": "default rms_norm, or the model's",
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,18 +41,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ),
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model or training run whose shapes to take")
-    parser.add_argument("--hidden-size", type=int, help="width of the model (default: num-heads times head-dim)")
-    parser.add_argument("--num-heads", type=int, help="query heads")
-    parser.add_argument("--num-kv-heads", type=int, help="key/value heads (default: num-heads)")
-    parser.add_argument("--head-dim", type=int, help="width of a head")
-    parser.add_argument(
-        "--intermediate-size", type=int, help="width of the feed-forward (default: 4 times hidden-size)"
-    )
-    parser.add_argument("--vocab-size", type=int, help="of the head, for linear_cross_entropy (default: without it)")
+    for name, text in _FIELDS.items():
+        kind: dict[str, Any] = {"choices": NORMS} if name == "norm" else {"type": int}
+        parser.add_argument(_option(name), help=text, **kind)
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)"
     )
-    parser.add_argument("--norm", choices=("layer_norm", "rms_norm"), help="default rms_norm, or the model's")
     parser.add_argument("--page-size", type=int, help="of a paged KV cache (default: a contiguous cache)")
     parser.add_argument("--ops", metavar="NAME,...", help="only these ops, by commas")
     parser.add_argument("--training", action="store_true", help="the backward passes too")
@@ -63,10 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
     from pytransformer.precompile import OPS, warmup
 
     shapes = shapes_of(arguments)
-    ops = None if arguments.ops is None else [name.strip() for name in arguments.ops.split(",")]
-    for name in ops or ():
+    ops = list(OPS) if arguments.ops is None else [name.strip() for name in arguments.ops.split(",")]
+    for name in ops:
         if name not in OPS:
             raise ValueError(f"--ops must be among {', '.join(OPS)}, got {name!r}")
+    if arguments.model is None and arguments.vocab_size is None:
+        ops = [name for name in ops if name != LOSS]
     console = Console(highlight=False)
     start = time.perf_counter()
     columns = (
@@ -99,27 +107,25 @@ def shapes_of(arguments: argparse.Namespace) -> Shapes:
 
     from pytransformer.precompile import Shapes
 
-    given = [f"--{name.replace('_', '-')}" for name in (*SIZES, "norm") if getattr(arguments, name) is not None]
+    given = {name: getattr(arguments, name) for name in _FIELDS if getattr(arguments, name) is not None}
     dtype = getattr(torch, arguments.dtype)
     if arguments.model is not None:
         if given:
-            raise ValueError(f"--model says all shapes, so {', '.join(given)} cannot be given with it")
+            raise ValueError(f"--model says all shapes, so {', '.join(map(_option, given))} cannot be given with it")
         from pytransformer.cli.model_folder import find_model
         from pytransformer.model.checkpoint import CONFIG_FILE, read_config
 
         return Shapes.of(read_config(find_model(arguments.model) / CONFIG_FILE), dtype, arguments.page_size)
     for name in ("num_heads", "head_dim"):
-        if getattr(arguments, name) is None:
-            raise ValueError(f"--{name.replace('_', '-')} must be given, or --model")
-    num_kv_heads = arguments.num_heads if arguments.num_kv_heads is None else arguments.num_kv_heads
-    hidden_size = arguments.num_heads * arguments.head_dim if arguments.hidden_size is None else arguments.hidden_size
-    return Shapes(
-        *(hidden_size, arguments.num_heads, num_kv_heads, arguments.head_dim, dtype),
-        norm=arguments.norm or "rms_norm",
-        page_size=arguments.page_size,
-        intermediate_size=arguments.intermediate_size,
-        vocab_size=arguments.vocab_size,
-    )
+        if name not in given:
+            raise ValueError(f"{_option(name)} must be given, or --model")
+    # No kernel depends on the number of layers, and without a vocabulary the one that would is left out.
+    defaults = {"hidden_size": arguments.num_heads * arguments.head_dim, "num_layers": 1, "vocab_size": 1}
+    return Shapes.of(TransformerConfig.llama(**{**defaults, **given}), dtype, arguments.page_size)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def kernel_table(kernels: Sequence[Compiled]) -> Table:

@@ -20,8 +20,6 @@ from .cache import KVCache
 from .prepare import prepare
 from .sampling import Sampler
 
-STOP_REASONS = ("eos", "length", "context")
-
 
 @dataclass(frozen=True)
 class Step:

@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from pytransformer.interop.torch_flash import register_flash_attention
 from pytransformer.nn.functional import attend
 from pytransformer.nn.multihead_attention import multi_head_attention_forward
-from pytransformer.ops.precision import autocast_to_lower, is_autocasting
 from pytransformer.ops.backend import warn_once
 from pytransformer.ops.checks import FLOAT_DTYPES, FLOAT_DTYPES_AND_DOUBLE, describe, short
+from pytransformer.ops.precision import autocast_to_lower, is_autocasting
 
 __all__ = ["patch_sdpa", "register_flash_attention", "scaled_dot_product_attention"]
 

@@ -6,7 +6,6 @@ Its twin for reading, without any fused op, is ``pytransformer.reference.Transfo
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from pytransformer.nn import (
 )
 from pytransformer.ops.checks import check_values
 
+from . import generator
 from .config import TransformerConfig
 
 
@@ -302,9 +302,8 @@ class Transformer(nn.Module):
         Returns:
             Prompt and new tokens: a tensor of the prompts' rank (sequences that ended early are filled up), or a list for a list.
         """
-        # Generation stands above the model and imports it; this method is a convenience that looks upwards, hence by name.
-        generation = importlib.import_module("pytransformer.generation")
-        return generation.generate(self, input_ids, max_new_tokens, **options).token_ids
+        generate = generator.find_generate()
+        return generate(self, input_ids, max_new_tokens, **options).token_ids
 
     def num_parameters(self) -> int:
         """Number of weights, those that are tied counted once."""

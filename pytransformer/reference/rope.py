@@ -48,10 +48,8 @@ def rope(
     """
     if positions is None:
         positions = token_positions(q.shape[:-2], offsets, cu_seqlens, q.device)
-    cos_of_token, sin_of_token = (
-        cos[positions][..., None, :],
-        sin[positions][..., None, :],
-    )  # (..., seqlen, 1, rotary_dim / 2)
+    # (..., seqlen, 1, rotary_dim / 2)
+    cos_of_token, sin_of_token = cos[positions][..., None, :], sin[positions][..., None, :]
     rotated_q = _rotate(q, cos_of_token, sin_of_token, interleaved)
     rotated_k = None if k is None else _rotate(k, cos_of_token, sin_of_token, interleaved)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))

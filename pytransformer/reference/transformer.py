@@ -245,9 +245,8 @@ class LanguageModelHead(nn.Module):
     def __init__(self, config: Any, embedding: nn.Embedding) -> None:
         super().__init__()
         self.softcap = config.logit_softcap
-        self.tied_to: tuple[nn.Embedding, ...] = (
-            (embedding,) if config.tie_embeddings else ()
-        )  # a tuple: not registered as a submodule
+        # In a tuple it is not registered as a submodule.
+        self.tied_to: tuple[nn.Embedding, ...] = (embedding,) if config.tie_embeddings else ()
         if self.tied_to:
             self.register_load_state_dict_pre_hook(_check_tied_weight)  # type: ignore[no-untyped-call]
         else:

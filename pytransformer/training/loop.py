@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pytransformer.model.transformer import Transformer
 from pytransformer.training import metrics
 from pytransformer.training.config import TrainingConfig
 from pytransformer.training.data import Batches
@@ -40,7 +41,7 @@ class Trainer:
     Step numbers given out (metrics, checkpoints, messages) count finished steps, so the first is 1.
 
     Args:
-        model: ids to logits, on ``device``.
+        model: on ``device``.
         optimizer: over its parameters.
         config: what to do.
         batches: step -> (inputs, targets).
@@ -54,7 +55,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer,
         optimizer: torch.optim.Optimizer,
         config: TrainingConfig,
         batches: Batches,

@@ -68,9 +68,8 @@ def test_opcheck(name: str, device: torch.device) -> None:
     inputs = draw(CASES[name], 0, device)
     out, lse = attend(*inputs.tensors.values(), **inputs.options)
     attend_again = inputs.leaves()
-    torch.autograd.grad(
-        attend(**attend_again, **inputs.options)[0].sum(), list(attend_again.values())
-    )  # fakes are registered
+    # Registers the fakes.
+    torch.autograd.grad(attend(**attend_again, **inputs.options)[0].sum(), list(attend_again.values()))
     arguments = (inputs.dout, inputs.dlse, out, lse, *inputs.tensors.values(), *op_options(**inputs.options))
     torch.library.opcheck(extension.op("attention_backward"), arguments)
 

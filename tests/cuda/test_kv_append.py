@@ -103,9 +103,8 @@ def test_writes_outside_are_dropped(place, device):
     arguments = draw(case, 1, device)
     expected = run_reference(on_cpu(arguments))
     assert_same(on_cpu(run(arguments)), expected)
-    rotated = run(
-        draw(replace(case, rotary_dim=16), 1, device)
-    )  # positions beyond the table of 30 rows take its last row
+    # Positions beyond the table of 30 rows take its last row.
+    rotated = run(draw(replace(case, rotary_dim=16), 1, device))
     assert bool(rotated["new_q"].isfinite().all())
 
 

@@ -1,6 +1,6 @@
 """The CUDA norm kernels against the reference: the contract at every launch shape, memory, promised bits, refusals, and faults put in.
 
-Cases and measuring are those of the Triton kernels (tests/kernels/test_norm.py). The first call of a case runs in every schedule of the
+Cases and measuring are those of the Triton kernels (tests/kernels/norm_contract.py). The first call of a case runs in every schedule of the
 emulator, whose results must have the same bits.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pytransformer import extension
 from pytransformer.verification import SEEDS, Contract
-from tests.kernels.test_norm import (
+from tests.kernels.norm_contract import (
     BFLOAT16,
     BOTH,
     FLOAT16,

@@ -13,11 +13,10 @@ from torch import Tensor
 from pytransformer import extension, reference
 from pytransformer.ops import checks
 from pytransformer.ops.rope import rope
-from tests.kernels.test_rope import LENGTH, Case, by_reference, measure
+from tests.kernels.rope_contract import BFLOAT16, FLOAT16, FLOAT32, LENGTH, Case, by_reference, measure
 from tests.support.broken_cuda import run_broken
 from tests.support.emulator import in_every_schedule
 
-FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 EMULATED = pytest.mark.skipif(
     "PYTRANSFORMER_CUDA_LIBRARY" not in os.environ, reason="a fault would corrupt other tests on a GPU"

@@ -71,9 +71,8 @@ def test_options_beside_no_mask(device):
     judge(tensors, out, causal=True, window=(2, 2), softmax_scale=0.3, softcap=2.0, sinks=sinks)
     out, _ = attention_forward(Module(), *tensors, None, is_causal=False)
     judge(tensors, out)
-    out, _ = attention_forward(
-        torch.nn.Linear(1, 1), *tensors, None
-    )  # as with "sdpa": causal unless the module says otherwise
+    # As with "sdpa": causal unless the module says otherwise.
+    out, _ = attention_forward(torch.nn.Linear(1, 1), *tensors, None)
     judge(tensors, out, causal=True)
 
 

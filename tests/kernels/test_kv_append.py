@@ -71,9 +71,8 @@ def test_writes_outside_are_dropped(place, device):
     case = replace(OUTSIDE[place], with_q=True)
     arguments = draw(case, 1, device)
     assert_same(run(arguments), run_reference(arguments))
-    rotated = run(
-        draw(replace(case, rotary_dim=16), 1, device)
-    )  # positions beyond the table of 30 rows take its last row
+    # Positions beyond the table of 30 rows take its last row.
+    rotated = run(draw(replace(case, rotary_dim=16), 1, device))
     assert bool(rotated["new_q"].isfinite().all())
 
 

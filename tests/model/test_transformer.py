@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,3 +197,18 @@ def test_int32_ids_and_empty_batches(device):
     assert torch.equal(model(ids), model(ids.int()))
     assert model(ids[:0]).shape == (0, 7, model.config.vocab_size)
     assert model(ids[:, :0]).shape == (2, 0, model.config.vocab_size)
+
+
+ALONE = """
+import sys, torch
+from pytransformer.model.config import TransformerConfig
+from pytransformer.model.transformer import Transformer
+assert "pytransformer.generation" not in sys.modules
+model = Transformer(TransformerConfig(vocab_size=16, hidden_size=16, num_layers=1, num_heads=2))
+assert model.generate(torch.tensor([[1, 2]]), 3).shape == (1, 5)
+"""
+
+
+def test_the_class_generates_wherever_it_was_imported_from():
+    """Nothing of generation, which stands above the model, is loaded before it is asked for."""
+    subprocess.run([sys.executable, "-c", ALONE], check=True, cwd=Path(__file__).parents[2])

@@ -169,9 +169,8 @@ def test_autocast_casts_q_k_v(device):
         expected_gradients = torch.autograd.grad(expected, list(half.values()), dout)
         for actual, wanted in zip(actual_gradients, expected_gradients):
             assert actual.dtype == torch.float32
-            torch.testing.assert_close(
-                actual, wanted.float(), rtol=1e-2, atol=1e-2
-            )  # torch's kernels on a GPU add in any order
+            # torch's kernels on a GPU add in any order.
+            torch.testing.assert_close(actual, wanted.float(), rtol=1e-2, atol=1e-2)
 
 
 def test_autocast_leaves_float64_alone(device):
@@ -297,9 +296,8 @@ def calls(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@example(
-    ((1, 1, 8, True, 2, [0, 1], [1, 0]), {"causal": False, "window": (0, 0)}, {}, 0)
-)  # no sequence has both queries and keys
+# No sequence has both queries and keys.
+@example(((1, 1, 8, True, 2, [0, 1], [1, 0]), {"causal": False, "window": (0, 0)}, {}, 0))
 @given(calls())
 def test_torch_agrees_with_the_reference_on_any_call(call):
     """In float64, where only a wrong formula can make a difference."""

@@ -16,7 +16,7 @@ from pytransformer import extension, layer_norm, reference, rms_norm, use_backen
 from pytransformer.verification import SEEDS, Contract
 from tests.support.dispatch import SeenOps, refuse_dispatch
 
-# In the emulator's process (tests/cuda/test_norm_op.py) these tests are about the extension alone.
+# In the emulator's process (`make sanitize` runs this file there) these tests are about the extension alone.
 EMULATED = "PYTRANSFORMER_CUDA_LIBRARY" in os.environ
 HAS_CUDA = extension.why_not("cuda") is None
 BACKENDS = ("cuda",) if EMULATED else (*(("cuda",) if HAS_CUDA else ()), "triton", "torch", "reference")

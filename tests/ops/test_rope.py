@@ -204,8 +204,12 @@ def test_opcheck(device: torch.device) -> None:
     cos, sin = tables(device)
     op, op_ = torch.ops.pytransformer.rope, torch.ops.pytransformer.rope_
     torch.library.opcheck(op, (q, k, cos, sin, None, None, None, False, False, 3, "triton"))
-    torch.library.opcheck(op, (q[:, ::2], None, cos, sin, torch.arange(3, device=device), None, None, True, True, 0, "triton"))
-    torch.library.opcheck(op_, (q, k, cos, sin, None, torch.tensor([1, 2], device=device), None, False, False, 0, "triton"))
+    torch.library.opcheck(
+        op, (q[:, ::2], None, cos, sin, torch.arange(3, device=device), None, None, True, True, 0, "triton")
+    )
+    torch.library.opcheck(
+        op_, (q, k, cos, sin, None, torch.tensor([1, 2], device=device), None, False, False, 0, "triton")
+    )
     bounds = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
     torch.library.opcheck(op_, (q[0], None, cos, sin, None, None, bounds, True, False, 0, "triton"))
 

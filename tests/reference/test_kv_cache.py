@@ -135,9 +135,8 @@ def test_norm_and_rope_are_those_of_the_separate_ops(dtype, interleaved, device)
 def test_given_positions_rotate_but_do_not_move_the_write(device):
     k, v = new_tokens(device)
     cos, sin = rope_tables(HEAD_DIM, 20, device=device)
-    positions = torch.tensor(
-        [[10, 11, 12], [0, 5, 1000]], device=device
-    )  # 1000 is past the table and in a dropped write
+    # 1000 is past the table and in a dropped write.
+    positions = torch.tensor([[10, 11, 12], [0, 5, 1000]], device=device)
     k_cache, v_cache = empty_caches(device, slots=4)
     kv_append(k, v, k_cache, v_cache, cache_seqlens=lengths([0, 2], device), positions=positions, cos=cos, sin=sin)
     assert torch.equal(k_cache[0, :3], rope(k[:1], None, cos, sin, offsets=10)[0][0])

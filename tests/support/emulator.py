@@ -2,8 +2,8 @@
 
     python -m tests.support.emulator --flavor address [pytest arguments]
 
-runs tests/cuda with that flavor: "address" (AddressSanitizer and UndefinedBehaviorSanitizer), "thread" (ThreadSanitizer) or "emulated"
-(neither).
+runs tests/cuda, or what the arguments name, with that flavor: "address" (AddressSanitizer and UndefinedBehaviorSanitizer), "thread"
+(ThreadSanitizer) or "emulated" (neither). tests/ops/test_norm.py, too, tests the extension where it finds itself so run.
 """
 
 from __future__ import annotations

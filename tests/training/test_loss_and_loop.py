@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pytransformer import Transformer, TransformerConfig
 from pytransformer.training import metrics
 from pytransformer.training.config import TrainingConfig
 from pytransformer.training.data import IGNORE_INDEX, Batches, validation_windows
@@ -21,10 +22,22 @@ from pytransformer.training.progress import Quiet
 VOCAB = 16
 
 
-def _model(device, dropout: float = 0.0) -> nn.Module:
+class _Model(nn.Module):
+    """As much of a Transformer as the loss asks for."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.model: nn.Module = nn.Sequential(nn.Embedding(VOCAB, 8), nn.Dropout(dropout))
+        self.lm_head = nn.Linear(8, VOCAB, bias=False)
+        self.lm_head.softcap = 0.0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.model(ids))
+
+
+def _model(device, dropout: float = 0.0) -> _Model:
     torch.manual_seed(0)
-    layers = [nn.Embedding(VOCAB, 8), nn.Dropout(dropout), nn.Linear(8, VOCAB)]
-    return nn.Sequential(*layers).to(device)
+    return _Model(dropout).to(device)
 
 
 def _tokens(count: int = 400) -> np.ndarray:
@@ -47,9 +60,29 @@ def test_the_loss_is_the_mean_over_all_real_targets_of_the_step(device, parts):
     kept = targets.flatten() != IGNORE_INDEX
     expected = F.cross_entropy(golden(inputs).flatten(0, 1)[kept], targets.flatten()[kept])
     expected.backward()
-    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-6)  # logits are scored in float32
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-6)  # the total is float32
     for found, wanted in zip(model.parameters(), golden.parameters()):
         torch.testing.assert_close(found.grad.cpu(), wanted.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"logit_softcap": 2.0}, {"tie_embeddings": False}], ids=str)
+def test_the_loss_is_that_of_the_models_logits(device, changes):
+    """Its head goes into the loss as it is: tied or not, with its softcap."""
+    torch.manual_seed(0)
+    config = TransformerConfig.gpt2(
+        vocab_size=VOCAB, hidden_size=16, num_layers=1, num_heads=2, max_seqlen=8, **changes
+    )
+    model = Transformer(config, device=device)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)
+    windows = validation_windows(_tokens(), 8, 100, 5)
+    inputs, targets = (torch.cat(side).to(device) for side in zip(*windows))
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    assert evaluate(model, windows, device=device) == pytest.approx(float(expected.detach()), rel=1e-5)
+    accumulate_gradients(model, inputs.cpu(), targets.cpu(), 1, device=device)
+    for parameter, gradient in zip(model.parameters(), wanted):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_without_targets_is_an_error(device):
@@ -164,9 +197,9 @@ def test_no_clipping(device, tmp_path):
 class _Broken(nn.Module):
     """Gives NaN from the forward pass of call ``at`` on, counted from 1; in evaluation always."""
 
-    def __init__(self, device, at: int) -> None:
+    def __init__(self, inner: nn.Module, at: int) -> None:
         super().__init__()
-        self.inner, self.at, self.calls = _model(device), at, 0
+        self.inner, self.at, self.calls = inner, at, 0
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         self.calls += self.training
@@ -174,8 +207,14 @@ class _Broken(nn.Module):
         return self.inner(ids) * (math.nan if broken else 1.0)
 
 
+def _broken_model(device, at: int) -> _Model:
+    model = _model(device)
+    model.model = _Broken(model.model, at)
+    return model
+
+
 def test_a_nan_loss_names_the_step_and_saves_nothing_of_it(device, tmp_path):
-    trainer, saved, _ = _trainer(device, tmp_path, _Broken(device, at=7), eval_every=100)
+    trainer, saved, _ = _trainer(device, tmp_path, _broken_model(device, at=7), eval_every=100)
     with pytest.raises(TrainingDiverged, match=r"diverged at step 7: loss nan, .*lower learning rate"):
         trainer.run()
     assert saved == [5]
@@ -183,7 +222,7 @@ def test_a_nan_loss_names_the_step_and_saves_nothing_of_it(device, tmp_path):
 
 
 def test_a_nan_validation_loss_stops_too(device, tmp_path):
-    trainer, saved, _ = _trainer(device, tmp_path, _Broken(device, at=100))
+    trainer, saved, _ = _trainer(device, tmp_path, _broken_model(device, at=100))
     with pytest.raises(TrainingDiverged, match="step 4: the validation loss is nan"):
         trainer.run()
     assert saved == []

@@ -63,9 +63,8 @@ def test_memory_is_linear_in_the_length(
     case: str, device: torch.device, tmp_path: Path, kernels_do_nothing: None
 ) -> None:
     at_8k, at_16k = (bytes_beyond(case, seqlen, device, tmp_path) for seqlen in (8192, 16384))
-    statistics = (
-        HEADS * 16384 * 4
-    )  # one float32 for each row, of which forward and backward keep three, and four with large scores
+    # One float32 for each row, of which forward and backward keep three, and four with large scores.
+    statistics = HEADS * 16384 * 4
     assert 0 < at_16k <= 8 * statistics
     assert at_16k <= 2.1 * at_8k
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pytransformer import extension
-from tests.coverage import attention_rows as options
-from tests.coverage import record
-from tests.coverage.pairwise import Row, label, one_at_a_time, plain
+from tests.combinations import attention_rows as options
+from tests.combinations import record
+from tests.combinations.pairwise import Row, label, one_at_a_time, plain
 from tests.kernels.attention_contract import run_reference
 
 ROWS = options.rows()
-# Triton is met above with every option. The extension takes part where it is loaded, on a GPU or in the emulator.
-_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("reference", "torch") if extension.why_not(_DEVICE) else ("reference", "torch", "cuda")
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)))
@@ -32,7 +28,7 @@ def test_share_of_pairs_that_are_executed() -> None:
     assert not any(rule.matches(row) for rule in options.RULES for row in ROWS)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", record.BACKENDS)
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=label(row, options.FACTORS)) for row in one_at_a_time(options.FACTORS)]
 )

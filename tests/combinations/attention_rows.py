@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytransformer.ops.attention import attention
 from pytransformer.verification import SEEDS, Contract
-from tests.coverage.pairwise import Impossible, Row, covering_array
+from tests.combinations.pairwise import Impossible, Row, covering_array
 from tests.kernels.attention_contract import Case, Inputs, draw, run_reference
 
 FACTORS: dict[str, tuple[str, ...]] = {

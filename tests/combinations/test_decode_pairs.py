@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.coverage import decode_rows as options
-from tests.coverage import record
-from tests.coverage.pairwise import Row, label, one_at_a_time, plain
-from tests.coverage.test_attention_pairs import BACKENDS
+from tests.combinations import decode_rows as options
+from tests.combinations import record
+from tests.combinations.pairwise import Row, label, one_at_a_time, plain
 from tests.kernels.decode_contract import small_configs
 
 ROWS = options.rows()
@@ -42,7 +41,7 @@ def test_impossible_pairs_are_refused(rule, device: torch.device) -> None:
         options.run_op(row, paged, "reference")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", record.BACKENDS)
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=label(row, options.FACTORS)) for row in one_at_a_time(options.FACTORS)]
 )

@@ -13,11 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.coverage.pairwise import Factors, Impossible, Row, all_pairs, impossible_pairs, pairs_of
+import torch
+
+from pytransformer import extension
+from tests.combinations.pairwise import Factors, Impossible, Row, all_pairs, impossible_pairs, pairs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "docs/attention-options.json"
 UPDATING = os.environ.get("PYTRANSFORMER_UPDATE_OPTIONS") == "1"
+# Those that are asked for each option alone. Triton is met with every option in the rows. The extension takes part where it is loaded, on a
+# GPU or in the emulator.
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("reference", "torch") if extension.why_not(_DEVICE) else ("reference", "torch", "cuda")
 ADVICE = "if it is meant, run `python tools/attention_table.py --update` and commit docs/attention-options.*"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.coverage import record
+from tests.combinations import record
 
 
 def test_the_page_is_not_stale() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytransformer.ops.decode_attention import decode_attention
 from pytransformer.verification import SEEDS, Contract
-from tests.coverage.pairwise import Impossible, Row, covering_array
+from tests.combinations.pairwise import Impossible, Row, covering_array
 from tests.kernels.decode_contract import Decode, Inputs, draw, golden
 
 FACTORS: dict[str, tuple[str, ...]] = {

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytransformer.verification import SEEDS, Contract
-from tests.coverage import attention_rows as options
-from tests.coverage.pairwise import Row
+from tests.combinations import attention_rows as options
+from tests.combinations.pairwise import Row
 from tests.kernels.attention_contract import Case, run_reference
 
 pytestmark = pytest.mark.usefixtures("without_overflow_checks", "small_tiles")

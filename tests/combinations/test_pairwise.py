@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.coverage.pairwise import Impossible, all_pairs, covering_array, impossible_pairs, pairs_of
+from tests.combinations.pairwise import Impossible, all_pairs, covering_array, impossible_pairs, pairs_of
 
 FACTORS = {name: tuple(levels) for name, levels in {"a": "01", "b": "012", "c": "0123", "d": "01", "e": "01"}.items()}
 
