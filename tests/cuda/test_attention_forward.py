@@ -16,7 +16,7 @@ from torch import Tensor
 from pytransformer import extension
 from pytransformer.ops import attention as module
 from pytransformer.ops.attention import attention
-from pytransformer.ops.attention_checks import AttentionCall, check_attention
+from pytransformer.ops.attention.call import AttentionCall, check_attention
 from pytransformer.verification import SEEDS, Contract
 from tests.kernels.attention_contract import Case, draw, grid_cases, run_reference
 from tests.support.broken_cuda import run_broken
@@ -323,7 +323,7 @@ def test_opcheck(device: torch.device) -> None:
     ):
         inputs = draw(case, 0, device)
         call = check_attention(AttentionCall(**inputs.tensors, **inputs.options), None)
-        torch.library.opcheck(torch.ops.pytransformer.attention_forward.default, module._to_args(call, "cuda"))
+        torch.library.opcheck(torch.ops.pytransformer.attention_forward.default, (*call, "cuda"))
         options = {name: value for name, value in inputs.options.items() if name != "window"}
         torch.library.opcheck(extension.op("attention_forward"), raw_arguments(**inputs.tensors, **options))
 
@@ -363,7 +363,7 @@ def test_what_is_not_served_is_refused_with_a_reason(
 
 def test_it_comes_after_triton() -> None:
     """Unmeasured kernels are not preferred."""
-    assert [candidate.backend for candidate in module.CHOICE.candidates] == ["triton", "cuda", "torch", "reference"]
+    assert [candidate.name for candidate in module.CHOICE.candidates] == ["triton", "cuda", "torch", "reference"]
 
 
 def test_fullgraph_with_dynamic_lengths(device: torch.device) -> None:

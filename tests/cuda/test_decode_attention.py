@@ -463,8 +463,7 @@ def test_autocast_follows_the_cache(device):
 
 
 def test_opcheck(device):
-    from pytransformer.ops.decode_attention import _to_arguments
-    from pytransformer.ops.decode_attention_checks import DecodeCall, check_decode_attention
+    from pytransformer.ops.decode_attention.call import DecodeCall, check_decode_attention
 
     blank = dict.fromkeys(DecodeCall._fields) | {
         "causal": True,
@@ -475,8 +474,8 @@ def test_opcheck(device):
     }
     for case in (Decode(dtype=BF16, page_size=4), Decode(dtype=F16, queries=(2, 1))):
         inputs = draw(case, 0, device)
-        checked = check_decode_attention(DecodeCall(**(blank | inputs.tensors | inputs.options)), None)
-        torch.library.opcheck(torch.ops.pytransformer.decode_attention.default, _to_arguments(checked, "cuda"))
+        checked = check_decode_attention(DecodeCall(**(blank | inputs.tensors | inputs.options)))
+        torch.library.opcheck(torch.ops.pytransformer.decode_attention.default, (*checked, "cuda"))
         options = {**inputs.tensors, **inputs.options}
         raw = raw_arguments(*[options.pop(name) for name in VALID], **options)
         torch.library.opcheck(extension.op("decode_attention"), raw)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pytransformer import extension, reference
 from pytransformer.ops import checks
 from pytransformer.ops.kv_append import kv_append
-from pytransformer.ops.kv_append_checks import AppendCall
+from pytransformer.ops.kv_append.call import AppendCall
 from pytransformer.verification import SEEDS, Contract
 from tests.kernels.append_contract import PLACES, SENTINEL, Append, assert_same, copies, draw, results_of, run_reference
 from tests.support.broken_cuda import run_broken

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pytransformer.ops import attention_checks
+from pytransformer.ops import checks
 from pytransformer.ops.attention import attention
+from pytransformer.ops.attention.call import AttentionCall, check_attention
 from tests.ops.attention_cases import packed_qkv, qkv, starts
 
 
@@ -189,7 +190,7 @@ def test_packed(packed, device, changes, error, message):
 @pytest.fixture
 def values_are_readable(monkeypatch):
     """On a GPU values are read back for checking only with PYTRANSFORMER_DEBUG=1."""
-    monkeypatch.setattr(attention_checks.checks, "DEBUG", True)
+    monkeypatch.setattr(checks, "DEBUG", True)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +234,9 @@ def test_all_tensors_are_on_one_device(dense):
 
 def test_nothing_is_read_back_where_that_would_synchronise(packed, monkeypatch):
     """Checks of values are skipped for tensors that are not readable; hints then stand for the lengths."""
-    monkeypatch.setattr(attention_checks.checks, "readable", lambda tensor: False)
+    monkeypatch.setattr(checks, "readable", lambda tensor: False)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("read back"))
-    call = attention_checks.AttentionCall(**packed, max_seqlen_q=3, max_seqlen_k=6, mask=torch.ones(3, 6) > 0)
-    assert attention_checks.check_attention(call, None).softmax_scale == 0.25
+    call = AttentionCall(softmax_scale=None, **packed, max_seqlen_q=3, max_seqlen_k=6, mask=torch.ones(3, 6) > 0)
+    assert check_attention(call).softmax_scale == 0.25
     with pytest.raises(ValueError, match=r"mask of packed .* = \(2, 4, at least 4, at least 6\)"):
-        attention_checks.check_attention(call._replace(max_seqlen_q=4), None)
+        check_attention(call._replace(max_seqlen_q=4))

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytransformer.ops import attention as module
 from pytransformer.ops.attention import attention
-from pytransformer.ops.attention_checks import AttentionCall, check_attention
+from pytransformer.ops.attention.call import AttentionCall, check_attention
 from pytransformer.ops.backend import use_backend
 from tests.ops.attention_cases import bias_with_holes, packed_qkv, qkv, starts
 
@@ -34,8 +33,7 @@ def same_results(actual, expected, wanted):
 def op_arguments(device, backend, requires_grad=True, **options):
     """Arguments of the registered forward op for a call."""
     tensors = dict(zip("qkv", inputs(device, requires_grad, num_heads=2, num_kv_heads=1, seqlen_q=3, seqlen_k=4)))
-    call = check_attention(AttentionCall(**{**tensors, **options}), None)
-    return module._to_args(call, backend)
+    return (*check_attention(AttentionCall(**{**tensors, **options})), backend)
 
 
 OPTIONS = [
@@ -55,7 +53,7 @@ def test_opcheck_of_the_registered_ops(backend, options, device):
     torch.library.opcheck(torch.ops.pytransformer.attention_forward, forward)
     plain = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in forward)
     out, lse = torch.ops.pytransformer.attention_forward(*plain)
-    backward = (torch.randn_like(out), torch.randn_like(lse), True, out, lse, *plain)
+    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *plain[:-1], True, backend)
     torch.library.opcheck(torch.ops.pytransformer.attention_backward, backward)
 
 
@@ -213,7 +211,7 @@ def test_meta_tensors_have_the_shapes_of_results():
     q, k, v = (torch.empty(2, 5, heads, 16, device="meta") for heads in (4, 2, 2))
     assert attention(q, k, v, causal=True, backend="torch").shape == (2, 5, 4, 16)
     out, lse = torch.ops.pytransformer.attention_forward(
-        *module._to_args(check_attention(AttentionCall(q, k, v, return_lse=True), None), "triton")
+        *check_attention(AttentionCall(q, k, v, return_lse=True)), "triton"
     )
     assert (out.shape, lse.shape) == ((2, 5, 4, 16), (2, 4, 5))
     assert out.device.type == lse.device.type == "meta"

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytransformer.ops import attention_torch
-from pytransformer.ops.attention import attention
-from pytransformer.ops.attention_checks import AttentionCall
+from pytransformer.ops.attention import attention, by_torch
+from pytransformer.ops.attention.call import AttentionCall
 from tests.ops.attention_cases import BY_NAME, UNSERVED_BY_TORCH, packed_qkv, qkv
 
 
@@ -94,7 +93,7 @@ class OnGpu:
 )
 def test_what_it_leaves_to_others_on_a_gpu(dtype, options, reason):
     stand_in = OnGpu(dtype)
-    found = attention_torch.why_not(AttentionCall(stand_in, stand_in, stand_in, **options))
+    found = by_torch.BACKEND.why_not(AttentionCall(stand_in, stand_in, stand_in, **options))
     if reason is None:
         assert found is None
     else:

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytransformer.ops import backend as module
 from pytransformer.ops.backend import (
+    Backend,
     BackendChoice,
-    Candidate,
+    Limit,
     check_backend_name,
     is_plain,
     requested_backend,
-    serves_all,
     unavailable,
     use_backend,
     warn_once,
@@ -31,7 +31,13 @@ def only_even(call):
     return None if call % 2 == 0 else f"{call} is odd"
 
 
-CHOICE = BackendChoice("halve", (Candidate("torch", only_even, "odd numbers"), Candidate("reference", serves_all)))
+def halve(call):
+    return (call / 2,)
+
+
+CHOICE = BackendChoice(
+    "halve", (Backend("torch", halve, (Limit("odd numbers", only_even),)), Backend("reference", halve))
+)
 
 
 def test_the_first_that_can_serves():
@@ -89,7 +95,10 @@ def test_a_named_backend_that_cannot_serve_raises_with_its_reason():
 
 
 def test_no_backend_at_all_gives_every_reason():
-    choice = BackendChoice("halve", (Candidate("torch", only_even), Candidate("reference", lambda call: "it is out")))
+    out = (Limit("anything", lambda call: "it is out"),)
+    choice = BackendChoice(
+        "halve", (Backend("torch", halve, (Limit("odd numbers", only_even),)), Backend("reference", halve, out))
+    )
     with pytest.raises(NotImplementedError, match="no backend serves this call: torch: 3 is odd; reference: it is out"):
         choice.select(3, "cpu")
 
@@ -125,7 +134,7 @@ def test_the_environment_is_read_at_import():
 
 def test_interpreted_kernels_serve_on_request_only(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    choice = BackendChoice("halve", (Candidate("triton", serves_all), Candidate("reference", serves_all)))
+    choice = BackendChoice("halve", (Backend("triton", halve), Backend("reference", halve)))
     assert choice.select(2, "cpu") == "reference"
     assert choice.select(2, "cpu", "triton") == "triton"
 

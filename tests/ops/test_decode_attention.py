@@ -301,7 +301,10 @@ def test_torch_says_what_it_cannot_do(options, reason, device, monkeypatch):
         decode_attention(**call, backend="torch")
     if device.type == "cpu":
         monkeypatch.setattr(backend_module, "_given_warnings", set())
-        with pytest.warns(RuntimeWarning, match=f"decode_attention: the reference serves this call.*{reason}"):
+        with pytest.warns(
+            RuntimeWarning,
+            match=f"decode_attention: no fused backend serves this call, so the reference does.*{reason}",
+        ):
             decode_attention(**call)
 
 
@@ -317,7 +320,7 @@ def test_use_backend(device):
     call = arguments(device)
     with use_backend("reference"):
         assert torch.equal(decode_attention(**call), decode_attention(**call, backend="reference"))
-    assert CHOICE.report(device.type)["torch"] == "serves, except softcap, sinks, return_lse; anything on a GPU"
+    assert CHOICE.report(device.type)["torch"] == "serves, except softcap, sinks, return_lse, anything on a GPU"
 
 
 def test_autocast_follows_the_cache(device):
@@ -374,8 +377,7 @@ def test_generation_on_a_cpu_copies_no_cache(heads, batch_lengths):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, device):
-    from pytransformer.ops.decode_attention import _to_arguments
-    from pytransformer.ops.decode_attention_checks import DecodeCall, check_decode_attention
+    from pytransformer.ops.decode_attention.call import DecodeCall, check_decode_attention
 
     if refuses(backend, device):
         return
@@ -387,8 +389,8 @@ def test_opcheck(backend, device):
         "return_lse": False,
     }
     for base in (arguments, paged):
-        checked = check_decode_attention(DecodeCall(**(call | base(device))), None)
-        torch.library.opcheck(torch.ops.pytransformer.decode_attention.default, _to_arguments(checked, backend))
+        checked = check_decode_attention(DecodeCall(**(call | base(device))))
+        torch.library.opcheck(torch.ops.pytransformer.decode_attention.default, (*checked, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -306,7 +306,7 @@ def test_saved_tensors_notice_the_write(device):
 
 
 def _registered(call: dict[str, Any], backend: str) -> tuple[Any, tuple[Any, ...]]:
-    from pytransformer.ops.kv_append_checks import AppendCall, check_kv_append, scales_are_written
+    from pytransformer.ops.kv_append.call import AppendCall, check_kv_append, scales_are_written
 
     options = {"interleaved": False, "norm_eps": 1e-6, "norm_weight_offset": 0.0}
     checked = check_kv_append(AppendCall(**(dict.fromkeys(AppendCall._fields) | options | call)))
