@@ -49,7 +49,8 @@ class Op:
         result: what the public function returns, of a checked call and the outputs; by default the first output.
         rule: the op under autograd; ``None`` = it has no gradient.
         grads: names of the tensors that have a gradient, or that are refused if they want one.
-        values: names of the tensors whose values the checks read, where they may be read.
+        values: names of the tensors whose values the checks read, where they may be read: launches of such calls are not kept.
+        lengths, check_lengths: names of further such tensors, and the check of their values, which is made again before each kept launch.
         varying: the last argument is an int that differs from call to call, for the launch to look at.
         casts: whether autocast changes the call.
         reference_costs: what the reference does that is worth a warning when it was not asked for.
@@ -66,6 +67,8 @@ class Op:
         rule: Differentiable | None = None,
         grads: Sequence[str] = (),
         values: Sequence[str] = (),
+        lengths: Sequence[str] = (),
+        check_lengths: Callable[[Any], None] | None = None,
         varying: bool = False,
         casts: bool = False,
         reference_costs: str = "",
@@ -77,6 +80,7 @@ class Op:
         self.choice = BackendChoice(name, tuple(backends))
         self._backends = {backend.name: backend for backend in backends}
         self._grads, self._values = _getter(self.call, grads), _getter(self.call, values)
+        self._lengths, self._check_lengths = _getter(self.call, lengths), check_lengths
         self._written = _getter(self.call, registered.written) if registered.written else None
         # By the name of a backend: launches of calls without a gradient, and what checked calls with one become.
         self._launches: dict[str | None, Launches[Callable[[Any], Any]]] = {}
@@ -175,15 +179,18 @@ class Op:
             self._direct[named, is_cuda] = None if first is None else self._backends[first].direct
         if any(before is not after for before, after in zip(given, tensors)):
             return
-        if any(tensor is not None and checks.readable(tensor) for tensor in self._values(call)):
+        if _any_readable(self._values(call)):
             return
         if self.rule is not None and _is_grad_enabled() and requires_grad(self._grads(given)):
             if not backend.is_transparent(call):
                 self._recorded[named].add(given, (*call[self.num_tensors :], backend.name))
         elif backend.plan is not None:
             launch = backend.plan(call)
-            if launch is not None:
-                self._launches[named].add(given, launch if self._written is None else _marking(launch, self._written))
+            if launch is None:
+                return
+            if self._check_lengths is not None and _any_readable(self._lengths(call)):
+                launch = _after(self._check_lengths, self.call, launch)
+            self._launches[named].add(given, launch if self._written is None else _marking(launch, self._written))
 
     def forget(self) -> None:
         """Forgets what was kept: launches depend on which GPU they are for, and on which backends there are."""
@@ -227,6 +234,19 @@ def requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
         if tensor is not None and tensor.requires_grad:
             return True
     return False
+
+
+def _any_readable(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(tensor is not None and checks.readable(tensor) for tensor in tensors)
+
+
+def _after(check: Callable[[Any], None], call: Any, launch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def check_and_launch(given: tuple[Any, ...]) -> Any:
+        checked = call(*given)
+        check(checked)
+        return launch(checked)
+
+    return check_and_launch
 
 
 def _marking(launch: Callable[[Any], Any], written: Callable[[Any], tuple[Tensor, ...]]) -> Callable[[Any], Any]:

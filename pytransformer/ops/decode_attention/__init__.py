@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytransformer.ops.decode_attention import by_cuda, by_torch, by_triton
-from pytransformer.ops.decode_attention.call import DecodeCall, check_decode_attention, is_packed
+from pytransformer.ops.decode_attention.call import DecodeCall, check_decode_attention, check_lengths, is_packed
 from pytransformer.ops.op import Op
 from pytransformer.ops.registered import Outputs, RegisteredOp
 
@@ -123,7 +123,9 @@ _DECODE = Op(
     _BACKENDS,
     result=_result,
     grads=("q", "k_cache", "v_cache", "bias", "sinks"),
-    values=("cache_seqlens", "cu_seqlens_q", "block_table", "cache_batch_idx", "cache_leftpad", "k_scale", "v_scale"),
+    values=("cu_seqlens_q", "mask", "bias", "k_scale", "v_scale"),
+    lengths=("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad"),
+    check_lengths=check_lengths,
     casts=True,
     reference_costs="computes one sequence after another with all its scores",
 )

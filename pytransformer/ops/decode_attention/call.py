@@ -84,7 +84,7 @@ def check_decode_attention(call: DecodeCall) -> DecodeCall:
     if not (call.mask is call.bias is call.alibi_slopes is call.sinks is None):
         call = _check_score_terms(call)
     if checks.readable(call.cache_seqlens):
-        _check_lengths(call)
+        check_lengths(call)
     return call
 
 
@@ -130,8 +130,6 @@ def _check_places(call: DecodeCall) -> None:
     if call.cache_leftpad is not None:
         check_index("cache_leftpad", call.cache_leftpad, batch, device)
     check_rows(call, batch, hint="block_table or cache_batch_idx")
-    if call.cache_batch_idx is not None:
-        checks.check_values("cache_batch_idx", call.cache_batch_idx, 0, call.k_cache.shape[0] - 1, "rows of the cache")
 
 
 def _check_score_terms(call: DecodeCall) -> DecodeCall:
@@ -150,8 +148,10 @@ def _check_score_terms(call: DecodeCall) -> DecodeCall:
     return call._replace(mask=mask, bias=bias)
 
 
-def _check_lengths(call: DecodeCall) -> None:
+def check_lengths(call: DecodeCall) -> None:
     """Values of cache_seqlens, cache_leftpad and the pages that hold visible keys."""
+    if call.cache_batch_idx is not None:
+        checks.check_values("cache_batch_idx", call.cache_batch_idx, 0, call.k_cache.shape[0] - 1, "rows of the cache")
     lengths = call.cache_seqlens.tolist()
     leftpads = [0] * len(lengths)
     if call.cache_leftpad is not None:

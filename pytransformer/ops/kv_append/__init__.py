@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pytransformer.ops.kv_append import by_cuda, by_torch, by_triton
-from pytransformer.ops.kv_append.call import AppendCall, check_kv_append
+from pytransformer.ops.kv_append.call import AppendCall, check_kv_append, check_values
 from pytransformer.ops.op import Op
 from pytransformer.ops.registered import RegisteredOp, like
 
@@ -101,15 +101,14 @@ def _op(registered_name: str, written: tuple[str, ...]) -> Op:
         _BACKENDS,
         result=lambda call, outputs: None if call.q is None else outputs[0],
         grads=("k", "v", "k_cache", "v_cache", "q", "q_norm_weight", "k_norm_weight", "cos", "sin"),
-        values=_VALUES,
+        values=("cu_seqlens", "k_scale", "v_scale"),
+        lengths=("cache_seqlens", "slot_mapping", "block_table", "cache_batch_idx", "positions"),
+        check_lengths=check_values,
         casts=True,
     )
 
 
 _BACKENDS = (by_cuda.BACKEND, by_triton.BACKEND, by_torch.BACKEND, by_torch.REFERENCE)
-_VALUES = (
-    "cache_seqlens", "slot_mapping", "block_table", "cu_seqlens", "cache_batch_idx", "positions", "k_scale", "v_scale",
-)  # fmt: skip
 # Scales that are read (or absent), and scales that are written: each op declares what it changes.
 _APPEND = _op("kv_append", ("k_cache", "v_cache"))
 _APPEND_SCALED = _op("kv_append_scaled", ("k_cache", "v_cache", "k_scale", "v_scale"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.ops.backend import Backend, Limit
 from pytransformer.ops.cache_checks import QUANTISED_DTYPES
-from pytransformer.ops.kv_append.call import AppendCall, unless_empty
+from pytransformer.ops.kv_append.call import AppendCall, count_tokens, unless_empty
 from pytransformer.ops.norm import rms_norm
 from pytransformer.ops.registered import Outputs
 from pytransformer.ops.rope import rope
@@ -115,5 +115,10 @@ def _reference(call: AppendCall) -> Outputs:
     return (None if new_q is None else new_q.contiguous(),)
 
 
-BACKEND = Backend("torch", unless_empty(lambda call: (append(call),)), _LIMITS)
+BACKEND = Backend(
+    "torch",
+    unless_empty(lambda call: (append(call),)),
+    _LIMITS,
+    plan=lambda call: append if count_tokens(call) > 0 else None,
+)
 REFERENCE = Backend("reference", unless_empty(_reference))

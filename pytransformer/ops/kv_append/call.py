@@ -77,7 +77,7 @@ def check_kv_append(call: AppendCall) -> AppendCall:
     call = _check_where(call)
     call = _check_rope(call)
     _check_norms(call)
-    _check_values(call)
+    check_values(call)
     return call
 
 
@@ -210,7 +210,7 @@ def _check_norms(call: AppendCall) -> None:
             checks.check_last_dim_contiguous(name, weight)
 
 
-def _check_values(call: AppendCall) -> None:
+def check_values(call: AppendCall) -> None:
     """What is only known from values: places and positions, where they may be read."""
     if count_tokens(call) == 0:
         return
