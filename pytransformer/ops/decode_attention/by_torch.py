@@ -165,9 +165,13 @@ _REFERENCE_OPTIONS = tuple(
 )
 
 
+_NUM_TENSORS = DecodeCall._fields.index("max_seqlen_q")
+
+
 def _plan(call: DecodeCall) -> Callable[[DecodeCall], Tensor] | None:
     # Where the lengths are read anyway, all that a kept launch spares is the checks.
-    return lambda given: attend(given).contiguous()
+    options = call[_NUM_TENSORS:]
+    return lambda given: attend(DecodeCall(*given[:_NUM_TENSORS], *options)).contiguous()
 
 
 BACKEND = Backend("torch", _torch, _LIMITS, plan=_plan)
