@@ -5,6 +5,8 @@ For sequences of one length, the inner loop of text generation, the write is one
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -115,10 +117,9 @@ def _reference(call: AppendCall) -> Outputs:
     return (None if new_q is None else new_q.contiguous(),)
 
 
-BACKEND = Backend(
-    "torch",
-    unless_empty(lambda call: (append(call),)),
-    _LIMITS,
-    plan=lambda call: append if count_tokens(call) > 0 else None,
-)
+def _plan(call: AppendCall) -> Callable[[AppendCall], Tensor | None] | None:
+    return append if count_tokens(call) > 0 else None
+
+
+BACKEND = Backend("torch", unless_empty(lambda call: (append(call),)), _LIMITS, plan=_plan)
 REFERENCE = Backend("reference", unless_empty(_reference))
