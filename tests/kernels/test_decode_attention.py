@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pytransformer.kernels.decode_attention.cache import UNLIMITED, SplitPlan, decode_configs, fixed_splits
-from pytransformer.kernels.decode_attention.launcher import MERGE_SPLITS
+from pytransformer.kernels.decode_attention.merge import MERGE_SPLITS
+from pytransformer.kernels.decode_attention.policy import UNLIMITED, SplitPlan, decode_configs, fixed_splits
 from tests.conftest import INTERPRETING
 from tests.kernels.decode_contract import EDGE_LENGTHS, Decode, check_contract, draw, run, small_configs
 
