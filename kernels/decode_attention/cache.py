@@ -63,7 +63,7 @@ def tile_keys(
 @triton.jit
 def row_pointers(ptr, stride_batch, stride_token, stride_head, sequence, token, head):
     """Pointers to the rows of (token, head) pairs of a sequence."""
-    return ptr + sequence * stride_batch + token.to(tl.int64) * stride_token + head * stride_head
+    return ptr + sequence * stride_batch + head * stride_head + token.to(tl.int64) * stride_token
 
 
 @triton.jit

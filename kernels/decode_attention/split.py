@@ -49,19 +49,20 @@ def _visible_scores(
 ):  # fmt: skip
     """A tile of capped scores with bias and ALiBi, and -inf where a row does not see a key; ``keep`` are the keys that some row sees."""
     visible = keep[None, :]
-    if ROW_LEFT:
-        visible = visible & (n[None, :] >= position[:, None] - window_left)
-    if ROW_RIGHT:
-        visible = visible & (n[None, :] <= position[:, None] + window_right)
+    distance = position[:, None] - n[None, :]
     present = row_exists[:, None] & keep[None, :]
     if bias_rows_ptr is not None:
         bias = tl.load(bias_rows_ptr[:, None] + n[None, :].to(tl.int64) * stride_bias_key, mask=present, other=0.0)
         scores += bias.to(tl.float32)
     if slope is not None:
-        scores -= slope[:, None] * tl.abs(position[:, None] - n[None, :]).to(tl.float32)
+        scores -= slope[:, None] * tl.abs(distance).to(tl.float32)
     if mask_rows_ptr is not None:
         seen = tl.load(mask_rows_ptr[:, None] + n[None, :].to(tl.int64) * stride_mask_key, mask=present, other=0)
         visible = visible & (seen != 0)
+    if ROW_LEFT:
+        visible = visible & (distance <= window_left)
+    if ROW_RIGHT:
+        visible = visible & (distance >= -window_right)
     return tl.where(visible, scores, float("-inf"))
 
 
