@@ -18,294 +18,196 @@ Distances: query token t of a sequence sits at position ``cache_seqlen - seqlen_
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from ..attention.options import block_dim, dot_precision, row_strides, window_limits
-from ..launch import COMMON_OPTIONS, NewTensor, cdiv, device_limits, on_device
-from ..plans import Plans
-from ..prepared import PreparedLaunch
+from ..attention.options import block_dim, dot_precision, strides_of, window_limits
+from ..launch import COMMON_OPTIONS, cdiv, contiguous_strides
+from ..prepared import PreparedLaunch, by_name
+from .call import DecodeCall, Sizes, sizes_of
 from .merge import MERGE_SPLITS, _decode_merge_kernel
 from .policy import DecodeConfig, decode_configs, row_classes
 from .split import _decode_split_kernel
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call's tensors and numbers in the order of the kernels' arguments; what differs between row classes is in :class:`_ClassLaunch`."""
+class DecodeLaunch:
+    """The launches of a call, prepared once and made for any number of calls alike: the host then does nothing but allocate and launch.
 
-    cache_seqlens: torch.Tensor
-    cu_seqlens_q: torch.Tensor | None
-    cache_leftpad: torch.Tensor | None
-    sinks: torch.Tensor | None
-    batch: int
-    seqlen_q: int
-    capacity: int
-    window: tuple[int, int]
-    num_kv_heads: int
-    group: int
-    packed: bool
+    Args:
+        call: of its tensors only types, shapes, strides, dtypes and the device count.
+        allow_tf32: whether products of float32 may be rounded to tf32.
+        configs: replaces the launch policy (tests shrink tiles and splits with it).
+    """
 
+    __slots__ = ("_classes", "_new_lse", "_new_out", "_views")
 
-def _optional(tensor: torch.Tensor | None, strides: int) -> tuple[torch.Tensor | int | None, ...]:
-    """The pointer and its first strides, or None and zeros."""
-    return (None, *[0] * strides) if tensor is None else (tensor, *tensor.stride()[:strides])
+    def __init__(
+        self, call: DecodeCall, *, allow_tf32: bool = False, configs: tuple[DecodeConfig, ...] | None = None
+    ) -> None:
+        sizes = sizes_of(call)
+        q, device = call.q, call.q.device
+        out_shape = (*q.shape[:-1], sizes.value_dim)
+        lse_shape = (sizes.num_heads, q.shape[0]) if sizes.packed else (q.shape[0], sizes.num_heads, q.shape[1])
+        # Packed rows past the last sequence belong to none, and no program visits them.
+        self._new_out = _new(out_shape, q.dtype, device, 0.0 if sizes.packed else None)
+        self._new_lse = _new(lse_shape, torch.float32, device, -math.inf if sizes.packed else None)
+        self._views = [(call._fields.index(name), view) for name, view in _views(call, sizes).items()]
+        self._classes: list[_ClassLaunch] = []
+        if math.prod(out_shape) == 0 or sizes.batch == 0:
+            return
+        paged = call.block_table is not None
+        if configs is None:
+            masked = call.mask is not None or call.bias is not None
+            itemsize = call.k_cache.element_size()
+            configs = decode_configs(sizes.head_dim, sizes.value_dim, itemsize, device, paged, masked)
+        values = {**_strides(call, sizes, out_shape, lse_shape), **_options(call, sizes, allow_tf32)}
+        rows = sizes.seqlen_q * sizes.group
+        for config in row_classes(configs, rows, sizes.packed, sizes.capacity, call.num_splits):
+            self._classes.append(_class_launch(call, sizes, config, values))
 
-
-def _cache_view(cache: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """What the kernel loads, and how it decodes it: fp8 is taken apart by hand, as parts before sm_89 cannot convert e4m3."""
-    return (cache.view(torch.uint8), "e4m3") if cache.dtype == torch.float8_e4m3fn else (cache, "native")
-
-
-def _scale_view(scale: torch.Tensor | None) -> torch.Tensor | None:
-    """Per-head scales as (1, 1, heads) with no stride to the first two."""
-    return scale.expand(1, 1, -1) if scale is not None and scale.dim() == 1 else scale
+    def __call__(self, call: DecodeCall) -> tuple[Tensor, Tensor]:
+        """(out, lse) of a call that is like the one prepared for, or a plain tuple of its fields; shapes as in decode_attention."""
+        # This is hot: what the host does here a decode step does once for each layer.
+        out, lse = self._new_out(), self._new_lse()
+        given = (*call, out, lse)
+        if self._views:
+            given = _viewed(given, self._views)
+        for split, merge, partial in self._classes:
+            if merge is None:
+                split((*given, None, None))
+            else:
+                results = (*given, *[new() for new in partial])
+                split(results)
+                merge(results)
+        return out, lse
 
 
 def decode_attention_forward(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-    *,
-    softmax_scale: float,
-    causal: bool = True,
-    cu_seqlens_q: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    block_table: torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    cache_leftpad: torch.Tensor | None = None,
-    window: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    num_splits: int = 0,
-    allow_tf32: bool = False,
-    configs: tuple[DecodeConfig, ...] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of checked arguments; meanings and shapes as in :func:`pytransformer.decode_attention`.
-
-    Args:
-        mask: boolean or uint8, expanded to (batch, num_heads, seqlen_q, keys), keys up to capacity; packed: max_q for seqlen_q.
-        bias: floating, expanded likewise.
-        configs: replaces the launch policy (tests shrink tiles and splits with it).
-    """
-    alike = None
-    unusual = (cu_seqlens_q, cache_leftpad, mask, bias, alibi_slopes, k_scale, v_scale, configs)
-    if all(option is None for option in unusual) and k_cache.dtype == v_cache.dtype == q.dtype:
-        given = (q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, sinks)
-        policy = device_limits(q.device)
-        alike = (*given, softmax_scale, causal, window, softcap, num_splits, allow_tf32, policy)
-        plain = _PLANS.find(alike)
-        if plain is not None:
-            return plain.launch(*given)
-    packed = cu_seqlens_q is not None
-    num_heads, num_kv_heads = q.shape[-2], k_cache.shape[-2]
-    head_dim, value_dim = q.shape[-1], v_cache.shape[-1]
-    page_size = k_cache.shape[1]
-    capacity = page_size if block_table is None else block_table.shape[1] * page_size
-    for keys_of in (mask, bias):
-        if keys_of is not None and cache_leftpad is None:
-            capacity = min(capacity, keys_of.shape[-1])
-        elif keys_of is not None and keys_of.shape[-1] < capacity:
-            # Behind padding, slots and keys are counted from different places: the width bounds the keys, the capacity the slots.
-            cache_seqlens = cache_seqlens.clamp(max=keys_of.shape[-1])
-    seqlen_q = q.shape[-3] if max_seqlen_q is None or not packed else min(max_seqlen_q, q.shape[-3])
-    call = _Call(
-        cache_seqlens, cu_seqlens_q, cache_leftpad, sinks,
-        batch=cache_seqlens.shape[0], seqlen_q=seqlen_q, capacity=capacity, window=window_limits(causal, window),
-        num_kv_heads=num_kv_heads, group=num_heads // num_kv_heads, packed=packed,
-    )  # fmt: skip
-    if packed:
-        # Rows past the last sequence belong to none, and no program visits them.
-        out = q.new_zeros((*q.shape[:-1], value_dim))
-        lse = q.new_full((num_heads, q.shape[0]), -math.inf, dtype=torch.float32)
-    else:
-        out = q.new_empty((*q.shape[:-1], value_dim))
-        lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=torch.float32)
-    if out.numel() == 0 or call.batch == 0:
-        return out, lse
-
-    k_view, cache_format = _cache_view(k_cache)
-    v_view, _ = _cache_view(v_cache)
-    mask = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
-    alibi_slopes = None if alibi_slopes is None else alibi_slopes.expand(call.batch, num_heads)
-    several_queries = packed or seqlen_q > 1
-    tensors = (
-        q, *row_strides(q), k_view, *k_view.stride()[:3], v_view, *v_view.stride()[:3],
-        out, *row_strides(out), lse, *((0, lse.stride(0)) if packed else lse.stride()[:2]),
-    )  # fmt: skip
-    options = (
-        cache_seqlens, cu_seqlens_q, cache_leftpad, cache_batch_idx, *_optional(block_table, 1), *_optional(mask, 4), *_optional(bias, 4),
-        *_optional(alibi_slopes, 1), sinks, *_optional(_scale_view(k_scale), 3), *_optional(_scale_view(v_scale), 3),
-    )  # fmt: skip
-    constants = {
-        "PAGE_SIZE": page_size if block_table is not None else 1,
-        "ROW_LEFT": several_queries and call.window[0] >= 0,
-        "ROW_RIGHT": several_queries and call.window[1] >= 0,
-        "HAS_SOFTCAP": softcap > 0.0,
-        "SCALE_PER_TOKEN": k_scale is not None and k_scale.dim() > 1,
-        "FORMAT": cache_format,
-        "EXACT_TANH": q.dtype == torch.float32,
-        "PRECISION": dot_precision(q.dtype, allow_tf32),
-        "DIM": head_dim,
-        "BLOCK_DIM": block_dim(head_dim),
-    }
-    if configs is None:
-        masked = mask is not None or bias is not None
-        configs = decode_configs(head_dim, value_dim, k_view.element_size(), q.device, block_table is not None, masked)
-    classes = []
-    for config in row_classes(configs, seqlen_q * call.group, packed, capacity, num_splits):
-        one_page = block_table is not None and page_size % config.block_n == 0 and cache_leftpad is None
-        flags, scales = {**constants, "ONE_PAGE": one_page}, (softmax_scale, softcap)
-        classes.append(_ClassLaunch(call, config, tensors, options, scales, flags, value_dim))
-        classes[-1].launch()
-    if alike is not None:
-        new_out = NewTensor(q) if out.shape == q.shape else None
-        prepared = [row_class.prepare() for row_class in classes]
-        _PLANS.add(alike, _PlainLaunch(new_out, out.shape, lse.shape, prepared))
-    return out, lse
+    call: DecodeCall, *, allow_tf32: bool = False, configs: tuple[DecodeConfig, ...] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a checked call, launched once; see :class:`DecodeLaunch`."""
+    return DecodeLaunch(call, allow_tf32=allow_tf32, configs=configs)(call)
 
 
-class _ClassLaunch:
-    """The split kernel for one row class, and the merge if a sequence can have several splits."""
+class _ClassLaunch(NamedTuple):
+    """The launches for one row class; ``merge`` and new partial results only where a sequence can have several splits."""
 
-    def __init__(
-        self,
-        call: _Call,
-        config: DecodeConfig,
-        tensors: tuple[Any, ...],
-        options: tuple[Any, ...],
-        scales: tuple[float, float],
-        constants: dict[str, object],
-        value_dim: int,
-    ) -> None:
-        splits = config.splits.count(call.capacity)
-        rows = min(call.seqlen_q * call.group, config.rows_up_to)
-        tiles = cdiv(rows, config.block_m)
-        split_plan = (config.splits.fine_keys, config.splits.fine_splits, config.splits.coarse_keys)
-        scratch = (call.batch, call.num_kv_heads, splits)
-        self.scratch = ((*scratch, rows, value_dim), (*scratch, 2, rows)) if splits > 1 else None
-        shared: dict[str, object] = {
-            "NUM_KV_HEADS": call.num_kv_heads, "GROUP": call.group, "ROWS_ABOVE": config.rows_above, "ROWS_UP_TO": config.rows_up_to,
-            "VALUE_DIM": value_dim, "BLOCK_VALUE_DIM": block_dim(value_dim), "BLOCK_M": config.block_m, **COMMON_OPTIONS,
-        }  # fmt: skip
-        stages = {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        # Grid, arguments before and behind the partial results, constants.
-        self._split = (
-            (call.batch * call.num_kv_heads * tiles * splits,),
-            tensors,
-            (
-                *options,
-                call.batch,
-                tiles,
-                splits,
-                call.seqlen_q,
-                call.capacity,
-                *call.window,
-                *scales,
-                *split_plan,
-                rows,
-            ),
-            {**constants, **shared, **stages},
-        )
-        # Grid, arguments behind the partial results, constants.
-        self._merge = (
-            (call.batch * call.num_kv_heads * rows,),
-            (
-                *tensors[12:19], call.cache_seqlens, call.cu_seqlens_q, call.cache_leftpad, call.sinks,
-                rows, splits, call.seqlen_q, call.capacity, *call.window, *split_plan, rows,
-            ),
-            {**shared, "BLOCK_SPLITS": MERGE_SPLITS, "num_warps": 4},
-        )  # fmt: skip
-
-    def launch(self) -> None:
-        """Launches with the tensors given, once."""
-        grid, before, behind, constants = self._split
-        partial = _partial(self.scratch, before[0].device)
-        with on_device(before[0]):
-            _decode_split_kernel[grid](*before, *partial, *behind, **constants)
-            if self.scratch is not None:
-                grid, behind, constants = self._merge
-                _decode_merge_kernel[grid](*partial, *behind, **constants)
-
-    def prepare(self) -> _PreparedClass:
-        """The same for tensors that are alike, any number of times."""
-        grid, before, behind, constants = self._split
-        split = PreparedLaunch(_decode_split_kernel, grid, (*before, None, None, *behind), constants)
-        grid, behind, constants = self._merge
-        merge = PreparedLaunch(_decode_merge_kernel, grid, (None, None, *behind), constants)
-        return _PreparedClass(split, merge, self.scratch)
-
-
-class _PreparedClass(NamedTuple):
     split: PreparedLaunch
-    merge: PreparedLaunch
-    scratch: tuple[tuple[int, ...], ...] | None
-
-    def launch(self, pointers: Sequence[Any]) -> None:
-        """``pointers``: q, k, v, out, lse, cache_seqlens, cu_seqlens_q, leftpad, and the rest as the split kernel takes them."""
-        partial = _partial(self.scratch, pointers[0].device)
-        self.split((*pointers[:5], *partial, *pointers[5:]))
-        if self.scratch is not None:
-            self.merge((*partial, *pointers[3:8], pointers[13]))  # the last are the sinks
+    merge: PreparedLaunch | None
+    partial: tuple[Callable[[], Tensor], ...]
 
 
-def _partial(scratch: tuple[tuple[int, ...], ...] | None, device: torch.device) -> list[torch.Tensor | None]:
-    """New partial results and statistics, or None where there is one split."""
-    if scratch is None:
-        return [None, None]
-    return [torch.empty(shape, dtype=torch.float32, device=device) for shape in scratch]
+def _class_launch(call: DecodeCall, sizes: Sizes, config: DecodeConfig, values: dict[str, Any]) -> _ClassLaunch:
+    splits = config.splits.count(sizes.capacity)
+    rows = min(sizes.seqlen_q * sizes.group, config.rows_up_to)
+    tiles = cdiv(rows, config.block_m)
+    # Behind padding a tile of keys can begin anywhere in a page.
+    one_page = call.block_table is not None and sizes.page_size % config.block_n == 0 and call.cache_leftpad is None
+    values = {
+        **values,
+        "num_tiles": tiles, "num_splits": splits, "max_rows": rows, "scratch_rows": rows,
+        "fine_keys": config.splits.fine_keys, "fine_splits": config.splits.fine_splits, "coarse_keys": config.splits.coarse_keys,
+        "ROWS_ABOVE": config.rows_above, "ROWS_UP_TO": config.rows_up_to, "ONE_PAGE": one_page,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_SPLITS": MERGE_SPLITS,
+    }  # fmt: skip
+    given = (*call._fields, "out", "lse", "partial_out", "partial_stats")
+    programs = sizes.batch * sizes.num_kv_heads
+    stages = {"num_warps": config.num_warps, "num_stages": config.num_stages, **COMMON_OPTIONS}
+    arguments = by_name(_decode_split_kernel, values, given, stages)
+    split = PreparedLaunch(_decode_split_kernel, (programs * tiles * splits,), *arguments)
+    if splits == 1:
+        return _ClassLaunch(split, None, ())
+    arguments = by_name(_decode_merge_kernel, values, given, {"num_warps": 4, **COMMON_OPTIONS})
+    merge = PreparedLaunch(_decode_merge_kernel, (programs * rows,), *arguments)
+    scratch = (sizes.batch, sizes.num_kv_heads, splits)
+    shapes = ((*scratch, rows, sizes.value_dim), (*scratch, 2, rows))
+    return _ClassLaunch(split, merge, tuple(_new(shape, torch.float32, call.q.device) for shape in shapes))
 
 
-class _PlainLaunch(NamedTuple):
-    """The launches of a dense call with none of the options that are read through a view."""
-
-    new_out: NewTensor | None
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
-    classes: list[_PreparedClass]
-
-    def launch(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache_seqlens: torch.Tensor,
-        *others: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        block_table, cache_batch_idx, sinks = others
-        out = q.new_empty(self.out_shape) if self.new_out is None else self.new_out(q)
-        lse = q.new_empty(self.lse_shape, dtype=torch.float32)
-        pointers = (
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cache_seqlens,
-            None,
-            None,
-            cache_batch_idx,
-            block_table,
-            None,
-            None,
-            None,
-            sinks,
-            None,
-            None,
-        )
-        for row_class in self.classes:
-            row_class.launch(pointers)
-        return out, lse
+def _strides(call: DecodeCall, sizes: Sizes, out_shape: Sequence[int], lse_shape: Sequence[int]) -> dict[str, int]:
+    """The kernels' strides by name: 0 where there is no tensor, or where it is repeated."""
+    # Packed tensors have no batch to step over.
+    batch = (0,) if sizes.packed else ()
+    table, slopes = call.block_table, call.alibi_slopes
+    strides = {
+        "q": ("batch token head", (*batch, *call.q.stride())),
+        "out": ("batch token head", (*batch, *contiguous_strides(out_shape))),
+        "lse": ("batch head", (*batch, *contiguous_strides(lse_shape))),
+        "k_cache": ("page token head", call.k_cache.stride()),
+        "v_cache": ("page token head", call.v_cache.stride()),
+        "block_table": ("batch", (0,) if table is None else table.stride()),
+        "mask": ("batch head token key", strides_of(call.mask, 4)),
+        "bias": ("batch head token key", strides_of(call.bias, 4)),
+        "alibi_slopes": ("batch", (0,) if slopes is None or slopes.dim() == 1 else slopes.stride()),
+        "k_scale": ("page token head", _scale_strides(call.k_scale)),
+        "v_scale": ("page token head", _scale_strides(call.v_scale)),
+    }
+    return {
+        f"stride_{name}_{dim}": stride
+        for name, (dims, of_dims) in strides.items()
+        for dim, stride in zip(dims.split(), of_dims)
+    }
 
 
-_PLANS: Plans[_PlainLaunch] = Plans()
+def _scale_strides(scale: Tensor | None) -> tuple[int, ...]:
+    """Of per-head (heads) or per-token (pages, page_size, heads) scales."""
+    return (0, 0, 0) if scale is None else (0,) * (3 - scale.dim()) + scale.stride()
+
+
+def _options(call: DecodeCall, sizes: Sizes, allow_tf32: bool) -> dict[str, Any]:
+    """What both kernels take beside strides, the same for all row classes."""
+    window_left, window_right = window_limits(call.causal, call.window)
+    several_queries = sizes.packed or sizes.seqlen_q > 1
+    return {
+        "batch": sizes.batch, "seqlen_q": sizes.seqlen_q, "capacity": sizes.capacity, "window_left": window_left,
+        "window_right": window_right, "softmax_scale": call.softmax_scale, "softcap": call.softcap,
+        "NUM_KV_HEADS": sizes.num_kv_heads, "GROUP": sizes.group,
+        "PAGE_SIZE": 1 if call.block_table is None else sizes.page_size,
+        "ROW_LEFT": several_queries and window_left >= 0,
+        "ROW_RIGHT": several_queries and window_right >= 0,
+        "HAS_SOFTCAP": call.softcap > 0.0, "EXACT_TANH": call.q.dtype == torch.float32,
+        "SCALE_PER_TOKEN": call.k_scale is not None and call.k_scale.dim() > 1,
+        "FORMAT": "e4m3" if call.k_cache.dtype == torch.float8_e4m3fn else "native",
+        "PRECISION": dot_precision(call.q.dtype, allow_tf32),
+        "DIM": sizes.head_dim, "BLOCK_DIM": block_dim(sizes.head_dim),
+        "VALUE_DIM": sizes.value_dim, "BLOCK_VALUE_DIM": block_dim(sizes.value_dim),
+    }  # fmt: skip
+
+
+def _views(call: DecodeCall, sizes: Sizes) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The fields of which the kernels take something else than the call has, and how that is made."""
+    views: dict[str, Callable[[Tensor], Tensor]] = {}
+    if call.k_cache.dtype == torch.float8_e4m3fn:
+        # Taken apart by hand: parts before sm_89 cannot convert e4m3.
+        views |= {"k_cache": _as_bytes, "v_cache": _as_bytes}
+    if call.mask is not None and call.mask.dtype == torch.bool:
+        views["mask"] = _as_bytes
+    if call.cache_leftpad is not None and sizes.keys < sizes.capacity:
+        views["cache_seqlens"] = functools.partial(torch.clamp, max=sizes.keys)
+    return views
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8)
+
+
+def _viewed(given: tuple[Any, ...], views: Iterable[tuple[int, Callable[[Tensor], Tensor]]]) -> tuple[Any, ...]:
+    viewed = list(given)
+    for place, view in views:
+        viewed[place] = view(viewed[place])
+    return tuple(viewed)
+
+
+def _new(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, value: float | None = None
+) -> Callable[[], Tensor]:
+    """Makes contiguous tensors, uninitialised or full of a value."""
+    if value is not None:
+        return functools.partial(torch.full, shape, value, dtype=dtype, device=device)
+    # With the strides given the host takes half the time of torch.empty.
+    return functools.partial(torch.empty_strided, shape, contiguous_strides(shape), dtype=dtype, device=device)

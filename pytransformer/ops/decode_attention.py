@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -144,20 +143,12 @@ def decode_attention(
         and _goes_straight(backend, q, k_cache, v_cache, sinks)
     ):
         alike = (
-            q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, sinks, softmax_scale, causal, window, softcap, num_splits,
-            return_lse,
+            q, k_cache, v_cache, cache_seqlens, None, None, block_table, cache_batch_idx, None, None, None, None, sinks, None, None,
+            softmax_scale, causal, window, softcap, num_splits, return_lse,
         )  # fmt: skip
         launch = _CHECKED.find(alike)
         if launch is not None:
-            results = launch(
-                q,
-                k_cache,
-                v_cache,
-                cache_seqlens,
-                block_table=block_table,
-                cache_batch_idx=cache_batch_idx,
-                sinks=sinks,
-            )
+            results = launch(alike)
             return results if return_lse else results[0]
     call = DecodeCall(
         q, k_cache, v_cache, cache_seqlens, cu_seqlens_q, max_seqlen_q, block_table, cache_batch_idx, cache_leftpad, mask, bias,
@@ -181,9 +172,9 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-# --- Calls like one whose checks have passed: Triton's launcher at once. ------------------------------------------------------------------
+# --- Calls like one whose checks have passed: Triton's launch at once. By the arguments as given, in DecodeCall's order. -----------------
 
-_CHECKED: Plans[Callable[..., tuple[Tensor, Tensor]]] = Plans()
+_CHECKED: Plans[Callable[[Any], tuple[Tensor, Tensor]]] = Plans()
 
 
 def _goes_straight(backend: str | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:
@@ -199,29 +190,14 @@ def _goes_straight(backend: str | None, q: Tensor, k_cache: Tensor, v_cache: Ten
 
 
 def _keep(alike: tuple[Any, ...], call: DecodeCall) -> None:
-    """Keeps the launcher with the options of a checked call, unless values were read for its checks or tensors replaced."""
-    from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
+    """Keeps the launch of a checked call, unless values were read for its checks or tensors replaced."""
+    from pytransformer.kernels.decode_attention.launcher import DecodeLaunch
 
-    tensors = (
-        call.q,
-        call.k_cache,
-        call.v_cache,
-        call.cache_seqlens,
-        call.block_table,
-        call.cache_batch_idx,
-        call.sinks,
-    )
-    if any(after is not before for after, before in zip(tensors, alike)) or checks.readable(call.cache_seqlens):
+    if checks.readable(call.cache_seqlens):
         return
-    launch = functools.partial(
-        decode_attention_forward,
-        softmax_scale=call.softmax_scale,
-        causal=call.causal,
-        window=call.window,
-        softcap=call.softcap,
-        num_splits=call.num_splits,
-    )
-    _CHECKED.add(alike, launch)
+    if any(after is not before for before, after in zip(alike, call) if isinstance(after, Tensor)):
+        return
+    _CHECKED.add(alike, DecodeLaunch(call))
 
 
 # --- The registered op. ----------------------------------------------------------------------------------------------------------------
@@ -291,14 +267,7 @@ def _triton(call: DecodeCall) -> tuple[Tensor, Tensor]:
     from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
     from pytransformer.ops.attention import allows_tf32
 
-    return decode_attention_forward(
-        call.q, call.k_cache, call.v_cache, call.cache_seqlens,
-        softmax_scale=call.softmax_scale, causal=call.causal, cu_seqlens_q=call.cu_seqlens_q, max_seqlen_q=call.max_seqlen_q,
-        block_table=call.block_table, cache_batch_idx=call.cache_batch_idx, cache_leftpad=call.cache_leftpad, window=call.window,
-        softcap=call.softcap, mask=_expanded(call.mask, call), bias=_expanded(call.bias, call), alibi_slopes=call.alibi_slopes,
-        sinks=call.sinks, k_scale=call.k_scale, v_scale=call.v_scale, num_splits=call.num_splits,
-        allow_tf32=call.q.dtype == torch.float32 and allows_tf32(),
-    )  # fmt: skip
+    return decode_attention_forward(call, allow_tf32=call.q.dtype == torch.float32 and allows_tf32())
 
 
 def _fake_cuda(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
