@@ -110,3 +110,8 @@ def sizes_of(call: DecodeCall) -> Sizes:
         capacity=min(capacity, keys) if call.cache_leftpad is None else capacity,
         keys=keys,
     )
+
+
+def scale_strides(scale: Tensor | None) -> tuple[int, ...]:
+    """Of per-head (heads) or per-token (pages, page_size, heads) scales."""
+    return (0, 0, 0) if scale is None else (0,) * (3 - scale.dim()) + scale.stride()

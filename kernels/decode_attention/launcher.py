@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..attention.options import block_dim, dot_precision, strides_of, window_limits
-from ..launch import COMMON_OPTIONS, cdiv, contiguous_strides
+from ..launch import COMMON_OPTIONS, as_bytes, cdiv, contiguous_strides, strides_by_name, viewed
 from ..prepared import PreparedLaunch, by_name
-from .call import DecodeCall, Sizes, sizes_of
+from .call import DecodeCall, Sizes, scale_strides, sizes_of
 from .merge import MERGE_SPLITS, _decode_merge_kernel
 from .policy import DecodeConfig, decode_configs, row_classes
 from .split import _decode_split_kernel
@@ -76,7 +76,7 @@ class DecodeLaunch:
         out, lse = self._new_out(), self._new_lse()
         given = (*call, out, lse)
         if self._views:
-            given = _viewed(given, self._views)
+            given = viewed(given, self._views)
         for split, merge, partial in self._classes:
             if merge is None:
                 split((*given, None, None))
@@ -134,29 +134,21 @@ def _strides(call: DecodeCall, sizes: Sizes, out_shape: Sequence[int], lse_shape
     # Packed tensors have no batch to step over.
     batch = (0,) if sizes.packed else ()
     table, slopes = call.block_table, call.alibi_slopes
-    strides = {
-        "q": ("batch token head", (*batch, *call.q.stride())),
-        "out": ("batch token head", (*batch, *contiguous_strides(out_shape))),
-        "lse": ("batch head", (*batch, *contiguous_strides(lse_shape))),
-        "k_cache": ("page token head", call.k_cache.stride()),
-        "v_cache": ("page token head", call.v_cache.stride()),
-        "block_table": ("batch", (0,) if table is None else table.stride()),
-        "mask": ("batch head token key", strides_of(call.mask, 4)),
-        "bias": ("batch head token key", strides_of(call.bias, 4)),
-        "alibi_slopes": ("batch", (0,) if slopes is None or slopes.dim() == 1 else slopes.stride()),
-        "k_scale": ("page token head", _scale_strides(call.k_scale)),
-        "v_scale": ("page token head", _scale_strides(call.v_scale)),
-    }
-    return {
-        f"stride_{name}_{dim}": stride
-        for name, (dims, of_dims) in strides.items()
-        for dim, stride in zip(dims.split(), of_dims)
-    }
-
-
-def _scale_strides(scale: Tensor | None) -> tuple[int, ...]:
-    """Of per-head (heads) or per-token (pages, page_size, heads) scales."""
-    return (0, 0, 0) if scale is None else (0,) * (3 - scale.dim()) + scale.stride()
+    return strides_by_name(
+        {
+            "q": ("batch token head", (*batch, *call.q.stride())),
+            "out": ("batch token head", (*batch, *contiguous_strides(out_shape))),
+            "lse": ("batch head", (*batch, *contiguous_strides(lse_shape))),
+            "k_cache": ("page token head", call.k_cache.stride()),
+            "v_cache": ("page token head", call.v_cache.stride()),
+            "block_table": ("batch", (0,) if table is None else table.stride()),
+            "mask": ("batch head token key", strides_of(call.mask, 4)),
+            "bias": ("batch head token key", strides_of(call.bias, 4)),
+            "alibi_slopes": ("batch", (0,) if slopes is None or slopes.dim() == 1 else slopes.stride()),
+            "k_scale": ("page token head", scale_strides(call.k_scale)),
+            "v_scale": ("page token head", scale_strides(call.v_scale)),
+        }
+    )
 
 
 def _options(call: DecodeCall, sizes: Sizes, allow_tf32: bool) -> dict[str, Any]:
@@ -183,24 +175,12 @@ def _views(call: DecodeCall, sizes: Sizes) -> dict[str, Callable[[Tensor], Tenso
     """The fields of which the kernels take something else than the call has, and how that is made."""
     views: dict[str, Callable[[Tensor], Tensor]] = {}
     if call.k_cache.dtype == torch.float8_e4m3fn:
-        # Taken apart by hand: parts before sm_89 cannot convert e4m3.
-        views |= {"k_cache": _as_bytes, "v_cache": _as_bytes}
+        views |= {"k_cache": as_bytes, "v_cache": as_bytes}
     if call.mask is not None and call.mask.dtype == torch.bool:
-        views["mask"] = _as_bytes
+        views["mask"] = as_bytes
     if call.cache_leftpad is not None and sizes.keys < sizes.capacity:
         views["cache_seqlens"] = functools.partial(torch.clamp, max=sizes.keys)
     return views
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8)
-
-
-def _viewed(given: tuple[Any, ...], views: Iterable[tuple[int, Callable[[Tensor], Tensor]]]) -> tuple[Any, ...]:
-    viewed = list(given)
-    for place, view in views:
-        viewed[place] = view(viewed[place])
-    return tuple(viewed)
 
 
 def _new(

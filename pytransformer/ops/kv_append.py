@@ -227,7 +227,7 @@ def _options(call: AppendCall) -> dict[str, Any]:
 def _triton(call: AppendCall) -> Tensor | None:
     from pytransformer.kernels.kv_append import kv_append_forward
 
-    new_q = kv_append_forward(call.k, call.v, call.k_cache, call.v_cache, **_options(call))
+    new_q = kv_append_forward(call)
     mark_changed(*_written(call))
     return new_q
 
@@ -235,7 +235,6 @@ def _triton(call: AppendCall) -> Tensor | None:
 # By the arguments as given, in AppendCall's order: the launch, kept after its first call has passed the checks, and what takes the tensors
 # that it writes to out of the arguments.
 _CHECKED: Plans[tuple[Callable[..., Tensor | None], Callable[..., tuple[Tensor, ...]]]] = Plans()
-_NUM_TENSORS = AppendCall._fields.index("interleaved")
 
 
 def _keep(given: tuple[Any, ...], call: AppendCall) -> None:
@@ -248,8 +247,7 @@ def _keep(given: tuple[Any, ...], call: AppendCall) -> None:
     for before, after in zip(tensors_of(AppendCall._make(given)), tensors):
         if before.data_ptr() != after.data_ptr():
             return
-    options = {name: getattr(call, name) for name in AppendCall._fields[_NUM_TENSORS:]}
-    launch = AppendLaunch(call[:_NUM_TENSORS], **options)  # type: ignore[arg-type]
+    launch = AppendLaunch(call)
     names = ("k_cache", "v_cache", "k_scale", "v_scale") if scales_are_written(call) else ("k_cache", "v_cache")
     _CHECKED.add(given, (launch, operator.itemgetter(*map(AppendCall._fields.index, names))))
 

@@ -20,6 +20,7 @@ from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buf
 from pytransformer.kernels.norm.backward import norm_backward
 from pytransformer.kernels.norm.forward import NormForward, norm_forward
 from pytransformer.kernels.rope import rope_rotate
+from tests.kernels.append_contract import call_of as append_call
 from tests.kernels.decode_contract import call_of as decode_call
 from tests.support.launch_recorder import record_launches
 
@@ -104,14 +105,16 @@ def _append(batch: int, seqlen: int, capacity: int, page_size: int = 0) -> objec
     cache = _empty(*((4 * capacity, page_size) if page_size else (batch, capacity)), NUM_KV_HEADS, HEAD_DIM)
     block_table = _integers(batch, capacity) if page_size else None
     options = {"q": q, "cos": table, "sin": table, "cache_seqlens": _integers(batch), "block_table": block_table}
-    return kv_append_forward(k, k, cache, cache, **options)  # type: ignore[arg-type]
+    return kv_append_forward(append_call(k, k, cache, cache, **options))
 
 
 def _append_quantised(batch: int, capacity: int) -> object:
     _, k = _heads(batch, 1)
     cache = _empty(batch, capacity, NUM_KV_HEADS, HEAD_DIM, dtype=torch.int8)
     scale = torch.empty(batch, capacity, NUM_KV_HEADS)
-    return kv_append_forward(k, k, cache, cache, k_scale=scale, v_scale=scale, cache_seqlens=_integers(batch))
+    return kv_append_forward(
+        append_call(k, k, cache, cache, k_scale=scale, v_scale=scale, cache_seqlens=_integers(batch))
+    )
 
 
 def _attention(batch: int, seqlen: int) -> object:

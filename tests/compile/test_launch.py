@@ -11,7 +11,7 @@ import triton
 from triton.backends.nvidia.driver import CudaLauncher
 
 import pytransformer
-from pytransformer.kernels import kv_append, prepared, rope
+from pytransformer.kernels import prepared, rope
 from pytransformer.kernels.norm import backward as norm_backward
 from pytransformer.kernels.norm import forward as norm
 from pytransformer.kernels.norm.forward import NormForward
@@ -53,7 +53,7 @@ class Spy:
         monkeypatch.setattr(CudaLauncher, "__call__", triton_launch)
         monkeypatch.setattr(prepared, "_c_launcher", no_c_launcher)
         # Launches that were kept before go another way.
-        for module in (kv_append, norm, norm_backward, rope):
+        for module in (norm, norm_backward, rope):
             monkeypatch.setattr(module, "_PLANS", Plans())
 
     def _note(self, by_triton: bool, where: tuple[Any, ...], arguments: Any) -> None:
