@@ -14,17 +14,28 @@ match bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .attention.options import row_strides
-from .launch import COMMON_OPTIONS, NewTensor, cdiv, device_limits, next_power_of_2
-from .plans import Plans
-from .prepared import PreparedLaunch
+from .decode_attention.call import scale_strides
+from .launch import (
+    COMMON_OPTIONS,
+    NewTensor,
+    as_bytes,
+    cdiv,
+    device_limits,
+    next_power_of_2,
+    strides_by_name,
+    viewed,
+)
+from .prepared import PreparedLaunch, by_name
 
 HIGHEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
@@ -77,7 +88,7 @@ def _find_sequence(cu_seqlens_ptr, tokens, batch, search_steps):
 
 @triton.jit
 def _place(
-    tokens, exists, sequence, index, cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_table_batch, cache_batch_idx_ptr,
+    tokens, exists, sequence, index, cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_block_table_batch, cache_batch_idx_ptr,
     max_pages, num_pages, page_size,
 ):  # fmt: skip
     """(page or row, offset in it, whether there is such a place, position in the sequence) of each token."""
@@ -93,7 +104,9 @@ def _place(
         if block_table_ptr is not None:
             entry = position // page_size
             exists = exists & (entry < max_pages)
-            page = tl.load(block_table_ptr + sequence * stride_table_batch + entry, mask=exists, other=-1).to(tl.int64)
+            page = tl.load(block_table_ptr + sequence * stride_block_table_batch + entry, mask=exists, other=-1).to(
+                tl.int64
+            )
             offset = (position % page_size).to(tl.int64)
         else:
             page = sequence
@@ -204,7 +217,7 @@ def _write(
 
 # Integers that differ from call to call of one model, or with the size of a cache, must not make Triton compile again.
 UNSPECIALISED = [
-    "tokens", "seqlen", "batch", "search_steps", "max_pages", "num_pages", "page_size", "table_length", "stride_table_batch",
+    "tokens", "seqlen", "batch", "search_steps", "max_pages", "num_pages", "page_size", "table_length", "stride_block_table_batch",
     "stride_k_scale_page", "stride_v_scale_page",
 ]  # fmt: skip
 
@@ -219,8 +232,8 @@ def _kv_append_kernel(
     v_cache_ptr, stride_v_cache_page, stride_v_cache_token, stride_v_cache_head,
     k_scale_ptr, stride_k_scale_page, stride_k_scale_token, stride_k_scale_head,
     v_scale_ptr, stride_v_scale_page, stride_v_scale_token, stride_v_scale_head,
-    cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_table_batch, cu_seqlens_ptr, cache_batch_idx_ptr,
-    positions_ptr, cos_ptr, sin_ptr, stride_cos, q_weight_ptr, k_weight_ptr, eps, weight_offset, highest,
+    cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_block_table_batch, cu_seqlens_ptr, cache_batch_idx_ptr,
+    positions_ptr, cos_ptr, sin_ptr, stride_cos, q_norm_weight_ptr, k_norm_weight_ptr, eps, weight_offset, highest,
     tokens, seqlen, batch, search_steps, max_pages, num_pages, page_size, table_length,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr, Q_BLOCKS: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -244,8 +257,8 @@ def _kv_append_kernel(
         in_sequence = exists & (sequence < batch)
         index = token - tl.load(cu_seqlens_ptr + sequence, mask=in_sequence, other=0)
     page, offset, has_place, position = _place(
-        token, in_sequence, sequence, index, cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_table_batch, cache_batch_idx_ptr,
-        max_pages, num_pages, page_size,
+        token, in_sequence, sequence, index, cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_block_table_batch,
+        cache_batch_idx_ptr, max_pages, num_pages, page_size,
     )  # fmt: skip
     if ROTARY_DIM > 0:
         if positions_ptr is not None:
@@ -262,7 +275,7 @@ def _kv_append_kernel(
             mask = exists & (head < NUM_HEADS)
             q_rows_ptr = q_ptr + row * stride_q_batch + column * stride_q_token + head * stride_q_head
             x = _transform(
-                q_rows_ptr, mask, position, q_weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_cos,
+                q_rows_ptr, mask, position, q_norm_weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_cos,
                 DIM, BLOCK_DIM, ROTARY_DIM, INTERLEAVED,
             )  # fmt: skip
             dims = tl.arange(0, BLOCK_DIM)
@@ -273,7 +286,7 @@ def _kv_append_kernel(
         mask = has_place & (head < NUM_KV_HEADS)
         k_rows_ptr = k_ptr + row * stride_k_batch + column * stride_k_token + head * stride_k_head
         k = _transform(
-            k_rows_ptr, mask, position, k_weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_cos,
+            k_rows_ptr, mask, position, k_norm_weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_cos,
             DIM, BLOCK_DIM, ROTARY_DIM, INTERLEAVED,
         )  # fmt: skip
         _write(
@@ -297,148 +310,146 @@ def _kv_append_kernel(
 # Launcher.
 
 
-def _scale(scale: torch.Tensor | None) -> tuple[torch.Tensor | int | None, ...]:
-    """A scale and its (page, token, head) strides: per head (heads) or per token (pages, page_size, heads)."""
-    if scale is None:
-        return None, 0, 0, 0
-    return (scale, 0, 0, scale.stride(0)) if scale.dim() == 1 else (scale, *scale.stride())
+class AppendCall(Protocol):
+    """A checked call: a NamedTuple, its fields as in :func:`pytransformer.kv_append`, k the first; slot_mapping and positions are flat."""
 
-
-# The order in which AppendLaunch takes them.
-TENSORS = (
-    "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "cache_seqlens", "slot_mapping", "block_table", "cu_seqlens", "cache_batch_idx",
-    "positions", "cos", "sin", "q", "q_norm_weight", "k_norm_weight",
-)  # fmt: skip
-_Q = TENSORS.index("q")
+    @property
+    def _fields(self) -> tuple[str, ...]: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def __getitem__(self, place: SupportsIndex, /) -> Any: ...
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def v(self) -> Tensor: ...
+    @property
+    def k_cache(self) -> Tensor: ...
+    @property
+    def v_cache(self) -> Tensor: ...
+    @property
+    def k_scale(self) -> Tensor | None: ...
+    @property
+    def v_scale(self) -> Tensor | None: ...
+    @property
+    def cache_seqlens(self) -> Tensor | None: ...
+    @property
+    def slot_mapping(self) -> Tensor | None: ...
+    @property
+    def block_table(self) -> Tensor | None: ...
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
+    @property
+    def cache_batch_idx(self) -> Tensor | None: ...
+    @property
+    def positions(self) -> Tensor | None: ...
+    @property
+    def cos(self) -> Tensor | None: ...
+    @property
+    def sin(self) -> Tensor | None: ...
+    @property
+    def q(self) -> Tensor | None: ...
+    @property
+    def q_norm_weight(self) -> Tensor | None: ...
+    @property
+    def k_norm_weight(self) -> Tensor | None: ...
+    @property
+    def interleaved(self) -> bool: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def norm_weight_offset(self) -> float: ...
 
 
 class AppendLaunch:
-    """The launch for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times.
+    """The launch of a call, prepared once and made for any number of calls alike.
 
     Args:
-        tensors: in the order of :data:`TENSORS`; of these only shapes, strides and dtypes count. Meanings as in
-            :func:`pytransformer.kv_append`.
+        call: of its tensors only types, shapes, strides, dtypes and the device count.
+        config: replaces the launch policy.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[torch.Tensor | None],
-        *,
-        interleaved: bool,
-        norm_eps: float,
-        norm_weight_offset: float,
-        config: AppendConfig | None = None,
-    ) -> None:
-        k, v, k_cache, v_cache = tensors[:4]
-        k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx, positions = tensors[
-            4:12
-        ]
-        cos, sin, q, q_norm_weight, k_norm_weight = tensors[12:]
-        assert k is not None and v is not None and k_cache is not None and v_cache is not None
-        num_kv_heads, head_dim, value_dim = k.shape[-2], k.shape[-1], v.shape[-1]
-        seqlen = k.shape[-3]
-        tokens = seqlen if k.dim() == 3 else k.shape[0] * seqlen
-        batch = 1 if cache_seqlens is None else cache_seqlens.shape[0]
-        self._new_q = None if q is None else NewTensor(q)
-        self._cache_format = FORMATS.get(k_cache.dtype, "native")
-        # A slot says all: nothing depends on the sequence.
-        self._is_packed = cu_seqlens is not None and slot_mapping is None
-        cu_seqlens = cu_seqlens if self._is_packed else None
+    __slots__ = ("_launch", "_new_q", "_q", "_views")
+
+    def __init__(self, call: AppendCall, *, config: AppendConfig | None = None) -> None:
+        fields = call._fields
+        self._q = fields.index("q")
+        self._new_q = None if call.q is None else NewTensor(call.q)
+        by_hand = ("k_cache", "v_cache") if call.k_cache.dtype == torch.float8_e4m3fn else ()
+        self._views = [(fields.index(name), as_bytes) for name in by_hand]
+        seqlen = call.k.shape[-3]
+        tokens = seqlen if call.k.dim() == 3 else call.k.shape[0] * seqlen
         self._launch: PreparedLaunch | None = None
         if tokens == 0:
             return
+        num_kv_heads, head_dim, value_dim = *call.k.shape[-2:], call.v.shape[-1]
         if config is None:
-            config = append_config(tokens, num_kv_heads, max(head_dim, value_dim), k.element_size(), k.device)
-        num_heads = 0 if q is None else q.shape[-2]
+            dim = max(head_dim, value_dim)
+            config = append_config(tokens, num_kv_heads, dim, call.k.element_size(), call.k.device)
+        num_heads = 0 if call.q is None else call.q.shape[-2]
         q_blocks = cdiv(num_heads, config.block_heads)
         head_blocks = q_blocks + cdiv(num_kv_heads, config.block_heads)
-        arguments = (
-            k, *row_strides(k), v, *row_strides(v), q, *((0, 0, 0) if q is None else row_strides(q)), None,
-            k_cache, *k_cache.stride()[:3], v_cache, *v_cache.stride()[:3], *_scale(k_scale), *_scale(v_scale),
-            cache_seqlens, slot_mapping, block_table, 0 if block_table is None else block_table.stride(0), cu_seqlens, cache_batch_idx,
-            positions, cos, sin, 0 if cos is None else cos.stride(0), q_norm_weight, k_norm_weight, norm_eps, norm_weight_offset,
-            HIGHEST_CODE[torch.int8] if self._cache_format == "int8" else HIGHEST_CODE[torch.float8_e4m3fn],
-            tokens, seqlen, batch, (batch + 1).bit_length(), 0 if block_table is None else block_table.shape[1],
-            k_cache.shape[0], k_cache.shape[1], 0 if cos is None else cos.shape[0],
-        )  # fmt: skip
-        constants = {
+        values = {
+            **_strides(call), **_options(call, tokens, seqlen),
             "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_BLOCKS": head_blocks, "Q_BLOCKS": q_blocks,
-            "DIM": head_dim, "VALUE_DIM": value_dim, "ROTARY_DIM": 0 if cos is None else 2 * cos.shape[1], "INTERLEAVED": interleaved,
-            "FORMAT": self._cache_format, "SCALE_PER_TOKEN": k_scale is not None and k_scale.dim() > 1,
+            "DIM": head_dim, "VALUE_DIM": value_dim,
             "BLOCK_TOKENS": config.block_tokens, "BLOCK_HEADS": config.block_heads,
             "BLOCK_DIM": next_power_of_2(head_dim), "BLOCK_VALUE_DIM": next_power_of_2(value_dim),
-            "num_warps": config.num_warps, **COMMON_OPTIONS,
         }  # fmt: skip
-        grid = (head_blocks * cdiv(tokens, config.block_tokens),)
-        self._launch = PreparedLaunch(_kv_append_kernel, grid, arguments, constants, _pointer_order(self._is_packed))
+        if call.slot_mapping is not None:
+            values["cu_seqlens_ptr"] = None  # a slot says all: nothing depends on the sequence
+        arguments = by_name(
+            _kv_append_kernel, values, (*fields, "new_q"), {"num_warps": config.num_warps, **COMMON_OPTIONS}
+        )
+        self._launch = PreparedLaunch(_kv_append_kernel, (head_blocks * cdiv(tokens, config.block_tokens),), *arguments)
 
-    def __call__(self, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        """Writes into the caches (and per-token scales); returns the new q. What follows the tensors is ignored."""
-        q = tensors[_Q]
-        new_q = None if q is None or self._new_q is None else self._new_q(q)
-        if self._cache_format == "e4m3":
-            k, v, k_cache, v_cache, *others = tensors
-            assert k_cache is not None and v_cache is not None
-            tensors = (k, v, k_cache.view(torch.uint8), v_cache.view(torch.uint8), *others)
+    def __call__(self, call: AppendCall) -> Tensor | None:
+        """Writes into the caches (and per-token scales) of a call that is like the one prepared for, or a plain tuple of its fields.
+
+        Returns the new q.
+        """
+        new_q = None if self._new_q is None else self._new_q(call[self._q])
+        given = (*call, new_q)
+        if self._views:
+            given = viewed(given, self._views)
         if self._launch is not None:
-            self._launch((*tensors, new_q))
+            self._launch(given)
         return new_q
 
 
-def _pointer_order(is_packed: bool) -> list[int | None]:
-    """Where the kernel's pointers are among :data:`TENSORS` and what may follow them, of which the new q is the last."""
-    names = (
-        "k", "v", "q", "new_q", "k_cache", "v_cache", "k_scale", "v_scale", "cache_seqlens", "slot_mapping", "block_table",
-        "cu_seqlens" if is_packed else None, "cache_batch_idx", "positions", "cos", "sin", "q_norm_weight", "k_norm_weight",
-    )  # fmt: skip
-    return [None if name is None else -1 if name == "new_q" else TENSORS.index(name) for name in names]
+def kv_append_forward(call: AppendCall, *, config: AppendConfig | None = None) -> Tensor | None:
+    """Writes into the caches (and per-token scales) of a checked call, once; returns the new q. See :class:`AppendLaunch`."""
+    return AppendLaunch(call, config=config)(call)
 
 
-_PLANS: Plans[AppendLaunch] = Plans()
+def _strides(call: AppendCall) -> dict[str, int]:
+    """The kernel's strides by name: 0 where there is no tensor."""
+    table, cos = call.block_table, call.cos
+    named = strides_by_name(
+        {
+            "k": ("batch token head", row_strides(call.k)),
+            "v": ("batch token head", row_strides(call.v)),
+            "q": ("batch token head", (0, 0, 0) if call.q is None else row_strides(call.q)),
+            "k_cache": ("page token head", call.k_cache.stride()),
+            "v_cache": ("page token head", call.v_cache.stride()),
+            "k_scale": ("page token head", scale_strides(call.k_scale)),
+            "v_scale": ("page token head", scale_strides(call.v_scale)),
+            "block_table": ("batch", (0,) if table is None else table.stride()),
+        }
+    )
+    return {**named, "stride_cos": 0 if cos is None else cos.stride(0)}
 
 
-def kv_append_forward(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    cache_seqlens: torch.Tensor | None = None,
-    slot_mapping: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    interleaved: bool = False,
-    q: torch.Tensor | None = None,
-    q_norm_weight: torch.Tensor | None = None,
-    k_norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 1e-6,
-    norm_weight_offset: float = 0.0,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    config: AppendConfig | None = None,
-) -> torch.Tensor | None:
-    """Writes into the caches (and per-token scales); returns the new q. Checked arguments; meanings as in :func:`pytransformer.kv_append`.
-
-    Args:
-        slot_mapping, positions: contiguous, one entry per token in the order of k.
-        config: replaces the launch policy.
-    """
-    tensors = (
-        k, v, k_cache, v_cache, k_scale, v_scale, cache_seqlens, slot_mapping, block_table, cu_seqlens, cache_batch_idx, positions, cos,
-        sin, q, q_norm_weight, k_norm_weight,
-    )  # fmt: skip
-    policy = config or device_limits(k.device).num_sms
-    alike = (*tensors, interleaved, norm_eps, norm_weight_offset, policy)
-    launch = _PLANS.find(alike)
-    if launch is None:
-        options = {"interleaved": interleaved, "norm_eps": norm_eps, "norm_weight_offset": norm_weight_offset}
-        launch = _PLANS.add(alike, AppendLaunch(tensors, **options, config=config))  # type: ignore[arg-type]
-    return launch(tensors)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# What is compiled in the gate that needs no GPU.
+def _options(call: AppendCall, tokens: int, seqlen: int) -> dict[str, Any]:
+    """What the kernel takes beside strides and tiles."""
+    cos, table = call.cos, call.block_table
+    batch = 1 if call.cache_seqlens is None else call.cache_seqlens.shape[0]
+    return {
+        "eps": call.norm_eps, "weight_offset": call.norm_weight_offset,
+        "highest": HIGHEST_CODE[torch.int8 if call.k_cache.dtype == torch.int8 else torch.float8_e4m3fn],
+        "tokens": tokens, "seqlen": seqlen, "batch": batch, "search_steps": (batch + 1).bit_length(),
+        "max_pages": 0 if table is None else table.shape[1],
+        "num_pages": call.k_cache.shape[0], "page_size": call.k_cache.shape[1],
+        "table_length": 0 if cos is None else cos.shape[0],
+        "ROTARY_DIM": 0 if cos is None else 2 * cos.shape[1], "INTERLEAVED": call.interleaved,
+        "FORMAT": FORMATS.get(call.k_cache.dtype, "native"),
+        "SCALE_PER_TOKEN": call.k_scale is not None and call.k_scale.dim() > 1,
+    }  # fmt: skip

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -112,6 +113,30 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(size, 1))
     return tuple(reversed(strides))[-len(shape) :] if len(shape) > 0 else ()
+
+
+def strides_by_name(strides: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, int]:
+    """``{"q": ("batch token", (64, 8))}`` as ``{"stride_q_batch": 64, "stride_q_token": 8}``; strides beyond the names are left out."""
+    return {
+        f"stride_{name}_{dim}": stride
+        for name, (dims, of_dims) in strides.items()
+        for dim, stride in zip(dims.split(), of_dims)
+    }
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as uint8: for kernels that take float8 apart by hand, as parts before sm_89 cannot convert it, and for masks."""
+    return tensor.view(torch.uint8)
+
+
+def viewed(
+    given: Sequence[Any], views: Iterable[tuple[int, Callable[[torch.Tensor], torch.Tensor]]]
+) -> tuple[Any, ...]:
+    """What is given, with the views made of what is at their places."""
+    changed = list(given)
+    for place, view in views:
+        changed[place] = view(changed[place])
+    return tuple(changed)
 
 
 class NewTensor:

@@ -142,6 +142,25 @@ class PreparedLaunch:
             self._handles[device] = _Handle(launcher, every, places, _getter(present))
 
 
+def by_name(
+    kernel: Any, values: Mapping[str, Any], given: Sequence[str], options: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any], list[int | None]]:
+    """``arguments``, ``constants`` and ``order`` of a :class:`PreparedLaunch`, in the order of the kernel's signature.
+
+    Args:
+        kernel: calls its pointers ``<name>_ptr``, and writes its constexprs in capitals.
+        values: by name, what it takes beside the pointers, and maybe more; a pointer that is here as None is never given.
+        given: the names of the pointers that calls give, in their order.
+        options: constants that are no parameter of the kernel, such as num_warps.
+    """
+    numbers = [name for name in kernel.arg_names if not name.isupper()]
+    pointers = [name for name in numbers if name.endswith("_ptr")]
+    arguments = [None if name in pointers else values[name] for name in numbers]
+    constants = {name: values[name] for name in kernel.arg_names if name.isupper()} | dict(options)
+    order = [None if name in values else given.index(name.removesuffix("_ptr")) for name in pointers]
+    return arguments, constants, order
+
+
 # torch's own functions, bound once; a torch built without CUDA has none of them.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)

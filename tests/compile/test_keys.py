@@ -19,6 +19,8 @@ from pytransformer.kernels.kv_append import kv_append_forward
 from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buffer
 from pytransformer.kernels.norm.backward import norm_backward
 from pytransformer.kernels.norm.forward import NormForward, norm_forward
+from tests.kernels.append_contract import call_of as append_call
+from tests.kernels.decode_contract import call_of as decode_call
 from tests.support.launch_recorder import record_launches
 from tests.support.launchers import rope_rotate
 
@@ -103,14 +105,16 @@ def _append(batch: int, seqlen: int, capacity: int, page_size: int = 0) -> objec
     cache = _empty(*((4 * capacity, page_size) if page_size else (batch, capacity)), NUM_KV_HEADS, HEAD_DIM)
     block_table = _integers(batch, capacity) if page_size else None
     options = {"q": q, "cos": table, "sin": table, "cache_seqlens": _integers(batch), "block_table": block_table}
-    return kv_append_forward(k, k, cache, cache, **options)  # type: ignore[arg-type]
+    return kv_append_forward(append_call(k, k, cache, cache, **options))
 
 
 def _append_quantised(batch: int, capacity: int) -> object:
     _, k = _heads(batch, 1)
     cache = _empty(batch, capacity, NUM_KV_HEADS, HEAD_DIM, dtype=torch.int8)
     scale = torch.empty(batch, capacity, NUM_KV_HEADS)
-    return kv_append_forward(k, k, cache, cache, k_scale=scale, v_scale=scale, cache_seqlens=_integers(batch))
+    return kv_append_forward(
+        append_call(k, k, cache, cache, k_scale=scale, v_scale=scale, cache_seqlens=_integers(batch))
+    )
 
 
 def _attention(batch: int, seqlen: int) -> object:
@@ -141,25 +145,20 @@ def _attention_masked(batch: int, seqlen: int) -> object:
 
 def _decode(batch: int, capacity: int) -> object:
     cache = _empty(batch, 37 * capacity, NUM_KV_HEADS, HEAD_DIM)
-    return decode_attention_forward(
-        _empty(batch, 1, NUM_HEADS, HEAD_DIM), cache, cache, _integers(batch), softmax_scale=0.1
-    )
+    return decode_attention_forward(decode_call(_empty(batch, 1, NUM_HEADS, HEAD_DIM), cache, cache, _integers(batch)))
 
 
 def _decode_paged(batch: int, max_pages: int) -> object:
     cache = _empty(4 * max_pages, 64, NUM_KV_HEADS, HEAD_DIM)
-    return decode_attention_forward(
-        _empty(batch, 1, NUM_HEADS, HEAD_DIM), cache, cache, _integers(batch), block_table=_integers(batch, max_pages),
-        softmax_scale=0.1,
-    )  # fmt: skip
+    q, table = _empty(batch, 1, NUM_HEADS, HEAD_DIM), _integers(batch, max_pages)
+    return decode_attention_forward(decode_call(q, cache, cache, _integers(batch), block_table=table))
 
 
 def _decode_quantised(batch: int, capacity: int) -> object:
     cache = _empty(batch, 64 * capacity + 1, NUM_KV_HEADS, HEAD_DIM, dtype=torch.int8)
     scale = torch.empty(cache.shape[:-1])
-    return decode_attention_forward(
-        _empty(batch, 1, NUM_HEADS, HEAD_DIM), cache, cache, _integers(batch), k_scale=scale, v_scale=scale, softmax_scale=0.1
-    )  # fmt: skip
+    q = _empty(batch, 1, NUM_HEADS, HEAD_DIM)
+    return decode_attention_forward(decode_call(q, cache, cache, _integers(batch), k_scale=scale, v_scale=scale))
 
 
 def _cross_entropy(batch: int, seqlen: int) -> object:

@@ -11,8 +11,7 @@ import triton
 from triton.backends.nvidia.driver import CudaLauncher
 
 import pytransformer
-from pytransformer.kernels import kv_append, prepared, rope
-from pytransformer.kernels.decode_attention import launcher as decode_attention
+from pytransformer.kernels import prepared
 from pytransformer.kernels.norm import backward as norm_backward
 from pytransformer.kernels.norm import forward as norm
 from pytransformer.kernels.norm.forward import NormForward
@@ -22,10 +21,7 @@ from tests.compile.test_keys import CASES
 from tests.support.launchers import rope_rotate
 from tests.support.triton_stub import count_launches, stubbed_driver
 
-# Decode attention keeps the launches of plain calls only.
-PREPARED = [
-    name for name in CASES if name.startswith(("norm", "rope", "kv_append", "decode")) and name != "decode, int8"
-]
+PREPARED = [name for name in CASES if name.startswith(("norm", "rope", "kv_append", "decode"))]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +53,7 @@ class Spy:
         monkeypatch.setattr(CudaLauncher, "__call__", triton_launch)
         monkeypatch.setattr(prepared, "_c_launcher", no_c_launcher)
         # Launches that were kept before go another way.
-        for module in (decode_attention, kv_append, norm, norm_backward, rope):
+        for module in (norm, norm_backward):
             monkeypatch.setattr(module, "_PLANS", Launches())
 
     def _note(self, by_triton: bool, where: tuple[Any, ...], arguments: Any) -> None:

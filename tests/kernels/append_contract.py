@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
+from pytransformer.ops.kv_append_checks import AppendCall
 
 SENTINEL = 77.0  # what every cell holds before; exact in all dtypes
 
@@ -78,6 +79,16 @@ def draw(case: Append, seed: int, device: torch.device) -> dict[str, Any]:
             scale = torch.rand(case.heads[1], generator=generator) * 0.02 + 0.004
             arguments[name] = torch.full(cache.shape[:-1], SENTINEL) if case.scale_per_token else scale
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def call_of(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> AppendCall:
+    """A call as the launcher takes it, of arguments that are as the checks leave them but for the shape of positions."""
+    tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    defaults = {"interleaved": False, "norm_eps": 1e-6, "norm_weight_offset": 0.0}
+    for name in ("slot_mapping", "positions"):
+        if options.get(name) is not None:
+            options[name] = options[name].reshape(-1)
+    return AppendCall(**{**dict.fromkeys(AppendCall._fields), **defaults, **tensors, **options})
 
 
 def run_reference(arguments: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.kernels.decode_attention.cache import UNLIMITED, DecodeConfig, SplitPlan, decode_configs
 from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
+from pytransformer.kernels.decode_attention.policy import UNLIMITED, DecodeConfig, SplitPlan, decode_configs
+from pytransformer.ops.decode_attention_checks import DecodeCall
 from pytransformer.verification import SEEDS, Contract
 
 # Splits of 32, 32, then 64 keys in tiles of 16: a hundred keys make every kind of boundary.
@@ -134,14 +135,25 @@ def _make_pages(
     tensors["block_table"] = torch.where(page_used.view(batch, per_row, -1).any(-1), table, 10**6)
 
 
+def call_of(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, **options: Any) -> DecodeCall:
+    """A call as launchers take it, of arguments that are as the checks leave them; mask and bias have four dimensions."""
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": cache_seqlens}
+    defaults = {
+        "softmax_scale": q.shape[-1] ** -0.5,
+        "causal": True,
+        "window": (-1, -1),
+        "softcap": 0.0,
+        "num_splits": 0,
+        "return_lse": True,
+    }
+    return DecodeCall(**{**dict.fromkeys(DecodeCall._fields), **defaults, **tensors, **options})
+
+
 def run(inputs: Inputs, case: Decode, **changes: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of the launcher on the poisoned inputs, with small tiles unless ``configs`` says otherwise."""
-    options = {**inputs.options, "softmax_scale": case.dims[0] ** -0.5, "configs": small_configs(*case.dims), **changes}
-    for name in ("mask", "bias"):
-        if name in options:
-            rows = case.seqlen_q if case.queries is None else max(case.queries)
-            options[name] = options[name].expand(len(case.lengths), case.heads[0], rows, -1)
-    return decode_attention_forward(**inputs.tensors, **options)
+    options = {**inputs.options, **changes}
+    configs = options.pop("configs", small_configs(*case.dims))
+    return decode_attention_forward(call_of(**inputs.tensors, **options), configs=configs)
 
 
 def golden(inputs: Inputs, case: Decode, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pytransformer.kernels.decode_attention.cache import UNLIMITED, SplitPlan, decode_configs, fixed_splits
-from pytransformer.kernels.decode_attention.launcher import MERGE_SPLITS
+from pytransformer.kernels.decode_attention.launcher import DecodeLaunch
+from pytransformer.kernels.decode_attention.merge import MERGE_SPLITS
+from pytransformer.kernels.decode_attention.policy import UNLIMITED, SplitPlan, decode_configs, fixed_splits
 from tests.conftest import INTERPRETING
-from tests.kernels.decode_contract import EDGE_LENGTHS, Decode, check_contract, draw, run, small_configs
+from tests.kernels.decode_contract import EDGE_LENGTHS, Decode, call_of, check_contract, draw, run, small_configs
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -241,6 +242,30 @@ def test_all_options_at_once(page_size, device):
 def test_quantised_caches(cache_dtype, dtype, page_size, scale_per_token, device):
     case = Decode(dtype=dtype, cache_dtype=cache_dtype, scale_per_token=scale_per_token, page_size=page_size)
     check_contract(case, device, ((0, 100), (1, 33)), num_splits=1)
+
+
+ALIKE = {
+    **{name: Decode(seqlen_q=2, options=options) for name, options in OPTIONS.items()},
+    "plain": Decode(),
+    "paged": Decode(page_size=16),
+    "packed": Decode(queries=(1, 9), heads=(4, 1)),
+    "int8": Decode(cache_dtype=torch.int8),
+    "float8": Decode(cache_dtype=torch.float8_e4m3fn, scale_per_token=True),
+    "narrow-mask-behind-padding": Decode(options={**OPTIONS["leftpad"], **OPTIONS["mask-per-key"]}),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_launch_serves_all_calls_alike(name, device):
+    """Nothing of the values that it was prepared with is kept: lengths, places, scales and terms of the scores are the call's."""
+    first, other = draw(ALIKE[name], 11, device), draw(replace(ALIKE[name], lengths=(33, 100)), 12, device)
+    configs = small_configs(*ALIKE[name].dims)
+    launch = DecodeLaunch(call_of(**first.tensors, **first.options), configs=configs)
+    for inputs in (other, first, other):
+        out, lse = launch(call_of(**inputs.tensors, **inputs.options))
+        expected = run(inputs, ALIKE[name])
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
 
 
 def test_every_code_of_float8(device):

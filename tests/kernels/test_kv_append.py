@@ -11,10 +11,20 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.kernels.kv_append import AppendConfig, append_config, kv_append_forward
+from pytransformer.kernels.kv_append import AppendConfig, AppendLaunch, append_config, kv_append_forward
 from pytransformer.verification import SEEDS, Contract
 from tests.conftest import INTERPRETING
-from tests.kernels.append_contract import PLACES, SENTINEL, Append, assert_same, copies, draw, results_of, run_reference
+from tests.kernels.append_contract import (
+    PLACES,
+    SENTINEL,
+    Append,
+    assert_same,
+    call_of,
+    copies,
+    draw,
+    results_of,
+    run_reference,
+)
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -25,9 +35,7 @@ TILE = AppendConfig(4, 2, 4)
 def run(arguments: dict[str, Any], config: AppendConfig | None = TILE) -> dict[str, Tensor]:
     """Results of the launcher on copies: the caches, per-token scales and the new q."""
     arguments = {**arguments, **copies(arguments)}
-    if "slot_mapping" in arguments:
-        arguments["positions"] = arguments["positions"].reshape(-1)
-    new_q = kv_append_forward(**arguments, config=config)
+    new_q = kv_append_forward(call_of(**arguments), config=config)
     return results_of(arguments, new_q)
 
 
@@ -178,6 +186,26 @@ def test_nan_becomes_nan_in_float8(device):
     assert int(codes.float().isnan().sum()) == 1
 
 
+ALIKE = {
+    **PLACES,
+    "fused": Append(with_q=True, rotary_dim=16, norm=True),
+    "int8": Append(with_q=True, cache_dtype=torch.int8),
+    "float8-per-token": Append(cache_dtype=torch.float8_e4m3fn, scale_per_token=True),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_launch_serves_all_calls_alike(name, device):
+    """Nothing of the values that it was prepared with is kept: tokens, places, tables and scales are the call's."""
+    first, other = (draw(ALIKE[name], seed, device) for seed in (10, 11))
+    if ALIKE[name].slots is None:
+        other["cache_seqlens"] = torch.tensor([4, 2, 0], dtype=torch.int32, device=device)
+    launch = AppendLaunch(call_of(**first), config=TILE)
+    for arguments in (other, first, other):
+        mine = {**arguments, **copies(arguments)}
+        assert_same(results_of(mine, launch(call_of(**mine))), run(arguments))
+
+
 def test_strides(device):
     """k, v and q cut from one projection; caches that are slices of a bigger tensor, heads before tokens."""
     case = Append(with_q=True, rotary_dim=16, dims=(16, 16), norm=True)
@@ -187,9 +215,8 @@ def test_strides(device):
     q, k, v = fused.split([3, 2, 2], dim=2)
     storage = torch.full((2, 3, 2, 12, 20), SENTINEL, device=device)
     k_cache, v_cache = (storage[side, :, :, :, 3:19].transpose(1, 2) for side in (0, 1))
-    new_q = kv_append_forward(
-        **{**arguments, "q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}, config=TILE
-    )
+    strided = {**arguments, "q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    new_q = kv_append_forward(call_of(**strided), config=TILE)
     assert_same({"k_cache": k_cache, "v_cache": v_cache, "new_q": new_q}, expected)
     assert bool((storage[..., :3] == SENTINEL).all() and (storage[..., 19:] == SENTINEL).all())
 
@@ -232,7 +259,7 @@ def test_offsets_past_32_bits(device):
         Append(lengths=(1, 0), seqlen=2, heads=(1, 1), dims=(16, 16), capacity=4, cache_dtype=torch.int8), 0, device
     )
     expected = run({**arguments, "k_cache": far[0].contiguous(), "v_cache": far[1].contiguous()})
-    kv_append_forward(**{**arguments, "k_cache": far[0], "v_cache": far[1]}, config=TILE)
+    kv_append_forward(call_of(**{**arguments, "k_cache": far[0], "v_cache": far[1]}), config=TILE)
     assert torch.equal(far[0], expected["k_cache"])
     assert torch.equal(far[1], expected["v_cache"])
 

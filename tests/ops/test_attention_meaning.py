@@ -186,7 +186,8 @@ def test_float64_is_for_golden_results(backend, device):
     torch.testing.assert_close(attention(**tensors, causal=True, backend=backend), expected, rtol=1e-12, atol=1e-12)
     assert attention(**tensors, return_lse=True, backend="reference")[1].dtype == torch.float64
     with pytest.raises(
-        NotImplementedError, match="backend 'triton' cannot serve this call: float64 is served by torch and the reference"
+        NotImplementedError,
+        match="backend 'triton' cannot serve this call: float64 is served by torch and the reference",
     ):
         attention(**tensors, backend="triton")
 

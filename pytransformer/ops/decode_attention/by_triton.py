@@ -13,8 +13,6 @@ from pytransformer.ops.decode_attention.call import DecodeCall
 from pytransformer.ops.launches import kept
 from pytransformer.ops.precision import allows_tf32
 
-_as_call = functools.partial(tuple.__new__, DecodeCall)
-
 
 def _prepare(call: DecodeCall, allow_tf32: bool = False) -> Any:
     # Triton is imported when the first kernel is wanted, not with the package.
@@ -32,9 +30,7 @@ def _plan(call: DecodeCall) -> Callable[[DecodeCall], Any] | None:
         # The precision of float32 products may be set anew between two calls.
         return None
     launch = _prepare(call)
-    if call.return_lse:
-        return lambda given: launch(_as_call(given))
-    return lambda given: launch(_as_call(given))[0]
+    return launch if call.return_lse else lambda given: launch(given)[0]
 
 
 BACKEND = Backend(

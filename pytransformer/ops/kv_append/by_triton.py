@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 from pytransformer.ops.backend import Backend, Limit, no_float64
 from pytransformer.ops.kv_append.call import AppendCall, unless_empty
 from pytransformer.ops.launches import kept
 from pytransformer.ops.registered import Outputs
-
-_as_call = functools.partial(tuple.__new__, AppendCall)
 
 
 def _prepare(call: AppendCall) -> Any:
@@ -30,9 +24,4 @@ def _append(call: AppendCall) -> Outputs:
     return (_launch(call),)
 
 
-def _plan(call: AppendCall) -> Callable[[AppendCall], Tensor | None] | None:
-    launch = _prepare(call)
-    return lambda given: launch(_as_call(given))
-
-
-BACKEND = Backend("triton", unless_empty(_append), (Limit("float64", no_float64),), plan=_plan)
+BACKEND = Backend("triton", unless_empty(_append), (Limit("float64", no_float64),), plan=_prepare)

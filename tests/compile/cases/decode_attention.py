@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
+from tests.kernels.decode_contract import call_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class _Case:
         v_cache = torch.empty((*leading, num_kv_heads, self.value_dim), dtype=self.cache_dtype or self.dtype)
         q = torch.empty((batch, self.seqlen_q, num_heads, self.head_dim), dtype=self.dtype)
         lengths = torch.empty(batch, dtype=torch.int32)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"softmax_scale": 0.1}
         if self.page_size:
             options["block_table"] = torch.empty((batch, capacity // self.page_size), dtype=torch.int32)
         if self.packed:
@@ -43,11 +44,8 @@ class _Case:
             options["alibi_slopes"] = options["sinks"] = torch.empty(num_heads)
             options["mask"] = torch.empty(1, dtype=torch.bool).expand(batch, num_heads, self.seqlen_q, capacity)
             options["bias"] = torch.empty(1, dtype=self.dtype).expand(batch, num_heads, self.seqlen_q, capacity)
-            options["cache_leftpad"] = lengths
-        window, softcap = ((100, 0), 30.0) if self.every_option else ((-1, -1), 0.0)
-        return decode_attention_forward(
-            q, k_cache, v_cache, lengths, softmax_scale=0.1, window=window, softcap=softcap, **options
-        )
+            options |= {"cache_leftpad": lengths, "window": (100, 0), "softcap": 30.0}
+        return decode_attention_forward(call_of(q, k_cache, v_cache, lengths, **options))
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:

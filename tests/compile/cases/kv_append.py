@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pytransformer.kernels.kv_append import kv_append_forward
+from tests.kernels.append_contract import call_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Case:
         if self.cache_dtype is not None:
             scale = torch.empty(k_cache.shape[:-1] if self.scale_per_token else num_kv_heads)
             options |= {"k_scale": scale, "v_scale": scale}
-        return kv_append_forward(k, k, k_cache, k_cache, interleaved=self.interleaved, **options)
+        return kv_append_forward(call_of(k, k, k_cache, k_cache, interleaved=self.interleaved, **options))
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
