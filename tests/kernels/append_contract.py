@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.ops.kv_append_checks import AppendCall
+from pytransformer.ops.kv_append.call import AppendCall
 
 SENTINEL = 77.0  # what every cell holds before; exact in all dtypes
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
 from pytransformer.kernels.decode_attention.policy import UNLIMITED, DecodeConfig, SplitPlan, decode_configs
-from pytransformer.ops.decode_attention_checks import DecodeCall
+from pytransformer.ops.decode_attention.call import DecodeCall
 from pytransformer.verification import SEEDS, Contract
 
 # Splits of 32, 32, then 64 keys in tiles of 16: a hundred keys make every kind of boundary.
