@@ -126,7 +126,7 @@ class Op:
     def _walk(self, given: tuple[Any, ...], call: Any, backend: str | None) -> Any:
         """Choose, keep, run: for a checked call."""
         if self.rule is None and _is_grad_enabled():
-            checks.refuse_grad(self.name, **dict(zip(self.grads, self._grads(call))))
+            checks.refuse_grad(self.name, **{name: getattr(call, name) for name in self.grads})
         device_type = call[0].device.type
         chosen = self._backends[self.choice.select(call, device_type, backend)]
         if chosen.name == "reference" and self._reference_costs and choice.requested_backend(backend) is None:
