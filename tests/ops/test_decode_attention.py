@@ -191,7 +191,7 @@ ERRORS = [
     ({"mask": torch.ones(1, 2, 4, 1, 12, dtype=torch.bool)}, ValueError, "mask must broadcast to"),
     ({"bias": torch.ones(12, dtype=torch.bool)}, TypeError, "bias must be floating-point, got bool; pass a boolean mask as mask"),
     ({"bias": F(2, 4, 2, 12)}, ValueError, r"bias must broadcast to .* got shape \(2, 4, 2, 12\)"),
-    ({"alibi_slopes": F(3)}, ValueError, r"alibi_slopes must have shape \(num_heads\) or \(batch, num_heads\) = \(4\), got \(3,\)"),
+    ({"alibi_slopes": F(3)}, ValueError, r"alibi_slopes must have shape \(num_heads\) = \(4\), got \(3,\)"),
     ({"sinks": F(1, 4)}, ValueError, r"sinks must have 1 dimensions: \(num_heads\), got shape \(1, 4\)"),
     ({"sinks": F(2)}, ValueError, r"sinks must have shape \(num_heads\) = \(4\), got \(2,\)"),
     ({"k_scale": F(2)}, ValueError, r"k_scale is for quantised caches \(int8, float8_e4m3fn\); k_cache is float32"),
