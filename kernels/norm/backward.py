@@ -13,15 +13,17 @@ order: no atomics, the same bits each run. dx of a row does not depend on how ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, Protocol
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import COMMON_OPTIONS, NewTensor, cdiv, device_limits, next_power_of_2
-from ..plans import Plans
 from ..prepared import PreparedLaunch
-from .forward import UNSPECIALISED, NormConfig, row_layout, row_offsets
+from .forward import UNSPECIALISED, NormConfig, copied_places, made_contiguous, row_layout, row_offsets
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -224,42 +226,63 @@ def norm_reduce_partials_kernel(
 # ----------------------------------------------------------------------------------------------------------------------- launcher
 
 
-class NormBackward:
-    """The backward launches for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times.
+class NormGradientArguments(Protocol):
+    """A call of the backward pass, in this order (see pytransformer/ops/norm/call.py).
 
-    Args:
-        as for :func:`norm_backward`; of the tensors only shapes, strides and dtypes count. No tensor must be copied first.
+    Attributes:
+        dy: gradient of y, any strides.
+        ds: gradient of the returned sum, or None.
+        s: what was normalised: x, or the returned sum.
+        weight: (num_cols) or None.
+        mean, rstd: as saved by the forward pass; no mean for RMSNorm.
+        weight_offset, is_rms: as in the forward pass.
+        want_dweight: whether dweight is wanted (never without weight).
+        dbias_dtype: dtype of the bias whose gradient is wanted, or None.
     """
 
-    def __init__(
-        self,
-        dy: Tensor,
-        ds: Tensor | None,
-        s: Tensor,
-        weight: Tensor | None,
-        mean: Tensor | None,
-        rstd: Tensor,
-        *,
-        weight_offset: float,
-        need_dweight: bool,
-        dbias_dtype: torch.dtype | None,
-        config: NormConfig | None,
-    ) -> None:
+    dy: Tensor
+    ds: Tensor | None
+    s: Tensor
+    weight: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor
+    weight_offset: float
+    is_rms: bool
+    want_dweight: bool
+    dbias_dtype: torch.dtype | None
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class NormBackward:
+    """The backward launches for calls of certain shapes, strides, dtypes and options, to be called with such any number of times.
+
+    Args:
+        call: of whose tensors only shapes, strides and dtypes count.
+        config: overrides the launch policy, for tests.
+    """
+
+    def __init__(self, call: NormGradientArguments, *, config: NormConfig | None = None) -> None:
+        dy, ds, s, weight, mean, rstd, weight_offset, is_rms, want_dweight, dbias_dtype = call
         num_cols = s.shape[-1]
         config = config or backward_config(num_cols)
         self._new_dx = NewTensor(s)
         self._num_cols = num_cols
-        self._dweight_dtype = weight.dtype if need_dweight and weight is not None else None
+        self._dweight_dtype = weight.dtype if want_dweight and weight is not None else None
         self._dbias_dtype = dbias_dtype
         self._sums_first = config.block_cols < num_cols
         self._is_empty = s.numel() == 0
         if self._is_empty:
             return
-        _, layout = row_layout([dy, s] if ds is None else [dy, s, ds])
+        walked, layout = row_layout([dy, s] if ds is None else [dy, s, ds])
+        flat_weight = None if weight is None else weight.contiguous()
+        self._copied = copied_places(
+            (dy, ds, s, weight), (walked[0], None if ds is None else walked[2], walked[1], flat_weight)
+        )
         strides = [*layout.strides, (0, 0)][:3]
         flags = {
             "NUM_COLS": num_cols,
-            "IS_RMS": mean is None,
+            "IS_RMS": is_rms,
             "HAS_WEIGHT": weight is not None,
             "GROUPED": layout.grouped,
             "ALIGNMENT": layout.alignment,
@@ -315,10 +338,13 @@ class NormBackward:
             order=(1, 2, 3, 4),
         )
 
-    def __call__(
-        self, dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Results as :func:`norm_backward` returns them."""
+    def __call__(self, call: NormGradientArguments) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Launches; ``call`` may be a plain tuple in the order of the arguments.
+
+        Returns:
+            ds + dx in s's dtype (the gradient of x and of residual), dweight (weight's dtype) and dbias, or None where not wanted.
+        """
+        dy, ds, s, weight, mean, rstd, _, _, _, _ = call
         device = s.device
         dx = self._new_dx(s)
         dweight = dbias = dweight_partial = dbias_partial = None
@@ -328,6 +354,8 @@ class NormBackward:
             dbias = torch.empty(self._num_cols, dtype=self._dbias_dtype, device=device)
         if self._is_empty:
             return dx, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
+        if self._copied:
+            dy, ds, s, weight = made_contiguous((dy, ds, s, weight), self._copied)
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if self._sums_first:
             sums = (torch.empty_like(rstd), None if mean is None else torch.empty_like(rstd))
@@ -340,54 +368,6 @@ class NormBackward:
         if dweight is not None or dbias is not None:
             self._reduce((dx, dweight_partial, dbias_partial, dweight, dbias))  # the first says on which device
         return dx, dweight, dbias
-
-
-_PLANS: Plans[NormBackward] = Plans()
-
-
-def norm_backward(
-    dy: Tensor,
-    ds: Tensor | None,
-    s: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    *,
-    weight_offset: float = 0.0,
-    need_dweight: bool = True,
-    dbias_dtype: torch.dtype | None = None,
-    config: NormConfig | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Launches the backward kernels.
-
-    Args:
-        dy: gradient of y, any strides.
-        ds: gradient of the returned sum, or None.
-        s: what was normalised: x, or the returned sum.
-        weight: (num_cols) or None.
-        mean, rstd: as saved by the forward pass; ``mean=None`` means RMSNorm.
-        need_dweight: whether dweight is wanted (never without weight).
-        dbias_dtype: dtype of the bias whose gradient is wanted, or None.
-        config: overrides the launch policy, for tests.
-
-    Returns:
-        ds + dx in s's dtype (the gradient of x and of residual), dweight (weight's dtype) and dbias, or None where not wanted.
-    """
-    policy = config or device_limits(s.device).num_sms
-    alike = (dy, ds, s, weight, mean, rstd, weight_offset, need_dweight, dbias_dtype, policy)
-    backward = _PLANS.find(alike)
-    if backward is None:
-        if s.numel() > 0:
-            (dy, s, *others), _ = row_layout([dy, s] if ds is None else [dy, s, ds])
-            ds = others[0] if others else None
-        weight = None if weight is None else weight.contiguous()
-        tensors = (dy, ds, s, weight, mean, rstd)
-        backward = NormBackward(
-            *tensors, weight_offset=weight_offset, need_dweight=need_dweight, dbias_dtype=dbias_dtype, config=config
-        )
-        if all(after is before for after, before in zip(tensors, alike)):
-            _PLANS.add(alike, backward)
-    return backward(dy, ds, s, weight, mean, rstd)
 
 
 def _backward_grid(num_rows: int, num_cols: int, config: NormConfig, device: torch.device) -> tuple[int, int]:

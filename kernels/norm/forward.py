@@ -14,8 +14,9 @@ from L2. No result of a row depends on how many rows there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -23,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import COMMON_OPTIONS, NewTensor, cdiv, next_power_of_2
-from ..plans import Plans
 from ..prepared import PreparedLaunch
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
@@ -303,56 +303,71 @@ def row_layout(tensors: Sequence[Tensor]) -> tuple[list[Tensor], RowLayout]:
     return walked, RowLayout(num_rows, rows_per_group, strides, alignment)
 
 
-class NormForward:
-    """The forward launch for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times.
+def copied_places(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Where ``after`` has a copy of what ``before`` has."""
+    return tuple(place for place, (old, new) in enumerate(zip(before, after)) if old is not new)
 
-    Args:
-        x, weight, bias, residual: tensors of which only shapes, strides and dtypes count; see :func:`norm_forward`.
-        statistics: whether mean and rstd are wanted, which only the backward pass needs.
 
-    Raises:
-        ValueError: a tensor must be copied first: rows that no two strides walk (:func:`row_layout`), a weight or bias with a stride.
+def made_contiguous(tensors: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    """The tensors, those at ``places`` copied."""
+    copied = list(tensors)
+    for place in places:
+        copied[place] = copied[place].contiguous()
+    return copied
+
+
+class NormArguments(Protocol):
+    """A checked call of ``pytransformer.layer_norm`` or ``rms_norm``, in this order (see pytransformer/ops/norm/call.py).
+
+    Attributes:
+        x: (..., num_cols) float32, float16 or bfloat16, any strides (copied if the rows cannot be walked with two strides).
+        weight, bias: (num_cols), float32 or 16-bit each; None = 1 and 0.
+        residual: x's shape, any of the three dtypes.
+        eps: added to the variance or mean square.
+        weight_offset: added to the weight in float32.
+        is_rms: RMSNorm instead of LayerNorm.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        *,
-        eps: float,
-        is_rms: bool,
-        weight_offset: float = 0.0,
-        statistics: bool = True,
-        config: NormConfig | None = None,
-    ) -> None:
-        tensors = [x] if residual is None else [x, residual]
-        walked, layout = row_layout(tensors)
-        vectors = [vector for vector in (weight, bias) if vector is not None]
-        if any(after is not before for after, before in zip(walked, tensors)) or not all(
-            vector.is_contiguous() for vector in vectors
-        ):
-            raise ValueError("tensors that the kernel cannot walk must be copied first")
-        self._new_y, self._new_s = NewTensor(x), None if residual is None else NewTensor(residual)
-        self._statistics, self._is_rms = statistics, is_rms
-        self._launch = None if x.numel() == 0 else self._prepare(
-            (x, weight, bias, residual), layout, config or forward_config(x.shape[-1]), eps, weight_offset
-        )  # fmt: skip
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    eps: float
+    weight_offset: float
+    is_rms: bool
 
-    def _prepare(
-        self,
-        tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-        layout: RowLayout,
-        config: NormConfig,
-        eps: float,
-        weight_offset: float,
-    ) -> PreparedLaunch:
-        x, weight, bias, residual = tensors
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class NormForward:
+    """The forward launch for calls of certain shapes, strides, dtypes and options, to be called with such any number of times.
+
+    Args:
+        call: a checked call, of whose tensors only shapes, strides and dtypes count.
+        statistics: whether mean and rstd are wanted, which only the backward pass needs.
+        config: overrides the launch policy, for tests.
+    """
+
+    def __init__(self, call: NormArguments, *, statistics: bool = True, config: NormConfig | None = None) -> None:
+        x, weight, bias, residual = tensors = (call.x, call.weight, call.bias, call.residual)
+        self._new_y, self._new_s = NewTensor(x), None if residual is None else NewTensor(residual)
+        self._row_shape = x.shape[:-1] if statistics else None
+        self._is_rms = call.is_rms
+        self._copied: tuple[int, ...] = ()
+        self._launch: PreparedLaunch | None = None
+        if x.numel() == 0:
+            return
+        walked, layout = row_layout([x] if residual is None else [x, residual])
+        vectors = (None if vector is None else vector.contiguous() for vector in (weight, bias))
+        self._copied = copied_places(tensors, (walked[0], *vectors, None if residual is None else walked[1]))
+        self._launch = self._prepare(call, layout, config or forward_config(x.shape[-1]))
+
+    def _prepare(self, call: NormArguments, layout: RowLayout, config: NormConfig) -> PreparedLaunch:
+        x, weight, bias, residual, eps, weight_offset, is_rms = call
         num_cols = x.shape[-1]
         flags = {
             "NUM_COLS": num_cols,
-            "IS_RMS": self._is_rms,
+            "IS_RMS": is_rms,
             "HAS_RESIDUAL": residual is not None,
             "HAS_WEIGHT": weight is not None,
             "HAS_BIAS": bias is not None,
@@ -372,60 +387,21 @@ class NormForward:
         flags["BLOCK_ROWS"] = config.block_rows
         return PreparedLaunch(norm_forward_kernel, grid, (*arguments, layout.num_rows, *scalars), flags)
 
-    def __call__(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Results as :func:`norm_forward` returns them; mean and rstd None where they are not wanted."""
+    def __call__(self, call: NormArguments) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Launches; ``call`` may be a plain tuple in the order of the arguments.
+
+        Returns:
+            y (x's dtype), s = x + residual (residual's dtype; None without residual), mean (None for RMSNorm) and rstd, float32 with the
+            leading shape of x; the last two None where they are not wanted. All contiguous.
+        """
+        x, weight, bias, residual, _, _, _ = call
         y, s = self._new_y(x), None if self._new_s is None or residual is None else self._new_s(residual)
         mean = rstd = None
-        if self._statistics:
-            rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        if self._row_shape is not None:
+            rstd = torch.empty(self._row_shape, dtype=torch.float32, device=x.device)
             mean = None if self._is_rms else torch.empty_like(rstd)
         if self._launch is not None:
+            if self._copied:
+                x, weight, bias, residual = made_contiguous((x, weight, bias, residual), self._copied)
             self._launch((x, residual, weight, bias, y, s, mean, rstd))
         return y, s, mean, rstd
-
-
-_PLANS: Plans[NormForward] = Plans()
-
-
-def norm_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *,
-    eps: float,
-    is_rms: bool,
-    weight_offset: float = 0.0,
-    config: NormConfig | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Launches the forward kernel.
-
-    Args:
-        x: (..., num_cols) float32, float16 or bfloat16, any strides (copied if the rows cannot be walked with two strides).
-        weight, bias: (num_cols), float32 or 16-bit each; None = 1 and 0.
-        residual: x's shape, any of the three dtypes.
-        eps: added to the variance or mean square.
-        is_rms: RMSNorm instead of LayerNorm.
-        weight_offset: added to the weight in float32.
-        config: overrides the launch policy, for tests.
-
-    Returns:
-        y (x's dtype), s = x + residual (residual's dtype; None without residual), mean (None for RMSNorm) and rstd, float32 with
-        the leading shape of x. All contiguous.
-    """
-    alike = (x, weight, bias, residual, eps, is_rms, weight_offset, config)
-    forward = _PLANS.find(alike)
-    if forward is None:
-        if x.numel() > 0:
-            (x, *others), _ = row_layout([x] if residual is None else [x, residual])
-            residual = others[0] if others else None
-        weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
-        tensors = (x, weight, bias, residual)
-        forward = NormForward(*tensors, eps=eps, is_rms=is_rms, weight_offset=weight_offset, config=config)
-        if all(after is before for after, before in zip(tensors, alike)):
-            _PLANS.add(alike, forward)
-    y, s, mean, rstd = forward(x, weight, bias, residual)
-    assert rstd is not None
-    return y, s, mean, rstd

@@ -90,7 +90,7 @@ class Op:
 
     def __call__(self, given: tuple[Any, ...], backend: str | None) -> Any:
         """The public result of arguments as given."""
-        error = None
+        error = direct = None
         # A dual tensor is plain by its type, and would lose its tangent.
         if (
             not _is_traced()
@@ -119,8 +119,11 @@ class Op:
                 # failed, which must not be tried another way; ValueError is what a launch says of a call that it leaves to others.
                 error = raised
         call = self.check(self.call(*given))
+        # What the direct way refuses may be beyond its backend: an error of its own, or another backend's to serve.
         if error is not None and not isinstance(error, (KeyError, ValueError)):
-            raise error
+            chosen = self._backends[self.choice.select(call, call[0].device.type, backend)]
+            if direct is None or chosen.direct is direct:
+                raise error
         return self._walk(given, call, backend)
 
     def _walk(self, given: tuple[Any, ...], call: Any, backend: str | None) -> Any:

@@ -14,6 +14,8 @@ from pytransformer.ops.backend import Backend, Outputs, is_plain
 
 Spec = tuple[Sequence[int], torch.dtype] | None
 
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -151,7 +153,7 @@ class Differentiable:
                 recorded = records_backward()
                 run = (backward or op) if not recorded else (once or Function).apply  # type: ignore[union-attr]
                 found = gradients(ctx, run, *dout)
-                return (*(found.get(name) for name in fields), None)
+                return (*map(found.get, fields), None)
 
             @staticmethod
             def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -159,6 +161,9 @@ class Differentiable:
 
         Function.__name__ = Function.__qualname__ = op.name
         self.function = Function
+        # What Function.apply comes to where no functorch transform is at work, without binding the arguments to forward's signature first:
+        # that takes the host as long as all else here.
+        self._apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Function).apply
         # torch.compile sees the op rather than the Function. (In eager mode the Function comes first: torch.func refuses registered rules.)
         torch.library.register_autograd(
             f"pytransformer::{op.name}", Function.backward, setup_context=Function.setup_context
@@ -166,6 +171,8 @@ class Differentiable:
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """Outputs of a flat call that is recorded."""
+        if _functorch_level() is None:
+            return self._apply(*args)
         outputs: tuple[Tensor, ...] = self.function.apply(*args)  # type: ignore[no-untyped-call]
         return outputs
 

@@ -17,12 +17,10 @@ from pytransformer.kernels.attention.forward import attention_forward
 from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
 from pytransformer.kernels.kv_append import kv_append_forward
 from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buffer
-from pytransformer.kernels.norm.backward import norm_backward
-from pytransformer.kernels.norm.forward import NormForward, norm_forward
 from tests.kernels.append_contract import call_of as append_call
 from tests.kernels.decode_contract import call_of as decode_call
 from tests.support.launch_recorder import record_launches
-from tests.support.launchers import rope_rotate
+from tests.support.launchers import norm_backward, norm_forward, rope_rotate
 
 ARCH = 90
 SIZES = (1, 2, 7, 16, 33, 128)
@@ -60,7 +58,7 @@ def _norm(width: int) -> Callable[[int, int], object]:
 
 def _norm_inference(batch: int, seqlen: int) -> object:
     x, weight = _empty(batch, seqlen, 256), _empty(256)
-    return NormForward(x, weight, None, x, eps=1e-5, is_rms=True, statistics=False)(x, weight, None, x)
+    return norm_forward(x, weight, None, x, eps=1e-5, is_rms=True, statistics=False)
 
 
 def _norm_heads(batch: int, seqlen: int) -> object:

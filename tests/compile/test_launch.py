@@ -12,11 +12,10 @@ from triton.backends.nvidia.driver import CudaLauncher
 
 import pytransformer
 from pytransformer.kernels import prepared
-from pytransformer.kernels.norm import backward as norm_backward
-from pytransformer.kernels.norm import forward as norm
 from pytransformer.kernels.norm.forward import NormForward
 from pytransformer.kernels.prepared import PreparedLaunch
-from pytransformer.ops.launches import Launches
+from pytransformer.ops.norm.call import NormCall
+from pytransformer.ops.op import forget_launches
 from tests.compile.test_keys import CASES
 from tests.support.launchers import rope_rotate
 from tests.support.triton_stub import count_launches, stubbed_driver
@@ -53,8 +52,7 @@ class Spy:
         monkeypatch.setattr(CudaLauncher, "__call__", triton_launch)
         monkeypatch.setattr(prepared, "_c_launcher", no_c_launcher)
         # Launches that were kept before go another way.
-        for module in (norm, norm_backward):
-            monkeypatch.setattr(module, "_PLANS", Launches())
+        forget_launches()
 
     def _note(self, by_triton: bool, where: tuple[Any, ...], arguments: Any) -> None:
         numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
@@ -93,12 +91,16 @@ def test_what_is_passed_is_what_triton_passes(name: str, spy: Spy, monkeypatch: 
     assert compared >= 2
 
 
+def _norm_call(x: torch.Tensor) -> NormCall:
+    return NormCall(x, torch.empty(64), None, None, 1e-5, 0.0, True)
+
+
 def _norm(spy: Spy) -> Callable[[torch.Tensor], tuple[bool, tuple[Any, ...]]]:
-    weight = torch.empty(64)
-    forward = NormForward(torch.empty(2, 64), weight, None, None, eps=1e-5, is_rms=True, statistics=False)
+    call = _norm_call(torch.empty(2, 64))
+    forward = NormForward(call, statistics=False)
 
     def run(x: torch.Tensor) -> tuple[bool, tuple[Any, ...]]:
-        forward(x, weight, None, None)
+        forward(call._replace(x=x))
         return spy.last()
 
     return run
@@ -175,21 +177,21 @@ def test_another_current_device_goes_through_triton(spy: Spy, monkeypatch: pytes
 
 def test_a_triton_that_is_not_known_is_left_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared, "_takes_known_arguments", lambda launcher: False)
-    weight, x = torch.empty(64), torch.empty(2, 64)
-    forward = NormForward(x, weight, None, None, eps=1e-5, is_rms=True, statistics=False)
+    call = _norm_call(torch.empty(2, 64))
+    forward = NormForward(call, statistics=False)
     before = count_launches()
     for _ in range(3):
-        forward(x, weight, None, None)
+        forward(call)
     assert count_launches() == before + 3
     assert forward._launch is not None and not any(forward._launch._handles.values())
 
 
 def test_this_triton_is_known_down_to_its_c_function() -> None:
-    weight, x = torch.empty(64), torch.empty(2, 64)
-    forward = NormForward(x, weight, None, None, eps=1e-5, is_rms=True, statistics=False)
+    call = _norm_call(torch.empty(2, 64))
+    forward = NormForward(call, statistics=False)
     before = count_launches()
     for _ in range(3):
-        forward(x, weight, None, None)
+        forward(call)
     assert count_launches() == before + 3
     assert forward._launch is not None
     (handle,) = forward._launch._handles.values()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pytransformer import triton_interpreter
 from pytransformer.kernels.launch import DeviceLimits
-from pytransformer.kernels.norm.backward import backward_config, norm_backward
-from pytransformer.kernels.norm.forward import NormConfig, forward_config, norm_forward, row_layout
+from pytransformer.kernels.norm.backward import backward_config
+from pytransformer.kernels.norm.forward import NormConfig, forward_config, row_layout
 from pytransformer.verification import SEEDS, Contract, ContractError
 from tests.kernels.norm_contract import (
     BFLOAT16,
@@ -28,6 +28,7 @@ from tests.kernels.norm_contract import (
     measure,
 )
 from tests.support.broken_kernel import load_broken
+from tests.support.launchers import norm_backward, norm_backward_by, norm_forward, norm_forward_by
 
 # Rows of more than 64 columns are walked in blocks by these: what ships so begins at 16384 columns (8192 in the backward pass).
 WIDE = NormConfig(1, 64, 4)
@@ -282,7 +283,7 @@ def test_what_is_normalised_is_the_rounded_sum(config: NormConfig | None, device
     broken = load_broken(
         tmp_path, "norm/forward", (f"{store} rounded.to(tl.float32)", f"{store} s + residual.to(tl.float32)")
     )
-    assert normalises_the_rounded_sum(device, None, broken.norm_forward) is False
+    assert normalises_the_rounded_sum(device, None, norm_forward_by(broken)) is False
 
 
 @BOTH
@@ -412,8 +413,8 @@ def _is_caught(case: Case, device: torch.device, **launchers: Callable[..., obje
 @pytest.mark.parametrize("configs", [TILES, (WIDE, WIDE_BACKWARD)], ids=["whole", "blocks"])
 def test_the_check_for_faults_passes_faithful_copies(configs, device, tmp_path: Path, poison_empty: None) -> None:
     forward, backward = (
-        load_broken(tmp_path, "norm/forward").norm_forward,
-        load_broken(tmp_path, "norm/backward").norm_backward,
+        norm_forward_by(load_broken(tmp_path, "norm/forward")),
+        norm_backward_by(load_broken(tmp_path, "norm/backward")),
     )
     case = _fault_case(configs)
     assert not _is_caught(case, device, forward=forward, backward=backward)
@@ -427,7 +428,7 @@ def test_a_fault_in_the_forward_kernel_is_caught(fault: str, device, tmp_path: P
     case = _fault_case(TILES)
     if fault == "one-pass variance":
         case = replace(case, dtype=FLOAT32, residual_dtype=None, draw=lambda *shape: 1e4 + torch.randn(shape))
-    assert _is_caught(case, device, forward=broken.norm_forward)
+    assert _is_caught(case, device, forward=norm_forward_by(broken))
 
 
 @INTERPRETED
@@ -435,7 +436,7 @@ def test_a_fault_in_the_forward_kernel_is_caught(fault: str, device, tmp_path: P
 def test_a_fault_in_the_wide_kernel_is_caught(fault: str, device, tmp_path: Path, poison_empty: None) -> None:
     broken = load_broken(tmp_path, "norm/forward", *WIDE_FAULTS[fault])
     case = replace(_fault_case((WIDE, None)), cols=100)
-    assert _is_caught(case, device, forward=broken.norm_forward)
+    assert _is_caught(case, device, forward=norm_forward_by(broken))
 
 
 @INTERPRETED
@@ -451,4 +452,4 @@ def test_a_fault_in_the_backward_kernels_is_caught(
     case = _fault_case(TILES)
     if "reduction" in fault:
         case = replace(case, rows=70, backward_config=NormConfig(1, 64, 4))
-    assert _is_caught(case, device, backward=broken.norm_backward)
+    assert _is_caught(case, device, backward=norm_backward_by(broken))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pytransformer.kernels.norm.backward import NormBackward
+from pytransformer.kernels.norm.forward import NormForward
 from pytransformer.kernels.rope import RopeLaunch
+from pytransformer.ops.norm.call import NormCall, NormGradientCall
 from pytransformer.ops.rope.call import RopeCall
 
 
@@ -37,3 +41,49 @@ def rope_rotate(
 def rope_by(module: Any) -> Any:
     """:func:`rope_rotate` by a broken copy of the kernel file."""
     return functools.partial(rope_rotate, launch=module.RopeLaunch)
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    eps: float,
+    is_rms: bool,
+    weight_offset: float = 0.0,
+    launch: Any = NormForward,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """(y, s, mean, rstd) by the Triton kernel, or by the class ``launch`` of a broken copy."""
+    call = NormCall(x, weight, bias, residual, eps, weight_offset, is_rms)
+    return launch(call, **options)(call)  # type: ignore[no-any-return]
+
+
+def norm_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    weight_offset: float = 0.0,
+    need_dweight: bool = True,
+    dbias_dtype: torch.dtype | None = None,
+    launch: Any = NormBackward,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """(gradient of s, dweight, dbias) by the Triton kernels, or by the class ``launch`` of a broken copy; no mean: RMSNorm."""
+    call = NormGradientCall(dy, ds, s, weight, mean, rstd, weight_offset, mean is None, need_dweight, dbias_dtype)
+    return launch(call, **options)(call)  # type: ignore[no-any-return]
+
+
+def norm_forward_by(module: Any) -> Any:
+    """:func:`norm_forward` by a broken copy of the kernel file."""
+    return functools.partial(norm_forward, launch=module.NormForward)
+
+
+def norm_backward_by(module: Any) -> Any:
+    """:func:`norm_backward` by a broken copy of the kernel file."""
+    return functools.partial(norm_backward, launch=module.NormBackward)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from pytransformer.kernels.norm.backward import norm_backward
-from pytransformer.kernels.norm.forward import NormForward, norm_forward
+from tests.support.launchers import norm_backward, norm_forward
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -27,7 +26,7 @@ def _forward_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
     def inference(num_cols: int) -> object:
         x = torch.empty(4, num_cols, dtype=torch.bfloat16)
-        return NormForward(x, x[0], x[0], x, eps=1e-5, is_rms=False, statistics=False)(x, x[0], x[0], x)
+        return norm_forward(x, x[0], x[0], x, eps=1e-5, is_rms=False, statistics=False)
 
     for num_cols in (4096, 65536):
         yield f"norm-forward-layer-{num_cols}-bfloat16-inference", functools.partial(inference, num_cols)

@@ -1,4 +1,4 @@
-"""The norms by torch's own, on operands of one dtype, which compute in float32 and round once."""
+"""The norms by torch's own, on operands of one dtype, which compute in float32 and round once, and by the reference."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer.ops.autograd import records_backward
-from pytransformer.ops.backend import is_plain
-from pytransformer.ops.norm_checks import NormCall, NormResult, tensors_of
+from pytransformer import reference
+from pytransformer.ops.backend import Backend, always, is_plain
+from pytransformer.ops.norm.call import NormCall
+from pytransformer.ops.registered import Outputs, records_backward
 
 
-def torch_norm(call: NormCall) -> NormResult:
-    """y, or (y, s) with a residual."""
-    x, weight, bias, residual = tensors_of(call)
-    assert x is not None
+def _norm(call: NormCall) -> Outputs:
+    """y and s. The statistics stay with autograd, which differentiates torch's own functions."""
+    x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
     # 16-bit sums are computed in float32 and rounded once by torch itself.
     s = x if residual is None else (x + residual).to(residual.dtype)
     if weight is not None and call.weight_offset != 0.0:
@@ -30,13 +30,13 @@ def torch_norm(call: NormCall) -> NormResult:
         dtypes = [tensor.dtype for tensor in (s, weight, bias) if tensor is not None]
         wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
         weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
-        y = _torch_one_dtype_norm(call, s.to(wide), weight, bias).to(dtype)
+        y = _norm_of_one_dtype(call, s.to(wide), weight, bias).to(dtype)
     else:
-        y = _torch_one_dtype_norm(call, s, weight, bias)
-    return y if residual is None else (y, s)
+        y = _norm_of_one_dtype(call, s, weight, bias)
+    return y, None if residual is None else s, None, None
 
 
-def _torch_one_dtype_norm(call: NormCall, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _norm_of_one_dtype(call: NormCall, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     width = s.shape[-1:]
     if not call.is_rms:
         return F.layer_norm(s, width, weight, bias, call.eps)
@@ -88,3 +88,17 @@ class _CpuRmsNorm(torch.autograd.Function):
         g = dy if weight is None else dy * weight
         ds = torch.addcmul(g, xhat, row_sums.div_(width)[:, None], value=-1).mul_(rstd.view(-1, 1))
         return ds.view(s.shape), dweight, None
+
+
+def _norm_by_reference(call: NormCall) -> Outputs:
+    x, weight, bias, residual, eps, weight_offset, is_rms = call
+    if is_rms:
+        found = reference.rms_norm(x, weight, eps=eps, weight_offset=weight_offset, residual=residual)
+    else:
+        found = reference.layer_norm(x, weight, bias, eps=eps, residual=residual)
+    y, s = found if isinstance(found, tuple) else (found, None)
+    return y, s, None, None
+
+
+BACKEND = Backend("torch", _norm, is_transparent=always)
+REFERENCE = Backend("reference", _norm_by_reference, is_transparent=always)

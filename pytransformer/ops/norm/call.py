@@ -1,9 +1,10 @@
-"""The host-side checks of the norms: every argument, each error naming what is allowed."""
+"""A call of the norms and of their gradient, and the checks of every argument on the host, each error naming what is allowed."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pytransformer.ops import checks
@@ -12,7 +13,7 @@ NormResult = Tensor | tuple[Tensor, Tensor]
 
 
 class NormCall(NamedTuple):
-    """A checked call of either op.
+    """A call of either norm.
 
     Attributes:
         x, weight, bias, residual: the tensors, or None.
@@ -30,16 +31,35 @@ class NormCall(NamedTuple):
     is_rms: bool
 
 
-# A function rather than a property: the tracer of torch 2.10 follows no property of a NamedTuple.
-def tensors_of(call: NormCall) -> tuple[Tensor | None, ...]:
-    """x, weight, bias and residual."""
-    return call.x, call.weight, call.bias, call.residual
+class NormGradientCall(NamedTuple):
+    """A call of the backward pass.
+
+    Attributes:
+        dy: gradient of y, any strides.
+        ds: gradient of the returned sum, or None.
+        s: what was normalised: x, or the returned sum.
+        weight: as in the forward pass.
+        mean, rstd: of each row, float32; no mean for RMSNorm.
+        weight_offset, is_rms: as in the forward pass.
+        want_dweight: whether the weight's gradient is wanted.
+        dbias_dtype: dtype of the bias whose gradient is wanted, or None.
+    """
+
+    dy: Tensor
+    ds: Tensor | None
+    s: Tensor
+    weight: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor
+    weight_offset: float
+    is_rms: bool
+    want_dweight: bool
+    dbias_dtype: torch.dtype | None
 
 
-def check_norm(
-    x: Any, weight: Any, bias: Any, *, eps: Any, weight_offset: Any, residual: Any, is_rms: bool
-) -> NormCall:
+def check_norm(call: NormCall) -> NormCall:
     """Checks a call as the user gave it; see ``layer_norm`` for the errors."""
+    x, weight, bias, residual, eps, weight_offset, is_rms = call
     dtypes = checks.FLOAT_DTYPES_AND_DOUBLE
     checks.check_tensor("x", x, dtypes=dtypes)
     if x.ndim == 0:
@@ -54,3 +74,10 @@ def check_norm(
     eps = checks.check_float("eps", eps, minimum=0.0)
     weight_offset = checks.check_float("weight_offset", weight_offset)
     return NormCall(x, weight, bias, residual, float(eps), float(weight_offset), is_rms)
+
+
+def no_float64_at_all(call: NormCall) -> str | None:
+    """An ``exceeds`` of the kernels: of no tensor."""
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in call[:4]):
+        return "float64 is served by torch and reference only"
+    return None
