@@ -15,9 +15,9 @@ gate and up may be the halves [gate; up] of one tensor; so, then, are their grad
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -25,8 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import COMMON_OPTIONS, NewTensor, cdiv, next_power_of_2
-from .norm.forward import RowLayout, row_layout, row_offsets
-from .plans import Plans
+from .norm.forward import RowLayout, copied_places, made_contiguous, row_layout, row_offsets
 from .prepared import PreparedLaunch
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
@@ -250,29 +249,68 @@ def _prepared(
     return PreparedLaunch(kernel, grid, (*inputs, *outputs, layout.num_rows, layout.rows_per_group), constants)
 
 
-class ActivationForward:
-    """The launch for tensors of certain shapes, strides and dtypes, to be called with such tensors any number of times."""
+class ActivationArguments(Protocol):
+    """A checked call of ``pytransformer.swiglu``, ``geglu`` or ``gelu``, in this order (see pytransformer/ops/activation.py).
 
-    def __init__(
-        self, gate: Tensor, up: Tensor | None, activation: str, gated: bool, config: ActivationConfig | None
-    ) -> None:
+    Attributes:
+        gate: float32, float16 or bfloat16, any strides (copied if the rows cannot be walked with two strides). (..., width); if gated
+            without ``up``, (..., 2 · width) = [gate; up].
+        up: gate's shape and dtype, or None.
+        activation: "silu", "gelu" or "gelu_tanh".
+        gated: whether there is an up to multiply with.
+    """
+
+    gate: Tensor
+    up: Tensor | None
+    activation: str
+    gated: bool
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class ActivationGradientArguments(Protocol):
+    """A call of the backward pass: ``dout``, the gradient of the output with any strides, before what the forward pass was given."""
+
+    dout: Tensor
+    gate: Tensor
+    up: Tensor | None
+    activation: str
+    gated: bool
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class ActivationForward:
+    """The launch for calls of certain shapes, strides, dtypes and options, to be called with such any number of times.
+
+    Args:
+        call: a checked call, of whose tensors only shapes, strides and dtypes count.
+        config: overrides the launch policy, for tests.
+    """
+
+    def __init__(self, call: ActivationArguments, *, config: ActivationConfig | None = None) -> None:
+        gate, up, activation, gated = call
         packed = gated and up is None
         num_cols = gate.shape[-1] // 2 if packed else gate.shape[-1]
         self._half = (*gate.shape[:-1], num_cols) if packed else None
         self._new_out = NewTensor(gate)
         self._launch: PreparedLaunch | None = None
         if gate.numel() > 0:
-            _, layout = row_layout([gate] if up is None else [gate, up])
+            walked, layout = row_layout([gate] if up is None else [gate, up])
+            self._copied = copied_places((gate, up), walked)
             config = config or tile_config(num_cols, FORWARD_ELEMENTS)
             self._launch = _prepared(
                 activation_forward_kernel, (gate, up), layout, num_cols, activation, gated, config
             )  # fmt: skip
 
-    def __call__(self, gate: Tensor, up: Tensor | None) -> Tensor:
-        """As :func:`activation_forward`."""
+    def __call__(self, call: ActivationArguments) -> Tensor:
+        """(..., width) in gate's dtype, contiguous. ``call`` may be a plain tuple in the order of the arguments."""
+        gate, up, _, _ = call
         half = self._half
         out = self._new_out(gate) if half is None else torch.empty(half, dtype=gate.dtype, device=gate.device)
         if self._launch is not None:
+            if self._copied:
+                gate, up = made_contiguous((gate, up), self._copied)
             self._launch((gate, up, out))
         return out
 
@@ -280,30 +318,27 @@ class ActivationForward:
 class ActivationBackward:
     """The same for the backward kernel."""
 
-    def __init__(
-        self,
-        dout: Tensor,
-        gate: Tensor,
-        up: Tensor | None,
-        activation: str,
-        gated: bool,
-        config: ActivationConfig | None,
-    ) -> None:
+    def __init__(self, call: ActivationGradientArguments, *, config: ActivationConfig | None = None) -> None:
+        dout, gate, up, activation, gated = call
         self._new_dgate, self._new_dup = NewTensor(gate), None if up is None else NewTensor(up)
         self._launch: PreparedLaunch | None = None
         if gate.numel() > 0:
             num_cols = dout.shape[-1]
-            _, layout = _walk(dout, gate, up, gated)
+            walked, layout = _walk(dout, gate, up, gated)
+            self._copied = copied_places((dout, gate, up), walked)
             config = config or tile_config(num_cols, BACKWARD_ELEMENTS)
             self._launch = _prepared(
                 activation_backward_kernel, (dout, gate, up), layout, num_cols, activation, gated, config
             )  # fmt: skip
 
-    def __call__(self, dout: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """As :func:`activation_backward`."""
+    def __call__(self, call: ActivationGradientArguments) -> tuple[Tensor, Tensor | None]:
+        """The gradient of gate, both halves of it if up is one of them, and that of up or None; contiguous."""
+        dout, gate, up, _, _ = call
         dgate = self._new_dgate(gate)
         dup = None if self._new_dup is None or up is None else self._new_dup(up)
         if self._launch is not None:
+            if self._copied:
+                dout, gate, up = made_contiguous((dout, gate, up), self._copied)
             self._launch((dout, gate, up, dgate, dup))
         return dgate, dup
 
@@ -322,66 +357,3 @@ def _walk(dout: Tensor, gate: Tensor, up: Tensor | None, gated: bool) -> tuple[l
     if walked[1] is not half:  # a copy of this half would not have the other one behind it
         return _walk(dout.contiguous(), gate.contiguous(), None, gated)
     return [walked[0], gate], layout
-
-
-_FORWARD: Plans[ActivationForward] = Plans()
-_BACKWARD: Plans[ActivationBackward] = Plans()
-
-
-def activation_forward(
-    gate: Tensor, up: Tensor | None, *, activation: str, gated: bool, config: ActivationConfig | None = None
-) -> Tensor:
-    """Launches the forward kernel.
-
-    Args:
-        gate: float32, float16 or bfloat16, any strides (copied if the rows cannot be walked with two strides). (..., width); if gated
-            without ``up``, (..., 2 · width) = [gate; up].
-        up: gate's shape and dtype, or None.
-        activation: "silu", "gelu" or "gelu_tanh".
-        gated: whether there is an up to multiply with.
-        config: overrides the launch policy, for tests.
-
-    Returns:
-        (..., width) in gate's dtype, contiguous.
-    """
-    alike = (gate, up, activation, gated, config)
-    forward = _FORWARD.find(alike)
-    if forward is None:
-        if gate.numel() > 0:
-            (gate, *others), _ = row_layout([gate] if up is None else [gate, up])
-            up = others[0] if others else None
-        forward = ActivationForward(gate, up, activation, gated, config)
-        if gate is alike[0] and up is alike[1]:
-            _FORWARD.add(alike, forward)
-    return forward(gate, up)
-
-
-def activation_backward(
-    dout: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    *,
-    activation: str,
-    gated: bool,
-    config: ActivationConfig | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Launches the backward kernel.
-
-    Args:
-        dout: gradient of the output, any strides.
-        gate, up, activation, gated: as in the forward pass.
-        config: overrides the launch policy, for tests.
-
-    Returns:
-        The gradient of gate, both halves of it if up is one of them, and that of up or None; contiguous.
-    """
-    alike = (dout, gate, up, activation, gated, config)
-    backward = _BACKWARD.find(alike)
-    if backward is None:
-        if gate.numel() > 0:
-            (dout, gate, *others), _ = _walk(dout, gate, up, gated)
-            up = others[0] if others else None
-        backward = ActivationBackward(dout, gate, up, activation, gated, config)
-        if all(after is before for after, before in zip((dout, gate, up), alike)):
-            _BACKWARD.add(alike, backward)
-    return backward(dout, gate, up)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +10,14 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import checks
-from pytransformer.ops.autograd import records_backward, refuse_double_backward, requires_grad, vmap_by_loop
-from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, serves_all
+from pytransformer.ops.backend import Backend, Limit, always, no_float64
+from pytransformer.ops.launches import kept
+from pytransformer.ops.op import Op
+from pytransformer.ops.registered import Differentiable, Outputs, RegisteredOp, like
 
 
 class ActivationCall(NamedTuple):
-    """A checked call of one of the ops.
+    """A call of one of the ops.
 
     Attributes:
         gate: (..., width), or [gate; up] (..., 2 · width) if gated and up is None.
@@ -31,20 +32,14 @@ class ActivationCall(NamedTuple):
     gated: bool
 
 
-def _kernel_can_serve(call: ActivationCall) -> str | None:
-    if call.gate.dtype == torch.float64:
-        return "float64 is served by torch and reference only"
-    return None
+class ActivationGradientCall(NamedTuple):
+    """A call of the backward pass: ``dout``, the gradient of the output with any strides, before what the forward pass was given."""
 
-
-_CANDIDATES = (
-    Candidate("triton", _kernel_can_serve, limits="float64"),
-    Candidate("torch", serves_all),
-    Candidate("reference", serves_all),
-)
-SWIGLU_CHOICE = BackendChoice("swiglu", _CANDIDATES)
-GEGLU_CHOICE = BackendChoice("geglu", _CANDIDATES)
-GELU_CHOICE = BackendChoice("gelu", _CANDIDATES)
+    dout: Tensor
+    gate: Tensor
+    up: Tensor | None
+    activation: str
+    gated: bool
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -69,8 +64,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         ValueError: shapes or devices that do not fit, a last dimension that cannot be halved.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    call = _check_gated(gate, up, "silu")
-    return _activate(call, SWIGLU_CHOICE.select(call, gate.device.type, backend))
+    return _SWIGLU((gate, up, "silu", True), backend)  # type: ignore[no-any-return]
 
 
 def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "none", backend: str | None = None) -> Tensor:
@@ -88,8 +82,7 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "none", 
         ValueError: shapes or devices that do not fit, a last dimension that cannot be halved, an unknown ``approximate``.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    call = _check_gated(gate, up, _check_approximate(approximate))
-    return _activate(call, GEGLU_CHOICE.select(call, gate.device.type, backend))
+    return _GEGLU((gate, up, _check_approximate(approximate), True), backend)  # type: ignore[no-any-return]
 
 
 def gelu(x: Tensor, *, approximate: str = "none", backend: str | None = None) -> Tensor:
@@ -108,9 +101,10 @@ def gelu(x: Tensor, *, approximate: str = "none", backend: str | None = None) ->
         ValueError: x has no dimension, an unknown ``approximate``.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    _check_first("x", x)
-    call = ActivationCall(x, None, _check_approximate(approximate), False)
-    return _activate(call, GELU_CHOICE.select(call, x.device.type, backend))
+    return _GELU((x, None, _check_approximate(approximate), False), backend)  # type: ignore[no-any-return]
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------------------------
 
 
 def _check_first(name: str, value: Any) -> None:
@@ -119,7 +113,13 @@ def _check_first(name: str, value: Any) -> None:
         raise ValueError(f"{name} must have at least 1 dimension: (..., width), got shape ()")
 
 
-def _check_gated(gate: Any, up: Any, activation: str) -> ActivationCall:
+def _check_gelu(call: ActivationCall) -> ActivationCall:
+    _check_first("x", call.gate)
+    return call
+
+
+def _check_gated(call: ActivationCall) -> ActivationCall:
+    gate, up = call.gate, call.up
     _check_first("gate", gate)
     if up is not None:
         checks.check_tensor("up", up, device=gate.device)
@@ -129,7 +129,7 @@ def _check_gated(gate: Any, up: Any, activation: str) -> ActivationCall:
         raise ValueError(
             f"gate must have an even last dimension, [gate; up], when up is not given, got shape {tuple(gate.shape)}"
         )
-    return ActivationCall(gate, up, activation, True)
+    return call
 
 
 def _check_approximate(approximate: Any) -> str:
@@ -140,30 +140,11 @@ def _check_approximate(approximate: Any) -> str:
     raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
 
 
-def _activate(call: ActivationCall, backend: str) -> Tensor:
-    if backend == "triton":
-        return _kernel_activation(call)
-    if backend == "torch":
-        return _plain_activation(call)
-    wide = torch.promote_types(call.gate.dtype, torch.float32)
-    up = None if call.up is None else call.up.to(wide)
-    return _reference_activation(call.gate.to(wide), up, call.activation, call.gated).to(call.gate.dtype)
-
-
-def _reference_activation(gate: Tensor, up: Tensor | None, activation: str, gated: bool) -> Tensor:
-    if activation == "silu":
-        return reference.swiglu(gate, up)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return (
-        reference.geglu(gate, up, approximate=approximate) if gated else reference.gelu(gate, approximate=approximate)
-    )
-
-
-# --- torch: its own functions, which the compiler fuses ---------------------------------------------------------------------------------
+# --- torch: its own functions, which the compiler fuses; and the reference --------------------------------------------------------------
 
 
 # 16-bit inputs are not widened: a single rounding would cost twice the time on a CPU, training included.
-def _plain_activation(call: ActivationCall) -> Tensor:
+def _activate_by_torch(call: ActivationCall) -> Outputs:
     gate, up = call.gate, call.up
     if call.gated and up is None:
         gate, up = gate.chunk(2, dim=-1)
@@ -171,126 +152,77 @@ def _plain_activation(call: ActivationCall) -> Tensor:
         activated = F.silu(gate)
     else:
         activated = F.gelu(gate, approximate="tanh" if call.activation == "gelu_tanh" else "none")
-    return activated if up is None else activated * up
+    return (activated if up is None else activated * up,)
 
 
-# --- Triton: registered functional ops under one autograd.Function ----------------------------------------------------------------------
+def _activate_by_reference(call: ActivationCall) -> Outputs:
+    wide = torch.promote_types(call.gate.dtype, torch.float32)
+    gate, up = call.gate.to(wide), None if call.up is None else call.up.to(wide)
+    approximate = "tanh" if call.activation == "gelu_tanh" else "none"
+    if call.activation == "silu":
+        out = reference.swiglu(gate, up)
+    elif call.gated:
+        out = reference.geglu(gate, up, approximate=approximate)
+    else:
+        out = reference.gelu(gate, approximate=approximate)
+    return (out.to(call.gate.dtype),)
 
-torch.library.define(
-    "pytransformer::activation_forward",
-    "(Tensor gate, Tensor? up, str activation, bool gated) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.define(
-    "pytransformer::activation_backward",
-    "(Tensor dout, Tensor gate, Tensor? up, str activation, bool gated) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+
+# --- Triton -----------------------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _launchers() -> tuple[Any, Any]:
+def _prepare(call: ActivationCall) -> Any:
     # Triton is imported when the first kernel is wanted, not with the package.
-    from pytransformer.kernels.activation import activation_backward, activation_forward
+    from pytransformer.kernels.activation import ActivationForward
 
-    return activation_forward, activation_backward
-
-
-def _forward(gate: Tensor, up: Tensor | None, activation: str, gated: bool) -> Tensor:
-    out: Tensor = _launchers()[0](gate, up, activation=activation, gated=gated)
-    return out
+    return ActivationForward(call)
 
 
-def _fake_forward(gate: Tensor, up: Tensor | None, activation: str, gated: bool) -> Tensor:
-    width = gate.shape[-1] // 2 if gated and up is None else gate.shape[-1]
-    return torch.empty((*gate.shape[:-1], width), dtype=gate.dtype, device=gate.device)
+def _prepare_gradients(call: ActivationGradientCall) -> Any:
+    from pytransformer.kernels.activation import ActivationBackward
+
+    return ActivationBackward(call)
 
 
-def _backward(dout: Tensor, gate: Tensor, up: Tensor | None, activation: str, gated: bool) -> tuple[Tensor, Tensor]:
-    """(gradient of gate, of up); the last is an empty tensor where there is no up, as an op returns a fixed number of tensors."""
-    dgate, dup = _launchers()[1](dout, gate, up, activation=activation, gated=gated)
-    return dgate, dgate.new_empty(0) if dup is None else dup
+_launch = kept(_prepare)
 
 
-def _fake_backward(
-    dout: Tensor, gate: Tensor, up: Tensor | None, activation: str, gated: bool
-) -> tuple[Tensor, Tensor]:
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    return dgate, dgate.new_empty(0) if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
+# --- The ops, of all three: they keep their inputs alone; f(gate) is computed a second time, which costs no reading of memory. ----------
 
 
-for _name, _implementation, _fake in (
-    ("activation_forward", _forward, _fake_forward),
-    ("activation_backward", _backward, _fake_backward),
-):
-    torch.library.impl(f"pytransformer::{_name}", "CompositeExplicitAutograd", _implementation)
-    torch.library.register_fake(f"pytransformer::{_name}", _fake)
+def _outputs(call: ActivationCall, backend: str) -> tuple[Any, ...]:
+    gate = call.gate
+    width = gate.shape[-1] // 2 if call.gated and call.up is None else gate.shape[-1]
+    return (((*gate.shape[:-1], width), gate.dtype),)
 
 
-def _run_forward(gate: Tensor, up: Tensor | None, activation: str, gated: bool) -> Tensor:
-    if is_plain(gate, up):
-        return _forward(gate, up, activation, gated)
-    out: Tensor = torch.ops.pytransformer.activation_forward(gate, up, activation, gated)
-    return out
+def _save(ctx: Any, call: ActivationCall, outputs: tuple[Tensor, ...]) -> None:
+    gate, up, ctx.activation, ctx.gated = call
+    ctx.save_for_backward(gate, up)
 
 
-def _run_backward(dout: Tensor, gate: Tensor, up: Tensor | None, activation: str, gated: bool) -> tuple[Tensor, Tensor]:
-    if is_plain(dout, gate, up):
-        return _backward(dout, gate, up, activation, gated)
-    gradients: tuple[Tensor, Tensor] = torch.ops.pytransformer.activation_backward(dout, gate, up, activation, gated)
-    return gradients
+def _gradients(ctx: Any, run: Any, dout: Tensor) -> dict[str, Tensor | None]:
+    dgate, dup = run(dout, *ctx.saved_tensors, ctx.activation, ctx.gated, ctx.backend)
+    wants_gate, wants_up = ctx.needs_input_grad[:2]
+    return {"gate": dgate if wants_gate else None, "up": dup if wants_up else None}
 
 
-def _kernel_activation(call: ActivationCall) -> Tensor:
-    gate, up = call.gate, call.up
-    needs_grad = torch.is_grad_enabled() and requires_grad(gate, up)
-    # Inside functorch a tensor does not always know that it is differentiated: only plain ones are asked. The tracer of torch.compile
-    # knows, and cannot inline a Function none of whose inputs need a gradient.
-    if needs_grad or not (torch.compiler.is_compiling() or is_plain(gate, up)):
-        out: Tensor = _KernelActivation.apply(*call)  # type: ignore[no-untyped-call]
-        return out
-    return _run_forward(*call)
-
-
-class _KernelActivation(torch.autograd.Function):
-    """Keeps the inputs alone; f(gate) is computed a second time, which costs no reading of memory."""
-
-    @staticmethod
-    def forward(gate: Tensor, up: Tensor | None, activation: str, gated: bool) -> Tensor:
-        return _run_forward(gate, up, activation, gated)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gate, up, ctx.activation, ctx.gated = inputs
-        ctx.save_for_backward(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        args = (dout, *ctx.saved_tensors, ctx.activation, ctx.gated)
-        dgate, dup = _KernelActivationBackward.apply(*args) if records_backward() else _run_backward(*args)  # type: ignore[no-untyped-call]
-        wants_gate, wants_up = ctx.needs_input_grad[:2]
-        return dgate if wants_gate else None, dup if wants_up else None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return vmap_by_loop(_KernelActivation, info, in_dims, *args)
-
-
-class _KernelActivationBackward(torch.autograd.Function):
-    """The backward pass where it is itself recorded: a second derivative is refused rather than wrong."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _run_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        refuse_double_backward("swiglu, geglu and gelu")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return vmap_by_loop(_KernelActivationBackward, info, in_dims, *args)
+_BACKENDS = (
+    Backend("triton", lambda call: (_launch(call),), (Limit("float64", no_float64),), plan=_prepare),
+    Backend("torch", _activate_by_torch, is_transparent=always),
+    Backend("reference", _activate_by_reference, is_transparent=always),
+)
+_FORWARD = RegisteredOp("activation_forward", ActivationCall, _BACKENDS, _outputs, 1)
+_BACKWARD = RegisteredOp(
+    "activation_backward",
+    ActivationGradientCall,
+    (Backend("triton", kept(_prepare_gradients)),),
+    lambda call, backend: (like(call.gate), like(call.up)),
+    2,
+)
+_RULE = Differentiable(_FORWARD, _save, _gradients, _BACKWARD, "swiglu, geglu and gelu")
+_SWIGLU, _GEGLU, _GELU = (
+    Op(name, _FORWARD, check, _BACKENDS, rule=_RULE, grads=("gate", "up"))
+    for name, check in (("swiglu", _check_gated), ("geglu", _check_gated), ("gelu", _check_gelu))
+)
+SWIGLU_CHOICE, GEGLU_CHOICE, GELU_CHOICE = _SWIGLU.choice, _GEGLU.choice, _GELU.choice

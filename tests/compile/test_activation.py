@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pytransformer.kernels import activation
 from tests.support import compile_gate
 from tests.support.launch_recorder import record
+from tests.support.launchers import activation_backward, activation_forward
 from tests.support.sass import GLOBAL_128_BIT, GLOBAL_ACCESS
 
 WIDTH = 768
@@ -29,8 +29,8 @@ def _launches(rows: int, form: str) -> set[str]:
     options = {"activation": "silu", "gated": form != "not gated"}
 
     def both() -> None:
-        activation.activation_forward(gate, up, **options)
-        activation.activation_backward(dout, gate, up, **options)
+        activation_forward(gate, up, **options)
+        activation_backward(dout, gate, up, **options)
 
     return {launch.key for launch in record(both, 90)}
 

@@ -14,10 +14,11 @@ import pytransformer
 from pytransformer.kernels import prepared
 from pytransformer.kernels.norm.forward import NormForward
 from pytransformer.kernels.prepared import PreparedLaunch
+from pytransformer.kernels.rope import RopeLaunch
 from pytransformer.ops.norm.call import NormCall
 from pytransformer.ops.op import forget_launches
+from pytransformer.ops.rope.call import RopeCall
 from tests.compile.test_keys import CASES
-from tests.support.launchers import rope_rotate
 from tests.support.triton_stub import count_launches, stubbed_driver
 
 PREPARED = [name for name in CASES if name.startswith(("norm", "rope", "kv_append", "decode"))]
@@ -130,6 +131,8 @@ def test_an_unaligned_first_launch_is_not_kept(spy: Spy) -> None:
 
 def test_a_number_beyond_32_bits_goes_through_triton(spy: Spy) -> None:
     q, table = torch.empty(1, 4, 2, 16), torch.empty(8, 8)
+    call = RopeCall(q, None, table, table, None, None, None, False, False, 0)
+    launch = RopeLaunch(call)
     for offsets, expected in (
         (0, True),
         (1, True),
@@ -139,7 +142,7 @@ def test_a_number_beyond_32_bits_goes_through_triton(spy: Spy) -> None:
         (-(2**31), False),
         (7, False),
     ):
-        rope_rotate(q, None, table, table, offsets=offsets)
+        launch(call._replace(offset=offsets))
         by_triton, arguments = spy.last()
         assert by_triton is expected, offsets
         assert offsets in arguments

@@ -17,12 +17,11 @@ from pytransformer.kernels.activation import (
     BACKWARD_ELEMENTS,
     FORWARD_ELEMENTS,
     ActivationConfig,
-    activation_backward,
-    activation_forward,
     tile_config,
 )
 from pytransformer.verification import SEEDS, Contract, ContractError
 from tests.support.broken_kernel import load_broken
+from tests.support.launchers import activation_backward, activation_by, activation_forward
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -354,7 +353,7 @@ FAULT_CASES = {
 def test_the_check_for_faults_passes_faithful_copies(device: torch.device, tmp_path: Path, poison_empty: None) -> None:
     copy = load_broken(tmp_path, "activation")
     for case in FAULT_CASES.values():
-        assert not _is_caught(case, device, forward=copy.activation_forward, backward=copy.activation_backward)
+        assert not _is_caught(case, device, **activation_by(copy))
 
 
 # Faults write and read out of bounds: the interpreter sees that, a GPU would let it corrupt the other tests.
@@ -363,8 +362,7 @@ def test_the_check_for_faults_passes_faithful_copies(device: torch.device, tmp_p
 def test_a_broken_kernel_is_caught(fault: str, device: torch.device, tmp_path: Path, poison_empty: None) -> None:
     broken = load_broken(tmp_path, "activation", FAULTS[fault])
     activation = "gelu_tanh" if "tanh" in fault else "gelu" if "normal" in fault else "silu"
-    launchers = {"forward": broken.activation_forward, "backward": broken.activation_backward}
-    assert _is_caught(FAULT_CASES[activation], device, **launchers)
+    assert _is_caught(FAULT_CASES[activation], device, **activation_by(broken))
 
 
 @pytest.mark.skipif(not triton_interpreter.installed(), reason="faulty kernels run in the interpreter only")
@@ -372,4 +370,4 @@ def test_a_fault_in_offsets_is_caught(device: torch.device, tmp_path: Path) -> N
     good = "gate_offsets = row_offsets(rows, rows_per_group"
     broken = load_broken(tmp_path, "activation", (good, good.replace("(rows,", "(rows.to(tl.int32),")))
     with pytest.raises(InterpreterError, match="int32 overflow detected"):
-        rows_of_small_strides_beyond_2_to_31(device, forward=broken.activation_forward)
+        rows_of_small_strides_beyond_2_to_31(device, forward=activation_by(broken)["forward"])

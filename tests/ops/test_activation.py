@@ -200,8 +200,8 @@ def test_opcheck(device: torch.device) -> None:
     x = torch.randn(3, 5, 16, device=device)
     forward, backward = torch.ops.pytransformer.activation_forward, torch.ops.pytransformer.activation_backward
     for arguments in ((x, None, "silu", True), (x[:, ::2], x[:, ::2], "gelu", True), (x, None, "gelu_tanh", False)):
-        torch.library.opcheck(forward, arguments)
-        torch.library.opcheck(backward, (forward(*arguments), *arguments))
+        torch.library.opcheck(forward, (*arguments, "triton"))
+        torch.library.opcheck(backward, (forward(*arguments, "triton"), *arguments, "triton"))
 
 
 @ALL_FORMS

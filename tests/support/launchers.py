@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytransformer.kernels.activation import ActivationBackward, ActivationForward
 from pytransformer.kernels.norm.backward import NormBackward
 from pytransformer.kernels.norm.forward import NormForward
 from pytransformer.kernels.rope import RopeLaunch
+from pytransformer.ops.activation import ActivationCall, ActivationGradientCall
 from pytransformer.ops.norm.call import NormCall, NormGradientCall
 from pytransformer.ops.rope.call import RopeCall
 
@@ -87,3 +89,34 @@ def norm_forward_by(module: Any) -> Any:
 def norm_backward_by(module: Any) -> Any:
     """:func:`norm_backward` by a broken copy of the kernel file."""
     return functools.partial(norm_backward, launch=module.NormBackward)
+
+
+def activation_forward(
+    gate: Tensor, up: Tensor | None, *, activation: str, gated: bool, launch: Any = ActivationForward, **options: Any
+) -> Tensor:
+    """SwiGLU, GEGLU or GELU by the Triton kernel, or by the class ``launch`` of a broken copy."""
+    call = ActivationCall(gate, up, activation, gated)
+    return launch(call, **options)(call)  # type: ignore[no-any-return]
+
+
+def activation_backward(
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    *,
+    activation: str,
+    gated: bool,
+    launch: Any = ActivationBackward,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """(dgate, dup) by the Triton kernel, or by the class ``launch`` of a broken copy."""
+    call = ActivationGradientCall(dout, gate, up, activation, gated)
+    return launch(call, **options)(call)  # type: ignore[no-any-return]
+
+
+def activation_by(module: Any) -> dict[str, Any]:
+    """Both of them by a broken copy of the kernel file."""
+    return {
+        "forward": functools.partial(activation_forward, launch=module.ActivationForward),
+        "backward": functools.partial(activation_backward, launch=module.ActivationBackward),
+    }

@@ -79,5 +79,5 @@ def check_norm(call: NormCall) -> NormCall:
 def no_float64_at_all(call: NormCall) -> str | None:
     """An ``exceeds`` of the kernels: of no tensor."""
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in call[:4]):
-        return "float64 is served by torch and reference only"
+        return "float64 is served by torch and the reference; the kernels compute in float32"
     return None

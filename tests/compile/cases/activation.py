@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from pytransformer.kernels.activation import activation_backward, activation_forward
+from tests.support.launchers import activation_backward, activation_forward
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
