@@ -21,6 +21,19 @@ UNSPECIALISED += [
 
 
 @triton.jit
+def tanh(x):
+    # Not that of mathematics.py, which has 2 to 6 % fewer instructions in the loop but a register more: with every option at once, 32 rows
+    # of 128 features spill on sm_80.
+    # exp alone cancels near 0, where attention scores are; the polynomial is good to float32 rounding below 0.25.
+    square = x * x
+    series = -17.0 / 315 + square * (62.0 / 2835 - square * (1382.0 / 155925))
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * series)))
+    e = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -magnitude, magnitude))
+
+
+@triton.jit
 def split_start(split, fine_keys, fine_splits, coarse_keys):
     return tl.minimum(split, fine_splits) * fine_keys + tl.maximum(split - fine_splits, 0) * coarse_keys
 

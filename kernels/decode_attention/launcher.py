@@ -162,7 +162,7 @@ def _options(call: DecodeCall, sizes: Sizes, allow_tf32: bool) -> dict[str, Any]
         "PAGE_SIZE": 1 if call.block_table is None else sizes.page_size,
         "ROW_LEFT": several_queries and window_left >= 0,
         "ROW_RIGHT": several_queries and window_right >= 0,
-        "HAS_SOFTCAP": call.softcap > 0.0, "EXACT_TANH": call.q.dtype == torch.float32,
+        "HAS_SOFTCAP": call.softcap > 0.0,
         "SCALE_PER_TOKEN": call.k_scale is not None and call.k_scale.dim() > 1,
         "FORMAT": "e4m3" if call.k_cache.dtype == torch.float8_e4m3fn else "native",
         "PRECISION": dot_precision(call.q.dtype, allow_tf32),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..mathematics import tanh
 from .cache import (
     UNSPECIALISED,
     cache_places,
@@ -15,6 +14,7 @@ from .cache import (
     row_pointers,
     sequence_extent,
     split_start,
+    tanh,
     tile_keys,
 )
 
@@ -49,20 +49,19 @@ def _visible_scores(
 ):  # fmt: skip
     """A tile of capped scores with bias and ALiBi, and -inf where a row does not see a key; ``keep`` are the keys that some row sees."""
     visible = keep[None, :]
-    distance = position[:, None] - n[None, :]
+    if ROW_LEFT:
+        visible = visible & (n[None, :] >= position[:, None] - window_left)
+    if ROW_RIGHT:
+        visible = visible & (n[None, :] <= position[:, None] + window_right)
     present = row_exists[:, None] & keep[None, :]
     if bias_rows_ptr is not None:
         bias = tl.load(bias_rows_ptr[:, None] + n[None, :].to(tl.int64) * stride_bias_key, mask=present, other=0.0)
         scores += bias.to(tl.float32)
     if slope is not None:
-        scores -= slope[:, None] * tl.abs(distance).to(tl.float32)
+        scores -= slope[:, None] * tl.abs(position[:, None] - n[None, :]).to(tl.float32)
     if mask_rows_ptr is not None:
         seen = tl.load(mask_rows_ptr[:, None] + n[None, :].to(tl.int64) * stride_mask_key, mask=present, other=0)
         visible = visible & (seen != 0)
-    if ROW_LEFT:
-        visible = visible & (distance <= window_left)
-    if ROW_RIGHT:
-        visible = visible & (distance >= -window_right)
     return tl.where(visible, scores, float("-inf"))
 
 
@@ -86,7 +85,7 @@ def _decode_split_kernel(
     fine_keys, fine_splits, coarse_keys, scratch_rows,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS_ABOVE: tl.constexpr, ROWS_UP_TO: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr, ROW_LEFT: tl.constexpr, ROW_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    SCALE_PER_TOKEN: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr, EXACT_TANH: tl.constexpr,
+    SCALE_PER_TOKEN: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +160,7 @@ def _decode_split_kernel(
             k_scales_ptr = k_scale_ptr + page * stride_k_scale_page + slot * stride_k_scale_token
             scores *= tl.load(k_scales_ptr, mask=keep, other=0.0)[None, :]
         if HAS_SOFTCAP:
-            scores = softcap * tanh(scores / softcap, EXACT_TANH)
+            scores = softcap * tanh(scores / softcap)
         scores = _visible_scores(
             scores, n, keep, row_exists, position, window_left, window_right, slope,
             bias_rows_ptr, stride_bias_key, mask_rows_ptr, stride_mask_key, ROW_LEFT, ROW_RIGHT,
