@@ -3,7 +3,7 @@
 Used by setup.py, by ``make cuda`` and by the tests, which build the same sources for the host emulator (``--flavor``). Nothing here imports
 torch: its headers are found beside the interpreter, so that an isolated build (which sees no torch) works too.
 
-    python csrc/build.py [--flavor cuda|emulated|address|thread] [--archs "80 90a"] [--define NAME=VALUE …] [--output FILE]
+    python csrc/build.py [--flavor cuda|emulated|address|thread] [--archs "80 90"] [--define NAME=VALUE …] [--output FILE]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,15 @@ EMULATOR = ROOT / "tests/cuda_emulator"
 LIBRARY = ROOT / "pytransformer/_cuda.so"
 # One binary for torch 2.10 and later: the oldest stable ABI that has what the ops need.
 TORCH_TARGET = "0x020a000000000000"
-# What each GPU generation needs; sm_90a because wgmma is not in plain sm_90. Everything newer is compiled from PTX by the driver.
-ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-PTX = "80"
+# One binary for each generation: sm_80 serves 8.6 and 8.9 too, sm_100 10.3, sm_120 12.1. For all others the driver compiles the PTX.
+#
+# The front end, a third of the time, runs for two of them. From the PTX of compute_80 sm_90 gets the same instructions as from its own, or
+# fewer; Blackwell gets fewer from its own.
+ARCHITECTURES = ("80", "90", "100", "120")
+FRONT_ENDS = ("80", "100")
 OLDEST = 80
+# Measured on one core at 3 GHz, for the estimate: CPU seconds of a file, and of each binary in it.
+SECONDS_OF_A_FILE, SECONDS_OF_A_BINARY = 2.6, 0.9
 FLAVORS = ("cuda", "emulated", "address", "thread")
 SANITIZE = {
     "emulated": ("-O2",),
@@ -138,15 +144,13 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def known_architectures(nvcc: Path) -> set[str]:
-    """Architectures this nvcc compiles for, e.g. {"80", "90a"}."""
+    """Architectures this nvcc compiles for, e.g. {"80", "90"}."""
     text = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r"sm_(\d+[af]?)", text))
-    # Listed without its suffix by some releases, though compiled all the same since CUDA 12.0.
-    return known | ({"90a"} if "90" in known else set())
+    return set(re.findall(r"sm_(\d+)\b", text))
 
 
 def local_architectures() -> list[str]:
-    """Architectures of the GPUs here, e.g. ["90a"]; empty without a GPU."""
+    """Architectures of the GPUs here, e.g. ["90"]; empty without a GPU."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -154,14 +158,7 @@ def local_architectures() -> list[str]:
     result = subprocess.run(query, capture_output=True, text=True, check=False)
     if result.returncode:
         return []
-    found = {
-        line.strip().replace(".", "") for line in result.stdout.splitlines() if re.fullmatch(r"\d+\.\d+", line.strip())
-    }
-    return sorted("90a" if arch == "90" else arch for arch in found)
-
-
-def _number(arch: str) -> int:
-    return int(arch.rstrip("af")) if arch.rstrip("af").isdigit() else 0
+    return sorted({"".join(digits) for digits in re.findall(r"^\s*(\d+)\.(\d+)\s*$", result.stdout, re.MULTILINE)})
 
 
 def chosen_architectures(nvcc: Path, asked: str | None = None) -> list[str]:
@@ -172,24 +169,40 @@ def chosen_architectures(nvcc: Path, asked: str | None = None) -> list[str]:
     """
     known = known_architectures(nvcc)
     asked = asked or os.environ.get("PYTRANSFORMER_CUDA_ARCHS", "")
-    wanted = asked.replace(",", " ").replace(".", "").replace("sm_", "").split()
+    # "9.0a" is 90: nothing in the sources needs the instructions of one architecture alone.
+    wanted = re.sub(r"sm_|\.|(?<=\d)[af]\b", "", asked.replace(",", " ")).split()
     if not wanted:
         wanted = local_architectures()
     if not wanted or wanted == ["all"]:
         return [arch for arch in ARCHITECTURES if arch in known]
-    wanted = ["90a" if arch == "90" else arch for arch in wanted]
+    usable = sorted((name for name in known if int(name) >= OLDEST), key=int)
     for arch in wanted:
-        if arch not in known or _number(arch) < OLDEST:
-            usable = [name for name in known if _number(name) >= OLDEST]
-            possible = " ".join(sorted(usable, key=lambda name: (_number(name), name)))
+        if arch not in usable:
             raise BuildError(
-                f"PYTRANSFORMER_CUDA_ARCHS: {arch!r} is not one of those that {nvcc} compiles for: {possible}"
+                f"PYTRANSFORMER_CUDA_ARCHS: {arch!r} is not one of those that {nvcc} compiles for: {' '.join(usable)}"
             )
     return wanted
 
 
+def front_end(name: str) -> str:
+    """Of :data:`FRONT_ENDS`, the one whose PTX "sm_90" is assembled from."""
+    return max((arch for arch in FRONT_ENDS if int(arch) <= int(name.split("_")[1])), key=int)
+
+
 def source_files(suffix: str) -> list[Path]:
     return sorted(CSRC.rglob(f"*{suffix}"))
+
+
+def units(source: Path) -> dict[str, list[str]]:
+    """The objects that a source is compiled to, with the macros of each: one, or one for each combination of the values that its lines
+    ``// PYT_TYPE = float16 bfloat16`` list (attention/forward_instances.cu: csrc_attention_forward_float16_64.cu.o and so on)."""
+    lists = re.findall(r"^// (PYT_\w+) = (.+)$", source.read_text(), re.MULTILINE)
+    names = [name for name, _ in lists]
+    stem = source.relative_to(ROOT).with_suffix("").as_posix().replace("/", "_").removesuffix("_instances")
+    return {
+        "_".join([stem, *values]) + source.suffix + ".o": [f"-D{name}={value}" for name, value in zip(names, values)]
+        for values in itertools.product(*(listed.split() for _, listed in lists))
+    }
 
 
 def source_id() -> str:
@@ -229,22 +242,23 @@ class Plan:
     info_flags: Sequence[str]
     link_flags: Sequence[str]
     extra_sources: Sequence[Path] = ()
+    architectures: Sequence[str] = ()
 
 
 def cuda_plan(torch: Torch, archs: str | None, defines: Sequence[str]) -> Plan:
     nvcc = find_nvcc()
     toolkit = toolkit_root(nvcc)
     architectures = chosen_architectures(nvcc, archs)
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     names = [f"sm_{arch}" for arch in architectures]
     if len(architectures) > 1:
-        codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
-        names.append(f"compute_{PTX}")
+        names.append(f"compute_{OLDEST}")
+    # Line numbers for profilers and sanitizers make a binary three times as large: only in one for the GPU that is here.
+    lines = ["-lineinfo"] if len(architectures) == 1 else []
     common = [f"-I{CSRC}/common", *(f"-D{define}" for define in defines)]
     kernel_flags = [
-        *("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-Werror=all-warnings"),
+        *("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror=all-warnings", *lines),
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror",
-        *(*codes, *common),
+        *(*(f"-gencode=arch=compute_{front_end(name)},code={name}" for name in names), *common),
     ]
     cxx_flags = [
         *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
@@ -264,7 +278,7 @@ def cuda_plan(torch: Torch, archs: str | None, defines: Sequence[str]) -> Plan:
         *(f"-L{library_folder}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"),
     ]
     info = info_defines(" ".join(names), nvcc_version(nvcc))
-    return Plan(find_compiler(), cxx_flags, str(nvcc), kernel_flags, info, link_flags)
+    return Plan(find_compiler(), cxx_flags, str(nvcc), kernel_flags, info, link_flags, architectures=names)
 
 
 def emulated_plan(torch: Torch, flavor: str, defines: Sequence[str]) -> Plan:
@@ -296,8 +310,8 @@ def emulated_plan(torch: Torch, flavor: str, defines: Sequence[str]) -> Plan:
     return Plan(compiler, cxx_flags, compiler, kernel_flags, info, link_flags, (EMULATOR / "exports.cpp",))
 
 
-def ninja_file(plan: Plan, output: Path, only: Iterable[str] = ()) -> str:
-    """The build description; ``only`` limits it to the op folders named (and what all need)."""
+def ninja_file(plan: Plan, output: Path) -> str:
+    """The build description."""
     lines = [
         f"cxx = {plan.cxx}",
         f"kernel_compiler = {plan.kernel_compiler}",
@@ -309,10 +323,10 @@ def ninja_file(plan: Plan, output: Path, only: Iterable[str] = ()) -> str:
         "  deps = gcc",
         "  description = C++ $in",
         "rule kernel",
-        "  command = $kernel_compiler -MMD -MF $out.d $kernel_flags -c $in -o $out",
+        "  command = $kernel_compiler -MMD -MF $out.d $kernel_flags $extra -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        "  description = kernel $in",
+        "  description = kernel $out",
         "rule link",
         f"  command = $cxx -shared -o $out $in {' '.join(plan.link_flags)}",
         "  description = link $out",
@@ -320,14 +334,28 @@ def ninja_file(plan: Plan, output: Path, only: Iterable[str] = ()) -> str:
     objects = []
     for rule, sources in (("kernel", source_files(".cu")), ("cxx", [*source_files(".cpp"), *plan.extra_sources])):
         for source in sources:
-            name = source.relative_to(ROOT).as_posix().replace("/", "_") + ".o"
-            objects.append(name)
-            lines.append(f"build {name}: {rule} {source}")
-            if source.name == "build_info.cpp":
-                lines.append(f"  extra = {shlex.join(plan.info_flags)}")
+            for name, macros in units(source).items():
+                objects.append(name)
+                lines.append(f"build {name}: {rule} {source}")
+                extra = plan.info_flags if source.name == "build_info.cpp" else macros
+                lines.append(f"  extra = {shlex.join(extra)}")
     lines.append(f"build {output}: link {' '.join(objects)}")
     lines.append(f"default {output}")
     return "\n".join(lines) + "\n"
+
+
+def announce(command: Sequence[str], plan: Plan, say: Callable[[str], None]) -> None:
+    """Says what ``command`` (ninja) is about to compile."""
+    steps = subprocess.run([*command, "-n"], capture_output=True, text=True, check=False).stdout
+    files, cores = len(re.findall(r"^\[.*\] kernel ", steps, re.MULTILINE)), os.cpu_count() or 1
+    if files == 0:
+        return
+    minutes = files * (SECONDS_OF_A_FILE + SECONDS_OF_A_BINARY * len(plan.architectures)) / cores / 60
+    about = f"{minutes:.0f} minutes" if minutes >= 1.5 else "a minute"
+    say(
+        f"pytransformer: compiling {files} CUDA files for {' '.join(plan.architectures)} with nvcc, about {about} on {cores} cores "
+        "(PYTRANSFORMER_CUDA=0 installs without them, PYTRANSFORMER_CUDA_ARCHS=90 for one architecture only)"
+    )
 
 
 def build(
@@ -339,6 +367,7 @@ def build(
     defines: Sequence[str] = (),
     jobs: int | None = None,
     quiet: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Builds one flavor of the extension and returns its path; only what has changed since the last call is compiled.
 
@@ -349,6 +378,8 @@ def build(
         archs: see :func:`chosen_architectures`.
         defines: macros, "NAME" or "NAME=VALUE" (the tests inject faults with them).
         jobs: parallel compilations; ninja's default if None.
+        quiet: shows nothing.
+        say: is told what will be compiled, for what and about how long that takes, unless there is nothing to do.
 
     Raises:
         BuildError: something needed is missing, or a compiler failed; its output is in the message.
@@ -363,6 +394,8 @@ def build(
     if not description.is_file() or description.read_text() != text:
         description.write_text(text)
     command = [*find_ninja(), "-C", str(folder), *(["-j", str(jobs)] if jobs else [])]
+    if say is not None:
+        announce(command, plan, say)
     result = subprocess.run(command, capture_output=quiet, text=True, check=False)
     if result.returncode:
         raise BuildError(
@@ -376,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python csrc/build.py", description="Builds the CUDA extension, or its emulated flavors."
     )
     parser.add_argument("--flavor", choices=FLAVORS, default="cuda")
-    parser.add_argument("--archs", help='e.g. "80 90a"; "all"; default: the GPUs here, else all')
+    parser.add_argument("--archs", help='e.g. "80 90"; "all"; default: the GPUs here, else all')
     parser.add_argument("--define", action="append", default=[], metavar="NAME[=VALUE]")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--folder", type=Path)
@@ -390,6 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             archs=arguments.archs,
             defines=arguments.define,
             jobs=arguments.jobs,
+            say=lambda text: print(text, file=sys.stderr, flush=True) if arguments.flavor == "cuda" else None,
         )
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)

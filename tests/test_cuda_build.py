@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -37,26 +38,48 @@ def nvcc(monkeypatch, tmp_path) -> Path:
 
 
 def test_without_a_gpu_everything_known_is_compiled(nvcc):
-    assert builder().chosen_architectures(nvcc) == ["80", "86", "89", "90a", "100", "120"]
+    assert builder().chosen_architectures(nvcc) == ["80", "90", "100", "120"]
 
 
 def test_with_a_gpu_only_its_own_architecture_is_compiled(nvcc, monkeypatch):
-    monkeypatch.setattr(builder(), "local_architectures", lambda: ["90a"])
-    assert builder().chosen_architectures(nvcc) == ["90a"]
-    assert len(builder().chosen_architectures(nvcc, "all")) == 6
+    monkeypatch.setattr(builder(), "local_architectures", lambda: ["89"])
+    assert builder().chosen_architectures(nvcc) == ["89"]
+    assert len(builder().chosen_architectures(nvcc, "all")) == 4
 
 
-@pytest.mark.parametrize("asked", ["8.0 9.0", "80,90", "sm_80 sm_90a", "80 90a"])
+@pytest.mark.parametrize(
+    "capability",
+    [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)],
+)
+def test_what_is_compiled_for_all_serves_every_gpu(capability, nvcc, monkeypatch):
+    plan = builder().cuda_plan(builder().find_torch(), "all", ())
+    assert extension._covers(" ".join(plan.architectures), capability)
+    binaries = [name for name in plan.architectures if name.startswith("sm_")]
+    # Without the driver's compiler, but for generations that are made in small numbers or do not exist yet.
+    assert extension._covers(" ".join(binaries), capability) == (capability[0] in (8, 9, 10, 12))
+
+
+def test_every_binary_comes_from_the_front_end_that_suits_it(nvcc):
+    flags = builder().cuda_plan(builder().find_torch(), "all", ()).kernel_flags
+    codes = [flag.partition("arch=")[2] for flag in flags if flag.startswith("-gencode")]
+    assert codes == [
+        "compute_80,code=sm_80",
+        "compute_80,code=sm_90",
+        "compute_100,code=sm_100",
+        "compute_100,code=sm_120",
+        "compute_80,code=compute_80",
+    ]
+
+
+@pytest.mark.parametrize("asked", ["8.0 9.0", "80,90", "sm_80 sm_90a", "8.0 9.0a"])
 def test_architectures_may_be_asked_for_in_many_spellings(asked, nvcc, monkeypatch):
     monkeypatch.setenv("PYTRANSFORMER_CUDA_ARCHS", asked)
-    assert builder().chosen_architectures(nvcc) == ["80", "90a"]
+    assert builder().chosen_architectures(nvcc) == ["80", "90"]
 
 
 @pytest.mark.parametrize("asked", ["75", "130", "hopper"])
 def test_an_architecture_that_cannot_be_compiled_is_refused(asked, nvcc):
-    with pytest.raises(
-        BuildError, match=f"'{asked}' is not one of those that .* compiles for: 80 86 89 90 90a 100 120$"
-    ):
+    with pytest.raises(BuildError, match=f"'{asked}' is not one of those that .* compiles for: 80 86 89 90 100 120$"):
         builder().chosen_architectures(nvcc, asked)
 
 
@@ -74,6 +97,50 @@ def test_the_source_id_follows_the_sources(monkeypatch, tmp_path):
     empty = builder().source_id()
     (tmp_path / "norm/forward.cu").write_text("// something\n")
     assert len({before, empty, builder().source_id()}) == 3
+
+
+# --- what is compiled several times -------------------------------------------------------------------------------------------------------
+
+
+def test_a_source_is_compiled_once_for_each_combination_it_lists(monkeypatch, tmp_path):
+    monkeypatch.setattr(builder(), "ROOT", tmp_path)
+    (tmp_path / "csrc/op").mkdir(parents=True)
+    plain, several = tmp_path / "csrc/op/launch.cu", tmp_path / "csrc/op/split_instances.cu"
+    plain.write_text("// Nothing is listed.\n")
+    several.write_text("// PYT_TYPE = float16 bfloat16\n// PYT_WIDTH = 64 128\n")
+    assert builder().units(plain) == {"csrc_op_launch.cu.o": []}
+    assert builder().units(several) == {
+        f"csrc_op_split_{element}_{width}.cu.o": [f"-DPYT_TYPE={element}", f"-DPYT_WIDTH={width}"]
+        for element in ("float16", "bfloat16")
+        for width in ("64", "128")
+    }
+
+
+def test_ninja_compiles_each_unit_with_its_macros_and_again_when_a_header_changes(monkeypatch, tmp_path):
+    build = builder()
+    sources = tmp_path / "csrc"
+    (sources / "op").mkdir(parents=True)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "CSRC", sources)
+    (sources / "op/kernel.cuh").write_text("template <class T> int run(T) { return PYT_WIDTH; }\n")
+    (sources / "op/other.cpp").write_text("int other() { return 0; }\n")
+    (sources / "op/kernel_instances.cu").write_text(
+        '// PYT_TYPE = float double\n// PYT_WIDTH = 1 2\n#include "kernel.cuh"\ntemplate int run<PYT_TYPE>(PYT_TYPE);\n'
+    )
+    compiler = build.find_compiler()
+    plan = build.Plan(compiler, ["-fPIC"], compiler, ["-fPIC", "-x", "c++"], [], [])
+    (tmp_path / "build.ninja").write_text(build.ninja_file(plan, tmp_path / "all.so"))
+
+    def compiled() -> set[str]:
+        command = [*build.find_ninja(), "-C", str(tmp_path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return set(re.findall(r"kernel csrc_op_(\S+)\.cu\.o|C\+\+ \S+/(\S+)\.cpp", text))
+
+    kernels = {(f"kernel_{element}_{width}", "") for element in ("float", "double") for width in (1, 2)}
+    assert compiled() == kernels | {("", "other")}
+    assert compiled() == set()
+    (sources / "op/kernel.cuh").write_text("template <class T> int run(T) { return PYT_WIDTH + 1; }\n")
+    assert compiled() == kernels
 
 
 # --- what an installation does ----------------------------------------------------------------------------------------------------------
@@ -200,6 +267,7 @@ def test_tensors_on_another_kind_of_device(monkeypatch):
         ((8, 0), "sm_86", "leaves out this GPU (sm_80): rebuild it with PYTRANSFORMER_CUDA_ARCHS=80"),
         ((9, 0), "sm_80", "leaves out this GPU (sm_90)"),
         ((9, 0), "sm_80 compute_80", None),
+        ((9, 0), "sm_90", None),
         ((9, 0), "sm_90a", None),
         ((10, 3), "sm_100", None),
         ((10, 0), "sm_90a", "leaves out this GPU (sm_100)"),

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../common/element_type.h"
+
 struct CUstream_st;
 
 namespace pytransformer {
@@ -35,7 +37,7 @@ struct AttentionCall {
   int32_t window_left, window_right;  // 0 or more; causality is window_right = 0
   float softmax_scale;
   float softcap;  // 0: none
-  bool is_bfloat16;
+  ElementType type;  // float16 or bfloat16
 
   constexpr bool is_packed() const { return cu_seqlens_q != nullptr; }
   // Whether a score is more than a positive multiple of q·k: then it is formed in natural units before the maximum is taken.

@@ -196,13 +196,4 @@ void launch_dkv(const AttentionBackward& backward, CUstream_st* stream) {
          stages);
 }
 
-template <class T, int WIDTH>
-void attention_backward_dkv_of_width(const AttentionBackward& backward, CUstream_st* stream) {
-  if (backward.call.has_score_terms()) {
-    launch_dkv<T, WIDTH, true>(backward, stream);
-  } else {
-    launch_dkv<T, WIDTH, false>(backward, stream);
-  }
-}
-
 }  // namespace pytransformer

@@ -166,13 +166,4 @@ void launch_dq(const AttentionBackward& backward, CUstream_st* stream) {
          dim3(Tiles::kThreads), Tiles::shared_bytes(stages), stream, backward, schedule, stages);
 }
 
-template <class T, int WIDTH>
-void attention_backward_dq_of_width(const AttentionBackward& backward, CUstream_st* stream) {
-  if (backward.call.has_score_terms()) {
-    launch_dq<T, WIDTH, true>(backward, stream);
-  } else {
-    launch_dq<T, WIDTH, false>(backward, stream);
-  }
-}
-
 }  // namespace pytransformer

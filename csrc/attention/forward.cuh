@@ -279,14 +279,4 @@ void launch_attention_forward(const AttentionForward& forward, CUstream_st* stre
          dim3(Tiles::kWarps * kWarpSize), Tiles::kSharedBytes, stream, forward, schedule);
 }
 
-// Every call of type T whose features, of keys and of values, are at most WIDTH. Each is compiled in a file of its own.
-template <class T, int WIDTH>
-void attention_forward_of_width(const AttentionForward& forward, CUstream_st* stream) {
-  if (forward.call.has_score_terms()) {
-    launch_attention_forward<T, WIDTH, true>(forward, stream);
-  } else {
-    launch_attention_forward<T, WIDTH, false>(forward, stream);
-  }
-}
-
 }  // namespace pytransformer

@@ -5,6 +5,7 @@
 
 namespace pytransformer {
 
+using float32 = float;
 using float16 = __half;
 using bfloat16 = __nv_bfloat16;
 

@@ -3,15 +3,14 @@
 
 #include <cstdint>
 
+#include "../common/element_type.h"
+
 struct CUstream_st;
 
 namespace pytransformer {
 
 // Strides count elements. Every pointer that may be missing is null then.
 struct DecodeAttention {
-  enum class Type : int { float32, float16, bfloat16 };
-  enum class CacheType : int { same_as_q, int8, float8_e4m3 };
-
   const void* q;  // (batch, seqlen_q, heads, head_dim), or packed (total_q, heads, head_dim)
   int64_t stride_q_batch, stride_q_token, stride_q_head;
   const void* k;  // (rows, capacity, kv_heads, head_dim) or (pages, page_size, kv_heads, head_dim)
@@ -42,9 +41,9 @@ struct DecodeAttention {
   const float* v_scale;
   int64_t stride_v_scale_page, stride_v_scale_token, stride_v_scale_head;
 
-  Type type;  // of q and out
-  CacheType cache_type;
-  Type bias_type, alibi_type, sinks_type;
+  ElementType type;        // of q and out
+  ElementType cache_type;  // the same, or of 8 bits
+  ElementType bias_type, alibi_type, sinks_type;
   bool scale_per_token;
   int batch, num_kv_heads, group, head_dim, value_dim;
   int page_size;  // 0 without a block table

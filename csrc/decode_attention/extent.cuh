@@ -11,11 +11,11 @@ inline constexpr float kInfinity = __builtin_huge_valf();
 // e^x. Differences of scores are taken before they are brought to base 2: a bias of float32's lowest number would overflow otherwise.
 __device__ __forceinline__ float exponential(float x) { return ptx::exp2_approximate(x * 1.4426950408889634f); }
 
-__device__ __forceinline__ float load_as_float(const void* values, DecodeAttention::Type type, int64_t index) {
+__device__ __forceinline__ float load_as_float(const void* values, ElementType type, int64_t index) {
   switch (type) {
-    case DecodeAttention::Type::float16:
+    case ElementType::float16:
       return to_float(static_cast<const float16*>(values)[index]);
-    case DecodeAttention::Type::bfloat16:
+    case ElementType::bfloat16:
       return to_float(static_cast<const bfloat16*>(values)[index]);
     default:
       return static_cast<const float*>(values)[index];

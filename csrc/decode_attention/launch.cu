@@ -114,6 +114,16 @@ void launch_combine(const DecodeAttention& call, const DecodeClass& programs, CU
          dim3(kCombineWarps * kWarpSize), 0, stream, call, programs);
 }
 
+template <class T>
+void run(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream) {
+  if (call.cache_type == call.type) {
+    launch_split<T, T>(call, programs, stream);
+  } else {
+    launch_split<T, int8_t>(call, programs, stream);
+  }
+  if (programs.num_splits > 1) launch_combine<T>(call, programs, stream);
+}
+
 }  // namespace
 }  // namespace decode
 
@@ -141,17 +151,10 @@ int decode_classes(const DecodeAttention& call, int num_splits, DecodeClass (&cl
 
 void decode_attention(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream) {
   using namespace decode;
-  const bool is_float16 = call.type == DecodeAttention::Type::float16;
-  if (call.cache_type == DecodeAttention::CacheType::same_as_q) {
-    (is_float16 ? split_float16 : split_bfloat16)(call, programs, stream);
+  if (call.type == ElementType::float16) {
+    run<float16>(call, programs, stream);
   } else {
-    (is_float16 ? split_float16_widened : split_bfloat16_widened)(call, programs, stream);
-  }
-  if (programs.num_splits == 1) return;
-  if (is_float16) {
-    launch_combine<float16>(call, programs, stream);
-  } else {
-    launch_combine<bfloat16>(call, programs, stream);
+    run<bfloat16>(call, programs, stream);
   }
 }
 

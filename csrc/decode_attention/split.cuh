@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(kWarps<DIM>* kWarpSize) decode_split_kernel(co
       unsigned char* tile = shared + Smem::TILES + warp * Smem::TILE;
       const unsigned char* stage = stage_of(step, warp);
       const auto* scales = reinterpret_cast<const float*>(stage + 2 * Smem::KEYS);
-      const bool is_float8 = call.cache_type == DecodeAttention::CacheType::float8_e4m3;
+      const bool is_float8 = call.cache_type == ElementType::float8_e4m3fn;
       widen_rows<T, DIM>(tile, stage, call.head_dim, is_float8, nullptr);
       widen_rows<T, DIM>(tile + Smem::TILE / 2, stage + Smem::KEYS, call.value_dim, is_float8,
                          call.scale_per_token ? scales + kChunkKeys : nullptr);
@@ -468,22 +468,8 @@ void launch_split(const DecodeAttention& call, const DecodeClass& programs, CUst
          Layout<Element, DIM>::bytes(programs.block_rows), stream, call, programs);
 }
 
+// For queries of type T and a cache of Element: T, or int8_t for codes of 8 bits. Each is compiled on its own (split_instances.cu).
 template <class T, class Element>
-void launch_split(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream) {
-  const int dim = call.head_dim > call.value_dim ? call.head_dim : call.value_dim;
-  if (dim <= 64) {
-    launch_split<T, Element, 64>(call, programs, stream);
-  } else if (dim <= 128) {
-    launch_split<T, Element, 128>(call, programs, stream);
-  } else {
-    launch_split<T, Element, 256>(call, programs, stream);
-  }
-}
-
-// One per translation unit.
-void split_float16(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
-void split_float16_widened(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
-void split_bfloat16(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
-void split_bfloat16_widened(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
+void launch_split(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
 
 }  // namespace pytransformer::decode

@@ -2,13 +2,10 @@
 
 #include <cmath>
 
-#include "../common/facts.h"
 #include "kv_append.h"
 
 namespace pytransformer {
 namespace {
-
-using OptionalFacts = std::optional<Facts>;
 
 struct Arguments {
   Facts k, v, k_cache, v_cache;
@@ -23,27 +20,19 @@ struct Arguments {
   int64_t tokens() const { return rows() * seqlen(); }
 };
 
-bool is_quantised(const Arguments& given) {
-  return given.k_cache.type == ScalarType::Char || given.k_cache.type == ScalarType::Float8_e4m3fn;
-}
-
-bool same_leading(const Facts& x, const Facts& k) {
-  bool same = x.dim == k.dim;
-  for (int64_t i = 0; same && i < k.dim - 2; ++i) same = x.sizes[i] == k.sizes[i];
-  return same;
-}
+bool same_leading(const Facts& x, const Facts& k) { return x.dim == k.dim && x.shape.leading().leading() == k.shape.leading().leading(); }
 
 void check_new(const Arguments& given) {
   const Facts &k = given.k, &v = given.v;
   check_floating("k", k);
-  PYT_CHECK(k.dim == 3 || k.dim == 4, "k must have 3 or 4 dimensions, got shape ", k.shape());
+  PYT_CHECK(k.dim == 3 || k.dim == 4, "k must have 3 or 4 dimensions, got shape ", k.shape.text());
   PYT_CHECK(v.type == k.type, "v must have the dtype of k, ", name_of(k.type), ", got ", name_of(v.type));
-  PYT_CHECK(same_leading(v, k) && v.size(-2) == k.size(-2), "v must have the shape of k but for head_dim, got ", v.shape(), " and ", k.shape());
+  PYT_CHECK(same_leading(v, k) && v.size(-2) == k.size(-2), "v must have the shape of k but for head_dim, got ", v.shape.text(), " and ", k.shape.text());
   check_device("v", v, k);
   if (given.q) {
     const Facts& q = *given.q;
     PYT_CHECK(q.type == k.type, "q must have the dtype of k, ", name_of(k.type), ", got ", name_of(q.type));
-    PYT_CHECK(same_leading(q, k) && q.size(-1) == k.size(-1), "q must have the shape of k but for the heads, got ", q.shape(), " and ", k.shape());
+    PYT_CHECK(same_leading(q, k) && q.size(-1) == k.size(-1), "q must have the shape of k but for the heads, got ", q.shape.text(), " and ", k.shape.text());
     PYT_CHECK(q.size(-2) > 0, "q must have at least one head");
     check_device("q", q, k);
     check_rows_contiguous("q", q);
@@ -56,15 +45,14 @@ void check_new(const Arguments& given) {
   }
   constexpr int64_t kMax = int64_t{1} << 28;
   PYT_CHECK(given.tokens() < 4 * kMax && k.size(-2) < kMax && (!given.q || given.q->size(-2) < kMax), "too many tokens or heads in k ",
-            k.shape(), " or q");
+            k.shape.text(), " or q");
 }
 
 void check_cache(const char* name, const Facts& cache, const Facts& x) {
-  const bool quantised = cache.type == ScalarType::Char || cache.type == ScalarType::Float8_e4m3fn;
-  PYT_CHECK(quantised || cache.type == x.type, name, " must have the dtype of k, ", name_of(x.type), ", or int8 or float8_e4m3fn, got ",
+  PYT_CHECK(cache.is_quantised() || cache.type == x.type, name, " must have the dtype of k, ", name_of(x.type), ", or int8 or float8_e4m3fn, got ",
             name_of(cache.type));
   PYT_CHECK(cache.dim == 4 && cache.size(2) == x.size(-2) && cache.size(3) == x.size(-1), name,
-            " must be (pages, page_size, num_kv_heads, head_dim) for the heads of ", x.shape(), ", got ", cache.shape());
+            " must be (pages, page_size, num_kv_heads, head_dim) for the heads of ", x.shape.text(), ", got ", cache.shape.text());
   check_device(name, cache, x);
   check_rows_contiguous(name, cache);
   check_written(name, cache);
@@ -74,12 +62,11 @@ void check_scale(const char* name, const OptionalFacts& scale, const Facts& cach
   PYT_CHECK(scale, name, " must be given with a quantised cache");
   check_type(name, *scale, ScalarType::Float);
   check_device(name, *scale, cache);
-  const int64_t heads = cache.size(2);
   if (per_token) {
-    PYT_CHECK(has_shape(*scale, {cache.size(0), cache.size(1), heads}), name, " must have shape cache.shape[:-1], got ", scale->shape());
+    PYT_CHECK(scale->shape == cache.shape.leading(), name, " must have shape cache.shape[:-1], got ", scale->shape.text());
     check_written(name, *scale);
   } else {
-    PYT_CHECK(has_shape(*scale, {heads}), name, " must have shape (", heads, "), got ", scale->shape());
+    check_shape(name, *scale, {cache.size(2)});
   }
 }
 
@@ -89,7 +76,7 @@ void check_caches(const Arguments& given, bool scale_per_token) {
   check_cache("v_cache", v_cache, given.v);
   PYT_CHECK(v_cache.type == k_cache.type, "v_cache must have the dtype of k_cache");
   PYT_CHECK(v_cache.size(0) == k_cache.size(0) && v_cache.size(1) == k_cache.size(1), "v_cache must have the shape of k_cache but for head_dim");
-  if (is_quantised(given)) {
+  if (k_cache.is_quantised()) {
     check_scale("k_scale", given.k_scale, k_cache, scale_per_token);
     check_scale("v_scale", given.v_scale, v_cache, scale_per_token);
   } else {
@@ -100,7 +87,7 @@ void check_caches(const Arguments& given, bool scale_per_token) {
 // A vector of `size` int32.
 const int32_t* int32_vector(const char* name, const Facts& tensor, int64_t size, const Facts& first) {
   check_type(name, tensor, ScalarType::Int);
-  PYT_CHECK(has_shape(tensor, {size}), name, " must have shape (", size, "), got ", tensor.shape());
+  check_shape(name, tensor, {size});
   check_rows_contiguous(name, tensor);
   check_device(name, tensor, first);
   return tensor.data<int32_t>();
@@ -114,9 +101,9 @@ struct TokenStrides {
 TokenStrides per_token(const char* name, const Facts& tensor, const Arguments& given, bool shared) {
   check_device(name, tensor, given.k);
   const int64_t seqlen = given.seqlen();
-  if (!given.packed() && has_shape(tensor, {given.rows(), seqlen})) return {tensor.stride(0), tensor.stride(1)};
-  if (shared && !given.packed() && has_shape(tensor, {seqlen})) return {0, tensor.stride(0)};
-  PYT_CHECK(has_shape(tensor, {given.tokens()}), name, " must have an entry for each token, got shape ", tensor.shape());
+  if (!given.packed() && tensor.shape == Shape{given.rows(), seqlen}) return {tensor.stride(0), tensor.stride(1)};
+  if (shared && !given.packed() && tensor.shape == Shape{seqlen}) return {0, tensor.stride(0)};
+  PYT_CHECK(tensor.shape == Shape{given.tokens()}, name, " must have an entry for each token, got shape ", tensor.shape.text());
   return {tensor.stride(0) * seqlen, tensor.stride(0)};
 }
 
@@ -136,22 +123,22 @@ void take_slots(KvAppend& call, const Arguments& given) {
 
 void take_lengths(KvAppend& call, const Arguments& given) {
   const Facts& lengths = *given.cache_seqlens;
-  PYT_CHECK(lengths.dim == 1, "cache_seqlens must have shape (batch), got ", lengths.shape());
+  PYT_CHECK(lengths.dim == 1, "cache_seqlens must have shape (batch), got ", lengths.shape.text());
   const int64_t batch = lengths.size(0);
   call.cache_seqlens = int32_vector("cache_seqlens", lengths, batch, given.k);
   call.batch = static_cast<int>(batch);
-  PYT_CHECK(given.packed() == given.cu_seqlens.has_value(), "cu_seqlens goes with packed k, got k of shape ", given.k.shape());
+  PYT_CHECK(given.packed() == given.cu_seqlens.has_value(), "cu_seqlens goes with packed k, got k of shape ", given.k.shape.text());
   if (given.cu_seqlens) {
     call.cu_seqlens = int32_vector("cu_seqlens", *given.cu_seqlens, batch + 1, given.k);
     PYT_CHECK(batch > 0 || given.tokens() == 0, "cu_seqlens names no sequence for ", given.tokens(), " tokens");
   } else {
-    PYT_CHECK(batch == given.rows(), "cache_seqlens must have shape (", given.rows(), "), got ", lengths.shape());
+    check_shape("cache_seqlens", lengths, {given.rows()});
   }
   if (given.block_table) {
     const Facts& table = *given.block_table;
     PYT_CHECK(!given.cache_batch_idx, "cache_batch_idx is for contiguous caches, block_table for pages");
     check_type("block_table", table, ScalarType::Int);
-    PYT_CHECK(table.dim == 2 && table.size(0) == batch, "block_table must have shape (", batch, ", max_pages), got ", table.shape());
+    PYT_CHECK(table.dim == 2 && table.size(0) == batch, "block_table must have shape (", batch, ", max_pages), got ", table.shape.text());
     check_rows_contiguous("block_table", table);
     check_device("block_table", table, given.k);
     call.block_table = table.data<int32_t>();
@@ -160,9 +147,9 @@ void take_lengths(KvAppend& call, const Arguments& given) {
   } else if (given.cache_batch_idx) {
     call.cache_batch_idx = int32_vector("cache_batch_idx", *given.cache_batch_idx, batch, given.k);
   } else {
-    PYT_CHECK(given.k_cache.size(0) == batch, "k_cache must have ", batch, " rows, got shape ", given.k_cache.shape());
+    PYT_CHECK(given.k_cache.size(0) == batch, "k_cache must have ", batch, " rows, got shape ", given.k_cache.shape.text());
   }
-  PYT_CHECK(given.k_cache.size(1) > 0 || given.tokens() == 0, "k_cache has no room for tokens, shape ", given.k_cache.shape());
+  PYT_CHECK(given.k_cache.size(1) > 0 || given.tokens() == 0, "k_cache has no room for tokens, shape ", given.k_cache.shape.text());
 }
 
 void take_rope(KvAppend& call, const Arguments& given) {
@@ -192,7 +179,7 @@ void take_rope(KvAppend& call, const Arguments& given) {
 NormWeight norm_weight(const char* name, const OptionalFacts& weight, const Facts& k) {
   if (!weight) return {};
   check_floating(name, *weight);
-  PYT_CHECK(has_shape(*weight, {k.size(-1)}), name, " must have shape (", k.size(-1), "), got ", weight->shape());
+  check_shape(name, *weight, {k.size(-1)});
   check_rows_contiguous(name, *weight);
   check_device(name, *weight, k);
   return {weight->data(), element_type(weight->type)};
@@ -243,7 +230,7 @@ std::optional<Tensor> append(const Arguments& given, bool scale_per_token) {
   take_rope(call, given);
   take_norms(call, given);
   std::optional<Tensor> new_q;
-  if (given.q) new_q = empty_contiguous_like(*given.q);
+  if (given.q) new_q = empty(*given.q, given.q->shape, given.q->type);
   if (given.tokens() == 0) return new_q;
   call.k = new_tokens(given.k);
   call.v = new_tokens(given.v);
@@ -275,7 +262,7 @@ Tensor append_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, OptionalTen
                         facts_of(cos), facts_of(sin), facts_of(q), facts_of(q_norm_weight), facts_of(k_norm_weight), interleaved, norm_eps,
                         norm_weight_offset};
   std::optional<Tensor> new_q = append(given, SCALE_PER_TOKEN);
-  return new_q ? std::move(*new_q) : nothing_like(given.k);
+  return new_q ? std::move(*new_q) : empty(given.k, {0}, given.k.type);
 }
 
 // The schema says what is written: per-token scales are, scales per head are not.

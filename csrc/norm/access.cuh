@@ -6,7 +6,7 @@
 
 namespace pytransformer::norm {
 
-constexpr int size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+constexpr int size_of(ElementType type) { return type == ElementType::float32 ? 4 : 2; }
 
 template <class T>
 struct TypeTag {
@@ -15,10 +15,10 @@ struct TypeTag {
 
 // Calls `function` with the tag of `type`. Every thread takes the same branch, so what a loop inside `function` loads is in flight together.
 template <class Function>
-__device__ __forceinline__ void with_type(Type type, Function function) {
-  if (type == Type::float32) {
+__device__ __forceinline__ void with_type(ElementType type, Function function) {
+  if (type == ElementType::float32) {
     function(TypeTag<float>{});
-  } else if (type == Type::float16) {
+  } else if (type == ElementType::float16) {
     function(TypeTag<float16>{});
   } else {
     function(TypeTag<bfloat16>{});

@@ -102,16 +102,12 @@ NormBackwardPlan plan_norm_backward(const NormBackward& call) {
 }
 
 void norm_backward(const NormBackward& call, const NormBackwardPlan& plan, CUstream_st* stream) {
-  switch (call.s_type) {
-    case Type::float32:
-      launch_norm_backward<float>(call, plan, stream);
-      break;
-    case Type::float16:
-      launch_norm_backward<float16>(call, plan, stream);
-      break;
-    case Type::bfloat16:
-      launch_norm_backward<bfloat16>(call, plan, stream);
-      break;
+  if (call.s_type == ElementType::float32) {
+    launch_norm_backward<float>(call, plan, stream);
+  } else if (call.s_type == ElementType::float16) {
+    launch_norm_backward<float16>(call, plan, stream);
+  } else {
+    launch_norm_backward<bfloat16>(call, plan, stream);
   }
   if (call.dweight == nullptr && call.dbias == nullptr) return;
   launch("norm_reduce_partials_kernel", &norm_reduce_partials_kernel,

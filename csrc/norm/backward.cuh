@@ -338,15 +338,4 @@ void launch_backward_columns(const NormBackward& call, const NormBackwardPlan& p
          plan.splits, plan.partial_floats);
 }
 
-// What each .cu file instantiates for one dtype of s. The chunks are those of backward.cu's policy.
-template <class T>
-void launch_backward(const NormBackward& call, const NormBackwardPlan& plan, CUstream_st* stream) {
-  constexpr int VEC = kVectorLength<T>;
-  if (plan.vector_length == 1) {
-    return plan.whole_rows ? launch_backward_rows<T, 1, 8>(call, plan, stream) : launch_backward_columns<T, 1>(call, plan, stream);
-  }
-  if (!plan.whole_rows) return launch_backward_columns<T, VEC>(call, plan, stream);
-  return plan.chunks == 1 ? launch_backward_rows<T, VEC, 1>(call, plan, stream) : launch_backward_rows<T, VEC, 16 / VEC>(call, plan, stream);
-}
-
 }  // namespace pytransformer::norm

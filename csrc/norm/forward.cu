@@ -84,14 +84,9 @@ NormForwardPlan plan_norm_forward(const NormForward& call) {
 }
 
 void norm_forward(const NormForward& call, const NormForwardPlan& plan, CUstream_st* stream) {
-  switch (call.x_type) {
-    case Type::float32:
-      return launch_norm_forward<float>(call, plan, stream);
-    case Type::float16:
-      return launch_norm_forward<float16>(call, plan, stream);
-    case Type::bfloat16:
-      return launch_norm_forward<bfloat16>(call, plan, stream);
-  }
+  if (call.x_type == ElementType::float32) return launch_norm_forward<float>(call, plan, stream);
+  if (call.x_type == ElementType::float16) return launch_norm_forward<float16>(call, plan, stream);
+  launch_norm_forward<bfloat16>(call, plan, stream);
 }
 
 }  // namespace pytransformer

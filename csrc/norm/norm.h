@@ -4,11 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/element_type.h"
+
 struct CUstream_st;
 
 namespace pytransformer {
-
-enum class Type : int { float32, float16, bfloat16 };
 
 // Row r of a tensor begins at element (r / rows_per_group) * group + (r % rows_per_group) * row.
 struct RowStrides {
@@ -27,7 +27,7 @@ struct NormForward {
   float* workspace;      // what the plan asks for
   int64_t rows, cols, rows_per_group;
   RowStrides x_strides, residual_strides;
-  Type x_type, residual_type, weight_type, bias_type;
+  ElementType x_type, residual_type, weight_type, bias_type;
   float eps, weight_offset;
   bool is_rms;
 };
@@ -62,7 +62,7 @@ struct NormBackward {
   float* workspace;    // what the plan asks for
   int64_t rows, cols, rows_per_group;
   RowStrides dy_strides, ds_strides, s_strides;
-  Type dy_type, s_type, weight_type, dbias_type;
+  ElementType dy_type, s_type, weight_type, dbias_type;
   float weight_offset;
 };
 
@@ -83,7 +83,7 @@ struct NormBackwardPlan {
 NormBackwardPlan plan_norm_backward(const NormBackward& call);
 void norm_backward(const NormBackward& call, const NormBackwardPlan& plan, CUstream_st* stream);
 
-// One dtype of x (forward) or of s (backward) each, compiled on its own.
+// One dtype of x (forward) or of s (backward) each, compiled on its own (*_instances.cu).
 template <class T>
 void launch_norm_forward(const NormForward& call, const NormForwardPlan& plan, CUstream_st* stream);
 template <class T>

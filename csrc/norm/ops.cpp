@@ -9,11 +9,6 @@
 namespace pytransformer {
 namespace {
 
-Type type_of(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  return type == ScalarType::Float ? Type::float32 : type == ScalarType::Half ? Type::float16 : Type::bfloat16;
-}
-
 // The one stride that walks dimensions begin..end in order; false if there is none.
 bool fold(const Tensor& tensor, int64_t begin, int64_t end, int64_t& stride) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
@@ -75,11 +70,11 @@ int64_t walk_rows(std::initializer_list<Walked> tensors, int64_t rows, int64_t c
   return rows;
 }
 
-void check_vector(const char* name, const OptionalTensor& vector, const Tensor& x, int64_t cols) {
+void check_vector(const char* name, const OptionalFacts& vector, const Facts& x) {
   if (!vector) return;
-  check_dtype(name, *vector);
-  PYT_CHECK(vector->dim() == 1 && vector->size(0) == cols, name, " must have shape (", cols, "), got ", shape_of(*vector));
-  check_same_device(name, *vector, x);
+  check_floating(name, *vector);
+  check_shape(name, *vector, {x.size(-1)});
+  check_device(name, *vector, x);
 }
 
 // A vector that is read element after element: itself, or a copy.
@@ -89,22 +84,19 @@ OptionalTensor in_order(OptionalTensor vector) {
 }
 
 const void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+void* pointer_of(const OptionalTensor& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
+
+ElementType type_or(const OptionalFacts& tensor, ScalarType otherwise) { return element_type(tensor ? tensor->type : otherwise); }
 
 // (rows, cols)
-std::pair<int64_t, int64_t> rows_and_cols(const Tensor& x) {
-  check_dtype("x", x);
-  PYT_CHECK(x.dim() > 0, "x must have at least 1 dimension");
-  const int64_t cols = x.size(x.dim() - 1), numel = x.numel();
+std::pair<int64_t, int64_t> rows_and_cols(const Facts& x) {
+  check_floating("x", x);
+  PYT_CHECK(x.dim > 0, "x must have at least 1 dimension");
+  const int64_t cols = x.size(-1), numel = x.tensor.numel();
   const int64_t rows = numel == 0 ? 0 : numel / cols;
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   PYT_CHECK(rows <= most && cols <= most, "x must have fewer than 2^31 rows and columns, got ", rows, " x ", cols);
   return {rows, cols};
-}
-
-std::vector<int64_t> shape_without_last(const Tensor& x, int64_t count) {
-  std::vector<int64_t> shape(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) shape[static_cast<size_t>(i)] = x.size(i);
-  return shape;
 }
 
 struct Forward {
@@ -114,24 +106,25 @@ struct Forward {
 
 Forward forward(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, double eps, double weight_offset,
                 bool is_rms, bool wants_statistics) {
-  const auto [rows, cols] = rows_and_cols(x);
-  check_vector("weight", weight, x, cols);
-  check_vector("bias", bias, x, cols);
+  // Of what was given: shape and strides hold until walk_rows puts a copy in its place, dtype and device for good.
+  const Facts given(x);
+  const OptionalFacts given_weight = facts_of(weight), given_bias = facts_of(bias), given_residual = facts_of(residual);
+  const auto [rows, cols] = rows_and_cols(given);
+  check_vector("weight", given_weight, given);
+  check_vector("bias", given_bias, given);
   if (residual) {
-    check_dtype("residual", *residual);
-    check_same_shape("residual", *residual, x);
-    check_same_device("residual", *residual, x);
+    check_floating("residual", *given_residual);
+    check_shape("residual", *given_residual, given.shape);
+    check_device("residual", *given_residual, given);
   }
   PYT_CHECK(std::isfinite(eps) && eps >= 0.0, "eps must be finite and at least 0, got ", eps);
   PYT_CHECK(std::isfinite(weight_offset), "weight_offset must be finite, got ", weight_offset);
 
-  const std::vector<int64_t> shape = shape_without_last(x, x.dim());
-  Forward results{empty(x, shape, x.scalar_type()), {}, {}, {}};
-  if (residual) results.s = empty(x, shape, residual->scalar_type());
+  Forward results{empty(given, given.shape, given.type), {}, {}, {}};
+  if (residual) results.s = empty(given, given.shape, given_residual->type);
   if (wants_statistics) {
-    const std::vector<int64_t> leading(shape.begin(), shape.end() - 1);
-    results.rstd = empty(x, leading, ScalarType::Float);
-    if (!is_rms) results.mean = empty(x, leading, ScalarType::Float);
+    results.rstd = empty(given, given.shape.leading(), ScalarType::Float);
+    if (!is_rms) results.mean = empty(given, given.shape.leading(), ScalarType::Float);
   }
   if (rows == 0) return results;
 
@@ -145,15 +138,15 @@ Forward forward(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTe
   call.weight = data_of(weight);
   call.bias = data_of(bias);
   call.y = results.y.mutable_data_ptr();
-  call.s = residual ? results.s->mutable_data_ptr() : nullptr;
-  call.mean = results.mean ? static_cast<float*>(results.mean->mutable_data_ptr()) : nullptr;
-  call.rstd = results.rstd ? static_cast<float*>(results.rstd->mutable_data_ptr()) : nullptr;
+  call.s = pointer_of(results.s);
+  call.mean = static_cast<float*>(pointer_of(results.mean));
+  call.rstd = static_cast<float*>(pointer_of(results.rstd));
   call.rows = rows;
   call.cols = cols;
-  call.x_type = type_of(x);
-  call.residual_type = residual ? type_of(*residual) : call.x_type;
-  call.weight_type = weight ? type_of(*weight) : call.x_type;
-  call.bias_type = bias ? type_of(*bias) : call.x_type;
+  call.x_type = element_type(given.type);
+  call.residual_type = type_or(given_residual, given.type);
+  call.weight_type = type_or(given_weight, given.type);
+  call.bias_type = type_or(given_bias, given.type);
   call.eps = static_cast<float>(eps);
   call.weight_offset = static_cast<float>(weight_offset);
   call.is_rms = is_rms;
@@ -162,7 +155,7 @@ Forward forward(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTe
   const NormForwardPlan plan = plan_norm_forward(call);
   OptionalTensor workspace;
   if (plan.workspace_floats > 0) {
-    workspace = empty(x, {static_cast<int64_t>(plan.workspace_floats)}, ScalarType::Float);
+    workspace = empty(given, {static_cast<int64_t>(plan.workspace_floats)}, ScalarType::Float);
     call.workspace = static_cast<float*>(workspace->mutable_data_ptr());
   }
   norm_forward(call, plan, scope.stream());
@@ -188,7 +181,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, OptionalTenso
 }
 
 // What there is none of is an empty tensor, as an op returns a fixed number of tensors.
-Tensor or_empty(OptionalTensor tensor, const Tensor& like) {
+Tensor or_empty(OptionalTensor tensor, const Facts& like) {
   return tensor ? std::move(*tensor) : empty(like, {0}, ScalarType::Float);
 }
 
@@ -196,45 +189,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward_op(Tensor x, OptionalTen
                                                            double eps, double weight_offset, bool is_rms) {
   Forward results =
       forward(x, std::move(weight), std::move(bias), std::move(residual), eps, weight_offset, is_rms, true);
-  return {std::move(results.y), or_empty(std::move(results.s), x), or_empty(std::move(results.mean), x), std::move(*results.rstd)};
+  const Facts like(x);
+  return {std::move(results.y), or_empty(std::move(results.s), like), or_empty(std::move(results.mean), like), std::move(*results.rstd)};
 }
 
-void check_statistics(const char* name, const Tensor& statistics, const Tensor& s) {
-  PYT_CHECK(statistics.scalar_type() == ScalarType::Float, name, " must be float32, got ", name_of(statistics.scalar_type()));
-  bool same = statistics.dim() == s.dim() - 1;
-  for (int64_t i = 0; same && i < statistics.dim(); ++i) same = statistics.size(i) == s.size(i);
-  PYT_CHECK(same, name, " must have the leading shape of s ", shape_of(s), ", got ", shape_of(statistics));
-  PYT_CHECK(statistics.is_contiguous(), name, " must be contiguous");
-  check_same_device(name, statistics, s);
+void check_statistics(const char* name, const Facts& statistics, const Facts& s) {
+  check_type(name, statistics, ScalarType::Float);
+  PYT_CHECK(statistics.shape == s.shape.leading(), name, " must have the leading shape of s ", s.shape.text(), ", got ",
+            statistics.shape.text());
+  check_contiguous(name, statistics);
+  check_device(name, statistics, s);
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_backward_op(Tensor dy, OptionalTensor ds, Tensor s, OptionalTensor weight, Tensor mean,
                                                     Tensor rstd, double weight_offset, bool is_rms, bool wants_dweight,
                                                     std::optional<ScalarType> dbias_dtype) {
-  const auto [rows, cols] = rows_and_cols(s);
-  check_dtype("dy", dy);
-  check_same_shape("dy", dy, s);
-  check_same_device("dy", dy, s);
+  const Facts given(s), given_dy(dy);
+  const OptionalFacts given_ds = facts_of(ds), given_weight = facts_of(weight);
+  const auto [rows, cols] = rows_and_cols(given);
+  check_floating("dy", given_dy);
+  check_shape("dy", given_dy, given.shape);
+  check_device("dy", given_dy, given);
   if (ds) {
-    PYT_CHECK(ds->scalar_type() == s.scalar_type(), "ds must have s's dtype ", name_of(s.scalar_type()), ", got ",
-              name_of(ds->scalar_type()));
-    check_same_shape("ds", *ds, s);
-    check_same_device("ds", *ds, s);
+    PYT_CHECK(given_ds->type == given.type, "ds must have s's dtype ", name_of(given.type), ", got ", name_of(given_ds->type));
+    check_shape("ds", *given_ds, given.shape);
+    check_device("ds", *given_ds, given);
   }
-  check_vector("weight", weight, s, cols);
-  if (!is_rms) check_statistics("mean", mean, s);
-  check_statistics("rstd", rstd, s);
+  check_vector("weight", given_weight, given);
+  if (!is_rms) check_statistics("mean", Facts(mean), given);
+  check_statistics("rstd", Facts(rstd), given);
   PYT_CHECK(std::isfinite(weight_offset), "weight_offset must be finite, got ", weight_offset);
   PYT_CHECK(!dbias_dtype || is_floating_16_or_32(*dbias_dtype), "dbias_dtype must be float32, float16 or bfloat16");
 
-  Tensor dx = empty(s, shape_without_last(s, s.dim()), s.scalar_type());
+  Tensor dx = empty(given, given.shape, given.type);
   OptionalTensor dweight, dbias;
-  if (weight && wants_dweight) dweight = empty(s, {cols}, weight->scalar_type());
-  if (dbias_dtype) dbias = empty(s, {cols}, *dbias_dtype);
+  if (weight && wants_dweight) dweight = empty(given, {cols}, given_weight->type);
+  if (dbias_dtype) dbias = empty(given, {cols}, *dbias_dtype);
   if (rows == 0) {
     if (dweight) torch::stable::zero_(*dweight);
     if (dbias) torch::stable::zero_(*dbias);
-    return {std::move(dx), or_empty(std::move(dweight), s), or_empty(std::move(dbias), s)};
+    return {std::move(dx), or_empty(std::move(dweight), given), or_empty(std::move(dbias), given)};
   }
 
   NormBackward call{};
@@ -248,25 +242,25 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_op(Tensor dy, OptionalTensor ds
   call.mean = is_rms ? nullptr : static_cast<const float*>(mean.const_data_ptr());
   call.rstd = static_cast<const float*>(rstd.const_data_ptr());
   call.dx = dx.mutable_data_ptr();
-  call.dweight = dweight ? dweight->mutable_data_ptr() : nullptr;
-  call.dbias = dbias ? dbias->mutable_data_ptr() : nullptr;
+  call.dweight = pointer_of(dweight);
+  call.dbias = pointer_of(dbias);
   call.rows = rows;
   call.cols = cols;
-  call.dy_type = type_of(dy);
-  call.s_type = type_of(s);
-  call.weight_type = weight ? type_of(*weight) : call.s_type;
-  call.dbias_type = dbias ? type_of(*dbias) : call.s_type;
+  call.dy_type = element_type(given_dy.type);
+  call.s_type = element_type(given.type);
+  call.weight_type = type_or(given_weight, given.type);
+  call.dbias_type = element_type(dbias_dtype.value_or(given.type));
   call.weight_offset = static_cast<float>(weight_offset);
 
   const LaunchScope scope(s);
   const NormBackwardPlan plan = plan_norm_backward(call);
   OptionalTensor workspace;
   if (plan.workspace_floats > 0) {
-    workspace = empty(s, {static_cast<int64_t>(plan.workspace_floats)}, ScalarType::Float);
+    workspace = empty(given, {static_cast<int64_t>(plan.workspace_floats)}, ScalarType::Float);
     call.workspace = static_cast<float*>(workspace->mutable_data_ptr());
   }
   norm_backward(call, plan, scope.stream());
-  return {std::move(dx), or_empty(std::move(dweight), s), or_empty(std::move(dbias), s)};
+  return {std::move(dx), or_empty(std::move(dweight), given), or_empty(std::move(dbias), given)};
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ inline int64_t next_power_of_2(int64_t value) {
 }
 
 // Whether rows of a tensor begin where accesses of `length` elements are allowed. An absent one is null, which is aligned.
-inline bool allows_vectors(const void* tensor, Type type, RowStrides strides, int length) {
+inline bool allows_vectors(const void* tensor, ElementType type, RowStrides strides, int length) {
   return is_aligned(tensor, static_cast<size_t>(std::min(16, length * size_of(type)))) && strides.row % length == 0 &&
          strides.group % length == 0;
 }

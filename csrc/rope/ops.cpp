@@ -1,12 +1,9 @@
 #include "ops.h"
 
-#include "../common/facts.h"
 #include "rope.h"
 
 namespace pytransformer {
 namespace {
-
-using OptionalFacts = std::optional<Facts>;
 
 struct Arguments {
   Arguments(const Tensor& q, const OptionalTensor& k, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
@@ -26,15 +23,14 @@ struct Arguments {
 void check_operands(const Arguments& given) {
   const Facts& q = given.q;
   check_floating("q", q);
-  PYT_CHECK(q.dim == 3 || q.dim == 4, "q must have 3 or 4 dimensions, got shape ", q.shape());
+  PYT_CHECK(q.dim == 3 || q.dim == 4, "q must have 3 or 4 dimensions, got shape ", q.shape.text());
   check_rows_contiguous("q", q);
   if (!given.k) return;
   const Facts& k = *given.k;
   PYT_CHECK(k.type == q.type, "k must have the dtype of q, ", name_of(q.type), ", got ", name_of(k.type));
   check_device("k", k, q);
-  bool same = k.dim == q.dim;
-  for (int64_t i = 0; same && i < q.dim; ++i) same = i == q.dim - 2 || k.sizes[i] == q.sizes[i];
-  PYT_CHECK(same, "k must have the shape of q but for the heads, got ", k.shape(), " and ", q.shape());
+  PYT_CHECK(k.dim == q.dim && k.shape.leading().leading() == q.shape.leading().leading() && k.size(-1) == q.size(-1),
+            "k must have the shape of q but for the heads, got ", k.shape.text(), " and ", q.shape.text());
   check_rows_contiguous("k", k);
 }
 
@@ -43,9 +39,9 @@ void take_positions(RopeCall& call, const Arguments& given) {
   PYT_CHECK(!given.offsets && given.offset == 0, "offsets must not be given together with positions");
   check_int32_or_int64("positions", positions);
   check_device("positions", positions, given.q);
-  const bool per_sequence = !given.packed() && has_shape(positions, {given.batch(), given.seqlen()});
-  PYT_CHECK(per_sequence || has_shape(positions, {given.seqlen()}), "positions must have an entry for each token, got shape ",
-            positions.shape());
+  const bool per_sequence = !given.packed() && positions.shape == Shape{given.batch(), given.seqlen()};
+  PYT_CHECK(per_sequence || positions.shape == Shape{given.seqlen()}, "positions must have an entry for each token, got shape ",
+            positions.shape.text());
   call.positions = positions.data();
   call.positions_64 = positions.type == ScalarType::Long;
   call.stride_positions_batch = per_sequence ? positions.stride(0) : 0;
@@ -56,9 +52,9 @@ void take_offsets(RopeCall& call, const Arguments& given) {
   int64_t sequences = given.batch();
   if (given.cu_seqlens) {
     const Facts& bounds = *given.cu_seqlens;
-    PYT_CHECK(given.packed(), "cu_seqlens needs packed q (total, num_heads, head_dim), got shape ", given.q.shape());
+    PYT_CHECK(given.packed(), "cu_seqlens needs packed q (total, num_heads, head_dim), got shape ", given.q.shape.text());
     check_type("cu_seqlens", bounds, ScalarType::Int);
-    PYT_CHECK(bounds.dim == 1 && bounds.size(0) >= 1, "cu_seqlens must have shape (batch + 1), got ", bounds.shape());
+    PYT_CHECK(bounds.dim == 1 && bounds.size(0) >= 1, "cu_seqlens must have shape (batch + 1), got ", bounds.shape.text());
     check_rows_contiguous("cu_seqlens", bounds);
     check_device("cu_seqlens", bounds, given.q);
     sequences = bounds.size(0) - 1;
@@ -77,7 +73,7 @@ void take_offsets(RopeCall& call, const Arguments& given) {
   const Facts& offsets = *given.offsets;
   check_int32_or_int64("offsets", offsets);
   check_device("offsets", offsets, given.q);
-  PYT_CHECK(has_shape(offsets, {sequences}), "offsets must have shape (", sequences, "), got ", offsets.shape());
+  check_shape("offsets", offsets, {sequences});
   call.offsets = offsets.data();
   call.offsets_64 = offsets.type == ScalarType::Long;
   call.stride_offsets = offsets.stride(0);
@@ -87,7 +83,7 @@ void check_sizes(const Arguments& given) {
   constexpr int64_t kMax = (int64_t{1} << 30) - 1;
   const Facts& q = given.q;
   PYT_CHECK(given.batch() * given.seqlen() <= kMax && q.size(-2) <= kMax && q.size(-1) <= kMax && (!given.k || given.k->size(-2) <= kMax),
-            "too many tokens or heads in q ", q.shape(), " or k");
+            "too many tokens or heads in q ", q.shape.text(), " or k");
 }
 
 // Checks everything; the operands are missing yet.
@@ -140,8 +136,8 @@ std::tuple<Tensor, Tensor> rope(Tensor q, OptionalTensor k, Tensor cos, Tensor s
                                 int64_t offset, OptionalTensor cu_seqlens, bool interleaved, bool reverse) {
   const Arguments given(q, k, cos, sin, positions, offsets, offset, cu_seqlens);
   RopeCall call = checked(given, interleaved, reverse, false);
-  Tensor q_out = empty_contiguous_like(given.q);
-  Tensor k_out = given.k ? empty_contiguous_like(*given.k) : nothing_like(given.q);
+  Tensor q_out = empty(given.q, given.q.shape, given.q.type);
+  Tensor k_out = empty(given.q, given.k ? given.k->shape : Shape{0}, given.q.type);
   call.q = operand(given.q, q_out);
   if (given.k) call.k = operand(*given.k, k_out);
   run(call, q);

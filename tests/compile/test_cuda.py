@@ -37,11 +37,8 @@ def kernels() -> dict[str, Statistics]:
 
 
 def test_every_source_has_kernels_for_every_architecture(kernels):
-    sources = {
-        path.relative_to(builder().CSRC).as_posix().replace("/", "_").removesuffix(".cu")
-        for path in builder().source_files(".cu")
-    }
-    architectures = {f"sm_{arch.rstrip('af')}" for arch in cuda_sass.ARCHITECTURES}
+    sources = {cuda_sass.unit(name) for path in builder().source_files(".cu") for name in builder().units(path)}
+    architectures = {f"sm_{arch}" for arch in cuda_sass.ARCHITECTURES}
     compiled = {(name.split()[0], name.split()[-1]) for name in kernels}
     assert compiled == {(source, arch) for source in sources - DISPATCHERS for arch in architectures}
 

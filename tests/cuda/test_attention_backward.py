@@ -244,5 +244,5 @@ def test_wrong_arguments_are_named(name: str, device: torch.device) -> None:
         values[argument] = change(values[argument])
         if isinstance(values[argument], Tensor):
             values[argument] = values[argument].to(device)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         extension.op("attention_backward")(*values.values(), *op_options(softmax_scale=1.0, causal=True))

@@ -312,7 +312,7 @@ def test_the_op_checks_its_arguments(changes: dict[str, Any], message: str, devi
     }
     if device.type == "cuda" and not arguments["q"].is_cuda:
         arguments["q"] = H(1, 1, 1, 16).to(device).expand(arguments["q"].shape)
-    with pytest.raises(RuntimeError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         raw_op(**arguments)
 
 

@@ -447,7 +447,7 @@ def test_the_op_refuses_what_is_wrong_and_writes_nothing(name, device):
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     if name == "expanded cache":
         given["k_cache"] = given["k_cache"][:, :1].expand(2, 5, 2, 8)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         call_op(given)
     assert not given["k_cache"].float().any() and not given["v_cache"].float().any()
 

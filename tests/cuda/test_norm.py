@@ -336,7 +336,7 @@ def test_forward_refuses(message: str, device: torch.device) -> None:
     }
     arguments |= {"is_rms": False} | REFUSED[message]
     moved = [value.to(device) if isinstance(value, Tensor) else value for value in arguments.values()]
-    with pytest.raises(RuntimeError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         extension.op("norm_forward")(*moved)
 
 
@@ -363,7 +363,7 @@ def test_backward_refuses(message: str, device: torch.device) -> None:
     }
     arguments |= REFUSED_BACKWARD[message]
     moved = [value.to(device) if isinstance(value, Tensor) else value for value in arguments.values()]
-    with pytest.raises(RuntimeError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         extension.op("norm_backward")(*moved)
 
 

@@ -27,7 +27,8 @@ def build_broken(
         source: path below csrc/, e.g. "norm/forward.cu".
         changes: texts and what replaces them.
         flavor: "emulated", "address" or "thread".
-        recompile: the .cu files below csrc/ that need it when ``source`` is a header; by default ``source`` itself.
+        recompile: the units below csrc/ that need it when ``source`` is a header; by default ``source`` itself. A unit is a .cu file, or
+            one compilation of it: "attention/forward_bfloat16_64.cu" of attention/forward_instances.cu (:func:`build.units`).
     """
     build = builder()
     build.build(flavor, quiet=True)
@@ -51,18 +52,21 @@ def build_broken(
         name: built / name
         for name in re.findall(r"^build (\S+\.o):", (built / "build.ninja").read_text(), re.MULTILINE)
     }
+    units = {name: (path, macros) for path in build.source_files(".cu") for name, macros in build.units(path).items()}
     for unit in recompile or [source]:
         name = "csrc_" + unit.replace("/", "_") + ".o"
-        if name not in objects:
-            raise ValueError(f"{unit} is not compiled on its own: name the .cu files that include it (recompile=…)")
+        if name not in units:
+            raise ValueError(f"{unit} is not compiled on its own: name the units that include it (recompile=…)")
+        path, macros = units[name]
         objects[name] = folder / name
         _run(
             [
                 plan.kernel_compiler,
                 f"-I{mirror}/common",
                 *plan.kernel_flags,
+                *macros,
                 "-c",
-                str(mirror / unit),
+                str(mirror / path.relative_to(build.CSRC)),
                 "-o",
                 str(folder / name),
             ]

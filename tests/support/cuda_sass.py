@@ -14,8 +14,7 @@ from tests.support.emulator import ROOT, builder
 from tests.support.sass import INSTRUCTION, Statistics
 
 # PYTRANSFORMER_COMPILE_ARCHS=90 narrows them down, as it does for the Triton kernels.
-_CHOSEN = os.environ.get("PYTRANSFORMER_COMPILE_ARCHS", "80,90,100").split(",")
-ARCHITECTURES = tuple("90a" if arch == "90" else arch for arch in _CHOSEN)
+ARCHITECTURES = tuple(os.environ.get("PYTRANSFORMER_COMPILE_ARCHS", "80,90,100").split(","))
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s*(\S+?):?$", re.MULTILINE)
@@ -39,8 +38,9 @@ def compile_all() -> Path:
 def statistics(folder: Path) -> dict[str, Statistics]:
     """Of every kernel in the objects of a folder, by "file kernel<...> sm_90"."""
     found = {}
-    for path in sorted(folder.glob("*.cu.o")):
-        file = path.name.removeprefix("csrc_").removesuffix(".cu.o")
+    # Not all that lies there: a source that was renamed has left its object behind.
+    for name in re.findall(r"^build (\S+\.cu\.o):", (folder / "build.ninja").read_text(), re.MULTILINE):
+        path, file = folder / name, unit(name)
         usage = dict(_sections(_run("cuobjdump", "-res-usage", str(path))))
         for key, text in _sections(_run("cuobjdump", "-sass", str(path))):
             registers, stack, shared, _ = map(int, _USAGE.search(usage[key]).groups())  # type: ignore[union-attr]
@@ -52,6 +52,11 @@ def statistics(folder: Path) -> dict[str, Statistics]:
                 instructions=dict(sorted(Counter(INSTRUCTION.findall(text)).items())),
             )
     return found
+
+
+def unit(name: str) -> str:
+    """E.g. "attention_forward_float16_64" for the name of its object."""
+    return name.removeprefix("csrc_").removesuffix(".cu.o")
 
 
 def _sections(listing: str) -> list[tuple[tuple[str, str], str]]:

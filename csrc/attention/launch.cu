@@ -1,25 +1,19 @@
+// The way to the kernels of a call's type and width, and what the backward pass starts with.
+//
 // The backward pass: statistics of each query, then dQ by query tiles, then dK and dV by key tiles. Nothing is added atomically, so every run
 // gives the same bits; the price is that S and dP are formed twice: 7 products of matrices, against 5 of a single kernel with atomics.
 //
 // delta = rowsum(dO ∘ O) - dlse; P = exp(S - lse); dS = P ∘ (dO Vᵀ - delta); dQ = scale dS K; dK = scale dSᵀ Q; dV = Pᵀ dO
 // (Dao et al. 2022). P and dS are rounded to 16 bits as operands.
-#include "backward_dkv.cuh"
-#include "backward_dq.cuh"
+#include "backward_tile.cuh"
 
 namespace pytransformer {
 
-extern template void attention_backward_dq_of_width<float16, 64>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dq_of_width<float16, 128>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dq_of_width<float16, 256>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dq_of_width<bfloat16, 64>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dq_of_width<bfloat16, 128>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dq_of_width<bfloat16, 256>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dkv_of_width<float16, 64>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dkv_of_width<float16, 128>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dkv_of_width<float16, 256>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dkv_of_width<bfloat16, 64>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dkv_of_width<bfloat16, 128>(const AttentionBackward&, CUstream_st*);
-extern template void attention_backward_dkv_of_width<bfloat16, 256>(const AttentionBackward&, CUstream_st*);
+// Calls of type T whose features, of keys and of values, are at most WIDTH; each is compiled on its own (*_instances.cu).
+template <class T, int WIDTH>
+void attention_of_width(const AttentionForward& forward, CUstream_st* stream);
+template <class T, int WIDTH>
+void attention_of_width(const AttentionBackward& backward, CUstream_st* stream);
 
 namespace {
 
@@ -65,39 +59,32 @@ void launch_statistics(const AttentionBackward& backward, CUstream_st* stream) {
          !call.has_score_terms());
 }
 
-template <class T, int WIDTH>
-void run(const AttentionBackward& backward, CUstream_st* stream) {
-  if (backward.call.seqlen_q > 0) {
-    launch_statistics<T>(backward, stream);
-    attention_backward_dq_of_width<T, WIDTH>(backward, stream);
-  }
-  if (backward.call.seqlen_k > 0) attention_backward_dkv_of_width<T, WIDTH>(backward, stream);
+// Pass: forward or backward.
+template <class T, class Pass>
+void run(const Pass& pass, CUstream_st* stream) {
+  const int32_t width = max(pass.call.head_dim, pass.call.value_dim);
+  if (width <= 64) return attention_of_width<T, 64>(pass, stream);
+  if (width <= 128) return attention_of_width<T, 128>(pass, stream);
+  attention_of_width<T, 256>(pass, stream);
 }
 
-template <class T>
-void run(const AttentionBackward& backward, CUstream_st* stream) {
-  const int32_t width = max(backward.call.head_dim, backward.call.value_dim);
-  if (width <= 64) {
-    run<T, 64>(backward, stream);
-  } else if (width <= 128) {
-    run<T, 128>(backward, stream);
-  } else {
-    run<T, 256>(backward, stream);
-  }
+template <class Pass>
+void run(const Pass& pass, CUstream_st* stream) {
+  if (pass.call.type == ElementType::float16) return run<float16>(pass, stream);
+  run<bfloat16>(pass, stream);
 }
 
 }  // namespace
 
 int64_t attention_backward_workspace(const AttentionCall& call) { return 2 * num_statistics(call); }
 
+void attention_forward(const AttentionForward& forward, CUstream_st* stream) { run(forward, stream); }
+
 void attention_backward(const AttentionBackward& backward, CUstream_st* stream) {
   const AttentionCall& call = backward.call;
   if (call.batch == 0 || call.num_heads == 0) return;
-  if (call.is_bfloat16) {
-    run<bfloat16>(backward, stream);
-  } else {
-    run<float16>(backward, stream);
-  }
+  if (call.seqlen_q > 0) (call.type == ElementType::float16 ? launch_statistics<float16> : launch_statistics<bfloat16>)(backward, stream);
+  run(backward, stream);
 }
 
 }  // namespace pytransformer

@@ -1,3 +1,0 @@
-#include "backward_dkv.cuh"
-
-template void pytransformer::attention_backward_dkv_of_width<pytransformer::float16, 64>(const AttentionBackward&, CUstream_st*);
