@@ -8,6 +8,7 @@ with Triton's kernels only. PYTRANSFORMER_CUDA=1 makes whatever is missing an er
 =1 only; ``make cuda`` does it at any time.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -49,6 +50,14 @@ def packages():
     )
 
 
+def say(text):
+    """To the log, which pip shows with -v only, and to the terminal of whoever waits, if there is one."""
+    print(text, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(f"\r\n{text}\r\n")
+
+
 class BuildWithCuda(build_py):
     """Copies the Python files, then builds the extension beside them, or leaves a note why there is none."""
 
@@ -60,9 +69,8 @@ class BuildWithCuda(build_py):
         package = (ROOT if editable else Path(self.build_lib)) / "pytransformer"
         build = builder()
         try:
-            build.build(
-                "cuda", output=package.resolve() / "_cuda.so", folder=Path(self.build_lib).resolve().parent / "cuda"
-            )
+            folder = Path(self.build_lib).resolve().parent / "cuda"
+            build.build("cuda", output=package.resolve() / "_cuda.so", folder=folder, say=say)
         except build.BuildError as error:
             if WANTED == "1":
                 raise SystemExit(f"PYTRANSFORMER_CUDA=1: {error}") from None
