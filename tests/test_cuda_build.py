@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -146,8 +148,8 @@ def test_ninja_compiles_each_unit_with_its_macros_and_again_when_a_header_change
 # --- what an installation does ----------------------------------------------------------------------------------------------------------
 
 
-def _wheel(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    # A copy: a build leaves files in its folder, and tests run side by side.
+def _copy(folder: Path) -> Path:
+    """A copy of the tree: a build leaves files in its folder, and tests run side by side."""
     tree = folder / "tree"
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -160,6 +162,11 @@ def _wheel(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         ):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes((ROOT / name).read_bytes())
+    return tree
+
+
+def _wheel(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    tree = _copy(folder)
     command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(folder)]
     return subprocess.run(command, cwd=tree, env=os.environ | variables, capture_output=True, text=True, check=False)
 
@@ -197,6 +204,22 @@ def test_zero_never_builds_and_nonsense_is_refused(tmp_path):
         assert not [name for name in files.namelist() if name.startswith("pytransformer/_cuda")]
     result = _wheel(tmp_path / "yes", PYTRANSFORMER_CUDA="yes")
     assert result.returncode != 0 and "PYTRANSFORMER_CUDA must be 0 or 1, or not be set, got 'yes'" in result.stderr
+
+
+def test_pip_install_says_on_the_terminal_what_it_compiles(nvcc, tmp_path):
+    """pip hides what a build backend prints, the terminal it has not: this nvcc compiles nothing, so that only the sentence is seen."""
+    tree, shown = _copy(tmp_path), b""
+    install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", "target", "."]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tree)
+        os.execve(sys.executable, install, os.environ | {"PYTRANSFORMER_CUDA": ""})
+    with contextlib.suppress(OSError):  # what reading from a terminal ends with
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, shown.decode()
+    says = r"pytransformer: compiling \d+ CUDA files for sm_80 sm_90 sm_100 sm_120 compute_80 with nvcc, about (a minute|\d+ minutes) on"
+    assert re.search(says, shown.decode()), shown.decode()
 
 
 # --- what is loaded ---------------------------------------------------------------------------------------------------------------------
