@@ -261,13 +261,7 @@ def _from_args(
 
 
 def _kernel_options(call: AttentionCall) -> dict[str, Any]:
-    names = (
-        "softmax_scale", "causal", "window", "softcap", "mask", "bias", "key_padding_mask", "alibi_slopes", "sinks", "dropout_p",
-        "dropout_seed", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
-    )  # fmt: skip
-    options = {name: getattr(call, name) for name in names}
-    options["allow_tf32"] = call.q.dtype == torch.float32 and allows_tf32()
-    return options
+    return {"allow_tf32": call.q.dtype == torch.float32 and allows_tf32()}
 
 
 def allows_tf32() -> bool:
@@ -303,7 +297,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Te
     if backend == "triton":
         from pytransformer.kernels.attention.forward import attention_forward
 
-        return attention_forward(q, k, v, **_kernel_options(call))
+        return attention_forward(call, **_kernel_options(call))
     if backend == "cuda":
         return attention_cuda.forward(call)
     with torch.no_grad():
@@ -353,7 +347,7 @@ def _backward(
     elif backend == "triton":
         from pytransformer.kernels.attention.backward import attention_backward
 
-        gradients = attention_backward(dout, q, k, v, out, lse, dlse, want_dbias=want_dbias, **_kernel_options(call))
+        gradients = attention_backward(call, dout, out, lse, dlse, want_dbias=want_dbias, **_kernel_options(call))
     elif backend == "cuda":
         gradients = attention_cuda.backward(call, dout, dlse, out, lse)
     else:
