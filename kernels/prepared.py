@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class PreparedLaunch:
         kernel: the ``@triton.jit`` function.
         grid: one to three sizes.
         arguments: the positional arguments. A tensor or None is a pointer, which each call gives anew, and None stays None; a
-            :class:`Varying` is given anew too; all else stays as it is.
+            :class:`Varying` is given anew too; all else stays as it is, tuples of numbers and constexprs too.
         constants: constexprs and options by name.
         order: for each of the kernel's pointers the index in ``pointers`` where calls give it, or None where there is never one; by
             default they are given in the kernel's order.
@@ -97,7 +97,7 @@ class PreparedLaunch:
         if handle is None or device != _current_device() or _is_watched(self._kernel):
             self._launch_by_triton(pointers, numbers, device)
             return
-        (call, fixed, spread), arguments, places, present = handle
+        (call, fixed, spread, _), arguments, places, number_places, present = handle
         # Loops of C functions: this is most of what a launch costs the host.
         addresses = list(map(_data_ptr, present(pointers)))
         arguments = arguments.copy()
@@ -105,7 +105,7 @@ class PreparedLaunch:
         for place, address in zip(places, addresses):
             arguments[place] = address
             bits |= address
-        for place, number in zip(self._number_places, numbers):
+        for place, number in zip(number_places, numbers):
             arguments[place] = number
             if not -(2**31) <= number < 2**31:
                 bits |= 1
@@ -139,7 +139,36 @@ class PreparedLaunch:
             every = [*self._arguments, *(self._constants[name] for name in names)]
             places = [place for place, pointer in zip(self._pointer_places, pointers) if pointer is not None]
             present = [index for index in order if index is not None and given[index] is not None]
-            self._handles[device] = _Handle(launcher, every, places, _getter(present))
+            number_places = self._number_places
+            if launcher.flat:
+                every, moved = _flattened(every, compiled.src.signature.values())
+                places, number_places = ([moved[place] for place in group] for group in (places, number_places))
+            else:
+                every = [_plain(value) for value in every]
+            self._handles[device] = _Handle(launcher, every, places, number_places, _getter(present))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples without names: Triton's C functions copy those of any other type."""
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+
+
+def _flattened(values: Iterable[Any], kinds: Iterable[Any]) -> tuple[list[Any], dict[int, int]]:
+    """(what the machine code is given, where each argument that is no tuple has gone): the elements of tuples, and no constants.
+
+    Args:
+        values: all arguments of a kernel.
+        kinds: Triton's types for them: a text, "constexpr" for what was compiled in, or a tuple of types.
+    """
+    flat: list[Any] = []
+    moved: dict[int, int] = {}
+    for place, (value, kind) in enumerate(zip(values, kinds)):
+        if isinstance(kind, tuple):
+            flat += _flattened(value, kind)[0]
+        elif kind != "constexpr":
+            moved[place] = len(flat)
+            flat.append(value)
+    return flat, moved
 
 
 def by_name(
@@ -188,23 +217,29 @@ class _Handle(NamedTuple):
 
     Attributes:
         launcher: how to launch it.
-        arguments: all of them, without the pointers.
+        arguments: all that its launcher takes, without the pointers.
         places: of the pointers that are not None among the arguments.
+        number_places: of the numbers that are given with each call.
         present: takes these out of what a call is given.
     """
 
     launcher: _Launcher
     arguments: list[Any]
     places: list[int]
+    number_places: list[int]
     present: Callable[[Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]]
 
 
 class _Launcher(NamedTuple):
-    """``call(*grid, stream, *fixed, *arguments)``, or with one list of arguments if not ``spread``."""
+    """``call(*grid, stream, *fixed, *arguments)``, or with one list of arguments if not ``spread``.
+
+    If ``flat``, the arguments are what the machine code is given: the elements of tuples, and no constants.
+    """
 
     call: Callable[..., object]
     fixed: tuple[Any, ...]
     spread: bool
+    flat: bool = False
 
 
 def _launcher(compiled: Any) -> _Launcher | None:
@@ -239,8 +274,12 @@ def _c_launcher(run: Any, function: Any, metadata: Any) -> _Launcher | None:
         scratch, hooks = (None, None), (metadata, None, None, None)
         return _Launcher(run.launch, (*fixed, *scratch, *hooks), True)
     if release == ["3", "9"]:
+        from triton.backends.nvidia import driver
+
+        # It takes the arguments apart by these: a constant or a tuple costs it as much as an argument, so it is given neither.
+        annotations = [driver.PyKernelArg(nested_tuple=None, type=driver.ARG_KERNEL)] * len(run.kernel_signature)
         hooks, scratch = (metadata, None, None, None), (None, None)
-        return _Launcher(run.launch, (*fixed, *hooks, *scratch, run.arg_annotations, run.kernel_signature), False)
+        return _Launcher(run.launch, (*fixed, *hooks, *scratch, annotations, run.kernel_signature), False, flat=True)
     return None
 
 

@@ -13,18 +13,23 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import COMMON_OPTIONS, device_limits, on_device
+from ..launch import COMMON_OPTIONS, device_limits
 from ..mathematics import LN2, LOG2E
+from ..prepared import PreparedLaunch
 from . import tile as common
 from .options import (
+    OPTIONAL_ARGUMENTS,
     UNSPECIALISED,
+    AttentionCall,
+    CallTensors,
     Geometry,
     block_dim,
     geometry,
+    maker,
     needs_wide_offsets,
+    new_row_strides,
     row_strides,
     score_options,
-    statistic_strides,
 )
 
 # Keys and values of the heads that run at the same time should stay in L2 (60 MB on an H200, part of it for everything else).
@@ -67,127 +72,94 @@ def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int,
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attention_forward_kernel(
-    q_ptr, stride_q_batch, stride_q_seq, stride_q_head,
-    k_ptr, stride_k_batch, stride_k_seq, stride_k_head,
-    v_ptr, stride_v_batch, stride_v_seq, stride_v_head,
-    out_ptr, stride_out_batch, stride_out_seq, stride_out_head,
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides,
     lse_ptr, stride_lse_batch, stride_lse_head,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    bias_ptr, stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_col,
-    mask_ptr, stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_col,
-    padding_ptr, stride_padding_batch, stride_padding_col,
-    alibi_ptr, stride_alibi_batch, stride_alibi_head,
-    sinks_ptr, dropout_seed_ptr,
+    bias_ptr, mask_ptr, padding_ptr, alibi_ptr, sinks_ptr, dropout_seed_ptr, option_strides,
     batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
     softmax_scale, softcap, window_left, window_right, dropout_last_out, dropout_scale,
-    HEADS_PER_KV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SCALE_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STREAMED: tl.constexpr,
+    traits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     HAS_DATA_MASK: tl.constexpr = (bias_ptr is not None) or (mask_ptr is not None) or (padding_ptr is not None)
 
     # Which queries, of which head, of which sequence.
-    tile_m, slot = common.program_tile(num_tiles, num_slots, slots_per_group, HAS_RIGHT)
-    if cu_seqlens_q_ptr is not None:
-        head = slot
-        sequence, tile_m, first_q, seqlen_q, first_k, seqlen_k = common.packed_tile(
-            cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k, tile_m, BLOCK_M
-        )
-    else:
-        head = slot % num_heads
-        sequence = slot // num_heads
-        first_q = 0
-        first_k = 0
-    start_m = tile_m * BLOCK_M
-    if start_m >= seqlen_q:
+    tile_m, slot = common.program_tile(num_tiles, num_slots, slots_per_group, traits.HAS_RIGHT)
+    place = common.locate(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, slot, tile_m, batch, num_heads, seqlen_q, seqlen_k, BLOCK_M
+    )
+    start_m = place.start
+    if start_m >= place.length:
         return
-    sequence = sequence.to(tl.int64)
-    head = head.to(tl.int64)
-    kv_head = head // HEADS_PER_KV
-    first_row = (first_q + start_m).to(tl.int64)
-    q_ptr += sequence * stride_q_batch + first_row * stride_q_seq + head * stride_q_head
-    out_ptr += sequence * stride_out_batch + first_row * stride_out_seq + head * stride_out_head
-    lse_ptr += sequence * stride_lse_batch + head * stride_lse_head + first_row
-    first_key = tl.cast(first_k, tl.int64)
-    k_ptr += sequence * stride_k_batch + first_key * stride_k_seq + kv_head * stride_k_head
-    v_ptr += sequence * stride_v_batch + first_key * stride_v_seq + kv_head * stride_v_head
-    sequence = tl.minimum(sequence, batch - 1)  # rows of no sequence see nothing, but must not read past the options
-    alibi_slope = None
-    if bias_ptr is not None:
-        bias_ptr += sequence * stride_bias_batch + head * stride_bias_head
-    if mask_ptr is not None:
-        mask_ptr += sequence * stride_mask_batch + head * stride_mask_head
-    if padding_ptr is not None:
-        padding_ptr += sequence * stride_padding_batch
-    if alibi_ptr is not None:
-        alibi_slope = tl.load(alibi_ptr + sequence * stride_alibi_batch + head * stride_alibi_head).to(tl.float32)
-    if dropout_seed_ptr is not None:
-        seed = tl.load(dropout_seed_ptr)
-        offset = tl.load(dropout_seed_ptr + 1)
+    place = common.in_64_bits(place, batch)
+    edges = common.Edges(place.length, place.other_length, window_left, window_right)
+    kv_head = place.head // traits.HEADS_PER_KV
+    q_ptr += common.row_offset(q_strides, place.sequence, place.row, place.head)
+    out_ptr += common.row_offset(out_strides, place.sequence, place.row, place.head)
+    lse_ptr += place.sequence * stride_lse_batch + place.head * stride_lse_head + place.row
+    k_ptr += common.row_offset(k_strides, place.sequence, place.other_row, kv_head)
+    v_ptr += common.row_offset(v_strides, place.sequence, place.other_row, kv_head)
+    options = common.Options(bias_ptr, mask_ptr, padding_ptr, alibi_ptr, option_strides)
+    here = common.head_options(options, place.option_sequence, place.head)
+    dropout = common.load_dropout(dropout_seed_ptr, dropout_last_out, dropout_scale)
 
     offs_m = common.tile_offsets(BLOCK_M, WIDE)
     offs_n = common.tile_offsets(BLOCK_N, WIDE)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    rows_left = seqlen_q - start_m
-    q = common.load_tile(q_ptr, stride_q_seq, rows_left, offs_m, offs_d, HEAD_DIM, BLOCK_D, True)
+    offs_d = tl.arange(0, traits.BLOCK_D)
+    offs_dv = tl.arange(0, traits.BLOCK_DV)
+    rows_left = place.length - start_m
+    q = common.load_tile(q_ptr, q_strides.seq, rows_left, offs_m, offs_d, traits.HEAD_DIM, traits.BLOCK_D, True)
     factor = softmax_scale * LOG2E
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc = tl.zeros([BLOCK_M, traits.BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:  # a logit that every row has seen already
-        sink = tl.load(sinks_ptr + head).to(tl.float32)
-        if not SCALE_FIRST:
+        sink = tl.load(sinks_ptr + place.head).to(tl.float32)
+        if not traits.SCALE_FIRST:
             sink = sink * LOG2E
         row_max = tl.zeros([BLOCK_M], tl.float32) + sink
         row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
 
-    bounds = common.tile_ranges(
-        start_m, tl.minimum(start_m + BLOCK_M, seqlen_q) - 1, seqlen_k - seqlen_q - window_left, seqlen_k - seqlen_q + window_right,
-        seqlen_k, BLOCK_N, HAS_LEFT, HAS_RIGHT,
-    )  # fmt: skip
+    bounds = common.key_ranges(start_m, edges, traits, BLOCK_M, BLOCK_N)
     # Whole tiles come first, and only their loads run ahead: the buffers and addresses of all three runs together would spill, and a run
     # without look-ahead that comes first makes ptxas serialise the wgmma of the others.
-    for run in tl.static_range(3 if HAS_LEFT else 2):
+    for run in tl.static_range(3 if traits.HAS_LEFT else 2):
         for tile_n in tl.range(bounds[2 * run], bounds[2 * run + 1], num_stages=None if run == 0 else 1):
             start_n = tile_n * BLOCK_N
             first_key = tl.cast(start_n, tl.int64)
-            keys_left = seqlen_k - start_n
-            k_tile_ptr = k_ptr + first_key * stride_k_seq
-            v_tile_ptr = v_ptr + first_key * stride_v_seq
-            k = common.load_tile(k_tile_ptr, stride_k_seq, keys_left, offs_n, offs_d, HEAD_DIM, BLOCK_D, run > 0)
-            scores = common.row_products(
-                q, q_ptr, stride_q_seq, rows_left, offs_m, k, k_tile_ptr, stride_k_seq, keys_left, offs_n, HEAD_DIM, PRECISION, STREAMED
-            )  # fmt: skip
-            scores = common.scaled_scores(scores, softmax_scale, softcap, SCALE_FIRST, HAS_SOFTCAP, EXACT)
-            scores = common.score_terms(
-                scores, (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], seqlen_q, seqlen_k,
-                bias_ptr, stride_bias_row, stride_bias_col, mask_ptr, stride_mask_row, stride_mask_col,
-                padding_ptr, stride_padding_col, alibi_slope, window_left, window_right, run > 0, HAS_LEFT, HAS_RIGHT,
-            )  # fmt: skip
+            keys_left = edges.seqlen_k - start_n
+            k_tile_ptr = k_ptr + first_key * k_strides.seq
+            v_tile_ptr = v_ptr + first_key * v_strides.seq
+            k = common.load_tile(
+                k_tile_ptr, k_strides.seq, keys_left, offs_n, offs_d, traits.HEAD_DIM, traits.BLOCK_D, run > 0
+            )
+            scores = common.row_products(q, k, traits.HEAD_DIM, traits.PRECISION, traits.STREAMED)
+            scores = common.scaled_scores(scores, softmax_scale, softcap, traits)
+            rows, cols = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
+            scores = common.score_terms(scores, rows, cols, options, here, edges, traits, run > 0)
             tile_max = tl.max(scores, 1)
-            if not SCALE_FIRST:
+            if not traits.SCALE_FIRST:
                 tile_max = tile_max * factor
             new_max = tl.maximum(row_max, tile_max)
             shift = new_max
             if HAS_DATA_MASK or run > 0:  # a row may have seen nothing yet
                 shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            p = common.exponentials(scores, shift[:, None], factor, SCALE_FIRST)
-            rescale = common.exponentials(row_max, shift, 1.0, SCALE_FIRST)
+            p = common.exponentials(scores, shift[:, None], factor, traits.SCALE_FIRST)
+            rescale = common.exponentials(row_max, shift, 1.0, traits.SCALE_FIRST)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             if dropout_seed_ptr is not None:
-                place = sequence * num_heads + head
-                keep = common.dropout_keep(seed, offset, place, start_m, start_n, dropout_last_out, BLOCK_M, BLOCK_N)
+                stream = place.option_sequence * num_heads + place.head
+                keep = common.dropout_keep(dropout, stream, start_m, start_n, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
-            v = common.load_tile(v_tile_ptr, stride_v_seq, keys_left, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, run > 0)
+            v = common.load_tile(
+                v_tile_ptr, v_strides.seq, keys_left, offs_n, offs_dv, traits.VALUE_DIM, traits.BLOCK_DV, run > 0
+            ).data
             acc = acc * rescale[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=traits.PRECISION)
             row_max = new_max
 
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
-    if SCALE_FIRST:
+    if traits.SCALE_FIRST:
         lse = row_max + tl.log2(row_sum) * LN2
     else:
         lse = (row_max + tl.log2(row_sum)) * LN2
@@ -195,91 +167,78 @@ def attention_forward_kernel(
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < rows_left)
     acc = acc / row_sum[:, None]
     if dropout_seed_ptr is not None:
-        acc = acc * dropout_scale
-    common.store_tile(out_ptr, stride_out_seq, rows_left, offs_m, offs_dv, acc, VALUE_DIM, BLOCK_DV)
+        acc = acc * dropout.scale
+    common.store_tile(out_ptr, out_strides.seq, rows_left, offs_m, offs_dv, acc, traits.VALUE_DIM, traits.BLOCK_DV)
 
 
-def attention_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    softmax_scale: float,
-    causal: bool,
-    window: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    key_padding_mask: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    allow_tf32: bool = False,
-    config: ForwardConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the kernel on checked tensors.
+class ForwardLaunch:
+    """The forward launch for calls that are alike, to be made any number of times.
 
     Args:
-        q, k, v: (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim) with cu_seqlens; last dimension contiguous.
-        mask, bias: broadcastable to (batch, num_heads, seqlen_q, seqlen_k), of four dimensions or fewer; never expanded in memory.
-        max_seqlen_q, max_seqlen_k: accepted and not needed.
+        call: of its tensors only shapes, strides, dtypes and device count. q, k, v: (batch, seqlen, heads, head_dim), or packed (total,
+            heads, head_dim) with cu_seqlens; last dimension contiguous. mask, bias: broadcastable to (batch, num_heads, seqlen_q,
+            seqlen_k), of four dimensions or fewer; never expanded in memory.
         allow_tf32: whether float32 products may be rounded to tf32.
         config: replaces the launch policy (tests use small tiles).
 
-    The other arguments mean what they mean in ``pytransformer.ops.attention``.
+    Raises:
+        ValueError: dropout without a tensor of its seed.
+    """
+
+    __slots__ = ("_launch", "_new_lse", "_new_out", "_take")
+
+    def __init__(self, call: AttentionCall, *, allow_tf32: bool = False, config: ForwardConfig | None = None) -> None:
+        shape = geometry(call)
+        out_shape = (*call.q.shape[:-1], shape.value_dim)
+        tensors = CallTensors(call, "out", "lse")
+        self._take = tensors.take
+        self._new_out, self._new_lse = maker(call.q, out_shape), maker(call.q, shape.lse_shape, torch.float32)
+        options = score_options(call, shape, allow_tf32)
+        self._launch: PreparedLaunch | None = None
+        if shape.slots(shape.num_heads) * shape.seqlen_q == 0:
+            return
+        if config is None:
+            arch = device_limits(call.q.device).arch
+            config = forward_config(shape.head_dim, shape.value_dim, call.q.dtype, arch, options.pressure)
+        num_tiles, num_slots = shape.tiles(shape.seqlen_q, config.block_m), shape.slots(shape.num_heads)
+        rows = [row_strides(tensor) for tensor in (call.q, call.k, call.v)] + [new_row_strides(out_shape)]
+        arguments = (
+            None, rows[0], None, rows[1], None, rows[2], None, rows[3],
+            None, *shape.lse_strides,
+            *OPTIONAL_ARGUMENTS, options.strides,
+            *shape.sizes, num_tiles, num_slots, slots_per_group(shape, call.k),
+            *options.scalars, options.traits,
+        )  # fmt: skip
+        constants = {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "WIDE": needs_wide_offsets(max(config.block_m, config.block_n), *rows),
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **COMMON_OPTIONS,
+        }
+        self._launch = PreparedLaunch(
+            attention_forward_kernel, (num_tiles * num_slots,), arguments, constants, tensors.order("q", "k", "v", "out", "lse")
+        )  # fmt: skip
+
+    def __call__(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Results as :func:`attention_forward` returns them, of a call that is like the first."""
+        q = call.q
+        out, lse = self._new_out(q), self._new_lse(q)
+        if self._launch is not None:
+            self._launch((*self._take(call), out, lse))
+        return out, lse
+
+
+def attention_forward(
+    call: AttentionCall, *, allow_tf32: bool = False, config: ForwardConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prepares the launch of a checked call and makes it once; see :class:`ForwardLaunch`.
 
     Returns:
         out like q with v's head_dim, and lse, float32, (batch, num_heads, seqlen_q) or packed (num_heads, total_q).
     """
-    shape = geometry(q, k, v, cu_seqlens_q)
-    out = torch.empty(*q.shape[:-1], shape.value_dim, dtype=q.dtype, device=q.device)
-    lse_shape = (shape.num_heads, shape.seqlen_q) if shape.packed else (shape.batch, shape.num_heads, shape.seqlen_q)
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    if lse.numel() == 0:
-        return out, lse
-    options = score_options(
-        shape,
-        causal,
-        window,
-        softmax_scale,
-        softcap,
-        mask,
-        bias,
-        key_padding_mask,
-        alibi_slopes,
-        sinks,
-        dropout_p,
-        dropout_seed,
-        q.dtype,
-        allow_tf32,
-    )
-    if config is None:
-        arch = device_limits(q.device).arch
-        config = forward_config(shape.head_dim, shape.value_dim, q.dtype, arch, options.pressure)
-    num_tiles = shape.tiles(shape.seqlen_q, config.block_m)
-    num_slots = shape.slots(shape.num_heads)
-    with on_device(q):
-        attention_forward_kernel[(num_tiles * num_slots,)](
-            q, *row_strides(q),
-            k, *row_strides(k),
-            v, *row_strides(v),
-            out, *row_strides(out),
-            lse, *statistic_strides(lse),
-            cu_seqlens_q, cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens_q,
-            *options.tensors,
-            shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k, num_tiles, num_slots, slots_per_group(shape, k),
-            *options.scalars,
-            **options.constexprs,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            WIDE=needs_wide_offsets(max(config.block_m, config.block_n), q, k, v, out),
-            num_warps=config.num_warps, num_stages=config.num_stages, **COMMON_OPTIONS,
-        )  # fmt: skip
-    return out, lse
+    return ForwardLaunch(call, allow_tf32=allow_tf32, config=config)(call)
 
 
 def slots_per_group(shape: Geometry, k: torch.Tensor) -> int:

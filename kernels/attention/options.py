@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import triton.language as tl
 
-from ..launch import cdiv, next_power_of_2
+from ..launch import NewTensor, cdiv, contiguous_strides, next_power_of_2
+from .tile import OptionStrides, RowStrides, ScoreStrides, Traits
 
 # Sizes that only bound loops or pick programs: no variant of a kernel is compiled for their being 1 or a multiple of 16.
 UNSPECIALISED = (
@@ -30,6 +34,61 @@ UNSPECIALISED = (
 )
 
 
+class AttentionCall(Protocol):
+    """What the launchers read of a call whose arguments have been checked; the op says what they mean.
+
+    Here ``dropout_seed`` is an int64 tensor of seed and offset where ``dropout_p`` is above 0.
+    """
+
+    @property
+    def q(self) -> torch.Tensor: ...
+
+    @property
+    def k(self) -> torch.Tensor: ...
+
+    @property
+    def v(self) -> torch.Tensor: ...
+
+    @property
+    def causal(self) -> bool: ...
+
+    @property
+    def window(self) -> tuple[int, int]: ...
+
+    @property
+    def softmax_scale(self) -> float: ...
+
+    @property
+    def softcap(self) -> float: ...
+
+    @property
+    def mask(self) -> torch.Tensor | None: ...
+
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+
+    @property
+    def key_padding_mask(self) -> torch.Tensor | None: ...
+
+    @property
+    def alibi_slopes(self) -> torch.Tensor | None: ...
+
+    @property
+    def sinks(self) -> torch.Tensor | None: ...
+
+    @property
+    def dropout_p(self) -> float: ...
+
+    @property
+    def dropout_seed(self) -> int | torch.Tensor | None: ...
+
+    @property
+    def cu_seqlens_q(self) -> torch.Tensor | None: ...
+
+    @property
+    def cu_seqlens_k(self) -> torch.Tensor | None: ...
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of a call. Dense: ``seqlen_*`` are lengths; packed: they are the totals, and each sequence's length comes from cu_seqlens."""
@@ -43,6 +102,21 @@ class Geometry:
     head_dim: int
     value_dim: int
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """In the order of the kernels' signatures."""
+        return self.batch, self.num_heads, self.seqlen_q, self.seqlen_k
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Of lse and of what else there is one of per row."""
+        return (self.num_heads, self.seqlen_q) if self.packed else (self.batch, self.num_heads, self.seqlen_q)
+
+    @property
+    def lse_strides(self) -> tuple[int, int]:
+        """(batch, head) strides of such a tensor, contiguous."""
+        return (0 if self.packed else self.num_heads * self.seqlen_q), self.seqlen_q
+
     def tiles(self, seqlen: int, block: int) -> int:
         """Tiles of ``block`` rows that cover every sequence whatever its length, and, packed, the rows past the last sequence.
 
@@ -55,10 +129,11 @@ class Geometry:
         return heads if self.packed else self.batch * heads
 
 
-def geometry(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> Geometry:
-    packed = cu_seqlens_q is not None
+def geometry(call: AttentionCall) -> Geometry:
+    """The sizes of a call."""
+    q, k, v, cu_seqlens_q = call.q, call.k, call.v, call.cu_seqlens_q
     return Geometry(
-        packed=packed,
+        packed=cu_seqlens_q is not None,
         batch=cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0],
         num_heads=q.shape[-2],
         num_kv_heads=k.shape[-2],
@@ -69,16 +144,24 @@ def geometry(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: to
     )
 
 
-def row_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+def row_strides(tensor: torch.Tensor) -> RowStrides:
     """(batch, seqlen, head) strides; packed tensors have no batch to step over."""
     if tensor.dim() == 3:
-        return 0, tensor.stride(0), tensor.stride(1)
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+        return RowStrides(0, tensor.stride(0), tensor.stride(1))
+    return RowStrides(tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
-def statistic_strides(lse: torch.Tensor) -> tuple[int, int]:
-    """(batch, head) strides of lse-like tensors: (batch, heads, seqlen_q) or (heads, total_q), last dimension contiguous."""
-    return (0, lse.stride(0)) if lse.dim() == 2 else (lse.stride(0), lse.stride(1))
+def new_row_strides(shape: tuple[int, ...]) -> RowStrides:
+    """What :func:`row_strides` says of a new tensor of this shape."""
+    return RowStrides(*(0, *contiguous_strides(shape))[-4:-1])
+
+
+def maker(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Callable[[Any], Any]:
+    """A function that makes a new contiguous tensor of this shape; it is given a tensor with the properties of ``like``."""
+    if shape == tuple(like.shape):
+        return NewTensor(like, dtype)
+    strides, dtype, device = contiguous_strides(shape), dtype or like.dtype, like.device
+    return lambda like: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def block_dim(dim: int) -> int:
@@ -92,10 +175,9 @@ def window_limits(causal: bool, window: tuple[int, int]) -> tuple[int, int]:
     return left, (0 if causal else right)
 
 
-def needs_wide_offsets(block: int, *tensors: torch.Tensor | None) -> bool:
+def needs_wide_offsets(block: int, *strides: RowStrides) -> bool:
     """Whether an offset *inside* a tile can pass 2^31 (between tiles they are 64-bit always)."""
-    strides = [abs(stride) for tensor in tensors if tensor is not None for stride in tensor.stride()]
-    return max(strides, default=0) * block >= 2**31
+    return max(abs(stride) for of_tensor in strides for stride in of_tensor) * block >= 2**31
 
 
 def dot_precision(dtype: torch.dtype, allow_tf32: bool) -> str:
@@ -103,97 +185,119 @@ def dot_precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """Kernel arguments that say what a score is, the same for the forward and the backward kernels, in the order of their signatures.
+# Tensors of a call in the order in which the kernels take them after their own, and for each an argument that a prepared launch fills in.
+OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k", "bias", "mask", "key_padding_mask", "alibi_slopes", "sinks", "dropout_seed")
+OPTIONAL_ARGUMENTS = (None,) * len(OPTIONAL)
+
+
+class CallTensors:
+    """Takes the tensors that the kernels need out of calls that are like one, as the first of what a prepared launch is given.
+
+    Args:
+        call: says which tensors there are.
+        others: names of the tensors that follow them.
+    """
+
+    __slots__ = ("_places", "take")
+
+    def __init__(self, call: AttentionCall, *others: str) -> None:
+        names = ["q", "k", "v", *(name for name in OPTIONAL if getattr(call, name) is not None)]
+        if call.dropout_p == 0.0 and "dropout_seed" in names:
+            names.remove("dropout_seed")
+        #: ``take(call)``: the tensors, q first.
+        self.take: Callable[[AttentionCall], tuple[torch.Tensor, ...]] = operator.attrgetter(*names)
+        self._places = {name: place for place, name in enumerate((*names, *others))}
+        if "cu_seqlens_q" in names:
+            self._places.setdefault("cu_seqlens_k", self._places["cu_seqlens_q"])
+
+    def order(self, *names: str | None) -> list[int | None]:
+        """Where the pointers of a kernel are found: its own, by name or None for one that it does not get, and the optional ones."""
+        return [None if name is None else self._places.get(name) for name in (*names, *OPTIONAL)]
+
+
+class ScoreOptions(NamedTuple):
+    """Kernel arguments that say what a score is, the same for the forward and the backward kernels.
 
     Attributes:
+        strides: of the optional tensors.
+        scalars: in the order of the signatures.
+        traits: the constants.
         pressure: how many things need registers in the loops beside causality: options, dropout counted twice, and padded features.
     """
 
-    tensors: tuple[Any, ...]
+    strides: OptionStrides
     scalars: tuple[Any, ...]
-    constexprs: dict[str, Any]
+    traits: Traits
     pressure: int
 
 
-def score_options(
-    shape: Geometry,
-    causal: bool,
-    window: tuple[int, int],
-    softmax_scale: float,
-    softcap: float,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    key_padding_mask: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-) -> ScoreOptions:
+def score_options(call: AttentionCall, shape: Geometry, allow_tf32: bool) -> ScoreOptions:
     """Folds causality into the window, the scale into the exponent where it may be, and broadcasting into strides of 0."""
-    left, right = window_limits(causal, window)
+    left, right = window_limits(call.causal, call.window)
     # What no pair of positions is far enough apart to leave is no limit. Packed, the totals stand for lengths.
     left = -1 if left >= shape.seqlen_k - 1 else left
     right = -1 if right >= shape.seqlen_q - 1 else right
-    mask, key_padding_mask = _as_bytes(mask), _as_bytes(key_padding_mask)
-    if dropout_p > 0.0 and dropout_seed is None:
+    dropout_p, softcap, dtype = call.dropout_p, call.softcap, call.q.dtype
+    if dropout_p > 0.0 and not isinstance(call.dropout_seed, torch.Tensor):
         raise ValueError("dropout_seed must be an int64[2] tensor when dropout_p > 0")
-    tensors = (bias, mask, key_padding_mask, alibi_slopes)
+    tensors = (call.bias, call.mask, call.key_padding_mask, call.alibi_slopes)
     pressure = (left >= 0) + (softcap > 0.0) + 2 * (dropout_p > 0.0) + sum(tensor is not None for tensor in tensors)
     pressure += shape.head_dim != block_dim(shape.head_dim) or shape.value_dim != block_dim(shape.value_dim)
+    constants = {
+        "HEADS_PER_KV": shape.num_heads // shape.num_kv_heads,
+        "HAS_LEFT": left >= 0,
+        "HAS_RIGHT": right >= 0,
+        # Folding the scale into the multiply-add also needs max(scale * s) = scale * max(s), so a positive one.
+        "SCALE_FIRST": dtype == torch.float32
+        or softcap > 0.0
+        or call.bias is not None
+        or call.alibi_slopes is not None
+        or call.softmax_scale <= 0.0,
+        "HAS_SOFTCAP": softcap > 0.0,
+        "HEAD_DIM": shape.head_dim,
+        "VALUE_DIM": shape.value_dim,
+        "BLOCK_D": block_dim(shape.head_dim),
+        "BLOCK_DV": block_dim(shape.value_dim),
+        "PRECISION": dot_precision(dtype, allow_tf32),
+        "STREAMED": dtype == torch.float32 and not allow_tf32 and max(shape.head_dim, shape.value_dim) > 64,
+        "EXACT": dtype == torch.float32,
+    }
     return ScoreOptions(
-        tensors=(
-            bias,
-            *strides_of(bias, 4),
-            mask,
-            *strides_of(mask, 4),
-            key_padding_mask,
-            *strides_of(key_padding_mask, 2),
-            alibi_slopes,
-            *strides_of(alibi_slopes, 2),
-            sinks,
-            dropout_seed if dropout_p > 0.0 else None,
-        ),
+        strides=OptionStrides(*map(_option_strides, OPTION_DIMS, tensors)),
         scalars=(
-            softmax_scale,
+            call.softmax_scale,
             softcap,
             left,
             right,
             math.ceil(dropout_p * 2**32) - 1,
             1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
         ),
-        constexprs={
-            "HEADS_PER_KV": shape.num_heads // shape.num_kv_heads,
-            "HAS_LEFT": left >= 0,
-            "HAS_RIGHT": right >= 0,
-            # Folding the scale into the multiply-add also needs max(scale * s) = scale * max(s), so a positive one.
-            "SCALE_FIRST": dtype == torch.float32
-            or softcap > 0.0
-            or bias is not None
-            or alibi_slopes is not None
-            or softmax_scale <= 0.0,
-            "HAS_SOFTCAP": softcap > 0.0,
-            "HEAD_DIM": shape.head_dim,
-            "VALUE_DIM": shape.value_dim,
-            "BLOCK_D": block_dim(shape.head_dim),
-            "BLOCK_DV": block_dim(shape.value_dim),
-            "PRECISION": dot_precision(dtype, allow_tf32),
-            "STREAMED": dtype == torch.float32 and not allow_tf32 and max(shape.head_dim, shape.value_dim) > 64,
-        },
+        traits=Traits(**{name: tl.constexpr(value) for name, value in constants.items()}),
         pressure=pressure,
     )
 
 
-def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+# What the dimensions of bias, mask, key_padding_mask and alibi_slopes are among (batch, heads, seqlen_q, seqlen_k), from the last one back.
+OPTION_DIMS = ((0, 1, 2, 3), (0, 1, 2, 3), (0, 3), (0, 1))
 
 
-def strides_of(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    """Strides after broadcasting to ``dims`` dimensions: 0 where the tensor is repeated, so that nothing is ever expanded."""
+def _option_strides(dims: tuple[int, ...], tensor: torch.Tensor | None) -> ScoreStrides | None:
     if tensor is None:
-        return (0,) * dims
-    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (0,) * (dims - tensor.dim()) + tuple(strides)
+        return None
+    strides = [0, 0, 0, 0]
+    for dim, stride in zip(reversed(dims), reversed(_broadcast(tensor.shape, tensor.stride()))):
+        strides[dim] = stride
+    return ScoreStrides(*strides)
+
+
+def new_score_strides(like: torch.Tensor | None) -> ScoreStrides:
+    """Of a new tensor of the same shape, whose columns lie side by side; zeros without one."""
+    if like is None:
+        return ScoreStrides(0, 0, 0, 0)
+    batch, head, row, _ = (0, 0, 0, *_broadcast(like.shape, contiguous_strides(like.shape)))[-4:]
+    return ScoreStrides(batch, head, row, 0)
+
+
+def _broadcast(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides of 0 where one element serves all, so that nothing is ever expanded."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))

@@ -9,14 +9,132 @@ Weights are ``exp(scores - shift)`` by exp2, in one of two ways (SCALE_FIRST):
   softmax_scale * log2(e)`` and the shift in base 2 costs one fused multiply-add and one ex2;
 * else scores are in natural units and the difference is taken first: exact where a logit is far from 0 (float32 needs p = 1 of a lone
   large logit to be 1, forward and backward), and free of overflow for a bias of finfo.min.
+
+Kernels are given strides and constants as named tuples. Pointers stand beside them, so that a launch that is made again writes addresses
+into a list and builds no tuple; so do sizes that change from call to call, because ``do_not_specialize`` does not reach into a tuple.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..mathematics import LOG2E, tanh
+
+
+class RowStrides(NamedTuple):
+    """Of a tensor (batch, seqlen, heads, features) whose features are contiguous; 0 for the batch of packed sequences."""
+
+    batch: Any
+    seq: Any
+    head: Any
+
+
+class ScoreStrides(NamedTuple):
+    """Of a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k): 0 where it is repeated."""
+
+    batch: Any
+    head: Any
+    row: Any
+    col: Any
+
+
+class OptionStrides(NamedTuple):
+    """Of the score options; None where one is not used. ``padding`` is (batch, seqlen_k) and ``alibi`` (batch, heads): 0 for the rest."""
+
+    bias: ScoreStrides | None
+    mask: ScoreStrides | None
+    padding: ScoreStrides | None
+    alibi: ScoreStrides | None
+
+
+class Traits(NamedTuple):
+    """The constants that say what an attention call is, constexprs all of them.
+
+    HAS_LEFT, HAS_RIGHT: whether the window ends there; SCALE_FIRST: see above; PRECISION: of float32 products; STREAMED: see row_products.
+    """
+
+    HEADS_PER_KV: Any
+    HAS_LEFT: Any
+    HAS_RIGHT: Any
+    SCALE_FIRST: Any
+    HAS_SOFTCAP: Any
+    HEAD_DIM: Any
+    VALUE_DIM: Any
+    BLOCK_D: Any
+    BLOCK_DV: Any
+    PRECISION: Any
+    STREAMED: Any
+    EXACT: Any
+
+
+class Options(NamedTuple):
+    """What is added to the scores: base pointers, None where an option is not used, and their strides."""
+
+    bias_ptr: Any
+    mask_ptr: Any
+    padding_ptr: Any
+    alibi_ptr: Any
+    strides: OptionStrides
+
+
+class HeadOptions(NamedTuple):
+    """Where the options of one batch and head begin, and its slope. Offsets and not pointers: in Triton 3.6 no function returns a None."""
+
+    bias: Any
+    mask: Any
+    padding: Any
+    alibi_slope: Any
+
+
+class Edges(NamedTuple):
+    """What ends the scores of a sequence: its lengths and the window."""
+
+    seqlen_q: Any
+    seqlen_k: Any
+    window_left: Any
+    window_right: Any
+
+
+class Place(NamedTuple):
+    """What a program owns of the tensor whose rows are shared out, and what it meets in the other one (q and k, or k and q).
+
+    sequence: ``batch`` for a packed program whose rows belong to none.
+    option_sequence: the sequence, or the last one for rows of none, which see nothing but must not read past the options.
+    start, length: the tile's first position in its sequence, and the sequence's length.
+    row: the tile's first row in the tensor.
+    other_row, other_length: the sequence's first row in the other tensor, and its length there.
+    """
+
+    sequence: Any
+    option_sequence: Any
+    head: Any
+    start: Any
+    length: Any
+    row: Any
+    other_row: Any
+    other_length: Any
+
+
+class Tile(NamedTuple):
+    """Rows of features, and where they were loaded from."""
+
+    data: Any
+    ptr: Any
+    stride: Any
+    rows_left: Any
+    offs_row: Any
+
+
+class Dropout(NamedTuple):
+    """The generator's key, the largest word that drops a weight, and what the kept ones are multiplied by."""
+
+    seed: Any
+    offset: Any
+    last_out: Any
+    scale: Any
 
 
 @triton.jit
@@ -70,6 +188,77 @@ def packed_tile(cu_seqlens_ptr, other_cu_seqlens_ptr, batch, total, other_total,
 
 
 @triton.jit
+def locate(cu_seqlens_ptr, other_cu_seqlens_ptr, slot, tile, batch, heads, length, other_length, BLOCK: tl.constexpr):
+    """The place, in 32 bits, of a program that has a tile of a slot: a head, or where sequences are not packed one of batch · heads."""
+    head = slot
+    sequence = slot
+    first = 0
+    other_first = 0
+    if cu_seqlens_ptr is not None:
+        sequence, tile, first, length, other_first, other_length = packed_tile(
+            cu_seqlens_ptr, other_cu_seqlens_ptr, batch, length, other_length, tile, BLOCK
+        )
+    else:
+        head = slot % heads
+        sequence = slot // heads
+    start = tile * BLOCK
+    return Place(sequence, sequence, head, start, length, first + start, other_first, other_length)
+
+
+@triton.jit
+def in_64_bits(place, batch):
+    """The place as offsets need it. After the exit of programs without rows: what is computed before lives in other registers, and a dq
+    kernel with all options spilled 68 bytes of them."""
+    sequence = place.sequence.to(tl.int64)
+    return Place(
+        sequence,
+        tl.minimum(sequence, batch - 1),
+        place.head.to(tl.int64),
+        place.start,
+        place.length,
+        place.row.to(tl.int64),
+        tl.cast(place.other_row, tl.int64),
+        place.other_length,
+    )
+
+
+@triton.jit
+def row_offset(strides, sequence, row, head):
+    """Where a row of a head begins."""
+    return sequence * strides.batch + row * strides.seq + head * strides.head
+
+
+@triton.jit
+def head_options(options, sequence, head):
+    """The options of one batch and head."""
+    strides = options.strides
+    bias = tl.zeros([], tl.int64)
+    mask = tl.zeros([], tl.int64)
+    padding = tl.zeros([], tl.int64)
+    slope = 0.0
+    if options.bias_ptr is not None:
+        bias = sequence * strides.bias.batch + head * strides.bias.head
+    if options.mask_ptr is not None:
+        mask = sequence * strides.mask.batch + head * strides.mask.head
+    if options.padding_ptr is not None:
+        padding = sequence * strides.padding.batch
+    if options.alibi_ptr is not None:
+        slope = tl.load(options.alibi_ptr + sequence * strides.alibi.batch + head * strides.alibi.head).to(tl.float32)
+    return HeadOptions(bias, mask, padding, slope)
+
+
+@triton.jit
+def load_dropout(seed_ptr, last_out, scale):
+    """What of dropout is the same for all tiles; zeros without it."""
+    seed = tl.zeros([], tl.int64)
+    offset = tl.zeros([], tl.int64)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        offset = tl.load(seed_ptr + 1)
+    return Dropout(seed, offset, last_out, scale)
+
+
+@triton.jit
 def tile_offsets(BLOCK: tl.constexpr, WIDE: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     if WIDE:
@@ -101,7 +290,7 @@ def load_tile(
         tile = tl.load(ptrs, mask=offs_dim[None, :] < DIM, other=0.0)
     else:
         tile = tl.load(ptrs)
-    return tile
+    return Tile(tile, tile_ptr, stride_row, rows_left, offs_row)
 
 
 @triton.jit
@@ -114,23 +303,20 @@ def load_statistic(ptr, rows_left, offs_row, other, MASK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def row_products(
-    a, a_ptr, stride_a, a_left, offs_a, b, b_ptr, stride_b, b_left, offs_b,
-    DIM: tl.constexpr, PRECISION: tl.constexpr, STREAMED: tl.constexpr,
-):  # fmt: skip
-    """``a bᵀ`` of two tiles of rows. ``STREAMED`` reads them again, 32 features at a time, in place of using the loaded ones: exact float32
+def row_products(a, b, DIM: tl.constexpr, PRECISION: tl.constexpr, STREAMED: tl.constexpr):
+    """``a bᵀ`` of two tiles. ``STREAMED`` reads them again, 32 features at a time, in place of using the loaded ones: exact float32
     products run on the FMA units, whose operands lie in registers for the whole depth of a dot, and more than 64 features spill."""
     if STREAMED:
-        products = tl.zeros([offs_a.shape[0], offs_b.shape[0]], tl.float32)
+        products = tl.zeros([a.offs_row.shape[0], b.offs_row.shape[0]], tl.float32)
         for start in range(0, DIM, 32):
             dims = start + tl.arange(0, 32)
-            a_ptrs = a_ptr + (offs_a[:, None] * stride_a + dims[None, :])
-            b_ptrs = b_ptr + (offs_b[:, None] * stride_b + dims[None, :])
-            a_part = tl.load(a_ptrs, mask=(offs_a[:, None] < a_left) & (dims[None, :] < DIM), other=0.0)
-            b_part = tl.load(b_ptrs, mask=(offs_b[:, None] < b_left) & (dims[None, :] < DIM), other=0.0)
+            a_ptrs = a.ptr + (a.offs_row[:, None] * a.stride + dims[None, :])
+            b_ptrs = b.ptr + (b.offs_row[:, None] * b.stride + dims[None, :])
+            a_part = tl.load(a_ptrs, mask=(a.offs_row[:, None] < a.rows_left) & (dims[None, :] < DIM), other=0.0)
+            b_part = tl.load(b_ptrs, mask=(b.offs_row[:, None] < b.rows_left) & (dims[None, :] < DIM), other=0.0)
             products = tl.dot(a_part, tl.trans(b_part), products, input_precision=PRECISION)
     else:
-        products = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        products = tl.dot(a.data, tl.trans(b.data), input_precision=PRECISION)
     return products
 
 
@@ -167,28 +353,46 @@ def tile_ranges(
 
 
 @triton.jit
-def visible(rows, cols, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+def key_ranges(start_m, edges, traits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The key tiles that the BLOCK_M queries from ``start_m`` on see; see :func:`tile_ranges`."""
+    shift = edges.seqlen_k - edges.seqlen_q
+    return tile_ranges(
+        start_m, tl.minimum(start_m + BLOCK_M, edges.seqlen_q) - 1, shift - edges.window_left, shift + edges.window_right,
+        edges.seqlen_k, BLOCK_N, traits.HAS_LEFT, traits.HAS_RIGHT,
+    )  # fmt: skip
+
+
+@triton.jit
+def query_ranges(start_n, edges, traits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The query tiles that see some of the BLOCK_N keys from ``start_n`` on."""
+    shift = edges.seqlen_q - edges.seqlen_k
+    return tile_ranges(
+        start_n, tl.minimum(start_n + BLOCK_N, edges.seqlen_k) - 1, shift - edges.window_right, shift + edges.window_left,
+        edges.seqlen_q, BLOCK_M, traits.HAS_RIGHT, traits.HAS_LEFT,
+    )  # fmt: skip
+
+
+@triton.jit
+def visible(rows, cols, edges, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Which of the scores at (rows, cols), two index tensors that broadcast against each other, exist at all."""
-    keep = (cols < seqlen_k) & (rows < seqlen_q)
+    keep = (cols < edges.seqlen_k) & (rows < edges.seqlen_q)
     if HAS_LEFT or HAS_RIGHT:
-        distance = rows + (seqlen_k - seqlen_q) - cols
+        distance = rows + (edges.seqlen_k - edges.seqlen_q) - cols
         if HAS_LEFT:
-            keep = keep & (distance <= window_left)
+            keep = keep & (distance <= edges.window_left)
         if HAS_RIGHT:
-            keep = keep & (distance >= -window_right)
+            keep = keep & (distance >= -edges.window_right)
     return keep
 
 
 @triton.jit
-def scaled_scores(
-    products, softmax_scale, softcap, SCALE_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT_TANH: tl.constexpr
-):
+def scaled_scores(products, softmax_scale, softcap, traits):
     """q·k turned into scores, before anything is added to them."""
     scores = products
-    if SCALE_FIRST:
+    if traits.SCALE_FIRST:
         scores = scores * softmax_scale
-    if HAS_SOFTCAP:
-        scores = softcap * tanh(scores / softcap, EXACT_TANH)
+    if traits.HAS_SOFTCAP:
+        scores = softcap * tanh(scores / softcap, traits.EXACT)
     return scores
 
 
@@ -213,39 +417,26 @@ def weights(scores, shift, norm, factor, SCALE_FIRST: tl.constexpr):
 
 
 @triton.jit
-def score_terms(
-    scores, rows, cols, seqlen_q, seqlen_k,
-    bias_ptr, stride_bias_row, stride_bias_col,
-    mask_ptr, stride_mask_row, stride_mask_col,
-    padding_ptr, stride_padding_col,
-    alibi_slope, window_left, window_right,
-    MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
-    """Adds bias and ALiBi and hides what may not be seen. ``rows`` and ``cols`` are index tensors that broadcast against each other; the
-    pointers belong to this batch and head already, None where an option is not used. ``MASKED``: the window or the end of the keys cuts
-    the tile."""
-    if alibi_slope is not None:
-        scores -= alibi_slope * tl.abs(rows + (seqlen_k - seqlen_q) - cols).to(tl.float32)
-    inside = (rows < seqlen_q) & (cols < seqlen_k)
-    if bias_ptr is not None:
-        bias = tl.load(
-            bias_ptr + rows.to(tl.int64) * stride_bias_row + cols.to(tl.int64) * stride_bias_col, mask=inside, other=0.0
-        )
+def score_terms(scores, rows, cols, options, here, edges, traits, MASKED: tl.constexpr):
+    """Adds bias and ALiBi and hides what may not be seen. ``rows`` and ``cols`` are index tensors that broadcast against each other;
+    ``here`` is what :func:`head_options` says of this batch and head. ``MASKED``: the window or the end of the keys cuts the tile."""
+    if options.alibi_ptr is not None:
+        scores -= here.alibi_slope * tl.abs(rows + (edges.seqlen_k - edges.seqlen_q) - cols).to(tl.float32)
+    inside = (rows < edges.seqlen_q) & (cols < edges.seqlen_k)
+    if options.bias_ptr is not None:
+        row_ptrs = options.bias_ptr + here.bias + rows.to(tl.int64) * options.strides.bias.row
+        bias = tl.load(row_ptrs + cols.to(tl.int64) * options.strides.bias.col, mask=inside, other=0.0)
         scores += bias.to(tl.float32)
-    if mask_ptr is not None:
-        attend = tl.load(
-            mask_ptr + rows.to(tl.int64) * stride_mask_row + cols.to(tl.int64) * stride_mask_col, mask=inside, other=0
-        )
+    if options.mask_ptr is not None:
+        row_ptrs = options.mask_ptr + here.mask + rows.to(tl.int64) * options.strides.mask.row
+        attend = tl.load(row_ptrs + cols.to(tl.int64) * options.strides.mask.col, mask=inside, other=0)
         scores = tl.where(attend != 0, scores, float("-inf"))
-    if padding_ptr is not None:
-        attend = tl.load(padding_ptr + cols.to(tl.int64) * stride_padding_col, mask=cols < seqlen_k, other=0)
+    if options.padding_ptr is not None:
+        padding_ptrs = options.padding_ptr + here.padding + cols.to(tl.int64) * options.strides.padding.col
+        attend = tl.load(padding_ptrs, mask=cols < edges.seqlen_k, other=0)
         scores = tl.where(attend != 0, scores, float("-inf"))
     if MASKED:
-        scores = tl.where(
-            visible(rows, cols, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT),
-            scores,
-            float("-inf"),
-        )
+        scores = tl.where(visible(rows, cols, edges, traits.HAS_LEFT, traits.HAS_RIGHT), scores, float("-inf"))
     return scores
 
 
@@ -257,19 +448,19 @@ def softcap_slope(capped, softcap):
 
 
 @triton.jit
-def dropout_keep(seed, offset, place, start_m, start_n, last_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def dropout_keep(dropout, place, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights of the (BLOCK_M, BLOCK_N) tile at (start_m, start_n) stay: those whose word, philox(seed, offset, place = batch ·
-    num_heads + head, i, j), is above ``last_out``. One evaluation gives four neighbouring keys' words, so BLOCK_N and start_n are
+    num_heads + head, i, j), is above the last that drops. One evaluation gives four neighbouring keys' words, so BLOCK_N and start_n are
     multiples of 4."""
     rows = start_m + tl.arange(0, BLOCK_M)[:, None]
     quads = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
     zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.uint32)
     word_0, word_1, word_2, word_3 = tl.philox(
-        seed,
+        dropout.seed,
         zero + quads.to(tl.uint32),
         zero + rows.to(tl.uint32),
         zero + place.to(tl.uint32),
-        zero + offset.to(tl.uint32),
+        zero + dropout.offset.to(tl.uint32),
     )
     words = tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [BLOCK_M, BLOCK_N])
-    return words > last_out.to(tl.uint32)
+    return words > dropout.last_out.to(tl.uint32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import checks
-from pytransformer.ops.attention_checks import autocast_to_lower, is_autocasting
+from pytransformer.ops.attention.call import autocast_to_lower, is_autocasting
 from pytransformer.ops.autograd import is_recorded, records_backward, refuse_double_backward, vmap_by_loop
 from pytransformer.ops.backend import BackendChoice, Candidate, is_plain, requested_backend, serves_all
 from pytransformer.ops.linear_cross_entropy_chunks import Options, Wanted, gradient_buffers, losses_and_gradients

@@ -12,12 +12,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pytransformer.kernels.attention.backward import attention_backward
-from pytransformer.kernels.attention.forward import attention_forward
 from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
 from pytransformer.kernels.kv_append import kv_append_forward
 from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buffer
 from tests.kernels.append_contract import call_of as append_call
+from tests.kernels.attention_contract import backward, forward
 from tests.kernels.decode_contract import call_of as decode_call
 from tests.support.launch_recorder import record_launches
 from tests.support.launchers import norm_backward, norm_forward, rope_rotate
@@ -119,8 +118,8 @@ def _attention(batch: int, seqlen: int) -> object:
     q, k = _heads(batch, seqlen)
     for keys in (seqlen, seqlen + 5):
         k = _empty(batch, keys, NUM_KV_HEADS, HEAD_DIM)
-        out, lse = attention_forward(q, k, k, softmax_scale=0.1, causal=True)
-        attention_backward(out, q, k, k, out=out, lse=lse, dlse=None, softmax_scale=0.1, causal=True)
+        out, lse = forward(q, k, k, softmax_scale=0.1, causal=True)
+        backward(out, q, k, k, out=out, lse=lse, dlse=None, softmax_scale=0.1, causal=True)
     return out
 
 
@@ -128,8 +127,8 @@ def _attention_packed(batch: int, seqlen: int) -> object:
     q, k = (tensor.flatten(0, 1) for tensor in _heads(batch, seqlen))
     bounds = _integers(batch + 1)
     packing = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "softmax_scale": 0.1, "causal": True}
-    out, lse = attention_forward(q, k, k, **packing)  # type: ignore[arg-type]
-    return attention_backward(out, q, k, k, out=out, lse=lse, dlse=None, **packing)  # type: ignore[arg-type]
+    out, lse = forward(q, k, k, **packing)  # type: ignore[arg-type]
+    return backward(out, q, k, k, out=out, lse=lse, dlse=None, **packing)  # type: ignore[arg-type]
 
 
 def _attention_masked(batch: int, seqlen: int) -> object:
@@ -137,8 +136,8 @@ def _attention_masked(batch: int, seqlen: int) -> object:
     mask = torch.empty(batch, 1, seqlen, seqlen, dtype=torch.bool)
     bias = torch.empty(1, NUM_HEADS, seqlen, seqlen)  # shared by the batch, so that its gradient is a kernel of its own
     options = {"softmax_scale": 0.1, "causal": False, "mask": mask, "bias": bias}
-    out, lse = attention_forward(q, k, k, **options)  # type: ignore[arg-type]
-    return attention_backward(out, q, k, k, out=out, lse=lse, dlse=None, **options)  # type: ignore[arg-type]
+    out, lse = forward(q, k, k, **options)  # type: ignore[arg-type]
+    return backward(out, q, k, k, out=out, lse=lse, dlse=None, **options)  # type: ignore[arg-type]
 
 
 def _decode(batch: int, capacity: int) -> object:
@@ -204,7 +203,6 @@ def test_new_lengths_and_batches_need_no_new_kernel(name: str) -> None:
 
 
 def test_new_lengths_of_masks_and_biases_need_few_new_kernels() -> None:
-    """Their rows begin at multiples of 16 elements, so that loads are wide, or they do not; so do the matrices of one bias gradient."""
+    """Their rows begin at multiples of 16 elements, so that loads are wide, or they do not."""
     counts = {kernel: len(keys) for kernel, keys in keys_by_kernel(_attention_masked, (2, 7, 16, 33, 128)).items()}
-    assert counts.pop("attention_bias_gradient_kernel") == 3
     assert set(counts.values()) == {2}, counts

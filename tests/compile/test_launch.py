@@ -12,16 +12,20 @@ from triton.backends.nvidia.driver import CudaLauncher
 
 import pytransformer
 from pytransformer.kernels import prepared
+from pytransformer.kernels.attention.forward import ForwardLaunch
 from pytransformer.kernels.norm.forward import NormForward
 from pytransformer.kernels.prepared import PreparedLaunch
 from pytransformer.kernels.rope import RopeLaunch
+from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.norm.call import NormCall
 from pytransformer.ops.op import forget_launches
 from pytransformer.ops.rope.call import RopeCall
 from tests.compile.test_keys import CASES
+from tests.support.launch_recorder import record_launches
 from tests.support.triton_stub import count_launches, stubbed_driver
 
-PREPARED = [name for name in CASES if name.startswith(("norm", "rope", "kv_append", "decode"))]
+OPS = ("norm", "rope", "kv_append", "attention", "decode")
+PREPARED = [name for name in CASES if name.startswith(OPS)]
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +204,47 @@ def test_this_triton_is_known_down_to_its_c_function() -> None:
     (handle,) = forward._launch._handles.values()
     if triton.__version__.split(".")[:2] in (["3", "6"], ["3", "9"]):
         assert isinstance(handle.launcher.call, type(len)), "a C function"
+
+
+def _leaves(value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    if isinstance(value, tuple):
+        for place, element in enumerate(value):
+            yield from _leaves(element, (*path, place))
+    else:
+        yield path, value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+
+def test_the_c_function_is_given_the_elements_of_tuples_and_no_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of attention's strides some are 1 and compiled in, as are the options that it does without."""
+    q, kv = _tensor(2, 7, 4, 16), _tensor(2, 7, 2, 16)
+    call = AttentionCall(q, kv, kv.clone(), causal=True, bias=_tensor(4, 7, 7), sinks=_tensor(4))
+    forward, nested = ForwardLaunch(call), []
+
+    # Named as Triton names them: by that it is known.
+    def triton_launch(self: Any, gridX: int, gridY: int, gridZ: int, stream: int, function: int, *args: Any) -> None:
+        nested.append(args[4:])
+
+    monkeypatch.setattr(CudaLauncher, "__call__", triton_launch)
+    for _ in range(2):
+        forward(call)
+    launch = forward._launch
+    assert launch is not None
+    ((device, handle),) = launch._handles.items()
+    assert handle is not None
+    seen: list[tuple[Any, ...]] = []
+    spying = handle.launcher._replace(call=lambda *args: seen.append(args))
+    launch._handles[device] = handle._replace(launcher=spying)
+    out, lse = forward(call)
+    with record_launches(90) as recorded:
+        launch._launch_by_triton((*forward._take(call), out, lse), (), device)
+    (constants,) = (launch.constexprs for launch in recorded)
+    launch._launch_by_triton((*forward._take(call), out, lse), (), device)
+    leaves = dict(_leaves(nested[-1]))
+    assert constants.keys() <= leaves.keys()
+    if handle.launcher.flat:
+        assert seen[-1][-1] == [value for path, value in leaves.items() if path not in constants]
+    else:
+        assert dict(_leaves(seen[-1][-len(nested[-1]) :])) == leaves
 
 
 def _tensor(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.kernels.attention.backward import BackwardConfig, attention_backward
 from pytransformer.kernels.attention.forward import ForwardConfig, attention_forward
+from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.verification import SEEDS, Contract
 
 # Small tiles make several of them of few rows; both axes differ, so that a swap shows.
@@ -111,6 +112,40 @@ def draw(case: Case, seed: int, device: torch.device) -> Inputs:
     return Inputs(tensors, options, dout=normal(*shape_q, case.heads[0], case.dims[1]), dlse=dlse)
 
 
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    allow_tf32: bool = False,
+    config: ForwardConfig | None = None,
+    launch: Callable[..., tuple[Tensor, Tensor]] = attention_forward,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call made of these arguments."""
+    return launch(AttentionCall(q, k, v, **options), allow_tf32=allow_tf32, config=config)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    *,
+    want_dbias: bool = True,
+    allow_tf32: bool = False,
+    config: BackwardConfig | None = None,
+    launch: Callable[..., tuple[Tensor | None, ...]] = attention_backward,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dbias, dsinks) of such a call."""
+    call = AttentionCall(q, k, v, **options)
+    return launch(call, dout, out, lse, dlse, want_dbias=want_dbias, allow_tf32=allow_tf32, config=config)
+
+
 def run_reference(inputs: Inputs, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(out and lse, gradients) of the naive implementation in ``dtype``, or in the dtype of the inputs."""
     leaves = inputs.leaves(dtype)
@@ -129,8 +164,8 @@ def run_reference(inputs: Inputs, dtype: torch.dtype | None = None) -> tuple[dic
 def run_kernels(
     case: Case,
     inputs: Inputs,
-    forward: Callable[..., tuple[Tensor, Tensor]] = attention_forward,
-    backward: Callable[..., tuple[Tensor | None, ...]] = attention_backward,
+    forward: Callable[..., tuple[Tensor, Tensor]] = forward,
+    backward: Callable[..., tuple[Tensor | None, ...]] = backward,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(out and lse, gradients) of the kernels."""
     q, k, v = (inputs.tensors[name] for name in ("q", "k", "v"))
@@ -146,8 +181,8 @@ def run_kernels(
 def contract_of(
     case: Case,
     device: torch.device,
-    forward: Callable[..., tuple[Tensor, Tensor]] = attention_forward,
-    backward: Callable[..., tuple[Tensor | None, ...]] = attention_backward,
+    forward: Callable[..., tuple[Tensor, Tensor]] = forward,
+    backward: Callable[..., tuple[Tensor | None, ...]] = backward,
     seeds: int = SEEDS,
 ) -> Contract:
     """Errors of the kernels over several seeds, beside those of plain PyTorch in the same dtype; not judged yet."""

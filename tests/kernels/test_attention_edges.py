@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.kernels.attention.backward import BackwardConfig, attention_backward
-from pytransformer.kernels.attention.forward import ForwardConfig, attention_forward
+from pytransformer.kernels.attention.backward import BackwardConfig, BackwardLaunch, attention_backward
+from pytransformer.kernels.attention.forward import ForwardConfig, ForwardLaunch, attention_forward
+from pytransformer.ops.attention.call import AttentionCall
 from tests.conftest import INTERPRETING
 from tests.support.memory import surrounded
 
 from .attention_contract import (
+    BACKWARD_TILES,
     FORWARD_TILES,
     Case,
     Inputs,
+    backward,
     contract_of,
     draw,
+    forward,
     run_kernels,
     run_reference,
 )
@@ -138,11 +142,11 @@ def test_gradient_of_a_sum_is_an_expanded_scalar(device: torch.device) -> None:
 def test_empty_inputs(shape: tuple[int, int, int], device: torch.device, poison_empty: None) -> None:
     batch, seqlen_q, seqlen_k = shape
     q, k, v = (torch.randn(batch, length, 2, 8, device=device) for length in (seqlen_q, seqlen_k, seqlen_k))
-    out, lse = attention_forward(q, k, v, softmax_scale=1.0, causal=True)
+    out, lse = forward(q, k, v, softmax_scale=1.0, causal=True)
     assert torch.equal(out, torch.zeros_like(q)) and torch.equal(
         lse, torch.full((batch, 2, seqlen_q), -math.inf, device=device)
     )
-    gradients = attention_backward(torch.ones_like(out), q, k, v, out, lse, None, softmax_scale=1.0, causal=True)
+    gradients = backward(torch.ones_like(out), q, k, v, out, lse, None, softmax_scale=1.0, causal=True)
     for gradient, tensor in zip(gradients, (q, k, v)):
         assert torch.equal(gradient, torch.zeros_like(tensor))
 
@@ -203,11 +207,38 @@ def test_packed_sequences_equal_their_own_calls(device: torch.device) -> None:
 @pytest.mark.usefixtures("without_overflow_checks")
 def test_length_hints_are_only_hints(hint: int | None, device: torch.device) -> None:
     inputs = draw(PACKED, 0, device)
-    expected = attention_forward(*inputs.tensors.values(), **inputs.options, config=FORWARD_TILES)
-    hinted = attention_forward(
+    expected = forward(*inputs.tensors.values(), **inputs.options, config=FORWARD_TILES)
+    hinted = forward(
         *inputs.tensors.values(), **inputs.options, max_seqlen_q=hint, max_seqlen_k=hint, config=FORWARD_TILES
     )
     assert torch.equal(hinted[0], expected[0]) and torch.equal(hinted[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": torch.ones(2, 17, 20), "sinks": torch.ones(2)}], ids=["plain", "options"]
+)
+@pytest.mark.usefixtures("without_overflow_checks")
+def test_a_prepared_launch_serves_calls_that_are_alike(options: dict[str, Tensor], device: torch.device) -> None:
+    """It keeps nothing of the tensors it was prepared for; gradients that no kernel can walk are copied in each call."""
+    calls, given = [], []
+    for seed in range(3):
+        inputs = draw(Case((17, 20), batch=2, options=options), seed, device)
+        inputs.tensors = {name: tensor + seed for name, tensor in inputs.tensors.items()}
+        calls.append(AttentionCall(**inputs.tensors, **inputs.options))
+        strided = inputs.dout.transpose(-1, -2).contiguous().transpose(-1, -2)
+        given.append((strided, inputs.dlse.transpose(-1, -2).contiguous().transpose(-1, -2)))
+    forward_launch = ForwardLaunch(calls[0], config=FORWARD_TILES)
+    backward_launch = None
+    for call, (dout, dlse) in zip(calls, given):
+        out, lse = forward_launch(call)
+        backward_launch = backward_launch or BackwardLaunch(call, dout, out, lse, dlse, config=BACKWARD_TILES)
+        gradients = backward_launch(call, dout, out, lse, dlse)
+        expected = attention_forward(call, config=FORWARD_TILES)
+        expected += attention_backward(
+            call, dout.contiguous(), *expected, dlse.contiguous(), config=BACKWARD_TILES
+        )  # fmt: skip
+        for found, wanted in zip((out, lse, *gradients), expected, strict=True):
+            assert (found is None and wanted is None) or torch.equal(found, wanted)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("without_overflow_checks")
@@ -217,7 +248,7 @@ def test_many_sequences_are_found(device: torch.device) -> None:
     case = Case(tuple((length, length) for length in lengths), heads=(1, 1), dims=(8, 8), options={"causal": True})
     inputs = draw(case, 0, device)
     golden, _ = run_reference(inputs, torch.float64)
-    out, lse = attention_forward(*inputs.tensors.values(), **inputs.options, config=FORWARD_TILES)
+    out, lse = forward(*inputs.tensors.values(), **inputs.options, config=FORWARD_TILES)
     torch.testing.assert_close(lse, golden["lse"].float())
     torch.testing.assert_close(out, golden["out"].float())
 
@@ -258,11 +289,11 @@ def test_offsets_beyond_2_to_the_31(axis: str, device: torch.device) -> None:
 def test_a_window_wider_than_the_sequences_is_none(device: torch.device) -> None:
     """Also one whose limits, added to a position, would not fit 32 bits."""
     inputs = draw(Case((20, 33)), 0, device)
-    expected = attention_forward(*inputs.tensors.values(), **inputs.options, config=FORWARD_TILES)
+    expected = forward(*inputs.tensors.values(), **inputs.options, config=FORWARD_TILES)
     for window in ((32, 19), (2**31 - 1, 2**31 - 1)):
-        wide = attention_forward(*inputs.tensors.values(), **inputs.options, window=window, config=FORWARD_TILES)
+        wide = forward(*inputs.tensors.values(), **inputs.options, window=window, config=FORWARD_TILES)
         assert torch.equal(wide[0], expected[0]) and torch.equal(wide[1], expected[1])
-    narrower = attention_forward(*inputs.tensors.values(), **inputs.options, window=(31, 19), config=FORWARD_TILES)
+    narrower = forward(*inputs.tensors.values(), **inputs.options, window=(31, 19), config=FORWARD_TILES)
     assert not torch.equal(narrower[0], expected[0])
 
 
@@ -276,10 +307,10 @@ def test_dropout_drops_what_the_reference_says(device: torch.device) -> None:
         "dropout_p": 0.4,
         "dropout_seed": torch.tensor([7, 2**33 + 1], device=device),
     }
-    weights, _ = attention_forward(q, k, v, **options, config=FORWARD_TILES)
+    weights, _ = forward(q, k, v, **options, config=FORWARD_TILES)
     expected = reference.attention(q, k, v, **options)
     assert torch.equal(weights == 0, expected == 0)
-    other_tiles, _ = attention_forward(q, k, v, **options, config=ForwardConfig(32, 16, 4, 1))
+    other_tiles, _ = forward(q, k, v, **options, config=ForwardConfig(32, 16, 4, 1))
     assert torch.equal(other_tiles == 0, weights == 0)
 
 
@@ -293,18 +324,21 @@ def test_everything_dropped(device: torch.device, poison_empty: None) -> None:
 def test_dropout_needs_a_seed(device: torch.device) -> None:
     q = torch.randn(1, 4, 1, 8, device=device)
     with pytest.raises(ValueError, match="dropout_seed"):
-        attention_forward(q, q, q, softmax_scale=1.0, causal=False, dropout_p=0.5)
+        forward(q, q, q, softmax_scale=1.0, causal=False, dropout_p=0.5)
 
 
 @pytest.mark.usefixtures("without_overflow_checks")
 def test_tiles_of_another_shape(device: torch.device) -> None:
     """More keys than queries in a tile, and fewer, in all three kernels."""
-    for forward, backward in (
+    for forward_tiles, backward_tiles in (
         (ForwardConfig(32, 16, 4, 1), BackwardConfig(32, 16, 4, 1, 64, 16, 4, 1)),
         (ForwardConfig(16, 64, 4, 1), BackwardConfig(16, 64, 4, 1, 16, 64, 4, 1)),
     ):
         case = Case(
-            (40, 70), options={"causal": True, "window": (30, 0)}, forward_tiles=forward, backward_tiles=backward
+            (40, 70),
+            options={"causal": True, "window": (30, 0)},
+            forward_tiles=forward_tiles,
+            backward_tiles=backward_tiles,
         )
         contract_of(case, device, seeds=2).check()
 
@@ -315,9 +349,7 @@ def test_tf32_only_where_allowed(device: torch.device) -> None:
     golden, _ = run_reference(inputs, torch.float64)
 
     def error(allow_tf32: bool) -> float:
-        out, _ = attention_forward(
-            *inputs.tensors.values(), **inputs.options, allow_tf32=allow_tf32, config=FORWARD_TILES
-        )
+        out, _ = forward(*inputs.tensors.values(), **inputs.options, allow_tf32=allow_tf32, config=FORWARD_TILES)
         return float((out - golden["out"]).abs().max())
 
     assert error(allow_tf32=False) < 2e-6 < 2e-5 < error(allow_tf32=True) < 2e-2

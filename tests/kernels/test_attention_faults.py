@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 from pytransformer.verification import ContractError
 from tests.conftest import INTERPRETING
 
-from .attention_contract import Case, contract_of
+from .attention_contract import Case, backward, contract_of, forward
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels/attention"
 pytestmark = pytest.mark.usefixtures("without_overflow_checks")
@@ -45,13 +46,13 @@ class Fault:
 
 
 FAULTS = {
-    "causal mask removed": Fault("tile", "keep = keep & (distance >= -window_right)", "keep = keep & (distance >= -99)"),
-    "window off by one": Fault("tile", "& (distance <= window_left)", "& (distance < window_left)", WINDOW),
+    "causal mask removed": Fault("tile", "keep = keep & (distance >= -edges.window_right)", "keep = keep & (distance >= -99)"),
+    "window off by one": Fault("tile", "& (distance <= edges.window_left)", "& (distance < edges.window_left)", WINDOW),
     "left edge of the window removed": Fault(
-        "tile", "keep = keep & (distance <= window_left)", "keep = keep & (distance <= 99)", WINDOW
+        "tile", "keep = keep & (distance <= edges.window_left)", "keep = keep & (distance <= 99)", WINDOW
     ),
     "end of the keys not masked": Fault(
-        "tile", "keep = (cols < seqlen_k) & (rows < seqlen_q)", "keep = (cols >= 0) & (rows >= 0)", Case((20, 33))
+        "tile", "keep = (cols < edges.seqlen_k) & (rows < edges.seqlen_q)", "keep = (cols >= 0) & (rows >= 0)", Case((20, 33))
     ),
     "loads not masked at the end": Fault(
         "tile", "mask=offs_row[:, None] < rows_left, other=0.0", "mask=offs_row[:, None] >= 0, other=0.0"
@@ -71,7 +72,7 @@ FAULTS = {
         "tile", "inside_begin = (tl.maximum(last + low_shift, 0) + BLOCK - 1) // BLOCK", "inside_begin = begin", WINDOW
     ),
     "lengths aligned top-left": Fault(
-        "tile", "distance = rows + (seqlen_k - seqlen_q) - cols", "distance = rows - cols"
+        "tile", "distance = rows + (edges.seqlen_k - edges.seqlen_q) - cols", "distance = rows - cols"
     ),
     "two programs for one tile": Fault("tile", "tile = within // slots_here", "tile = within // slots_here // 2 * 2"),
     "rows of the neighbouring sequence": Fault(
@@ -80,9 +81,9 @@ FAULTS = {
     "wrong sequence found": Fault("tile", "// BLOCK + middle <= tile", "// BLOCK + middle < tile", PACKED),
     "wrong dropout words": Fault("tile", "tl.join(tl.join(word_0, word_2)", "tl.join(tl.join(word_2, word_0)", DROPOUT),
     "wrong stride": Fault(
-        "forward", "v_tile_ptr = v_ptr + first_key * stride_v_seq", "v_tile_ptr = v_ptr + first_key * stride_q_seq"
+        "forward", "v_tile_ptr = v_ptr + first_key * v_strides.seq", "v_tile_ptr = v_ptr + first_key * q_strides.seq"
     ),
-    "wrong head of the keys": Fault("forward", "kv_head = head // HEADS_PER_KV", "kv_head = head % HEADS_PER_KV"),
+    "wrong head of the keys": Fault("forward", "kv_head = place.head // traits.HEADS_PER_KV", "kv_head = place.head % traits.HEADS_PER_KV"),
     "output not rescaled": Fault("forward", "acc = acc * rescale[:, None]", "acc = acc", LONG),
     "sum not rescaled": Fault("forward", "row_sum = row_sum * rescale + ", "row_sum = row_sum + ", LONG),
     "output not divided by the sum": Fault("forward", "acc = acc / row_sum[:, None]", "acc = acc"),
@@ -91,7 +92,7 @@ FAULTS = {
     ),
     "lse in base 2": Fault("forward", "row_max + tl.log2(row_sum) * LN2", "row_max + tl.log2(row_sum)"),
     "output not written": Fault("forward", "common.store_tile(out_ptr", "common.store_tile(q_ptr"),
-    "dropout not rescaled": Fault("forward", "acc = acc * dropout_scale", "acc = acc", DROPOUT),
+    "dropout not rescaled": Fault("forward", "acc = acc * dropout.scale", "acc = acc", DROPOUT),
     "gradient of lse ignored": Fault(
         "backward", "delta -= tl.load(dlse_ptr", "delta -= 0.0 * tl.load(dlse_ptr"
     ),
@@ -101,11 +102,11 @@ FAULTS = {
     "dq not scaled": Fault("backward", "dq * softmax_scale", "dq"),
     "dk not scaled": Fault("backward", "dk * softmax_scale", "dk"),
     "one head of the group forgotten": Fault(
-        "backward", "tl.range(0, tiles * HEADS_PER_KV,", "tl.range(0, tiles * HEADS_PER_KV - tiles,"
+        "backward", "tl.range(0, tiles * traits.HEADS_PER_KV,", "tl.range(0, tiles * traits.HEADS_PER_KV - tiles,"
     ),
     "delta not subtracted": Fault("backward", "ds = p * (dp - delta[None, :])", "ds = p * dp"),
     "softcap without its slope": Fault("backward", "* common.softcap_slope(capped, softcap)", "", SOFTCAP, times=2),
-    "dv without dropout": Fault("backward", "kept = tl.where(keep, p * dropout_scale, 0.0)", "kept = p", DROPOUT),
+    "dv without dropout": Fault("backward", "kept = tl.where(keep, p * dropout.scale, 0.0)", "kept = p", DROPOUT),
     "sink without its sign": Fault("backward", "tl.store(dsinks_ptr, -tl.sum(", "tl.store(dsinks_ptr, tl.sum(", SINKS),
     "large rows not normalised again": Fault("backward", "tl.abs(lse)), 0) > large_lse", "tl.abs(lse)), 0) > 1e30", HUGE),
     "one batch of a shared bias forgotten": Fault(
@@ -152,8 +153,8 @@ def check(modules: dict[str, ModuleType], case: Case, device: torch.device) -> N
     contract_of(
         case,
         device,
-        modules["forward"].attention_forward,
-        modules["backward"].attention_backward,
+        functools.partial(forward, launch=modules["forward"].attention_forward),
+        functools.partial(backward, launch=modules["backward"].attention_backward),
         seeds=SEEDS,
     ).check()
 

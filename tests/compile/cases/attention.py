@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from pytransformer.kernels.attention.backward import attention_backward
-from pytransformer.kernels.attention.forward import attention_forward
+from tests.kernels.attention_contract import backward, forward
 
 
 def compile_calls() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -51,12 +50,12 @@ def compile_calls() -> Iterator[tuple[str, dict[str, Any]]]:
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and launch, forward and backward."""
     for name, arguments in compile_calls():
-        yield f"attention_forward-{name}", functools.partial(attention_forward, **arguments)
+        yield f"attention_forward-{name}", functools.partial(forward, **arguments)
     for name, arguments in compile_calls():
         q, v = arguments["q"], arguments["v"]
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
         lse = torch.empty(*q.shape[:-3], q.shape[-2], q.shape[-3])
-        call = functools.partial(attention_backward, dout=out, out=out, lse=lse, dlse=None, **arguments)
+        call = functools.partial(backward, dout=out, out=out, lse=lse, dlse=None, **arguments)
         yield f"attention_backward-{name}", call
     yield from _bias_gradient_cases()
 
@@ -74,7 +73,7 @@ def _bias_gradient_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             "bias": torch.empty(1, 2, 128, 128, dtype=dtype),
         }
         name = f"attention_bias_gradient-{str(dtype).removeprefix('torch.')}-d64"
-        yield name, functools.partial(attention_backward, dout, q, k, v, **arguments)
+        yield name, functools.partial(backward, dout, q, k, v, **arguments)
 
 
 def wgmma_kernels(case_name: str) -> tuple[str, ...]:
