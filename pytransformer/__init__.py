@@ -15,6 +15,7 @@ from pytransformer.model import generator as _generator
 _EXPORTS = {
     "attention": "pytransformer.ops.attention",
     "decode_attention": "pytransformer.ops.decode_attention",
+    "linear_attention": "pytransformer.ops.linear_attention",
     "rope": "pytransformer.ops.rope",
     "rope_tables": "pytransformer.ops.rope",
     "layer_norm": "pytransformer.ops.norm",
@@ -44,6 +45,7 @@ __all__ = [
     "gelu",
     "kv_append",
     "layer_norm",
+    "linear_attention",
     "linear_cross_entropy",
     "load",
     "rms_norm",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from pytransformer.ops.backend import use_backend
     from pytransformer.ops.decode_attention import decode_attention
     from pytransformer.ops.kv_append import kv_append
+    from pytransformer.ops.linear_attention import linear_attention
     from pytransformer.ops.linear_cross_entropy import linear_cross_entropy
     from pytransformer.ops.norm import layer_norm, rms_norm
     from pytransformer.ops.overview import backends

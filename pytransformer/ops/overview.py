@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from pytransformer.ops import activation, attention, decode_attention, kv_append, linear_cross_entropy, norm, rope
+from pytransformer.ops import (
+    activation,
+    attention,
+    decode_attention,
+    kv_append,
+    linear_attention,
+    linear_cross_entropy,
+    norm,
+    rope,
+)
 from pytransformer.ops.backend import BackendChoice
 
 CHOICES: tuple[BackendChoice, ...] = (
     attention.CHOICE,
     decode_attention.CHOICE,
+    linear_attention.CHOICE,
     rope.CHOICE,
     norm.LAYER_NORM_CHOICE,
     norm.RMS_NORM_CHOICE,

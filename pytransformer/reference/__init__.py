@@ -9,6 +9,7 @@ arithmetic with one rounding at the end. Nothing here imports the rest of the pa
 from .activation import geglu, gelu, swiglu
 from .attention import attention, decode_attention, standard_alibi_slopes
 from .kv_cache import kv_append
+from .linear_attention import linear_attention
 from .loss import linear_cross_entropy
 from .norm import layer_norm, rms_norm
 from .rope import rope, rope_frequencies, rope_tables
@@ -22,6 +23,7 @@ __all__ = [
     "gelu",
     "kv_append",
     "layer_norm",
+    "linear_attention",
     "linear_cross_entropy",
     "rms_norm",
     "rope",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,28 @@ def _paged_cache(size: int) -> Tensors:
         "cache_seqlens": torch.tensor([37 * size, width * page_size], dtype=torch.int32),
         "block_table": table,
     }
+
+
+def _linear(name: str, seqlen: int, **options: object) -> Case:
+    def inputs(size: int) -> Tensors:
+        return _qkv(2, (seqlen * size, seqlen * size), (4, 2), (32, 24))
+
+    def results(out: Any) -> Tensors:
+        output, (state, normalizer) = out
+        return {"out": output, "S": state, "z": normalizer}
+
+    def placed(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+        device, dtype = tensors["q"].device, torch.promote_types(tensors["q"].dtype, torch.float32)
+        found = {key: value.to(device, dtype) if isinstance(value, Tensor) else value for key, value in options.items()}
+        return {**found, "return_state": True}
+
+    def actual(tensors: Mapping[str, Tensor], backend: str) -> Tensors:
+        return results(pytransformer.linear_attention(**tensors, backend=backend, **placed(tensors)))  # type: ignore[arg-type]
+
+    def golden(tensors: Mapping[str, Tensor]) -> Tensors:
+        return results(reference.linear_attention(**tensors, **placed(tensors)))  # type: ignore[arg-type]
+
+    return Case("linear_attention", name, inputs, actual, golden, gradients=("q", "k", "v"))
 
 
 def _rope(name: str, rotary_dim: int, **options: object) -> Case:
@@ -240,6 +263,8 @@ CASES: tuple[Case, ...] = (
     _attention("packed, causal", _packed_qkv, causal=True),
     _decode("contiguous, GQA 2", _contiguous_cache),
     _decode("paged, 3 queries, window", _paged_cache, window=(100, 0)),
+    _linear("causal, GQA 2, decay", 70, decay=torch.tensor([0.95, 0.5])),
+    _linear("full", 21, causal=False),
     _rope("half", 64),
     _rope("interleaved, partial, offset", 32, interleaved=True, offsets=7),
     _norm("layer_norm", "bias", 200, bias=True),
