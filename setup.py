@@ -54,14 +54,6 @@ def say(text):
             terminal.write(f"\r\n{text}\r\n")
 
 
-def say(text):
-    """To the log, which pip shows with -v only, and to the terminal of whoever waits, if there is one."""
-    print(text, file=sys.stderr, flush=True)
-    if not sys.stderr.isatty():
-        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
-            terminal.write(f"\r\n{text}\r\n")
-
-
 class BuildWithCuda(build_py):
     """Copies the Python files, then builds the extension beside them, or leaves a note why there is none."""
 
