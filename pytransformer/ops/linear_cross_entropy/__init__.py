@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytransformer.ops.backend import Outputs
 from pytransformer.ops.linear_cross_entropy import by_torch, by_triton
 from pytransformer.ops.linear_cross_entropy.call import GradientCall, LossesCall, TotalCall, check_loss
 from pytransformer.ops.op import Op
-from pytransformer.ops.registered import Differentiable, Outputs, RegisteredOp, like
+from pytransformer.ops.registered import Differentiable, RegisteredOp, like
 
 REDUCTIONS = ("mean", "sum", "none")
 SCALED_AT_ONCE = 2**26  # elements of a gradient

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.ops.backend import Backend, always
+from pytransformer.ops.backend import Backend, Outputs, always
 from pytransformer.ops.linear_cross_entropy.call import LossesCall, Options, TotalCall, Wanted
 from pytransformer.ops.linear_cross_entropy.chunks import Result, gradient_buffers, product_into, ways
-from pytransformer.ops.registered import Outputs
 
 # Logits held at once. On a CPU 8 MB keeps most of the elementwise work in the caches, and its chunks of a few hundred tokens
 # still make efficient matrix products; a GPU needs several thousand rows to fill its processors.

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pytransformer.ops.backend import Backend, Limit
+from pytransformer.ops.backend import Backend, Limit, Outputs
 from pytransformer.ops.linear_cross_entropy.call import GradientCall, LossesCall, Options, TotalCall, Wanted
-from pytransformer.ops.registered import Outputs
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 Work = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Wanted, Options], Result]
