@@ -260,10 +260,14 @@ class ActivationArguments(Protocol):
         gated: whether there is an up to multiply with.
     """
 
-    gate: Tensor
-    up: Tensor | None
-    activation: str
-    gated: bool
+    @property
+    def gate(self) -> Tensor: ...
+    @property
+    def up(self) -> Tensor | None: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def gated(self) -> bool: ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -271,11 +275,16 @@ class ActivationArguments(Protocol):
 class ActivationGradientArguments(Protocol):
     """A call of the backward pass: ``dout``, the gradient of the output with any strides, before what the forward pass was given."""
 
-    dout: Tensor
-    gate: Tensor
-    up: Tensor | None
-    activation: str
-    gated: bool
+    @property
+    def dout(self) -> Tensor: ...
+    @property
+    def gate(self) -> Tensor: ...
+    @property
+    def up(self) -> Tensor | None: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def gated(self) -> bool: ...
 
     def __iter__(self) -> Iterator[Any]: ...
 

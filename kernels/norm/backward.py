@@ -240,16 +240,26 @@ class NormGradientArguments(Protocol):
         dbias_dtype: dtype of the bias whose gradient is wanted, or None.
     """
 
-    dy: Tensor
-    ds: Tensor | None
-    s: Tensor
-    weight: Tensor | None
-    mean: Tensor | None
-    rstd: Tensor
-    weight_offset: float
-    is_rms: bool
-    want_dweight: bool
-    dbias_dtype: torch.dtype | None
+    @property
+    def dy(self) -> Tensor: ...
+    @property
+    def ds(self) -> Tensor | None: ...
+    @property
+    def s(self) -> Tensor: ...
+    @property
+    def weight(self) -> Tensor | None: ...
+    @property
+    def mean(self) -> Tensor | None: ...
+    @property
+    def rstd(self) -> Tensor: ...
+    @property
+    def weight_offset(self) -> float: ...
+    @property
+    def is_rms(self) -> bool: ...
+    @property
+    def want_dweight(self) -> bool: ...
+    @property
+    def dbias_dtype(self) -> torch.dtype | None: ...
 
     def __iter__(self) -> Iterator[Any]: ...
 

@@ -328,13 +328,20 @@ class NormArguments(Protocol):
         is_rms: RMSNorm instead of LayerNorm.
     """
 
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    eps: float
-    weight_offset: float
-    is_rms: bool
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def weight(self) -> Tensor | None: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def residual(self) -> Tensor | None: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def weight_offset(self) -> float: ...
+    @property
+    def is_rms(self) -> bool: ...
 
     def __iter__(self) -> Iterator[Any]: ...
 

@@ -151,7 +151,7 @@ class Differentiable:
             @staticmethod
             def backward(ctx: Any, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
                 recorded = records_backward()
-                run = (backward or op) if not recorded else (once or Function).apply  # type: ignore[union-attr]
+                run = (backward or op) if not recorded else (once or Function).apply
                 found = gradients(ctx, run, *dout)
                 return (*map(found.get, fields), None)
 
