@@ -13,7 +13,6 @@ if causal.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +24,10 @@ from ..mathematics import LOG2E
 from ..prepared import PreparedLaunch
 from . import tile as common
 from .bias_gradient import is_broadcast, prepare_bias_gradient
-from .forward import slots_per_group
 from .options import (
     OPTIONAL_ARGUMENTS,
     UNSPECIALISED,
     CallTensors,
-    block_dim,
     geometry,
     needs_wide_offsets,
     new_row_strides,
@@ -38,6 +35,7 @@ from .options import (
     row_strides,
     score_options,
 )
+from .policy import BackwardConfig, backward_config, slots_per_group
 
 if TYPE_CHECKING:
     from pytransformer.ops.attention.call import AttentionCall
@@ -45,59 +43,6 @@ if TYPE_CHECKING:
 # |lse| from which on rows are normalised again: float32's rounding of it is then felt in the weights of float32 and of 16-bit inputs.
 LARGE_LSE_FLOAT32 = 64.0
 LARGE_LSE_16_BIT = 8192.0
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """Tiles of the dq kernel (``q_*``: owns q_block_m queries) and of the dk/dv kernel (``kv_*``: owns kv_block_n keys)."""
-
-    q_block_m: int
-    q_block_n: int
-    q_num_warps: int
-    q_num_stages: int
-    kv_block_m: int
-    kv_block_n: int
-    kv_num_warps: int
-    kv_num_stages: int
-
-
-def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, options: int = 0) -> BackwardConfig:
-    """Launch policy; ``options`` as for the forward kernel.
-
-    Registers decide: at 8 warps a thread of the dk/dv kernel holds kv_block_n · (d + dv) / 256 gradients, two score tiles and two
-    statistics of each query; of the dq kernel one gradient tile and two score tiles. Figures are for sm_90.
-    """
-    width = max(block_dim(head_dim), block_dim(value_dim))
-    if dtype == torch.float32:
-        # Exact products run on the FMA units from registers; two accumulators of 32 · 256, or an option's values too, are too many of them.
-        kv_block_m = 32 if width <= 128 and options == 0 else 16
-        return BackwardConfig(32, 32, 8 if width <= 64 else 4, 1, kv_block_m, 32, 8, 1)
-    if arch < 90:
-        if width <= 64 and options < 2:
-            return BackwardConfig(64, 64, 8, 2, 32, 64, 4, 2)
-        if width <= 64:
-            return BackwardConfig(32, 32, 4, 2, 16, 64, 4, 2)
-        if width <= 128 and options < 2:
-            return BackwardConfig(64, 32, 8, 2, 32, 64, 8, 2)
-        return BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
-    if width <= 64:
-        if options == 0:
-            return BackwardConfig(128, 64, 8, 2, 64, 128, 8, 2)  # dq 185 registers, dk/dv 230
-        if options == 1:
-            return BackwardConfig(128, 64, 8, 2, 32, 128, 8, 2)
-        return BackwardConfig(128, 32, 8, 2, 32 if options < 4 else 16, 64, 8, 2)
-    if width <= 128:
-        if options == 0:
-            return BackwardConfig(
-                128, 64, 8, 2, 32, 128, 8, 2
-            )  # dq 251 registers, dk/dv 248; 64 queries at a time spill
-        return (
-            BackwardConfig(128, 32, 8, 2, 32, 64, 8, 2) if options == 1 else BackwardConfig(64, 32, 8, 2, 16, 64, 8, 2)
-        )
-    if options == 0:
-        # dq 220 registers on sm_90, where 32 keys spill; for dk/dv wgmma's 64 rows would spill, so mma.sync.
-        return BackwardConfig(64, 16 if arch == 90 else 32, 8, 2, 32, 32, 8, 2)
-    return BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
 
 
 @triton.jit

@@ -7,7 +7,6 @@ q, k, v read and out, lse written once as far as L2 serves the other programs' r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +21,6 @@ from .options import (
     OPTIONAL_ARGUMENTS,
     UNSPECIALISED,
     CallTensors,
-    Geometry,
-    block_dim,
     geometry,
     maker,
     needs_wide_offsets,
@@ -31,46 +28,10 @@ from .options import (
     row_strides,
     score_options,
 )
+from .policy import ForwardConfig, forward_config, slots_per_group
 
 if TYPE_CHECKING:
     from pytransformer.ops.attention.call import AttentionCall
-
-# Keys and values of the heads that run at the same time should stay in L2 (60 MB on an H200, part of it for everything else).
-L2_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class ForwardConfig:
-    """Tile sizes and pipeline of the forward kernel."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, options: int = 0) -> ForwardConfig:
-    """Launch policy. ``options``: how much there is beside causality, each part of which needs registers (see ``ScoreOptions``).
-
-    Registers decide: at 8 warps a thread holds block_m · dv / 256 values of the output and block_m · block_n / 256 scores. Shared memory
-    holds q once and block_n rows of k and v for each stage. Figures are for sm_90.
-    """
-    width = max(block_dim(head_dim), block_dim(value_dim))
-    if dtype == torch.float32:
-        return ForwardConfig(32, 32, 4, 1)  # exact products run on the FMA units from registers: 168 to 215 of them
-    if arch < 90:
-        # mma.sync keeps q in registers and both operands of a product: half the tile, and 163 KB hold two stages up to d = 128.
-        if width <= 64:
-            return ForwardConfig(128, 64 if options < 2 else 32, 8, 2)
-        return ForwardConfig(128 if width <= 128 else 64, 32, 8, 2)
-    if width <= 128:
-        # Up to 255 registers and 160 KB without a spill; 4 warps spill.
-        return ForwardConfig(128, {0: 128, 1: 64}.get(options, 32), 8, 2)
-    if options == 0 and arch == 90:
-        return ForwardConfig(
-            128, 64, 8, 2
-        )  # 255 registers and 16 bytes of spills before the loop, 192 KB; sm_100 spills more
-    return ForwardConfig(128 if options < 2 else 64, 32, 8, 2)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -242,10 +203,3 @@ def attention_forward(
         out like q with v's head_dim, and lse, float32, (batch, num_heads, seqlen_q) or packed (num_heads, total_q).
     """
     return ForwardLaunch(call, allow_tf32=allow_tf32, config=config)(call)
-
-
-def slots_per_group(shape: Geometry, k: torch.Tensor) -> int:
-    """Heads that share the L2 cache: whole GQA groups, as many as their keys and values fit."""
-    heads_per_kv = shape.num_heads // shape.num_kv_heads
-    bytes_per_kv_head = max(1, shape.seqlen_k * (shape.head_dim + shape.value_dim) * k.element_size())
-    return min(shape.slots(shape.num_heads), heads_per_kv * max(1, L2_BYTES // bytes_per_kv_head))
