@@ -144,9 +144,8 @@ def check_float(
     """A finite number with ``minimum <= value <= maximum`` and ``value < below``; TypeError / ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if (
-        not -math.inf < value < math.inf
-    ):  # NaN too; comparisons, unlike math.isfinite, can be traced with symbolic numbers
+    # NaN too; comparisons, unlike math.isfinite, can be traced with symbolic numbers.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     low = minimum is not None and value < minimum
     high = (maximum is not None and value > maximum) or (below is not None and value >= below)

@@ -95,9 +95,8 @@ def _chunk(
         gradient *= slope
     if dlosses is not None:
         gradient *= dlosses.where(counted, 0.0)[:, None]
-    elif gradient.is_cuda or not bool(
-        counted.all()
-    ):  # a look at the values is free on a CPU, and spares a pass over the gradient
+    # A look at the values is free on a CPU, and spares a pass over the gradient.
+    elif gradient.is_cuda or not bool(counted.all()):
         gradient *= counted.to(gradient.dtype)[:, None]
     return losses, gradient
 
