@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
     @property
     def limit(self) -> float | None:
-        """Of its own backend."""
+        """For its own backend."""
         return self.limits.get(self.backend)
 
 
@@ -148,7 +148,9 @@ def _cache_rows(backend: str) -> list[Row]:
         return decode_attention(query, keys, values, lengths, backend=backend)
 
     # What these ask for goes through the extension's op with all arguments.
-    rare = ("triton",)
+    rare = {"triton": SMALL["triton"]}
+    inputs = [tensor.clone().requires_grad_() for tensor in (query, keys, values)]
+    both = _with_backward(lambda: attention(*inputs, backend=backend), inputs)
     return [
         Row("kv_append", backend, lambda: kv_append(k, v, k_cache, v_cache, cache_seqlens=lengths, backend=backend)),
         Row("kv_append, q and RoPE", backend, rotating),
@@ -156,7 +158,7 @@ def _cache_rows(backend: str) -> list[Row]:
         Row("kv_append, q and RoPE, int8", backend, quantising, BASE, rare),
         Row("attention", backend, lambda: attention(query, keys, values, backend=backend), BASE, {"triton": 6.0}),
         Row("attention, forward and backward", backend, both, BASE_WITH_BACKWARD, {}),
-        Row("decode_attention", backend, decoding, BASE, ()),
+        Row("decode_attention", backend, decoding, BASE, {"triton": 5.0}),
     ]
 
 
