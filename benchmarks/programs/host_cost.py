@@ -79,7 +79,7 @@ def rows() -> list[Row]:
     return found
 
 
-def _with_backward(forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> Callable[[], object]:
+def _with_backward(forward: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Callable[[], object]:
     with torch.enable_grad():
         gradient = torch.ones_like(forward())
 
