@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.kernels.norm import NormConfig, norm_forward
-from pytransformer.kernels.norm_backward import norm_backward
+from pytransformer.kernels.norm.forward import NormConfig
 from pytransformer.verification import SEEDS, Contract
+from tests.support.launchers import norm_backward, norm_forward
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 BOTH = pytest.mark.parametrize("is_rms", [False, True], ids=["layer_norm", "rms_norm"])
