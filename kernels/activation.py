@@ -15,9 +15,9 @@ gate and up may be the halves [gate; up] of one tensor; so, then, are their grad
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -27,6 +27,9 @@ from torch import Tensor
 from .launch import COMMON_OPTIONS, NewTensor, cdiv, next_power_of_2
 from .norm.forward import RowLayout, copied_places, made_contiguous, row_layout, row_offsets
 from .prepared import PreparedLaunch
+
+if TYPE_CHECKING:
+    from pytransformer.ops.activation import ActivationCall, ActivationGradientCall
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -249,37 +252,6 @@ def _prepared(
     return PreparedLaunch(kernel, grid, (*inputs, *outputs, layout.num_rows, layout.rows_per_group), constants)
 
 
-class ActivationArguments(Protocol):
-    """A checked call of ``pytransformer.swiglu``, ``geglu`` or ``gelu``, in this order (see pytransformer/ops/activation.py).
-
-    Attributes:
-        gate: float32, float16 or bfloat16, any strides (copied if the rows cannot be walked with two strides). (..., width); if gated
-            without ``up``, (..., 2 · width) = [gate; up].
-        up: gate's shape and dtype, or None.
-        activation: "silu", "gelu" or "gelu_tanh".
-        gated: whether there is an up to multiply with.
-    """
-
-    gate: Tensor
-    up: Tensor | None
-    activation: str
-    gated: bool
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-
-class ActivationGradientArguments(Protocol):
-    """A call of the backward pass: ``dout``, the gradient of the output with any strides, before what the forward pass was given."""
-
-    dout: Tensor
-    gate: Tensor
-    up: Tensor | None
-    activation: str
-    gated: bool
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-
 class ActivationForward:
     """The launch for calls of certain shapes, strides, dtypes and options, to be called with such any number of times.
 
@@ -288,7 +260,7 @@ class ActivationForward:
         config: overrides the launch policy, for tests.
     """
 
-    def __init__(self, call: ActivationArguments, *, config: ActivationConfig | None = None) -> None:
+    def __init__(self, call: ActivationCall, *, config: ActivationConfig | None = None) -> None:
         gate, up, activation, gated = call
         packed = gated and up is None
         num_cols = gate.shape[-1] // 2 if packed else gate.shape[-1]
@@ -303,7 +275,7 @@ class ActivationForward:
                 activation_forward_kernel, (gate, up), layout, num_cols, activation, gated, config
             )  # fmt: skip
 
-    def __call__(self, call: ActivationArguments) -> Tensor:
+    def __call__(self, call: ActivationCall) -> Tensor:
         """(..., width) in gate's dtype, contiguous. ``call`` may be a plain tuple in the order of the arguments."""
         gate, up, _, _ = call
         half = self._half
@@ -318,7 +290,7 @@ class ActivationForward:
 class ActivationBackward:
     """The same for the backward kernel."""
 
-    def __init__(self, call: ActivationGradientArguments, *, config: ActivationConfig | None = None) -> None:
+    def __init__(self, call: ActivationGradientCall, *, config: ActivationConfig | None = None) -> None:
         dout, gate, up, activation, gated = call
         self._new_dgate, self._new_dup = NewTensor(gate), None if up is None else NewTensor(up)
         self._launch: PreparedLaunch | None = None
@@ -331,7 +303,7 @@ class ActivationBackward:
                 activation_backward_kernel, (dout, gate, up), layout, num_cols, activation, gated, config
             )  # fmt: skip
 
-    def __call__(self, call: ActivationGradientArguments) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: ActivationGradientCall) -> tuple[Tensor, Tensor | None]:
         """The gradient of gate, both halves of it if up is one of them, and that of up or None; contiguous."""
         dout, gate, up, _, _ = call
         dgate = self._new_dgate(gate)

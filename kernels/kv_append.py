@@ -14,9 +14,8 @@ match bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -24,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention.options import row_strides
-from .decode_attention.call import scale_strides
 from .launch import (
     COMMON_OPTIONS,
     NewTensor,
@@ -32,10 +30,14 @@ from .launch import (
     cdiv,
     device_limits,
     next_power_of_2,
+    scale_strides,
     strides_by_name,
     viewed,
 )
 from .prepared import PreparedLaunch, by_name
+
+if TYPE_CHECKING:
+    from pytransformer.ops.kv_append.call import AppendCall
 
 HIGHEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
@@ -310,55 +312,6 @@ def _kv_append_kernel(
 # Launcher.
 
 
-class AppendCall(Protocol):
-    """A checked call: a NamedTuple, its fields as in :func:`pytransformer.kv_append`, k the first; slot_mapping and positions are flat."""
-
-    @property
-    def _fields(self) -> tuple[str, ...]: ...
-    def __iter__(self) -> Iterator[Any]: ...
-    def __getitem__(self, place: SupportsIndex, /) -> Any: ...
-    @property
-    def k(self) -> Tensor: ...
-    @property
-    def v(self) -> Tensor: ...
-    @property
-    def k_cache(self) -> Tensor: ...
-    @property
-    def v_cache(self) -> Tensor: ...
-    @property
-    def k_scale(self) -> Tensor | None: ...
-    @property
-    def v_scale(self) -> Tensor | None: ...
-    @property
-    def cache_seqlens(self) -> Tensor | None: ...
-    @property
-    def slot_mapping(self) -> Tensor | None: ...
-    @property
-    def block_table(self) -> Tensor | None: ...
-    @property
-    def cu_seqlens(self) -> Tensor | None: ...
-    @property
-    def cache_batch_idx(self) -> Tensor | None: ...
-    @property
-    def positions(self) -> Tensor | None: ...
-    @property
-    def cos(self) -> Tensor | None: ...
-    @property
-    def sin(self) -> Tensor | None: ...
-    @property
-    def q(self) -> Tensor | None: ...
-    @property
-    def q_norm_weight(self) -> Tensor | None: ...
-    @property
-    def k_norm_weight(self) -> Tensor | None: ...
-    @property
-    def interleaved(self) -> bool: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def norm_weight_offset(self) -> float: ...
-
-
 class AppendLaunch:
     """The launch of a call, prepared once and made for any number of calls alike.
 
@@ -406,7 +359,7 @@ class AppendLaunch:
 
         Returns the new q.
         """
-        new_q = None if self._new_q is None else self._new_q(call[self._q])
+        new_q = None if self._new_q is None else self._new_q(call[self._q])  # type: ignore[arg-type]
         given = (*call, new_q)
         if self._views:
             given = viewed(given, self._views)

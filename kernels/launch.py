@@ -165,3 +165,8 @@ class NewTensor:
 def next_power_of_2(value: int) -> int:
     """Smallest power of two that is not below ``value`` (1 for 0)."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+def scale_strides(scale: torch.Tensor | None) -> tuple[int, ...]:
+    """Of per-head (heads) or per-token (pages, page_size, heads) scales."""
+    return (0, 0, 0) if scale is None else (0,) * (3 - scale.dim()) + scale.stride()

@@ -6,7 +6,7 @@
 
 The linear head around it stays with the vendor's matrix product, which no kernel of ours would beat: of a chunk of tokens at a time the
 logits are computed into one buffer, this kernel turns the buffer into their gradient, and two more products make dx and dweight of it
-(``pytransformer/ops/linear_cross_entropy_chunks.py``). So all logits never exist together.
+(``pytransformer/ops/linear_cross_entropy/by_triton.py``). So all logits never exist together.
 
 Cost for T rows of V 16-bit logits: 2·T·V bytes for the losses alone; with the gradient 2·T·V more written, and 2·T·V read a second time,
 from L2. About 3 exponentials per logit and a dozen FLOP: memory-bound, and 3 % of the time of the three products (6·T·V·H FLOP) at a

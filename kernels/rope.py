@@ -10,9 +10,8 @@ which a program reads once for all heads of its tokens. Arithmetic in float32, o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
@@ -20,6 +19,9 @@ from torch import Tensor
 
 from .launch import COMMON_OPTIONS, NewTensor, cdiv, contiguous_strides, next_power_of_2
 from .prepared import PreparedLaunch, Varying
+
+if TYPE_CHECKING:
+    from pytransformer.ops.rope.call import RopeCall
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -255,35 +257,6 @@ def rope_kernel(
 # ----------------------------------------------------------------------------------------------------------------------- launcher
 
 
-class RopeArguments(Protocol):
-    """A checked call of ``pytransformer.rope``, in this order (see pytransformer/ops/rope/call.py).
-
-    Attributes:
-        q: (batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim), float32 or 16-bit, last dimension contiguous.
-        k: as q with num_kv_heads, or None. Its dtype may differ.
-        cos, sin: float32 (length, rotary_dim / 2), last dimension contiguous.
-        positions: int32 or int64, (seqlen) or (batch, seqlen); packed (total).
-        sequence_offsets: int32 or int64 (batch), position of each sequence's first token, or None; unused with ``positions``.
-        cu_seqlens: int32 (batch + 1), packed only.
-        interleaved: pairs (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
-        reverse: rotate by the opposite angle, which is the gradient.
-        offset: added to each position.
-    """
-
-    q: Tensor
-    k: Tensor | None
-    cos: Tensor
-    sin: Tensor
-    positions: Tensor | None
-    sequence_offsets: Tensor | None
-    cu_seqlens: Tensor | None
-    interleaved: bool
-    reverse: bool
-    offset: int
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-
 class RopeLaunch:
     """The launch for calls of certain shapes, strides, dtypes and options, to be called with such any number of times.
 
@@ -293,7 +266,7 @@ class RopeLaunch:
         config: overrides the launch policy, for tests.
     """
 
-    def __init__(self, call: RopeArguments, *, inplace: bool = False, config: RopeConfig | None = None) -> None:
+    def __init__(self, call: RopeCall, *, inplace: bool = False, config: RopeConfig | None = None) -> None:
         q, k, cos, sin, positions = call.q, call.k, call.cos, call.sin, call.positions
         offset_tensor, cu_seqlens = call.sequence_offsets, call.cu_seqlens
         self._new_q = None if inplace else NewTensor(q)
@@ -342,7 +315,7 @@ class RopeLaunch:
             rope_kernel, (cdiv(batch * seqlen, config.block_tokens),), arguments, constants
         )  # fmt: skip
 
-    def __call__(self, call: RopeArguments) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: RopeCall) -> tuple[Tensor, Tensor | None]:
         """(q, k): new contiguous tensors, or the inputs if in place. ``call`` may be a plain tuple in the order of the arguments."""
         q, k, cos, sin, positions, sequence_offsets, cu_seqlens, _, _, offset = call
         new_q, new_k = self._new_q, self._new_k

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -29,7 +29,6 @@ from .forward import slots_per_group
 from .options import (
     OPTIONAL_ARGUMENTS,
     UNSPECIALISED,
-    AttentionCall,
     CallTensors,
     block_dim,
     geometry,
@@ -39,6 +38,9 @@ from .options import (
     row_strides,
     score_options,
 )
+
+if TYPE_CHECKING:
+    from pytransformer.ops.attention.call import AttentionCall
 
 # |lse| from which on rows are normalised again: float32's rounding of it is then felt in the weights of float32 and of 16-bit inputs.
 LARGE_LSE_FLOAT32 = 64.0

@@ -8,6 +8,7 @@ q, k, v read and out, lse written once as far as L2 serves the other programs' r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,7 +21,6 @@ from . import tile as common
 from .options import (
     OPTIONAL_ARGUMENTS,
     UNSPECIALISED,
-    AttentionCall,
     CallTensors,
     Geometry,
     block_dim,
@@ -31,6 +31,9 @@ from .options import (
     row_strides,
     score_options,
 )
+
+if TYPE_CHECKING:
+    from pytransformer.ops.attention.call import AttentionCall
 
 # Keys and values of the heads that run at the same time should stay in L2 (60 MB on an H200, part of it for everything else).
 L2_BYTES = 32 * 2**20

@@ -6,13 +6,16 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton.language as tl
 
 from ..launch import NewTensor, cdiv, contiguous_strides, next_power_of_2
 from .tile import OptionStrides, RowStrides, ScoreStrides, Traits
+
+if TYPE_CHECKING:
+    from pytransformer.ops.attention.call import AttentionCall
 
 # Sizes that only bound loops or pick programs: no variant of a kernel is compiled for their being 1 or a multiple of 16.
 UNSPECIALISED = (
@@ -32,61 +35,6 @@ UNSPECIALISED = (
     "tiles_m",
     "tiles_n",
 )
-
-
-class AttentionCall(Protocol):
-    """What the launchers read of a call whose arguments have been checked; the op says what they mean.
-
-    Here ``dropout_seed`` is an int64 tensor of seed and offset where ``dropout_p`` is above 0.
-    """
-
-    @property
-    def q(self) -> torch.Tensor: ...
-
-    @property
-    def k(self) -> torch.Tensor: ...
-
-    @property
-    def v(self) -> torch.Tensor: ...
-
-    @property
-    def causal(self) -> bool: ...
-
-    @property
-    def window(self) -> tuple[int, int]: ...
-
-    @property
-    def softmax_scale(self) -> float: ...
-
-    @property
-    def softcap(self) -> float: ...
-
-    @property
-    def mask(self) -> torch.Tensor | None: ...
-
-    @property
-    def bias(self) -> torch.Tensor | None: ...
-
-    @property
-    def key_padding_mask(self) -> torch.Tensor | None: ...
-
-    @property
-    def alibi_slopes(self) -> torch.Tensor | None: ...
-
-    @property
-    def sinks(self) -> torch.Tensor | None: ...
-
-    @property
-    def dropout_p(self) -> float: ...
-
-    @property
-    def dropout_seed(self) -> int | torch.Tensor | None: ...
-
-    @property
-    def cu_seqlens_q(self) -> torch.Tensor | None: ...
-
-    @property
-    def cu_seqlens_k(self) -> torch.Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -285,7 +233,7 @@ def _option_strides(dims: tuple[int, ...], tensor: torch.Tensor | None) -> Score
     if tensor is None:
         return None
     strides = [0, 0, 0, 0]
-    for dim, stride in zip(reversed(dims), reversed(_broadcast(tensor.shape, tensor.stride()))):
+    for dim, stride in zip(reversed(dims), reversed(broadcast_strides(tensor.shape, tensor.stride()))):
         strides[dim] = stride
     return ScoreStrides(*strides)
 
@@ -294,10 +242,10 @@ def new_score_strides(like: torch.Tensor | None) -> ScoreStrides:
     """Of a new tensor of the same shape, whose columns lie side by side; zeros without one."""
     if like is None:
         return ScoreStrides(0, 0, 0, 0)
-    batch, head, row, _ = (0, 0, 0, *_broadcast(like.shape, contiguous_strides(like.shape)))[-4:]
+    batch, head, row, _ = (0, 0, 0, *broadcast_strides(like.shape, contiguous_strides(like.shape)))[-4:]
     return ScoreStrides(batch, head, row, 0)
 
 
-def _broadcast(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+def broadcast_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """Strides of 0 where one element serves all, so that nothing is ever expanded."""
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))

@@ -21,18 +21,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..attention.options import block_dim, dot_precision, strides_of, window_limits
-from ..launch import COMMON_OPTIONS, as_bytes, cdiv, contiguous_strides, strides_by_name, viewed
+from ..attention.options import block_dim, broadcast_strides, dot_precision, window_limits
+from ..launch import COMMON_OPTIONS, as_bytes, cdiv, contiguous_strides, scale_strides, strides_by_name, viewed
 from ..prepared import PreparedLaunch, by_name
-from .call import DecodeCall, Sizes, scale_strides, sizes_of
 from .merge import MERGE_SPLITS, _decode_merge_kernel
 from .policy import DecodeConfig, decode_configs, row_classes
+from .sizes import Sizes, sizes_of
 from .split import _decode_split_kernel
+
+if TYPE_CHECKING:
+    from pytransformer.ops.decode_attention.call import DecodeCall
 
 
 class DecodeLaunch:
@@ -142,13 +145,18 @@ def _strides(call: DecodeCall, sizes: Sizes, out_shape: Sequence[int], lse_shape
             "k_cache": ("page token head", call.k_cache.stride()),
             "v_cache": ("page token head", call.v_cache.stride()),
             "block_table": ("batch", (0,) if table is None else table.stride()),
-            "mask": ("batch head token key", strides_of(call.mask, 4)),
-            "bias": ("batch head token key", strides_of(call.bias, 4)),
+            "mask": ("batch head token key", _score_strides(call.mask)),
+            "bias": ("batch head token key", _score_strides(call.bias)),
             "alibi_slopes": ("batch", (0,) if slopes is None or slopes.dim() == 1 else slopes.stride()),
             "k_scale": ("page token head", scale_strides(call.k_scale)),
             "v_scale": ("page token head", scale_strides(call.v_scale)),
         }
     )
+
+
+def _score_strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """Of a mask or bias of four dimensions."""
+    return (0, 0, 0, 0) if tensor is None else broadcast_strides(tensor.shape, tensor.stride())
 
 
 def _options(call: DecodeCall, sizes: Sizes, allow_tf32: bool) -> dict[str, Any]:

@@ -13,8 +13,7 @@ order: no atomics, the same bits each run. dx of a row does not depend on how ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -24,6 +23,9 @@ from torch import Tensor
 from ..launch import COMMON_OPTIONS, NewTensor, cdiv, device_limits, next_power_of_2
 from ..prepared import PreparedLaunch
 from .forward import UNSPECIALISED, NormConfig, copied_places, made_contiguous, row_layout, row_offsets
+
+if TYPE_CHECKING:
+    from pytransformer.ops.norm.call import NormGradientCall
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -226,34 +228,6 @@ def norm_reduce_partials_kernel(
 # ----------------------------------------------------------------------------------------------------------------------- launcher
 
 
-class NormGradientArguments(Protocol):
-    """A call of the backward pass, in this order (see pytransformer/ops/norm/call.py).
-
-    Attributes:
-        dy: gradient of y, any strides.
-        ds: gradient of the returned sum, or None.
-        s: what was normalised: x, or the returned sum.
-        weight: (num_cols) or None.
-        mean, rstd: as saved by the forward pass; no mean for RMSNorm.
-        weight_offset, is_rms: as in the forward pass.
-        want_dweight: whether dweight is wanted (never without weight).
-        dbias_dtype: dtype of the bias whose gradient is wanted, or None.
-    """
-
-    dy: Tensor
-    ds: Tensor | None
-    s: Tensor
-    weight: Tensor | None
-    mean: Tensor | None
-    rstd: Tensor
-    weight_offset: float
-    is_rms: bool
-    want_dweight: bool
-    dbias_dtype: torch.dtype | None
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-
 class NormBackward:
     """The backward launches for calls of certain shapes, strides, dtypes and options, to be called with such any number of times.
 
@@ -262,7 +236,7 @@ class NormBackward:
         config: overrides the launch policy, for tests.
     """
 
-    def __init__(self, call: NormGradientArguments, *, config: NormConfig | None = None) -> None:
+    def __init__(self, call: NormGradientCall, *, config: NormConfig | None = None) -> None:
         dy, ds, s, weight, mean, rstd, weight_offset, is_rms, want_dweight, dbias_dtype = call
         num_cols = s.shape[-1]
         config = config or backward_config(num_cols)
@@ -338,7 +312,7 @@ class NormBackward:
             order=(1, 2, 3, 4),
         )
 
-    def __call__(self, call: NormGradientArguments) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def __call__(self, call: NormGradientCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Launches; ``call`` may be a plain tuple in the order of the arguments.
 
         Returns:

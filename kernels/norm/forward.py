@@ -14,9 +14,9 @@ from L2. No result of a row depends on how many rows there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -25,6 +25,9 @@ from torch import Tensor
 
 from ..launch import COMMON_OPTIONS, NewTensor, cdiv, next_power_of_2
 from ..prepared import PreparedLaunch
+
+if TYPE_CHECKING:
+    from pytransformer.ops.norm.call import NormCall
 
 # ------------------------------------------------------------------------------------------------------------------ launch policy
 
@@ -316,29 +319,6 @@ def made_contiguous(tensors: Sequence[Any], places: Sequence[int]) -> list[Any]:
     return copied
 
 
-class NormArguments(Protocol):
-    """A checked call of ``pytransformer.layer_norm`` or ``rms_norm``, in this order (see pytransformer/ops/norm/call.py).
-
-    Attributes:
-        x: (..., num_cols) float32, float16 or bfloat16, any strides (copied if the rows cannot be walked with two strides).
-        weight, bias: (num_cols), float32 or 16-bit each; None = 1 and 0.
-        residual: x's shape, any of the three dtypes.
-        eps: added to the variance or mean square.
-        weight_offset: added to the weight in float32.
-        is_rms: RMSNorm instead of LayerNorm.
-    """
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    eps: float
-    weight_offset: float
-    is_rms: bool
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-
 class NormForward:
     """The forward launch for calls of certain shapes, strides, dtypes and options, to be called with such any number of times.
 
@@ -348,7 +328,7 @@ class NormForward:
         config: overrides the launch policy, for tests.
     """
 
-    def __init__(self, call: NormArguments, *, statistics: bool = True, config: NormConfig | None = None) -> None:
+    def __init__(self, call: NormCall, *, statistics: bool = True, config: NormConfig | None = None) -> None:
         x, weight, bias, residual = tensors = (call.x, call.weight, call.bias, call.residual)
         self._new_y, self._new_s = NewTensor(x), None if residual is None else NewTensor(residual)
         self._row_shape = x.shape[:-1] if statistics else None
@@ -362,7 +342,7 @@ class NormForward:
         self._copied = copied_places(tensors, (walked[0], *vectors, None if residual is None else walked[1]))
         self._launch = self._prepare(call, layout, config or forward_config(x.shape[-1]))
 
-    def _prepare(self, call: NormArguments, layout: RowLayout, config: NormConfig) -> PreparedLaunch:
+    def _prepare(self, call: NormCall, layout: RowLayout, config: NormConfig) -> PreparedLaunch:
         x, weight, bias, residual, eps, weight_offset, is_rms = call
         num_cols = x.shape[-1]
         flags = {
@@ -387,7 +367,7 @@ class NormForward:
         flags["BLOCK_ROWS"] = config.block_rows
         return PreparedLaunch(norm_forward_kernel, grid, (*arguments, layout.num_rows, *scalars), flags)
 
-    def __call__(self, call: NormArguments) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def __call__(self, call: NormCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Launches; ``call`` may be a plain tuple in the order of the arguments.
 
         Returns:

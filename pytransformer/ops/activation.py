@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import checks
-from pytransformer.ops.backend import Backend, Limit, always, no_float64
+from pytransformer.ops.backend import Backend, Limit, Outputs, always, no_float64
 from pytransformer.ops.launches import kept
 from pytransformer.ops.op import Op
-from pytransformer.ops.registered import Differentiable, Outputs, RegisteredOp, like
+from pytransformer.ops.registered import Differentiable, RegisteredOp, like
 
 
 class ActivationCall(NamedTuple):

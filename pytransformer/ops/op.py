@@ -23,10 +23,10 @@ from torch import Tensor
 
 from pytransformer.ops import backend as choice
 from pytransformer.ops import checks
-from pytransformer.ops.backend import Backend, BackendChoice, is_plain, mark_changed
+from pytransformer.ops.backend import Backend, BackendChoice, Outputs, is_plain, mark_changed
 from pytransformer.ops.launches import Launches, forget_kept
 from pytransformer.ops.precision import is_autocasting
-from pytransformer.ops.registered import Differentiable, Outputs, RegisteredOp
+from pytransformer.ops.registered import Differentiable, RegisteredOp
 
 # Bound once: each look-up through torch's modules takes as long as the question itself.
 _functorch_level = torch._C._functorch.peek_interpreter_stack

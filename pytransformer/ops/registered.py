@@ -151,7 +151,7 @@ class Differentiable:
             @staticmethod
             def backward(ctx: Any, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
                 recorded = records_backward()
-                run = (backward or op) if not recorded else (once or Function).apply  # type: ignore[union-attr]
+                run = (backward or op) if not recorded else (once or Function).apply
                 found = gradients(ctx, run, *dout)
                 return (*map(found.get, fields), None)
 
@@ -212,7 +212,10 @@ def vmap_by_loop(function: Any, info: Any, in_dims: tuple[int | None, ...], *arg
     """
     results = []
     for index in range(info.batch_size):
-        sliced = [arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims)]
+        sliced = [
+            arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, in_dims)
+        ]
         results.append(function.apply(*sliced))
     return tuple(torch.stack(outputs) for outputs in zip(*results)), (0,) * len(results[0])
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pytransformer.ops import linear_cross_entropy_chunks as chunks
-from pytransformer.ops.linear_cross_entropy import linear_cross_entropy
+from pytransformer.ops.linear_cross_entropy import by_triton, linear_cross_entropy
 from tests.support.memory import bytes_of, peak_allocated
 
 TOKENS, HIDDEN, VOCAB = 8192, 4096, 131072
@@ -21,7 +20,7 @@ TOKENS, HIDDEN, VOCAB = 8192, 4096, 131072
 @pytest.fixture
 def products_do_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch, kernels_do_nothing: None) -> None:
     if device.type != "cuda":
-        monkeypatch.setattr(chunks, "product_into", lambda out, left, right, accumulate=False: None)
+        monkeypatch.setattr(by_triton, "product_into", lambda out, left, right, accumulate=False: None)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -251,15 +251,15 @@ def test_the_automatic_choice_and_its_warning(device, monkeypatch):
 
 
 def test_tf32_only_where_torch_allows_it():
-    from pytransformer.ops.attention import allows_tf32
+    from pytransformer.ops.precision import allows_tf32
 
-    assert not allows_tf32()
+    assert not allows_tf32(torch.float32)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert allows_tf32()
+        assert allows_tf32(torch.float32) and not allows_tf32(torch.bfloat16)
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-        assert not allows_tf32()
+        assert not allows_tf32(torch.float32)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytransformer import reference
 from pytransformer.ops import checks
-from pytransformer.ops import linear_cross_entropy_chunks as chunks
-from pytransformer.ops.linear_cross_entropy import linear_cross_entropy
-from pytransformer.ops.linear_cross_entropy_chunks import Options, Wanted, tokens_per_buffer, tokens_per_chunk
+from pytransformer.ops.linear_cross_entropy import by_torch, by_triton, linear_cross_entropy
+from pytransformer.ops.linear_cross_entropy.by_torch import tokens_per_chunk
+from pytransformer.ops.linear_cross_entropy.by_triton import tokens_per_buffer
+from pytransformer.ops.linear_cross_entropy.call import Options, Wanted
 from pytransformer.verification import measure
 from pytransformer.verification.cases import FLOATS, Case
 
@@ -32,10 +33,10 @@ OPTIONS = {
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks, the last one not full."""
-    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", {"cpu": 64 * VOCAB, "cuda": 64 * VOCAB})
-    monkeypatch.setattr(chunks, "MIN_TOKENS_PER_CHUNK", 64)
-    monkeypatch.setattr(chunks, "BUFFER_BYTES", 0)
-    monkeypatch.setattr(chunks, "ROWS_OF_A_TILE", 16)
+    monkeypatch.setattr(by_torch, "LOGITS_PER_CHUNK", {"cpu": 64 * VOCAB, "cuda": 64 * VOCAB})
+    monkeypatch.setattr(by_torch, "MIN_TOKENS_PER_CHUNK", 64)
+    monkeypatch.setattr(by_triton, "BUFFER_BYTES", 0)
+    monkeypatch.setattr(by_triton, "ROWS_OF_A_TILE", 16)
 
 
 def draw(tokens=(3, 50), bias=False, device=None, dtype=torch.float32, ignored=True):
@@ -128,14 +129,15 @@ def test_the_logits_are_never_held_together(backend, device, small_chunks):
     with Watch():
         for want_dx in (True, False):
             wanted, options = Wanted(want_dx, True, False), Options(-100, 0.0, 0.0, 0.0)
-            losses = chunks.losses_and_gradients(x, weight, targets, None, None, wanted, options, backend)[0]
+            work = by_triton if backend == "triton" else by_torch
+            losses = work.losses_and_gradients(x, weight, targets, None, None, wanted, options)[0]
             assert losses.shape == (120,)
     assert rows_of_chunk * VOCAB <= largest <= max(rows_of_chunk * 64, 120 * HIDDEN)
 
 
 def test_chunks_are_of_useful_sizes():
     assert tokens_per_chunk(2048, "cpu") == 1024
-    assert tokens_per_chunk(50257, "cpu") == chunks.MIN_TOKENS_PER_CHUNK
+    assert tokens_per_chunk(50257, "cpu") == by_torch.MIN_TOKENS_PER_CHUNK
     assert tokens_per_chunk(50257, "cuda") % 64 == 0
     assert tokens_per_chunk(50257, "cuda") > 2000
 
@@ -146,7 +148,7 @@ def test_the_buffer_for_triton_is_filled_evenly(tokens, vocab_size, hidden_size)
     weight = torch.empty(vocab_size, hidden_size, dtype=torch.bfloat16, device="meta")
     for wants_dweight in (False, True):
         step = tokens_per_buffer(tokens, weight, wants_dweight)
-        allowed = max(chunks.BUFFER_BYTES, weight.nbytes if wants_dweight else 0)
+        allowed = max(by_triton.BUFFER_BYTES, weight.nbytes if wants_dweight else 0)
         assert step % 128 == 0
         assert step * vocab_size * 2 <= allowed
         chunks_needed = -(-tokens * vocab_size * 2 // allowed)

@@ -10,8 +10,9 @@ from torch import Tensor
 from pytransformer.ops.attention import by_cuda, by_torch, by_triton
 from pytransformer.ops.attention.call import AttentionCall, check_attention, is_packed
 from pytransformer.ops.attention.gradient import attention_backward
+from pytransformer.ops.backend import Outputs
 from pytransformer.ops.op import Op
-from pytransformer.ops.registered import Differentiable, Outputs, RegisteredOp
+from pytransformer.ops.registered import Differentiable, RegisteredOp
 
 
 def attention(

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from pytransformer import extension
 from pytransformer.ops.attention.call import AttentionCall, unless_empty
-from pytransformer.ops.backend import Backend, Limit, is_plain
+from pytransformer.ops.backend import Backend, Limit, Outputs, is_plain
 from pytransformer.ops.checks import short
-from pytransformer.ops.registered import Outputs
 
 
 def _not_16_bit(call: AttentionCall) -> str | None:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops.attention.call import AttentionCall, batch_size, is_empty, is_packed, unless_empty
-from pytransformer.ops.backend import Backend, Limit
+from pytransformer.ops.backend import Backend, Limit, Outputs
 from pytransformer.ops.checks import readable, short
-from pytransformer.ops.registered import Outputs, autograd_inside_an_op
+from pytransformer.ops.registered import autograd_inside_an_op
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from pytransformer.ops.attention.call import AttentionCall, unless_empty
-from pytransformer.ops.backend import Backend, Limit, no_float64
+from pytransformer.ops.backend import Backend, Limit, Outputs, no_float64
 from pytransformer.ops.launches import kept
 from pytransformer.ops.precision import allows_tf32
-from pytransformer.ops.registered import Outputs
 
 _as_call = functools.partial(tuple.__new__, AttentionCall)
 
@@ -27,8 +26,8 @@ def _prepare(call: AttentionCall, allow_tf32: bool = False) -> Any:
 def _prepare_backward(given: Any, allow_tf32: bool = False) -> Any:
     from pytransformer.kernels.attention.backward import BackwardLaunch
 
-    dout, dlse, out, lse, wants_bias = *given[:4], given.wants_bias
-    launch = BackwardLaunch(given, dout, out, lse, dlse, want_dbias=wants_bias, allow_tf32=allow_tf32)
+    gradients = (given.dout, given.out, given.lse, given.dlse)
+    launch = BackwardLaunch(given, *gradients, want_dbias=given.wants_bias, allow_tf32=allow_tf32)
     return lambda given: launch(given, given.dout, given.out, given.lse, given.dlse)
 
 

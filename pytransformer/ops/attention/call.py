@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pytransformer.ops import checks
+from pytransformer.ops.backend import Outputs
 from pytransformer.ops.precision import autocast_to_lower
-from pytransformer.ops.registered import Outputs
 from pytransformer.ops.score_checks import (
     Extent,
     Scores,
@@ -192,7 +192,7 @@ def _dropout_seed(value: Any, device: torch.device, is_needed: bool) -> Tensor |
         return None
     if value is None:
         return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
-    signed = (value + 2**63) % 2**64 - 2**63
+    signed: Any = (value + 2**63) % 2**64 - 2**63
     return torch.stack(
         (torch.full((), signed, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device))
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pytransformer.ops.attention import by_cuda, by_torch, by_triton
 from pytransformer.ops.attention.call import AttentionCall, is_empty, is_packed
-from pytransformer.ops.backend import Backend
-from pytransformer.ops.registered import Outputs, RegisteredOp, like
+from pytransformer.ops.backend import Backend, Outputs
+from pytransformer.ops.registered import RegisteredOp, like
 
 _BEFORE = {"dout": Tensor, "dlse": Tensor | None, "out": Tensor, "lse": Tensor}
 _FIELDS = {**_BEFORE, **typing.get_type_hints(AttentionCall), "wants_bias": bool}

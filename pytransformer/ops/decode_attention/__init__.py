@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytransformer.ops.backend import Outputs
 from pytransformer.ops.decode_attention import by_cuda, by_torch, by_triton
 from pytransformer.ops.decode_attention.call import DecodeCall, check_decode_attention, check_lengths, is_packed
 from pytransformer.ops.op import Op
-from pytransformer.ops.registered import Outputs, RegisteredOp
+from pytransformer.ops.registered import RegisteredOp
 
 
 def decode_attention(

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension
-from pytransformer.ops.backend import Backend, Limit
+from pytransformer.ops.backend import Backend, Limit, Outputs
 from pytransformer.ops.cache_checks import capacity_of
 from pytransformer.ops.checks import short
 from pytransformer.ops.decode_attention.call import DecodeCall, batch_size
-from pytransformer.ops.registered import Outputs
 
 _op = functools.cache(lambda: extension.op("decode_attention"))
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.ops.attention.by_torch import attend as attend_whole
 from pytransformer.ops.attention.call import AttentionCall
-from pytransformer.ops.backend import Backend, Limit
+from pytransformer.ops.backend import Backend, Limit, Outputs
 from pytransformer.ops.cache_checks import QUANTISED_DTYPES
 from pytransformer.ops.decode_attention.call import DecodeCall, first_visible_key
-from pytransformer.ops.registered import Outputs
 
 _LIMITS = (
     Limit("softcap", lambda call: "scaled_dot_product_attention has no softcap" if call.softcap > 0 else None),
@@ -171,7 +170,7 @@ _NUM_TENSORS = DecodeCall._fields.index("max_seqlen_q")
 def _plan(call: DecodeCall) -> Callable[[DecodeCall], Tensor] | None:
     # Where the lengths are read anyway, all that a kept launch spares is the checks.
     options = call[_NUM_TENSORS:]
-    return lambda given: attend(DecodeCall(*given[:_NUM_TENSORS], *options)).contiguous()
+    return lambda given: attend(DecodeCall(*given[:_NUM_TENSORS], *options)).contiguous()  # type: ignore[arg-type]
 
 
 BACKEND = Backend("torch", _torch, _LIMITS, plan=_plan)

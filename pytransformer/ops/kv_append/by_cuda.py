@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from pytransformer import extension
-from pytransformer.ops.backend import Backend, Limit, mark_changed, no_float64
+from pytransformer.ops.backend import Backend, Limit, Outputs, mark_changed, no_float64
 from pytransformer.ops.kv_append.call import AppendCall
-from pytransformer.ops.registered import Outputs
 
 
 @functools.cache

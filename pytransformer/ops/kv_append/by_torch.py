@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.ops.backend import Backend, Limit
+from pytransformer.ops.backend import Backend, Limit, Outputs
 from pytransformer.ops.cache_checks import QUANTISED_DTYPES
 from pytransformer.ops.kv_append.call import AppendCall, count_tokens, unless_empty
 from pytransformer.ops.norm import rms_norm
-from pytransformer.ops.registered import Outputs
 from pytransformer.ops.rope import rope
 
 _LIMITS = (

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytransformer.ops.backend import Backend, Limit, no_float64
+from pytransformer.ops.backend import Backend, Limit, Outputs, no_float64
 from pytransformer.ops.kv_append.call import AppendCall, unless_empty
 from pytransformer.ops.launches import kept
-from pytransformer.ops.registered import Outputs
 
 
 def _prepare(call: AppendCall) -> Any:

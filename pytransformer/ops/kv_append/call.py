@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pytransformer.ops import checks
+from pytransformer.ops.backend import Outputs
 from pytransformer.ops.cache_checks import (
     CACHE_DTYPES,
     CACHE_LAYOUT,
@@ -21,7 +22,6 @@ from pytransformer.ops.cache_checks import (
     check_scales,
 )
 from pytransformer.ops.precision import is_autocasting
-from pytransformer.ops.registered import Outputs
 
 INTEGERS = (torch.int32, torch.int64)
 DENSE_LAYOUT = "(batch, seqlen_new, num_kv_heads, head_dim)"

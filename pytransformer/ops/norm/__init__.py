@@ -7,10 +7,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from pytransformer.ops.backend import Outputs
 from pytransformer.ops.norm import by_cuda, by_torch, by_triton
 from pytransformer.ops.norm.call import NormCall, NormGradientCall, NormResult, check_norm
 from pytransformer.ops.op import Op
-from pytransformer.ops.registered import Differentiable, Outputs, RegisteredOp, like
+from pytransformer.ops.registered import Differentiable, RegisteredOp, like
 
 
 @overload

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension
-from pytransformer.ops.backend import Backend, Limit
+from pytransformer.ops.backend import Backend, Limit, Outputs
 from pytransformer.ops.norm.call import NormCall, NormGradientCall, NormResult, no_float64_at_all
-from pytransformer.ops.registered import Outputs
 
 
 @functools.cache

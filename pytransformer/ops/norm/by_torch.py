@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.ops.backend import Backend, always, is_plain
+from pytransformer.ops.backend import Backend, Outputs, always, is_plain
 from pytransformer.ops.norm.call import NormCall
-from pytransformer.ops.registered import Outputs, records_backward
+from pytransformer.ops.registered import records_backward
 
 
 def _norm(call: NormCall) -> Outputs:

@@ -26,8 +26,8 @@ def _prepare_gradients(call: NormGradientCall) -> Any:
 def _plan(call: NormCall) -> Callable[[NormCall], NormResult]:
     launch = _prepare(call, statistics=False)
     if call.residual is None:
-        return lambda given: launch(given)[0]  # type: ignore[no-any-return]
-    return lambda given: launch(given)[:2]  # type: ignore[no-any-return]
+        return lambda given: launch(given)[0]
+    return lambda given: launch(given)[:2]
 
 
 _LIMITS = (Limit("float64", no_float64_at_all),)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops import checks
+from pytransformer.ops.backend import Outputs
 from pytransformer.ops.op import Op, requires_grad
-from pytransformer.ops.registered import Differentiable, Outputs, RegisteredOp, like
+from pytransformer.ops.registered import Differentiable, RegisteredOp, like
 from pytransformer.ops.rope import by_cuda, by_torch, by_triton
 from pytransformer.ops.rope.call import RopeCall, check_positive, check_rope, check_rope_in_place, check_scaling
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension
-from pytransformer.ops.backend import Backend, Limit, mark_changed, no_float64
-from pytransformer.ops.registered import Outputs
+from pytransformer.ops.backend import Backend, Limit, Outputs, mark_changed, no_float64
 from pytransformer.ops.rope.call import RopeCall
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.ops.backend import Backend, always, is_plain
-from pytransformer.ops.registered import Outputs
+from pytransformer.ops.backend import Backend, Outputs, always, is_plain
 from pytransformer.ops.rope.call import RopeCall
 
 

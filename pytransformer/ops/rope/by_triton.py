@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pytransformer.ops.backend import Backend, Limit, no_float64
+from pytransformer.ops.backend import Backend, Limit, Outputs, no_float64
 from pytransformer.ops.launches import kept
-from pytransformer.ops.registered import Outputs
 from pytransformer.ops.rope.call import RopeCall
 
 
