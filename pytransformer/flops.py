@@ -13,6 +13,7 @@ batch · heads · seqlen_q · seqlen_k · head_dim) and 2.5 times that backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # The modules that define the ops.
 from pytransformer.ops import attention, decode_attention, linear_cross_entropy  # noqa: F401
-
-_OPS = torch.ops.pytransformer
+from pytransformer.ops.registered import REGISTERED, RegisteredOp
 
 
 def attention_flops(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
@@ -37,62 +37,54 @@ def attention_flops(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None
     return 2 * heads * features * pairs
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any, out_val: Any = None) -> int:
-    return attention_flops(q, k, v, options[6], options[7])
+def _attention(call: Any) -> int:
+    return attention_flops(call.q, call.k, call.v, call.cu_seqlens_q, call.cu_seqlens_k)
 
 
-def _backward(
-    dout: Tensor, dlse: Any, want_dbias: bool, out: Tensor, lse: Tensor, *call: Any, out_val: Any = None
-) -> int:
-    q, k, v, *options = call
+def _attention_backward(call: Any) -> int:
     # Scores and dP over head_dim and value head_dim; dQ and dK over head_dim, dV over value head_dim.
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    total: int = attention_flops(q, k, v, options[6], options[7])
-    return total * (3 * int(head_dim) + 2 * int(value_dim)) // int(head_dim + value_dim)
+    head_dim, value_dim = int(call.q.shape[-1]), int(call.v.shape[-1])
+    return _attention(call) * (3 * head_dim + 2 * value_dim) // (head_dim + value_dim)
 
 
-def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *options: Any, out_val: Any = None
-) -> int:
-    cu_seqlens_q = options[0]
-    features = q.shape[-1] + v_cache.shape[-1]
-    if cache_seqlens.is_meta or type(cache_seqlens) is not Tensor:
+def _decode_attention(call: Any) -> int:
+    lengths = call.cache_seqlens
+    if lengths.is_meta or type(lengths) is not Tensor:
         raise NotImplementedError(
             "decode_attention: its FLOP depend on cache_seqlens, which a fake tensor does not hold"
         )
-    queries = q.shape[1] if cu_seqlens_q is None else cu_seqlens_q.diff().long()
-    return int(2 * q.shape[-2] * features * (cache_seqlens.long() * queries).sum())
+    features = call.q.shape[-1] + call.v_cache.shape[-1]
+    queries = call.q.shape[1] if call.cu_seqlens_q is None else call.cu_seqlens_q.diff().long()
+    return int(2 * call.q.shape[-2] * features * (lengths.long() * queries).sum())
 
 
-def _head(x: Tensor, weight: Tensor) -> int:
+def _head(call: Any) -> int:
     """One product of x (..., hidden) and weight (vocab, hidden)."""
-    return 2 * x.numel() * weight.shape[0]
+    return int(2 * call.x.numel() * call.weight.shape[0])
 
 
-def _linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Any, bias: Any, *options: Any, out_val: Any = None
-) -> int:
-    want_dx, want_dweight = options[:2]
-    return _head(x, weight) * (1 + int(want_dx) + int(want_dweight))
+def _head_with_gradients(call: Any) -> int:
+    """The logits, once or again, and the products of the gradients that are wanted."""
+    return _head(call) * (1 + int(call.want_dx) + int(call.want_dweight))
 
 
-def _losses(x: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    return _head(x, weight)
+# By the name of a registered op, of its call.
+_FORMULAS: dict[str, Callable[[Any], int]] = {
+    "attention_forward": _attention,
+    "attention_backward": _attention_backward,
+    "decode_attention": _decode_attention,
+    "linear_cross_entropy_total": _head_with_gradients,
+    "linear_cross_entropy_losses": _head,
+    "linear_cross_entropy_backward": _head_with_gradients,
+}
 
 
-def _losses_backward(dlosses: Any, x: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    want_dx, want_dweight = rest[2:4]
-    return _head(x, weight) * (1 + int(want_dx) + int(want_dweight))  # the logits are computed again
+def _register(op: RegisteredOp, formula: Callable[[Any], int]) -> None:
+    packet = getattr(torch.ops.pytransformer, op.name)
+    if packet not in flop_registry:
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: formula(op.call(*args[:-1])))
 
 
-def _register(op: Any, formula: Any) -> None:
-    if op not in flop_registry:
-        register_flop_formula(op, get_raw=True)(formula)
-
-
-_register(_OPS.attention_forward, _forward)
-_register(_OPS.attention_backward, _backward)
-_register(_OPS.decode_attention, _decode)
-_register(_OPS.linear_cross_entropy_total, _linear_cross_entropy)
-_register(_OPS.linear_cross_entropy_losses, _losses)
-_register(_OPS.linear_cross_entropy_backward, _losses_backward)
+for _op in REGISTERED:
+    if _op.name in _FORMULAS:
+        _register(_op, _FORMULAS[_op.name])
