@@ -275,7 +275,7 @@ def page(text: str, walks: dict[str, dict[str, Walk]]) -> str:
 
 COLOURS = dict(zip(WALKS, ("#c2410c", "#1d4ed8", "#15803d")))
 MARGIN, GAP, LINE, HEADING = 1.75, 0.38, 0.19, 0.95
-WIDTHS = (1.55, 1.95, 2.8, 2.1, 2.75, 2.15)
+WIDTHS = (1.6, 1.95, 3.0, 2.15, 2.9, 2.2)
 MARK = {"ha": "center", "va": "center", "weight": "bold"}
 
 
