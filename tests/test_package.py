@@ -66,9 +66,9 @@ def sources() -> list[Path]:
     return [ROOT / line for line in listed.stdout.splitlines()]
 
 
-def test_no_file_is_longer_than_600_lines():
+def test_no_file_is_longer_than_500_lines():
     lengths = {path: len(path.read_text().splitlines()) for path in sources()}
-    assert {str(path.relative_to(ROOT)): count for path, count in lengths.items() if count > 600} == {}
+    assert {str(path.relative_to(ROOT)): count for path, count in lengths.items() if count > 500} == {}
 
 
 def test_links_between_pages_lead_somewhere():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,12 @@ from pytransformer.ops.kv_append import kv_append
 from pytransformer.ops.kv_append.call import AppendCall
 from pytransformer.verification import SEEDS, Contract
 from tests.kernels.append_contract import PLACES, SENTINEL, Append, assert_same, copies, draw, results_of, run_reference
-from tests.support.broken_cuda import run_broken
 from tests.support.emulator import in_every_schedule
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
 LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 CODES = pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-EMULATED = pytest.mark.skipif(
-    "PYTRANSFORMER_CUDA_LIBRARY" not in os.environ, reason="a fault would corrupt other tests on a GPU"
-)
 
 
 def call_op(arguments: dict[str, Any]) -> Tensor | None:
@@ -500,39 +495,3 @@ def test_compiles_whole_with_dynamic_shapes(device):
         assert torch.equal(total, caches[1, 0].sum())
     assert sum("pytransformer_cuda.kv_append" in graph.code for graph in counter.graphs) == 1
     torch._dynamo.reset()
-
-
-# --- faults -----------------------------------------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import torch
-from pytransformer import extension
-from tests.support.emulator import configure
-op = extension.op("kv_append")
-k, cos = torch.randn(2, 3, 2, 40), torch.randn(16, 12)
-results = []
-for schedule in range(6):
-    configure(schedule)
-    cache = torch.zeros(2, 4, 2, 40)
-    lengths = torch.tensor([3, 0], dtype=torch.int32)  # two tokens of the first sequence have no place
-    q = op(k, k, cache, cache.clone(), None, None, lengths, *[None] * 5, cos, cos, k, None, None, False, 1e-6, 0.0)
-    results.append((cache, q))
-assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0])), "schedules differ"
-print("finished")
-"""
-FAULTS = {
-    "a row behind the cache": ("place.position < (call.block_table", "place.position <= (call.block_table", "schedules differ"),
-    "a token too many": ("const bool is_token = token < call.tokens;", "const bool is_token = token <= call.tokens;", "AddressSanitizer"),
-    "no barrier before the partner is read": ("  __syncwarp();\n  const float* cos_row", "  const float* cos_row", "schedules differ"),
-    "a feature group too many": ("&& col < from.dim;", "&& col <= from.dim;", "AddressSanitizer"),
-}  # fmt: skip
-
-
-@EMULATED
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_kernel_is_reported(fault, tmp_path: Path):
-    good, bad, report = FAULTS[fault]
-    result = run_broken(tmp_path, "kv_cache/kv_append.cu", [(good, bad)], SCRIPT)
-    assert "finished" not in result.stdout
-    assert report in result.stderr

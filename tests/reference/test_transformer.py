@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pytransformer.reference import Transformer, sinusoidal_positions
+from pytransformer.reference import Transformer
 from pytransformer.reference.transformer import Block, activate
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, MAX_SEQLEN = 50, 32, 2, 4, 2, 8, 48, 24
@@ -387,31 +386,6 @@ def test_each_dropout_acts_in_training_only_and_follows_the_seed(rate, device):
     torch.manual_seed(1)
     assert torch.equal(model(ids), first)
     assert not torch.equal(first, second) and not torch.equal(first, plain(ids))
-
-
-# ---- sinusoidal positions ------------------------------------------------------------------------------------------
-
-
-def test_sinusoidal_values():
-    table = sinusoidal_positions(50, 6)
-    assert table.shape == (50, 6) and table.dtype == torch.float32
-    for position in (0, 1, 49):
-        for i in range(3):
-            angle = position / 10000 ** (2 * i / 6)
-            assert table[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-7)
-            assert table[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-7)
-    assert torch.equal(sinusoidal_positions(50, 5)[:, :4].isfinite().all(), torch.tensor(True))
-
-
-@pytest.mark.parametrize("shift", [1, 7])
-def test_a_shift_of_positions_is_one_linear_map(shift):
-    """PE(pos + k) = M(k) PE(pos) at every position, M(k) being the rotation of each pair by k times its frequency."""
-    table = sinusoidal_positions(200, 16)
-    frequencies = 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
-    sin, cos = (shift * frequencies).sin(), (shift * frequencies).cos()
-    rotations = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)  # of (sin, cos) pairs
-    linear_map = torch.block_diag(*rotations)
-    assert_close((table.double() @ linear_map.T)[:-shift].float(), table[shift:])
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 
 from pytransformer.cli.verify import exit_code, main
 from pytransformer.kernels.attention import forward as attention_forward
+from pytransformer.ops.op import forget_launches
 from pytransformer.ops.overview import CHOICES
 from pytransformer.verification import Outcome, measure, plan, run_matrix
 from pytransformer.verification.cases import CASES
@@ -61,6 +62,18 @@ def test_cells_are_shared_among_processes(device):
     assert [o.status for o in run_matrix(cells, jobs=2)] == ["pass"] * len(cells) == ["pass"] * 4
 
 
+@pytest.fixture
+def replace_forward(monkeypatch):
+    """Makes attention prepare its forward launches by another class; launches that were kept are forgotten before and after."""
+
+    def replace(launch):
+        monkeypatch.setattr(attention_forward, "ForwardLaunch", launch)
+        forget_launches()
+
+    yield replace
+    forget_launches()
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -69,9 +82,9 @@ def test_cells_are_shared_among_processes(device):
     ],
     ids=["no rescale in the online softmax", "sums 2 % too large"],
 )
-def test_a_broken_kernel_makes_it_exit_with_1(old, new, tmp_path, monkeypatch, capsys):
+def test_a_broken_kernel_makes_it_exit_with_1(old, new, tmp_path, replace_forward, capsys):
     broken = load_broken(tmp_path, "attention/forward", (old, new))
-    monkeypatch.setattr(attention_forward, "attention_forward", broken.attention_forward)
+    replace_forward(broken.ForwardLaunch)
     arguments = ["--op", "attention", "--backend", "triton", "--dtype", "float32", "--seeds", "2", "--jobs", "1"]
     assert main(["verify", *arguments]) == 1
     text = capsys.readouterr().out
@@ -79,11 +92,11 @@ def test_a_broken_kernel_makes_it_exit_with_1(old, new, tmp_path, monkeypatch, c
     assert "out: max error" in text
 
 
-def test_a_kernel_that_raises_is_an_error_in_the_table(monkeypatch, capsys):
+def test_a_kernel_that_raises_is_an_error_in_the_table(replace_forward, capsys):
     def crash(*args, **options):
         raise RuntimeError("launch failed")
 
-    monkeypatch.setattr(attention_forward, "attention_forward", crash)
+    replace_forward(crash)
     arguments = ["--op", "attention", "--backend", "triton", "--dtype", "float32", "--seeds", "1", "--jobs", "1"]
     assert main(["verify", *arguments]) == 1
     assert "ERROR attention (causal, GQA 2), float32, triton: RuntimeError: launch failed" in capsys.readouterr().out
