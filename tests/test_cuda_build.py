@@ -181,7 +181,7 @@ def test_without_nvcc_the_wheel_is_pure_python_and_remembers_why(tmp_path):
         assert "no CUDA compiler" in files.read("pytransformer/_cuda_absent.txt").decode()
         names = set(files.namelist())
     assert {
-        "pytransformer/kernels/norm.py",
+        "pytransformer/kernels/norm/forward.py",
         "pytransformer/benchmarks/harness/worker.py",
         "pytransformer/benchmarks/suites/norm.py",
         "pytransformer/benchmarks/peers/base.py",

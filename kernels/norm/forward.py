@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, forward, with the residual addition fused in. The backward pass is in norm_backward.py.
+"""LayerNorm and RMSNorm, forward, with the residual addition fused in. The backward pass is in backward.py.
 
     s = x + residual                                                   rounded to residual's dtype and returned; s = x without one
     LayerNorm:  xhat = (s - mean(s)) · rstd,  rstd = 1 / sqrt(mean((s - mean(s))²) + eps)

@@ -106,7 +106,7 @@ def _interpreting() -> bool:
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why ``backend`` can serve nothing on this kind of device ("cuda", "cpu", …) here, or ``None``.
 
-    Options that a backend lacks for one op are the op's own ``can_serve``.
+    What a backend does not serve of one op are its limits there.
     """
     if backend == "cuda":
         reason: str | None = _cuda_why_not(device_type)
