@@ -261,7 +261,7 @@ def warn_once(message: str) -> None:
 
 
 # Bound once: each look-up through torch's modules takes as long as the question itself.
-_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
@@ -282,7 +282,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
         return False
     if _forward_ad._current_level >= 0:  # a dual tensor is plain by its type, and would lose its tangent
         return False
-    return _PLAIN_TYPES.issuperset(map(type, tensors))
+    return PLAIN_TYPES.issuperset(map(type, tensors))
 
 
 _increment_version = torch._C._increment_version

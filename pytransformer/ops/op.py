@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pytransformer.ops import backend as choice
 from pytransformer.ops import checks
-from pytransformer.ops.backend import Backend, BackendChoice, Outputs, is_plain, mark_changed
+from pytransformer.ops.backend import PLAIN_TYPES, Backend, BackendChoice, Outputs, is_plain, mark_changed
 from pytransformer.ops.launches import Launches, forget_kept
 from pytransformer.ops.precision import is_autocasting
 from pytransformer.ops.registered import Differentiable, RegisteredOp
@@ -109,7 +109,8 @@ class Op:
                         return self.result(self.call(*args[:-1]), self.rule(*args))  # type: ignore[misc]
                 else:
                     direct = self._direct[named, given[0].is_cuda]
-                    if direct is not None:
+                    # A subclass must see the registered op; kept launches are of plain tensors anyway.
+                    if direct is not None and PLAIN_TYPES.issuperset(map(type, given[: self.num_tensors])):
                         return direct(*given)
                     launch = self._launches[named].find(given)
                     if launch is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.ops.backend import Backend, Outputs, always, is_plain
 from pytransformer.ops.norm.call import NormCall
+from pytransformer.ops.precision import is_autocasting
 from pytransformer.ops.registered import records_backward
 
 
@@ -100,5 +102,21 @@ def _norm_by_reference(call: NormCall) -> Outputs:
     return y, s, None, None
 
 
-BACKEND = Backend("torch", _norm, is_transparent=always)
+def _plan(call: NormCall) -> Callable[[NormCall], Tensor | tuple[Tensor, Tensor]]:
+    """All that a kept launch spares is the checks."""
+    options = call[_NUM_TENSORS:]
+
+    def launch(given: NormCall) -> Any:
+        # The hall keeps launches of norms under autocast too, which would turn the results of torch's norms to float32.
+        if is_autocasting(given[0].device.type):
+            with torch.autocast(given[0].device.type, enabled=False):
+                return launch(given)
+        y, s, *_ = _norm(NormCall(*given[:_NUM_TENSORS], *options))  # type: ignore[arg-type]
+        return y if s is None else (y, s)
+
+    return launch
+
+
+_NUM_TENSORS = NormCall._fields.index("eps")
+BACKEND = Backend("torch", _norm, plan=_plan, is_transparent=always)
 REFERENCE = Backend("reference", _norm_by_reference, is_transparent=always)
