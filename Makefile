@@ -17,7 +17,7 @@ EMULATED := tests/cuda tests/ops/test_norm.py tests/ops/test_norm_checks.py
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
-.PHONY: help demo test test-all cuda sanitize gate gate-figures lint types gpu gpu-bench bench peers readme-numbers clean venv
+.PHONY: help demo test test-all coverage cuda sanitize gate gate-figures lint types gpu gpu-bench bench peers readme-numbers clean venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
@@ -42,8 +42,11 @@ demo: $(VENV)/.run ## verify the kernels, train a small model on real text, draw
 	@PATH="$$PWD/$(BIN):$$PATH" RUN=$(RUN) bash tools/demo.sh
 
 test: $(VENV)/.dev ## the tests, without a GPU: Triton's kernels interpreted, the CUDA kernels emulated under sanitizers (≤ 14 minutes on 2 cores)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/compile --ignore=tests/cuda --cov --cov-report=term:skip-covered --cov-report=xml:.coverage.xml
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/compile --ignore=tests/cuda
 	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor address -n $(WORKERS) -m "not slow" $(EMULATED)
+
+coverage: $(VENV)/.dev ## the same tests, and which lines of the package they reach (a third slower, so not part of `make test`)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/compile --ignore=tests/cuda --cov --cov-report=term:skip-covered --cov-report=xml:.coverage.xml
 
 cuda: $(VENV)/.dev ## the CUDA extension, in place (nvcc needed); ARCHS="80 90" or ARCHS=all, by default the GPUs that are here
 	$(BIN)/python csrc/build.py $(if $(ARCHS),--archs "$(ARCHS)")
