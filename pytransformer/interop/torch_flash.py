@@ -137,20 +137,10 @@ def _backward(
     """(dq, dk, dv) in the layout of :func:`_forward`."""
     window = _window(window_size_left, window_size_right)
     packed = cum_seq_q is not None
-    dq, dk, dv, _, _ = torch.ops.pytransformer.attention_backward(
-        grad_out,
-        dlse=None,
-        want_dbias=False,
-        out=out,
-        lse=logsumexp,
-        q=query,
-        k=key,
-        v=value,
-        mask=None,
-        bias=None,
-        key_padding_mask=None,
-        alibi_slopes=None,
-        sinks=None,
+    call = AttentionCall(
+        query,
+        key,
+        value,
         dropout_seed=rng_state.view(torch.int64) if dropout_p > 0.0 else None,
         cu_seqlens_q=cum_seq_q,
         cu_seqlens_k=cum_seq_k,
@@ -158,14 +148,14 @@ def _backward(
         max_seqlen_k=max_k if packed else None,
         softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
         causal=is_causal,
-        window_left=window[0],
-        window_right=window[1],
-        softcap=0.0,
+        window=window,
         dropout_p=dropout_p,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        return_lse=False,
-        backend=_backend(query, key, value, is_causal, window, dropout_p, cum_seq_q, cum_seq_k),
+        return_lse=True,
     )
+    backend = _backend(query, key, value, is_causal, window, dropout_p, cum_seq_q, cum_seq_k)
+    gradients = torch.ops.pytransformer.attention_backward(grad_out, None, out, logsumexp, *call, False, backend)
+    dq, dk, dv, _, _ = gradients
     return _like(query, dq), _like(key, dk), _like(value, dv)
 
 
