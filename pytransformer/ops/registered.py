@@ -138,70 +138,60 @@ class Differentiable:
         once = None if backward is None else _once(backward, title)
         fields = op.call._fields
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(*args: Any) -> tuple[Tensor, ...]:
-                return op.filled(op(*args), args[0])
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            return op.filled(op(*args), args[0])
 
-            @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                ctx.backend = inputs[-1]
-                save(ctx, op.call(*inputs[:-1]), op.listed(output))  # type: ignore[arg-type]
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.backend = inputs[-1]
+            save(ctx, op.call(*inputs[:-1]), op.listed(output))  # type: ignore[arg-type]
 
-            @staticmethod
-            def backward(ctx: Any, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
-                recorded = records_backward()
-                run = (backward or op) if not recorded else (once or Function).apply
-                found = gradients(ctx, run, *dout)
-                return (*map(found.get, fields), None)
+        def differentiate(ctx: Any, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
+            recorded = records_backward()
+            run = (backward or op) if not recorded else (once or function).apply
+            found = gradients(ctx, run, *dout)
+            return (*map(found.get, fields), None)
 
-            @staticmethod
-            def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-                return vmap_by_loop(Function, info, in_dims, *args)
-
-        Function.__name__ = Function.__qualname__ = op.name
-        self.function = Function
+        function: Any = _function(op.name, forward, setup_context, differentiate)
+        self.function = function
         # What Function.apply comes to where no functorch transform is at work, without binding the arguments to forward's signature first:
         # that takes the host as long as all else here.
-        self._apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Function).apply
+        self._apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         # torch.compile sees the op rather than the Function. (In eager mode the Function comes first: torch.func refuses registered rules.)
-        torch.library.register_autograd(
-            f"pytransformer::{op.name}", Function.backward, setup_context=Function.setup_context
-        )
+        torch.library.register_autograd(f"pytransformer::{op.name}", differentiate, setup_context=setup_context)
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """Outputs of a flat call that is recorded."""
         if _functorch_level() is None:
             return self._apply(*args)
-        outputs: tuple[Tensor, ...] = self.function.apply(*args)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = self.function.apply(*args)
         return outputs
 
 
-def _once(backward: Callable[..., Any], title: str) -> type[torch.autograd.Function]:
+def _function(name: str, forward: Any, setup_context: Any, backward: Any) -> Any:
+    """An ``autograd.Function`` whose nodes in a graph have the name of its op."""
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_by_loop(function, info, in_dims, *args)
+
+    parts = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    function = type(name, (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()})
+    return function
+
+
+def _once(backward: Callable[..., Any], title: str) -> Any:
     """A backward pass where it is itself recorded: a second derivative is refused rather than wrong."""
 
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> tuple[Tensor, ...]:
-            like = next(arg for arg in args if isinstance(arg, Tensor))
-            return tuple(like.new_empty(0) if output is None else output for output in backward(*args))
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        like = next(arg for arg in args if isinstance(arg, Tensor))
+        return tuple(like.new_empty(0) if output is None else output for output in backward(*args))
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            pass
+    def refuse(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            f"{title} has no double backward: its gradient was computed by a fused kernel; use backend='reference' "
+            "where second derivatives are needed"
+        )
 
-        @staticmethod
-        def backward(ctx: Any, *_: Tensor) -> Any:
-            raise RuntimeError(
-                f"{title} has no double backward: its gradient was computed by a fused kernel; use backend='reference' "
-                "where second derivatives are needed"
-            )
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-            return vmap_by_loop(Once, info, in_dims, *args)
-
-    return Once
+    return _function(f"{title} backward", forward, lambda ctx, inputs, output: None, refuse)
 
 
 def vmap_by_loop(function: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
