@@ -147,15 +147,14 @@ class Differentiable:
 
         def differentiate(ctx: Any, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
             recorded = records_backward()
-            run = (backward or op) if not recorded else (once or function).apply
+            run = (backward or op) if not recorded else (once or self.function).apply
             found = gradients(ctx, run, *dout)
             return (*map(found.get, fields), None)
 
-        function: Any = _function(op.name, forward, setup_context, differentiate)
-        self.function = function
+        self.function = _function(op.name, forward, setup_context, differentiate)
         # What Function.apply comes to where no functorch transform is at work, without binding the arguments to forward's signature first:
         # that takes the host as long as all else here.
-        self._apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self._apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
         # torch.compile sees the op rather than the Function. (In eager mode the Function comes first: torch.func refuses registered rules.)
         torch.library.register_autograd(f"pytransformer::{op.name}", differentiate, setup_context=setup_context)
 
