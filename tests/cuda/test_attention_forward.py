@@ -322,7 +322,7 @@ def test_opcheck(device: torch.device) -> None:
         Case(((5, 7), (0, 3)), dims=(16, 24), dtype=F16, options={"alibi_slopes": slopes(2)}),
     ):
         inputs = draw(case, 0, device)
-        call = check_attention(AttentionCall(softmax_scale=None, **inputs.tensors, **inputs.options))
+        call = check_attention(AttentionCall(**inputs.tensors, **inputs.options))
         torch.library.opcheck(torch.ops.pytransformer.attention_forward.default, (*call, "cuda"))
         options = {name: value for name, value in inputs.options.items() if name != "window"}
         torch.library.opcheck(extension.op("attention_forward"), raw_arguments(**inputs.tensors, **options))

@@ -119,6 +119,8 @@ def test_a_call_like_one_that_was_checked_is_checked_where_it_differs(device: to
         assert all(torch.equal(found, wanted) for found, wanted in zip(rotated, expected))
     with pytest.raises(ValueError, match="cos and sin must have a row for each position"):
         rope(q, k, cos, sin, offsets=LENGTH - 5, **options)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="no gradient for cos"):
+        rope(q, k, cos.clone().requires_grad_(), sin, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="offsets must be at least 0"):
         rope(q, k, cos, sin, offsets=-1, **options)  # type: ignore[arg-type]
     for changes in ({"interleaved": 0}, {"inplace": 0}, {"offsets": True}, {"offsets": 1.0}):

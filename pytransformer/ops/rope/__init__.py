@@ -133,6 +133,8 @@ def _results(call: RopeCall, outputs: Outputs) -> tuple[Tensor, Tensor | None]:
     return q, None if call.k is None else k
 
 
+# The checks refuse a gradient for them.
+_TABLES = ("cos", "sin")
 _INDICES = ("positions", "sequence_offsets", "cu_seqlens")
 _BACKENDS = (by_cuda.BACKEND, by_triton.BACKEND, by_torch.BACKEND, by_torch.REFERENCE)
 _ROPE = RegisteredOp("rope", RopeCall, _BACKENDS, _outputs, 2)
@@ -143,7 +145,7 @@ _OUT_OF_PLACE = Op(
     _BACKENDS,
     result=_results,
     rule=Differentiable(_ROPE, _save, _gradients),
-    grads=("q", "k"),
+    grads=("q", "k", *_TABLES),
     values=_INDICES,
     varying=True,
 )
@@ -154,6 +156,7 @@ _IN_PLACE = Op(
     check_rope_in_place,
     _BACKENDS_IN_PLACE,
     result=lambda call, outputs: (call.q, call.k),
+    grads=_TABLES,
     values=_INDICES,
     varying=True,
 )
