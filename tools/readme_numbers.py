@@ -59,9 +59,10 @@ def host_table(result: dict[str, Any]) -> list[str]:
         "|---|---:|---:|---:|---:|",
     ]
     cells: dict[str, dict[str, str]] = {}
+    both = ", forward and backward"
     for row in result["rows"]:
         # Forward and backward have a base of their own, which takes longer.
-        if row["limit"] is not None or row["backend"] == "torch":
+        if (row["limit"] is not None or row["backend"] == "torch") and not row["name"].endswith(both):
             cells.setdefault(row["name"], {})[row["backend"]] = f"{row['microseconds']:.2f} | {row['of_base']:.2f}"
     base = cells.pop("F.layer_norm")["torch"]
     lines.append(f"| F.layer_norm | {base} | {base} |")
@@ -69,8 +70,16 @@ def host_table(result: dict[str, Any]) -> list[str]:
         if "torch" not in found:
             lines.append(f"| {name} | {found.get('cuda', '— | —')} | {found.get('triton', '— | —')} |")
     first = result["first_launch_seconds"]
+    pairs = [row for row in result["rows"] if row["name"].endswith(both)]
+    of_torch = ", ".join(
+        f"{row['name'].removesuffix(both)} {row['of_base']:.2f} ({row['backend']})"
+        for row in pairs
+        if row["backend"] != "torch"
+    )
     return [
         *lines,
+        "",
+        f"Forward and backward pass together take, in times of torch's own pair of `F.layer_norm`: {of_torch}.",
         "",
         f"Triton's first `layer_norm` of a process took {first['cold']:.2f} s where it had to compile it, and {first['warm']:.2f} s where "
         "another process or `pytransformer warmup` had.",
