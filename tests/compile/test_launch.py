@@ -20,7 +20,7 @@ from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.norm.call import NormCall
 from pytransformer.ops.op import forget_launches
 from pytransformer.ops.rope.call import RopeCall
-from tests.compile.test_keys import CASES
+from tests.compile.key_calls import CASES
 from tests.support.launch_recorder import record_launches
 from tests.support.triton_stub import count_launches, stubbed_driver
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pytransformer import extension, reference
+from tests.kernels.attention_contract import Case, Inputs, contract_of, draw, run_kernels
+from tests.support.emulator import SCHEDULES, configure, in_every_schedule
+
+EMULATED = "PYTRANSFORMER_CUDA_LIBRARY" in os.environ
 
 
 def op_options(
@@ -40,3 +47,22 @@ def exact_forward(q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, **opti
     """(out, lse) by the reference in float32, out rounded once: what is measured then is the backward pass alone."""
     out, lse = reference.attention(q.float(), k.float(), v.float(), **options, return_lse=True)
     return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+def check_case(case: Case, device: torch.device, *, every_schedule: bool) -> None:
+    """The contract over seeds that take turns with the schedules; on request the same bits from all of these for the first seed."""
+    turns = itertools.count()
+
+    def backward_in_turns(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if EMULATED:
+            configure(next(turns) % len(SCHEDULES))
+        return backward(*args, **options)
+
+    contract_of(case, device, exact_forward, backward_in_turns).check()
+    if every_schedule:
+        inputs = draw(case, 0, device)
+        in_every_schedule(lambda: list(gradients_of(case, inputs).values()))
+
+
+def gradients_of(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    return run_kernels(case, inputs, exact_forward, backward)[1]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +12,8 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension
-from tests.cuda.attention_ops import backward, exact_forward, op_options
-from tests.kernels.attention_contract import Case, Inputs, contract_of, draw, grid_cases, run_kernels
-from tests.support.emulator import SCHEDULES, configure, in_every_schedule
+from tests.cuda.attention_ops import backward, check_case, exact_forward, gradients_of, op_options
+from tests.kernels.attention_contract import Case, Inputs, draw, grid_cases
 from tests.support.memory import surrounded
 
 # Tiles of the kernels: 128 queries against 32 keys for dq, 128 keys against 32 queries for dk and dv; above 128 features, 64 against 32 and
@@ -29,7 +26,6 @@ GRID: dict[str, list[Any]] = {
     "dtype": [torch.bfloat16, torch.float16],
     "heads": [(1, 1), (3, 1), (2, 2)],
 }
-EMULATED = "PYTRANSFORMER_CUDA_LIBRARY" in os.environ
 PACKED = ((5, 7), (0, 3), (17, 33), (4, 0))
 
 
@@ -72,25 +68,6 @@ def test_contract_over_shapes(case: Case, device: torch.device, poison_empty: No
 )
 def test_contract_over_options(case: Case, device: torch.device, poison_empty: None) -> None:
     check_case(case, device, every_schedule=True)
-
-
-def check_case(case: Case, device: torch.device, *, every_schedule: bool) -> None:
-    """The contract over seeds that take turns with the schedules; on request the same bits from all of these for the first seed."""
-    turns = itertools.count()
-
-    def backward_in_turns(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if EMULATED:
-            configure(next(turns) % len(SCHEDULES))
-        return backward(*args, **options)
-
-    contract_of(case, device, exact_forward, backward_in_turns).check()
-    if every_schedule:
-        inputs = draw(case, 0, device)
-        in_every_schedule(lambda: list(gradients_of(case, inputs).values()))
-
-
-def gradients_of(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    return run_kernels(case, inputs, exact_forward, backward)[1]
 
 
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ QUERY_KERNEL = ("attention/backward_dq.cuh", "attention/backward_bfloat16_64.cu"
 # Several tiles on both sides, the last of them not whole; then the contract, in every order of threads, warps and blocks.
 SCRIPT = """
 import torch
-from tests.cuda.test_attention_backward import check_case
+from tests.cuda.attention_ops import check_case
 from tests.kernels.attention_contract import Case
 case = Case((150, 140), heads=(2, 1), dims=(16, 16), dtype=torch.bfloat16, options={"causal": True})
 check_case(case, torch.device("cpu"), every_schedule=True)
