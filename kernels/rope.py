@@ -179,9 +179,8 @@ def rope_kernel(
     index = tokens % seqlen
 
     if HAS_POSITIONS:
-        positions = tl.load(
-            positions_ptr + batch * stride_positions_batch + index * stride_positions_seqlen, mask=token_mask, other=0
-        ).to(tl.int64)
+        places = batch * stride_positions_batch + index * stride_positions_seqlen
+        positions = tl.load(positions_ptr + places, mask=token_mask, other=0).to(tl.int64)
     else:
         sequence = batch
         start = tl.zeros([BLOCK_TOKENS], dtype=tl.int64)
