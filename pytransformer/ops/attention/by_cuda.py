@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytransformer import extension
-from pytransformer.ops.attention.call import AttentionCall, unless_empty
+from pytransformer.ops.attention.call import AttentionCall, is_empty, unless_empty
 from pytransformer.ops.backend import Backend, Limit, Outputs, is_plain
 from pytransformer.ops.checks import short
 
@@ -60,6 +62,23 @@ def _forward(call: AttentionCall) -> Outputs:
     return tuple(_op("attention_forward")(*_arguments(call)))
 
 
+def _plan(call: AttentionCall) -> Callable[[AttentionCall], Any] | None:
+    """The op checks its arguments itself: of a call like this one it refuses, by ValueError, rows that happen not to be aligned."""
+    if is_empty(call) or (call.alibi_slopes is not None and call.alibi_slopes.dtype != torch.float32):
+        return None
+    op, options = _op("attention_forward"), (call.softmax_scale, call.causal, *call.window, call.softcap)
+    places = operator.itemgetter(
+        *map(call._fields.index, ("q", "k", "v", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"))
+    )
+    return_lse = call.return_lse
+
+    def launch(given: AttentionCall) -> Any:
+        out, lse = op(*places(given), *options)
+        return (out, lse) if return_lse else out
+
+    return launch
+
+
 def backward(given: Any, call: AttentionCall) -> Outputs:
     """(dq, dk, dv, None, None), contiguous, with the same bits each run."""
     dlse = None if given.dlse is None else given.dlse.contiguous()
@@ -100,4 +119,5 @@ BACKEND = Backend(
         Limit("dropout_p", _drops_out),
         Limit("rows that are not 16-byte aligned", _has_unaligned_rows),
     ),
+    plan=_plan,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,23 @@ def _decode(call: DecodeCall) -> Outputs:
     )  # fmt: skip
 
 
+def _plan(call: DecodeCall) -> Callable[[DecodeCall], Any] | None:
+    """The op checks its arguments itself, all but the views of a mask or bias."""
+    if call.mask is not None or call.bias is not None:
+        return None
+    op, hint = _op(), call.max_seqlen_q
+    options = (call.softmax_scale, call.causal, *call.window, call.softcap, call.num_splits)
+
+    def launch(given: DecodeCall) -> Any:
+        q, k_cache, v_cache, lengths, cu_seqlens, table, rows, leftpad, _, _, slopes, sinks, k_scale, v_scale, *_ = (
+            given
+        )
+        caches = (q, k_cache, v_cache, lengths, cu_seqlens, hint, table, rows, leftpad)
+        return tuple(op(*caches, None, None, slopes, sinks, k_scale, v_scale, *options))
+
+    return launch if call.return_lse else lambda given: launch(given)[0]
+
+
 def _expanded(tensor: Tensor | None, call: DecodeCall) -> Tensor | None:
     """A mask or bias with strides of 0 where it broadcasts: (batch, num_heads, queries, keys)."""
     if tensor is None:
@@ -49,4 +67,4 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *_
 
 
 extension.register_fake("decode_attention", _fake)
-BACKEND = Backend("cuda", _decode, (Limit("float32 and float64", _not_16_bit),))
+BACKEND = Backend("cuda", _decode, (Limit("float32 and float64", _not_16_bit),), plan=_plan)
