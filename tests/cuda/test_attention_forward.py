@@ -451,3 +451,16 @@ def test_a_fault_in_the_kernel(fault: str, tmp_path: Any) -> None:
     result = run_broken(tmp_path, source, [(good, bad)], SCRIPT, recompile=[unit])
     assert result.returncode != 0
     assert re.search(report, result.stdout + result.stderr), result.stderr[-3000:]
+
+
+def test_a_kept_launch_leaves_unaligned_rows_to_the_checks(device: torch.device) -> None:
+    """Two calls that are alike in all but their addresses: only the op sees that, and refuses."""
+    q, k, v = (torch.randn(1, 8, 2, 16, device=device).to(BF16) for _ in range(3))
+    expected = [attention(q, k, v, causal=True, backend="cuda") for _ in range(3)]
+    assert all(torch.equal(out, expected[0]) for out in expected)
+    shifted = torch.zeros(q.numel() + 1, dtype=BF16, device=device)[1:].view(q.shape).copy_(q)
+    with pytest.raises(NotImplementedError, match="multiple of 16 bytes"):
+        attention(shifted, k, v, causal=True, backend="cuda")
+    out, lse = attention(q, k, v, causal=True, return_lse=True, backend="cuda")
+    again = attention(q, k, v, causal=True, return_lse=True, backend="cuda")
+    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
