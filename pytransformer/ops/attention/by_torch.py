@@ -46,13 +46,17 @@ def _would_round_on_a_gpu(call: AttentionCall) -> str | None:
     return None
 
 
-_LIMITS = (
+# Of decode attention too.
+SCORE_LIMITS = (
     Limit("softcap", lambda call: "scaled_dot_product_attention has no softcap" if call.softcap > 0 else None),
     Limit("sinks", lambda call: None if call.sinks is None else "scaled_dot_product_attention has no sinks"),
     Limit(
         "return_lse",
         lambda call: "scaled_dot_product_attention does not return lse (return_lse=True)" if call.return_lse else None,
     ),
+)
+_LIMITS = (
+    *SCORE_LIMITS,
     Limit(
         "dropout_p",
         lambda call: (

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer import reference
+from pytransformer.ops.attention.by_torch import SCORE_LIMITS
 from pytransformer.ops.attention.by_torch import attend as attend_whole
 from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.backend import Backend, Limit, Outputs
@@ -20,12 +21,7 @@ from pytransformer.ops.cache_checks import QUANTISED_DTYPES
 from pytransformer.ops.decode_attention.call import DecodeCall, first_visible_key
 
 _LIMITS = (
-    Limit("softcap", lambda call: "scaled_dot_product_attention has no softcap" if call.softcap > 0 else None),
-    Limit("sinks", lambda call: None if call.sinks is None else "scaled_dot_product_attention has no sinks"),
-    Limit(
-        "return_lse",
-        lambda call: "scaled_dot_product_attention does not return lse (return_lse=True)" if call.return_lse else None,
-    ),
+    *SCORE_LIMITS,
     Limit(
         "anything on a GPU",
         lambda call: (
