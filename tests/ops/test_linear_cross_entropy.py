@@ -389,3 +389,16 @@ def test_torch_agrees_with_the_reference_on_any_call(
         results.append((loss, *gradients))
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [103, 104])
+def test_what_lies_behind_the_logits_of_a_row_does_not_reach_the_gradients(size: int) -> None:
+    """oneDNN with AMX (torch 2.13) reads on behind a slice's last column, where uninitialised padding may hold a NaN."""
+    from pytransformer.ops.linear_cross_entropy.chunks import product_into
+
+    padded = torch.full((48, 128), torch.nan, dtype=torch.bfloat16)
+    padded[:, :size] = 1.0
+    for left, right in ((padded[:, :size], torch.ones(size, 32)), (padded[:, :size].t(), torch.ones(48, 32))):
+        out = torch.full((left.shape[0], 32), torch.nan, dtype=torch.bfloat16)
+        product_into(out, left, right.bfloat16())
+        assert torch.equal(out, torch.full_like(out, left.shape[1]))

@@ -75,8 +75,12 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool =
 
     Added up in float32 and, where ``out`` is float32, not rounded before.
     """
-    if out.dtype != left.dtype and not out.is_cuda:  # a CPU has no such product; interpreted kernels do not mind
+    if not out.is_cuda:
+        # A CPU has no product of two dtypes; interpreted kernels do not mind.
         left, right = left.to(out.dtype), right.to(out.dtype)
+        if out.dtype.itemsize == 2:
+            # oneDNN's product with AMX (torch 2.13) reads behind the last column of rows with a stride: a NaN there makes the result NaN.
+            left, right = left.contiguous(), right.contiguous()
     if not accumulate and out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     elif not accumulate:
