@@ -262,12 +262,12 @@ def warn_once(message: str) -> None:
 
 # Bound once: each look-up through torch's modules takes as long as the question itself.
 PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
-_forward_ad = torch.autograd.forward_ad
+functorch_level = torch._C._functorch.peek_interpreter_stack
+dispatch_modes = torch._C._len_torch_dispatch_stack
+is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
+forward_ad = torch.autograd.forward_ad
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_is_traced = torch.compiler.is_dynamo_compiling  # what traces in other ways has a dispatch mode
+is_traced = torch.compiler.is_dynamo_compiling  # what traces in other ways has a dispatch mode
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -276,11 +276,11 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     False under torch.compile, functorch transforms, dispatch or function modes, and for tensor subclasses: all of these must see a
     registered op. (Autocast need not: an op that casts does so before it gets here.)
     """
-    if _is_traced() or _functorch_level() is not None:
+    if is_traced() or functorch_level() is not None:
         return False
-    if _dispatch_modes() > 0 or _is_function_mode_enabled():
+    if dispatch_modes() > 0 or is_function_mode_enabled():
         return False
-    if _forward_ad._current_level >= 0:  # a dual tensor is plain by its type, and would lose its tangent
+    if forward_ad._current_level >= 0:  # a dual tensor is plain by its type, and would lose its tangent
         return False
     return PLAIN_TYPES.issuperset(map(type, tensors))
 

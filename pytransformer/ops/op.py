@@ -23,19 +23,25 @@ from torch import Tensor
 
 from pytransformer.ops import backend as choice
 from pytransformer.ops import checks
-from pytransformer.ops.backend import PLAIN_TYPES, Backend, BackendChoice, Outputs, is_plain, mark_changed
+from pytransformer.ops.backend import (
+    PLAIN_TYPES,
+    Backend,
+    BackendChoice,
+    Outputs,
+    dispatch_modes,
+    forward_ad,
+    functorch_level,
+    is_any_autocast_enabled,
+    is_function_mode_enabled,
+    is_plain,
+    is_traced,
+    mark_changed,
+)
 from pytransformer.ops.launches import Launches, forget_kept
 from pytransformer.ops.precision import is_autocasting
 from pytransformer.ops.registered import Differentiable, RegisteredOp
 
-# Bound once: each look-up through torch's modules takes as long as the question itself.
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
-_is_traced = torch.compiler.is_dynamo_compiling
-_forward_ad = torch.autograd.forward_ad
 
 
 class Op:
@@ -93,12 +99,12 @@ class Op:
         error = direct = None
         # A dual tensor is plain by its type, and would lose its tangent.
         if (
-            not _is_traced()
-            and _functorch_level() is None
-            and _dispatch_modes() == 0
-            and not _is_function_mode_enabled()
-            and _forward_ad._current_level < 0
-            and not (self.casts and _is_any_autocast_enabled())
+            not is_traced()
+            and functorch_level() is None
+            and dispatch_modes() == 0
+            and not is_function_mode_enabled()
+            and forward_ad._current_level < 0
+            and not (self.casts and is_any_autocast_enabled())
         ):
             named = backend or choice._override.name or choice._environment
             try:
@@ -158,7 +164,7 @@ class Op:
         if torch.compiler.is_compiling():
             return self.registered.listed(self.registered.op(*call, backend.name))
         # Inside functorch a tensor does not always know that it is differentiated, and a dual tensor must meet the rule, which has no jvp.
-        recorded = _functorch_level() is not None or _forward_ad._current_level >= 0
+        recorded = functorch_level() is not None or forward_ad._current_level >= 0
         if self.rule is not None and (recorded or (_is_grad_enabled() and requires_grad(self._grads(call)))):
             return self.rule(*call, backend.name)
         if not is_plain(*tensors):
@@ -171,7 +177,7 @@ class Op:
     def _keep(self, given: tuple[Any, ...], call: Any, backend: Backend, asked: str | None) -> None:
         """Keeps the launch of a checked call, unless values were read for its checks or tensors replaced."""
         tensors = call[: self.num_tensors]
-        if checks.DEBUG or not is_plain(*tensors) or (self.casts and _is_any_autocast_enabled()):
+        if checks.DEBUG or not is_plain(*tensors) or (self.casts and is_any_autocast_enabled()):
             return
         named = choice.requested_backend(asked)
         if named not in self._launches:

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.ops.backend import Backend, Outputs, is_plain
+from pytransformer.ops.backend import Backend, Outputs, functorch_level, is_plain
 
 Spec = tuple[Sequence[int], torch.dtype] | None
-
-_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -160,7 +158,7 @@ class Differentiable:
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """Outputs of a flat call that is recorded."""
-        if _functorch_level() is None:
+        if functorch_level() is None:
             return self._apply(*args)
         outputs: tuple[Tensor, ...] = self.function.apply(*args)
         return outputs
