@@ -124,7 +124,7 @@ def test_large_and_small_features(device: torch.device) -> None:
     q, k, v = draw(device)
     k = k.detach() - 25
     expected = reference.linear_attention(q.double(), k.double(), v.double())
-    torch.testing.assert_close(linear_attention(q, k, v).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(linear_attention(q, k, v), expected.float())
     largest = torch.full_like(q, 60000, dtype=FLOAT16)
     assert bool(linear_attention(largest, k.half(), v.half()).isfinite().all()), "the sums are not in float16"
 
