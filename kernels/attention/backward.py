@@ -1,4 +1,4 @@
-"""Attention backward: dq, dk, dv (and the gradients of bias and sinks) from the saved output and log-sum-exp, scores recomputed.
+"""Attention backward: dq, dk, dv (and the gradients of bias, sinks and ALiBi slopes) from the saved output and log-sum-exp, scores recomputed.
 
 Two kernels, each looping over what its own tile meets, so nothing is added atomically and every run gives the same bits:
 
@@ -36,6 +36,7 @@ from .options import (
     score_options,
 )
 from .policy import BackwardConfig, backward_config, slots_per_group
+from .slope_gradient import prepare_slope_gradient
 
 if TYPE_CHECKING:
     from pytransformer.ops.attention.call import AttentionCall
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
 # |lse| from which on rows are normalised again: float32's rounding of it is then felt in the weights of float32 and of 16-bit inputs.
 LARGE_LSE_FLOAT32 = 64.0
 LARGE_LSE_16_BIT = 8192.0
+
+# dq, dk, dv, dbias, dsinks, dslopes.
+Gradients = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]
 
 
 @triton.jit
@@ -84,7 +90,7 @@ def attention_backward_dq_kernel(
     dout_ptr, dout_strides, q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides,
     out_ptr, out_strides, dq_ptr, dq_strides,
     lse_ptr, dlse_ptr, delta_ptr, shift_ptr, norm_ptr, stride_lse_batch, stride_lse_head,
-    dbias_ptr, dbias_strides, dsinks_ptr, large_lse,
+    dbias_ptr, dbias_strides, dsinks_ptr, dslopes_ptr, large_lse,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     bias_ptr, mask_ptr, padding_ptr, alibi_ptr, sinks_ptr, dropout_seed_ptr, option_strides,
     batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
@@ -137,6 +143,7 @@ def attention_backward_dq_kernel(
         delta = tl.sum(tl.where(offs_m[:, None] == offs_m[None, :], delta, 0.0), 1)
     else:
         delta = tl.sum(dout.data.to(tl.float32) * out.data.to(tl.float32), 1)
+    from_out = delta
     lse = tl.load(lse_ptr + first_statistic + offs_m, mask=row_exists, other=float("-inf"))
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + first_statistic + offs_m, mask=row_exists, other=0.0)
@@ -164,6 +171,11 @@ def attention_backward_dq_kernel(
         sink = tl.load(sinks_ptr + place.head).to(tl.float32)
         tl.store(dsinks_ptr, -tl.sum(common.weights(sink, shift, norm, LOG2E, traits.SCALE_FIRST) * delta, 0))
 
+    # delta is a sum over a rounded out, and what it is off by counts for a slope as often as keys are far away. What the sum over dp is beside
+    # it, times the mean distance, puts that right.
+    dslopes = tl.zeros([BLOCK_M], tl.float32)
+    from_dp = tl.zeros([BLOCK_M], tl.float32)
+    mean_distance = tl.zeros([BLOCK_M], tl.float32)
     for run in tl.static_range(3 if traits.HAS_LEFT else 2):
         for tile_n in range(bounds[2 * run], bounds[2 * run + 1]):
             start_n = tile_n * BLOCK_N
@@ -192,12 +204,20 @@ def attention_backward_dq_kernel(
                 dbias_rows_ptr = dbias_ptr + rows.to(tl.int64) * dbias_strides.row
                 inside = row_exists[:, None] & (offs_n[None, :] < keys_left)
                 tl.store(dbias_rows_ptr + cols, ds.to(dbias_ptr.dtype.element_ty), mask=inside)
+            if dslopes_ptr is not None:
+                distances = common.distances(rows, cols, edges)
+                dslopes -= tl.sum(ds * distances, 1)
+                from_dp += tl.sum(p * dp, 1)
+                mean_distance += tl.sum(p * distances, 1)
             if traits.HAS_SOFTCAP:
                 ds = ds * common.softcap_slope(capped, softcap)
             dq = tl.dot(ds.to(k.data.dtype), k.data, dq, input_precision=traits.PRECISION)
     common.store_tile(
         dq_ptr, dq_strides.seq, rows_left, offs_m, offs_d, dq * softmax_scale, traits.HEAD_DIM, traits.BLOCK_D
     )
+    if dslopes_ptr is not None:
+        dslopes += tl.where(lse == float("-inf"), 0.0, (from_dp - from_out) * mean_distance)
+        tl.store(dslopes_ptr + first_statistic + offs_m, dslopes, mask=row_exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -305,6 +325,7 @@ class BackwardLaunch:
         out, lse: what the forward pass returned.
         dlse: gradient of lse, or None for 0.
         want_dbias: False where the bias needs no gradient.
+        want_dslopes: whether the ALiBi slopes need one.
         config: replaces the launch policy.
 
     Of all tensors only shapes, strides, dtypes and device count. Where the kernels cannot walk dout, out, lse or dlse, each call copies it.
@@ -312,7 +333,7 @@ class BackwardLaunch:
 
     __slots__ = (
         "_copied", "_launches", "_new_dbias", "_new_dk", "_new_dq", "_new_dsinks", "_new_dv", "_new_statistic", "_scale_first",
-        "_sums_of_sinks", "_take",
+        "_sum_of_slopes", "_sums_of_sinks", "_take",
     )  # fmt: skip
 
     def __init__(
@@ -324,6 +345,7 @@ class BackwardLaunch:
         dlse: torch.Tensor | None,
         *,
         want_dbias: bool = True,
+        want_dslopes: bool = False,
         allow_tf32: bool = False,
         config: BackwardConfig | None = None,
     ) -> None:
@@ -331,14 +353,14 @@ class BackwardLaunch:
         q, k, v, bias = call.q, call.k, call.v, call.bias
         options = score_options(call, shape, allow_tf32)
         if config is None:
-            pressure = options.pressure + (bias is not None)
+            pressure = options.pressure + (bias is not None) + want_dslopes
             arch = device_limits(q.device).arch
             config = backward_config(shape.head_dim, shape.value_dim, q.dtype, arch, pressure)
         tiles_q, slots_q = shape.tiles(shape.seqlen_q, config.q_block_m), shape.slots(shape.num_heads)
         tiles_k, slots_k = shape.tiles(shape.seqlen_k, config.kv_block_n), shape.slots(shape.num_kv_heads)
         shared_bias = bias is not None and want_dbias and any(is_broadcast(bias, shape))
 
-        own = ("dout", "out", "lse", "dlse", "delta", "shift", "norm", "dq", "dk", "dv", "dbias", "dsinks")
+        own = ("dout", "out", "lse", "dlse", "delta", "shift", "norm", "dq", "dk", "dv", "dbias", "dsinks", "dslopes")
         tensors = CallTensors(call, *own)
         self._take = tensors.take
         walked = [tensor.stride(-1) == 1 for tensor in (dout, out)]
@@ -355,6 +377,8 @@ class BackwardLaunch:
         if call.sinks is not None:
             self._new_dsinks = functools.partial(torch.zeros, slots_q, tiles_q, dtype=torch.float32, device=q.device)
         self._sums_of_sinks = (-1, shape.num_heads, tiles_q)
+        want_dslopes = want_dslopes and call.alibi_slopes is not None
+        self._sum_of_slopes = prepare_slope_gradient(call, shape) if want_dslopes else None
 
         rows = [
             row_strides(tensor) if walks else new_row_strides(tensor.shape)
@@ -369,7 +393,7 @@ class BackwardLaunch:
             arguments = (
                 *inputs, None, rows[4], None, gradient_rows[0],
                 *(None,) * 5, *shape.lse_strides,
-                None, new_score_strides(None if shared_bias or not want_dbias else bias), None,
+                None, new_score_strides(None if shared_bias or not want_dbias else bias), None, None,
                 LARGE_LSE_FLOAT32 if q.dtype == torch.float32 else LARGE_LSE_16_BIT,
                 *OPTIONAL_ARGUMENTS, options.strides,
                 *shape.sizes, tiles_q, slots_q, slots_per_group(shape, k), *scores,
@@ -382,8 +406,9 @@ class BackwardLaunch:
                 **constants,
             }
             dbias = None if shared_bias else "dbias"
+            dslopes = "dslopes" if want_dslopes else None
             order = tensors.order(
-                "dout", "q", "k", "v", "out", "dq", "lse", "dlse", "delta", "shift", "norm", dbias, "dsinks"
+                "dout", "q", "k", "v", "out", "dq", "lse", "dlse", "delta", "shift", "norm", dbias, "dsinks", dslopes
             )
             self._launches.append(
                 PreparedLaunch(attention_backward_dq_kernel, (tiles_q * slots_q,), arguments, own_constants, order)
@@ -418,7 +443,7 @@ class BackwardLaunch:
         out: torch.Tensor,
         lse: torch.Tensor,
         dlse: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> Gradients:
         """Results as :func:`attention_backward` returns them, of a call that is like the first."""
         if self._copied:
             given: list[Any] = [dout, out, lse, dlse]
@@ -430,13 +455,16 @@ class BackwardLaunch:
         delta, shift, norm = new_statistic(lse), new_statistic(lse), new_statistic(lse) if self._scale_first else None
         dbias = None if self._new_dbias is None else self._new_dbias()
         dsinks = None if self._new_dsinks is None else self._new_dsinks()
-        tensors = (*self._take(call), dout, out, lse, dlse, delta, shift, norm, dq, dk, dv, dbias, dsinks)
+        dslopes = None if self._sum_of_slopes is None else new_statistic(lse)
+        tensors = (*self._take(call), dout, out, lse, dlse, delta, shift, norm, dq, dk, dv, dbias, dsinks, dslopes)
         for launch in self._launches:
             launch(tensors)
         if dsinks is not None:
             assert call.sinks is not None
             dsinks = dsinks.view(self._sums_of_sinks).sum((0, 2)).to(call.sinks.dtype)
-        return dq, dk, dv, dbias, dsinks
+        if self._sum_of_slopes is not None:
+            dslopes = self._sum_of_slopes(call, dslopes)
+        return dq, dk, dv, dbias, dsinks, dslopes
 
 
 def attention_backward(
@@ -447,15 +475,16 @@ def attention_backward(
     dlse: torch.Tensor | None,
     *,
     want_dbias: bool = True,
+    want_dslopes: bool = False,
     allow_tf32: bool = False,
     config: BackwardConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> Gradients:
     """Prepares the launches of a checked call's gradients and makes them once; see :class:`BackwardLaunch`.
 
     Returns:
         dq, dk, dv, contiguous, in the dtypes of q, k, v; dbias shaped like bias, or None where there is none or it is not wanted;
-        dsinks, or None without sinks.
+        dsinks, or None without sinks; dslopes shaped like alibi_slopes, or None where there are none or it is not wanted.
     """
-    options = {"want_dbias": want_dbias, "allow_tf32": allow_tf32}
+    options = {"want_dbias": want_dbias, "want_dslopes": want_dslopes, "allow_tf32": allow_tf32}
     launch = BackwardLaunch(call, dout, out, lse, dlse, **options, config=config)
     return launch(call, dout, out, lse, dlse)

@@ -417,11 +417,17 @@ def weights(scores, shift, norm, factor, SCALE_FIRST: tl.constexpr):
 
 
 @triton.jit
+def distances(rows, cols, edges):
+    """ALiBi's: how far each key lies from each query, float32."""
+    return tl.abs(rows + (edges.seqlen_k - edges.seqlen_q) - cols).to(tl.float32)
+
+
+@triton.jit
 def score_terms(scores, rows, cols, options, here, edges, traits, MASKED: tl.constexpr):
     """Adds bias and ALiBi and hides what may not be seen. ``rows`` and ``cols`` are index tensors that broadcast against each other;
     ``here`` is what :func:`head_options` says of this batch and head. ``MASKED``: the window or the end of the keys cuts the tile."""
     if options.alibi_ptr is not None:
-        scores -= here.alibi_slope * tl.abs(rows + (edges.seqlen_k - edges.seqlen_q) - cols).to(tl.float32)
+        scores -= here.alibi_slope * distances(rows, cols, edges)
     inside = (rows < edges.seqlen_q) & (cols < edges.seqlen_k)
     if options.bias_ptr is not None:
         row_ptrs = options.bias_ptr + here.bias + rows.to(tl.int64) * options.strides.bias.row

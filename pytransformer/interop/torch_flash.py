@@ -154,8 +154,8 @@ def _backward(
         return_lse=True,
     )
     backend = _backend(query, key, value, is_causal, window, dropout_p, cum_seq_q, cum_seq_k)
-    gradients = torch.ops.pytransformer.attention_backward(grad_out, None, out, logsumexp, *call, False, backend)
-    dq, dk, dv, _, _ = gradients
+    gradients = torch.ops.pytransformer.attention_backward(grad_out, None, out, logsumexp, *call, False, False, backend)
+    dq, dk, dv, *_ = gradients
     return _like(query, dq), _like(key, dk), _like(value, dv)
 
 

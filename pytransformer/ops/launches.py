@@ -99,7 +99,7 @@ def _likeness(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 def properties(tensor: Tensor) -> tuple[Any, ...]:
     """All that a launch, and the checks before it, may ask of a tensor beside its values and its address."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _torch_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:

@@ -24,6 +24,7 @@ BACKWARD_TILES = BackwardConfig(16, 32, 4, 1, 16, 32, 4, 1)
 SQUARE_FORWARD_TILES = ForwardConfig(32, 32, 4, 1)
 SQUARE_BACKWARD_TILES = BackwardConfig(32, 32, 4, 1, 32, 32, 4, 1)
 DIFFERENTIABLE_OPTIONS = ("bias", "sinks")
+WITH_SLOPES = (*DIFFERENTIABLE_OPTIONS, "alibi_slopes")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     scale_of_q: float | Tensor = 1.0
     lse_gradient: bool = True
+    differentiable: tuple[str, ...] = DIFFERENTIABLE_OPTIONS
     forward_tiles: ForwardConfig | None = FORWARD_TILES
     backward_tiles: BackwardConfig | None = BACKWARD_TILES
 
@@ -104,7 +106,7 @@ def draw(case: Case, seed: int, device: torch.device) -> Inputs:
         value = value(case, generator) if callable(value) else value
         if isinstance(value, Tensor):
             value = value.to(device)
-        if name in DIFFERENTIABLE_OPTIONS:
+        if name in case.differentiable:
             tensors[name] = value
         else:
             options[name] = value
@@ -136,14 +138,16 @@ def backward(
     dlse: Tensor | None,
     *,
     want_dbias: bool = True,
+    want_dslopes: bool = False,
     allow_tf32: bool = False,
     config: BackwardConfig | None = None,
     launch: Callable[..., tuple[Tensor | None, ...]] = attention_backward,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """(dq, dk, dv, dbias, dsinks) of such a call."""
+    """(dq, dk, dv, dbias, dsinks, dslopes) of such a call."""
     call = AttentionCall(q, k, v, **options)
-    return launch(call, dout, out, lse, dlse, want_dbias=want_dbias, allow_tf32=allow_tf32, config=config)
+    wanted = {"want_dbias": want_dbias, "want_dslopes": want_dslopes}
+    return launch(call, dout, out, lse, dlse, **wanted, allow_tf32=allow_tf32, config=config)
 
 
 def run_reference(inputs: Inputs, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -169,12 +173,13 @@ def run_kernels(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(out and lse, gradients) of the kernels."""
     q, k, v = (inputs.tensors[name] for name in ("q", "k", "v"))
-    options = {**inputs.options, **{name: inputs.tensors.get(name) for name in DIFFERENTIABLE_OPTIONS}}
+    options = {**inputs.options, **{name: inputs.tensors.get(name) for name in case.differentiable}}
     out, lse = forward(q, k, v, **options, config=case.forward_tiles)
     # What flows into the lse of a row that sees nothing must not matter; a merge of two partial results sends NaN.
     dlse = torch.where(lse == -math.inf, math.nan, inputs.dlse)
+    options["want_dslopes"] = "alibi_slopes" in case.differentiable
     gradients = backward(inputs.dout, q, k, v, out, lse, dlse, **options, config=case.backward_tiles)
-    names = ("dq", "dk", "dv", "dbias", "dsinks")
+    names = ("dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes")
     return {"out": out, "lse": lse}, {name: grad for name, grad in zip(names, gradients) if grad is not None}
 
 

@@ -16,6 +16,7 @@ from pytransformer.kernels.attention.forward import ForwardConfig
 from .attention_contract import (
     SQUARE_BACKWARD_TILES,
     SQUARE_FORWARD_TILES,
+    WITH_SLOPES,
     Case,
     contract_of,
     grid_cases,
@@ -35,7 +36,8 @@ GRID: dict[str, list[Any]] = {
 
 
 def square(case: Case) -> Case:
-    return replace(case, forward_tiles=SQUARE_FORWARD_TILES, backward_tiles=SQUARE_BACKWARD_TILES)
+    tiles = {"forward_tiles": SQUARE_FORWARD_TILES, "backward_tiles": SQUARE_BACKWARD_TILES}
+    return replace(case, **tiles, differentiable=WITH_SLOPES)
 
 
 @pytest.mark.parametrize("case", grid_cases(GRID))
@@ -85,6 +87,13 @@ OPTION_CASES = {
     "alibi-per-batch-packed": Case(
         PACKED, dtype=torch.float16, options={"alibi_slopes": torch.rand(3, 2, generator=torch.manual_seed(0))}
     ),
+    "alibi-per-batch": Case(
+        (20, 40),
+        batch=2,
+        dtype=torch.bfloat16,
+        options={"alibi_slopes": torch.rand(2, 2, generator=torch.manual_seed(0)), "window": (30, 9)},
+    ),
+    "alibi-packed": Case(PACKED, heads=(4, 2), options={"alibi_slopes": torch.rand(4), "softcap": 2.0}),
     "key-padding": Case((20, 40), batch=2, options={"key_padding_mask": attend(2, 40), "causal": True}),
     "key-padding-packed": Case(PACKED, options={"key_padding_mask": attend(3, 33)}),
     "mask": Case((20, 33), batch=2, options={"mask": attend(2, 2, 20, 33)}),

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +16,7 @@ import torch
 from pytransformer.verification import ContractError
 from tests.conftest import INTERPRETING
 
-from .attention_contract import Case, backward, contract_of, forward
+from .attention_contract import WITH_SLOPES, Case, backward, contract_of, forward
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels/attention"
 pytestmark = pytest.mark.usefixtures("without_overflow_checks")
@@ -30,6 +30,8 @@ DROPOUT = Case((20, 33), options={"dropout_p": 0.3, "dropout_seed": torch.tensor
 SOFTCAP = Case((20, 33), options={"softcap": 0.8})
 SINKS = Case((20, 33), options={"sinks": torch.tensor([0.5, -0.5])})
 SHARED_BIAS = Case((20, 33), batch=2, options={"bias": torch.randn(1, 2, 20, 33, generator=torch.manual_seed(0))})
+SLOPES = Case((20, 40), options={"alibi_slopes": torch.tensor([0.5, 0.1]), "softcap": 2.0}, differentiable=WITH_SLOPES)
+PACKED_SLOPES = replace(SLOPES, lengths=PACKED.lengths, options={"alibi_slopes": torch.full((4, 2), 0.3)})
 HUGE = Case((20, 33), lse_gradient=False, options={"bias": torch.full((33,), -1e9)})
 LONG = Case((20, 100), options={"window": (-1, 30)})
 
@@ -108,12 +110,17 @@ FAULTS = {
     "softcap without its slope": Fault("backward", "* common.softcap_slope(capped, softcap)", "", SOFTCAP, times=2),
     "dv without dropout": Fault("backward", "kept = tl.where(keep, p * dropout.scale, 0.0)", "kept = p", DROPOUT),
     "sink without its sign": Fault("backward", "tl.store(dsinks_ptr, -tl.sum(", "tl.store(dsinks_ptr, tl.sum(", SINKS),
+    "gradient of a slope without distances": Fault("backward", "dslopes -= tl.sum(ds * distances, 1)", "dslopes -= tl.sum(ds, 1)", SLOPES),
+    "gradient of a slope without its sign": Fault("backward", "dslopes -= tl.sum(", "dslopes += tl.sum(", SLOPES),
+    "rows of the neighbour in the gradient of a slope": Fault(
+        "slope_gradient", "mask=row < end, other=0.0", "mask=row < end + 1, other=0.0", PACKED_SLOPES
+    ),
     "large rows not normalised again": Fault("backward", "tl.abs(lse)), 0) > large_lse", "tl.abs(lse)), 0) > 1e30", HUGE),
     "one batch of a shared bias forgotten": Fault(
         "bias_gradient", "first_sequence, last_sequence = 0, batch", "first_sequence, last_sequence = 0, batch - 1", SHARED_BIAS
     ),
 }  # fmt: skip
-FILES = ("tile", "bias_gradient", "forward", "backward")
+FILES = ("tile", "bias_gradient", "slope_gradient", "forward", "backward")
 
 
 def load(directory: Path, fault: Fault | None) -> dict[str, ModuleType]:

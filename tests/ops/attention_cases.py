@@ -72,7 +72,7 @@ def case(
     def golden(tensors: Mapping[str, Tensor]) -> Tensors:
         return results(reference.attention(**tensors, return_lse=return_lse, **options))
 
-    names = {"q": "q", "k": "k", "v": "v", "b": "bias", "s": "sinks"}
+    names = {"q": "q", "k": "k", "v": "v", "b": "bias", "s": "sinks", "a": "alibi_slopes"}
     return Case("attention", name, lambda size: inputs(), actual, golden, tuple(names[letter] for letter in gradients))
 
 
@@ -93,7 +93,7 @@ CASES: tuple[Case, ...] = (
         lambda: {**qkv(), "key_padding_mask": torch.arange(7) >= torch.tensor([[2], [4]])},
         causal=True,
     ),
-    case("ALiBi, window", lambda: {**qkv(1, 9, 13), "alibi_slopes": torch.tensor([0.5, 0.125])}, window=(6, 6)),
+    case("ALiBi, window", lambda: {**qkv(1, 9, 13), "alibi_slopes": torch.tensor([0.5, 0.125])}, "qkva", window=(6, 6)),
     case(
         "ALiBi per sequence, bias, mask",
         lambda: {
@@ -102,7 +102,7 @@ CASES: tuple[Case, ...] = (
             "bias": bias_with_holes(2, 1, 7, 7),
             "mask": random_mask(2, 2, 1, 7),
         },
-        "qkvb",
+        "qkvba",
     ),
     case("softcap", lambda: {name: 3 * tensor for name, tensor in qkv().items()}, softcap=2.0, causal=True),
     case("sinks, lse", lambda: {**qkv(1, 9, 5), "sinks": torch.randn(2)}, "qkvs", return_lse=True, causal=True),
@@ -118,7 +118,7 @@ CASES: tuple[Case, ...] = (
             "key_padding_mask": torch.arange(14) < torch.tensor([[9], [14]]),
             "alibi_slopes": torch.rand(2, 2),
         },
-        "qkvb",
+        "qkvba",
         window=(7, 7),
     ),
     case(
@@ -130,7 +130,7 @@ CASES: tuple[Case, ...] = (
             "sinks": torch.randn(2),
             "dropout_seed": torch.tensor([5, 1]),
         },
-        "qkvbs",
+        "qkvbsa",
         return_lse=True,
         causal=True,
         softcap=5.0,

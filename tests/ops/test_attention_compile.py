@@ -53,7 +53,7 @@ def test_opcheck_of_the_registered_ops(backend, options, device):
     torch.library.opcheck(torch.ops.pytransformer.attention_forward, forward)
     plain = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in forward)
     out, lse = torch.ops.pytransformer.attention_forward(*plain)
-    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *plain[:-1], True, backend)
+    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *plain[:-1], True, True, backend)
     torch.library.opcheck(torch.ops.pytransformer.attention_backward, backward)
 
 

@@ -43,7 +43,8 @@ def attention(
 
     With ``d = i + seqlen_k - seqlen_q - j`` (the last query stands at the last key), query i sees key j iff every given condition
     holds: causal: d >= 0; window: -right <= d <= left; ``mask``; ``key_padding_mask``; ``bias`` is not -inf. A row that sees no key gives
-    output 0, gradient 0 and lse -inf. Differentiable once with respect to q, k, v, bias, sinks, also through lse.
+    output 0, gradient 0 and lse -inf. Differentiable once with respect to q, k, v, bias, alibi_slopes and
+    sinks, also through lse.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with ``cu_seqlens_q``. float32, float16,
@@ -62,7 +63,7 @@ def attention(
             over what was broadcast.
         key_padding_mask: (batch, seqlen_k), packed (batch, max_seqlen_k), boolean or integer, True = attend. Does not shift the causal
             alignment. (torch's MultiheadAttention means the opposite by True.)
-        alibi_slopes: floating (num_heads) or (batch, num_heads): -slope · |d| is added to the scores. Not differentiable.
+        alibi_slopes: floating (num_heads) or (batch, num_heads): -slope · |d| is added to the scores. (No gradient by "cuda".)
         sinks: floating (num_heads): a logit that joins each row's denominator and brings no value.
         dropout_p: probability, 0 to 1, that a weight is dropped; the kept ones are divided by 1 - dropout_p. A weight is kept where
             ``philox(seed, offset, batch, head, i, j) >= dropout_p · 2^32``, the same on every backend and in every packing.
@@ -125,15 +126,17 @@ def _save(ctx: Any, call: AttentionCall, outputs: tuple[Tensor, ...]) -> None:
 def _gradients(ctx: Any, run: Any, dout: Tensor | None, dlse: Tensor | None) -> dict[str, Tensor | None]:
     out, lse, *tensors = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    wants_bias = bool(ctx.needs_input_grad[_BIAS])
+    wants_bias, wants_slopes = bool(ctx.needs_input_grad[_BIAS]), bool(ctx.needs_input_grad[_SLOPES])
     dlse = dlse if ctx.return_lse else None
-    dq, dk, dv, dbias, dsinks = run(dout, dlse, out, lse, *tensors, *ctx.options, wants_bias, ctx.backend)
+    wanted = wants_bias, wants_slopes
+    dq, dk, dv, dbias, dsinks, dslopes = run(dout, dlse, out, lse, *tensors, *ctx.options, *wanted, ctx.backend)
     has_sinks = tensors[_SINKS] is not None
     return {
         "q": dq,
         "k": dk,
         "v": dv,
         "bias": dbias if wants_bias else None,
+        "alibi_slopes": dslopes if wants_slopes else None,
         "sinks": dsinks if has_sinks else None,
     }
 
@@ -141,7 +144,7 @@ def _gradients(ctx: Any, run: Any, dout: Tensor | None, dlse: Tensor | None) -> 
 _BACKENDS = (by_triton.BACKEND, by_cuda.BACKEND, by_torch.BACKEND, by_torch.REFERENCE)
 _FORWARD = RegisteredOp("attention_forward", AttentionCall, _BACKENDS, _outputs, 2)
 _NUM_TENSORS = _FORWARD.num_tensors
-_BIAS, _SINKS = AttentionCall._fields.index("bias"), AttentionCall._fields.index("sinks")
+_BIAS, _SLOPES, _SINKS = map(AttentionCall._fields.index, ("bias", "alibi_slopes", "sinks"))
 _ATTENTION = Op(
     "attention",
     _FORWARD,

@@ -30,6 +30,13 @@ def _drops_out(call: AttentionCall) -> str | None:
     return "the kernels have no dropout (dropout_p > 0)" if call.dropout_p > 0 else None
 
 
+def _trains_slopes(call: AttentionCall) -> str | None:
+    slopes = call.alibi_slopes
+    if slopes is None or not (slopes.requires_grad and torch.is_grad_enabled()):
+        return None
+    return "the kernels give no gradient of alibi_slopes, which require grad"
+
+
 def _has_unaligned_rows(call: AttentionCall) -> str | None:
     # What is being traced has no address yet; rows that turn out not to be aligned are copied then.
     if is_plain(call.q, call.k, call.v):
@@ -80,12 +87,17 @@ def _plan(call: AttentionCall) -> Callable[[AttentionCall], Any] | None:
 
 
 def backward(given: Any, call: AttentionCall) -> Outputs:
-    """(dq, dk, dv, None, None), contiguous, with the same bits each run."""
+    """(dq, dk, dv, None, None, None), contiguous, with the same bits each run."""
+    if given.wants_slopes:
+        # Whoever differentiates a call that did not look like it, as torch.func does of what it has wrapped.
+        raise NotImplementedError(
+            "attention: backend 'cuda' gives no gradient of alibi_slopes; name another one (backend='triton')"
+        )
     dlse = None if given.dlse is None else given.dlse.contiguous()
     gradients = _op("attention_backward")(
         _aligned(given.dout), dlse, _aligned(given.out), given.lse.contiguous(), *_arguments(call)
     )
-    return (*gradients, None, None)
+    return (*gradients, None, None, None)
 
 
 def _arguments(call: AttentionCall) -> tuple[Any, ...]:
@@ -117,6 +129,7 @@ BACKEND = Backend(
         Limit("float32 and float64", _not_16_bit),
         *map(_has, ("mask", "bias", "key_padding_mask", "sinks")),
         Limit("dropout_p", _drops_out),
+        Limit("gradient of alibi_slopes", _trains_slopes),
         Limit("rows that are not 16-byte aligned", _has_unaligned_rows),
     ),
     plan=_plan,

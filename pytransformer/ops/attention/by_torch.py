@@ -252,12 +252,14 @@ def _gradients_by_recomputing(
     run: Callable[[AttentionCall], Outputs], given: Any, call: AttentionCall
 ) -> Sequence[Tensor | None]:
     """Gradients of torch's own functions, by running them again."""
-    differentiable = (call.q, call.k, call.v, call.bias if given.wants_bias else None, call.sinks)
+    slopes = call.alibi_slopes if given.wants_slopes else None
+    differentiable = (call.q, call.k, call.v, call.bias if given.wants_bias else None, call.sinks, slopes)
     inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in differentiable]
-    q, k, v, bias, sinks = inputs
+    q, k, v, bias, sinks, slopes = inputs
     assert q is not None and k is not None and v is not None
     with autograd_inside_an_op():
-        out, lse = run(call._replace(q=q, k=k, v=v, bias=call.bias if bias is None else bias, sinks=sinks))
+        bias, slopes = call.bias if bias is None else bias, call.alibi_slopes if slopes is None else slopes
+        out, lse = run(call._replace(q=q, k=k, v=v, bias=bias, sinks=sinks, alibi_slopes=slopes))
     outputs, gradients = ([out], [given.dout]) if given.dlse is None else ([out, lse], [given.dout, given.dlse])
     wanted = [tensor for tensor in inputs if tensor is not None]
     found = iter(torch.autograd.grad(outputs, wanted, gradients, materialize_grads=True))  # type: ignore[arg-type]
@@ -265,12 +267,12 @@ def _gradients_by_recomputing(
 
 
 def backward(given: Any, call: AttentionCall) -> Sequence[Tensor | None]:
-    """(dq, dk, dv, dbias, dsinks) of :data:`BACKEND`."""
+    """(dq, dk, dv, dbias, dsinks, dslopes) of :data:`BACKEND`."""
     return _gradients_by_recomputing(_torch, given, call)
 
 
 def reference_backward(given: Any, call: AttentionCall) -> Sequence[Tensor | None]:
-    """(dq, dk, dv, dbias, dsinks) of :data:`REFERENCE`."""
+    """(dq, dk, dv, dbias, dsinks, dslopes) of :data:`REFERENCE`."""
     return _gradients_by_recomputing(_reference, given, call)
 
 

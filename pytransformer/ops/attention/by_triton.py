@@ -27,7 +27,8 @@ def _prepare_backward(given: Any, allow_tf32: bool = False) -> Any:
     from pytransformer.kernels.attention.backward import BackwardLaunch
 
     gradients = (given.dout, given.out, given.lse, given.dlse)
-    launch = BackwardLaunch(given, *gradients, want_dbias=given.wants_bias, allow_tf32=allow_tf32)
+    wanted = {"want_dbias": given.wants_bias, "want_dslopes": given.wants_slopes}
+    launch = BackwardLaunch(given, *gradients, **wanted, allow_tf32=allow_tf32)
     return lambda given: launch(given, given.dout, given.out, given.lse, given.dlse)
 
 
@@ -47,7 +48,7 @@ def _plan(call: AttentionCall) -> Callable[[AttentionCall], Any] | None:
 
 
 def backward(given: Any, call: AttentionCall) -> Outputs:
-    """(dq, dk, dv, dbias, dsinks)."""
+    """(dq, dk, dv, dbias, dsinks, dslopes)."""
     return _launch_backward[allows_tf32(call.q.dtype)](given)  # type: ignore[no-any-return]
 
 

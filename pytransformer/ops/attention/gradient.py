@@ -15,28 +15,34 @@ from pytransformer.ops.backend import Backend, Outputs
 from pytransformer.ops.registered import RegisteredOp, like
 
 _BEFORE = {"dout": Tensor, "dlse": Tensor | None, "out": Tensor, "lse": Tensor}
-_FIELDS = {**_BEFORE, **typing.get_type_hints(AttentionCall), "wants_bias": bool}
+_FIELDS = {**_BEFORE, **typing.get_type_hints(AttentionCall), "wants_bias": bool, "wants_slopes": bool}
 GradientCall: Any = NamedTuple("GradientCall", list(_FIELDS.items()))  # type: ignore[misc]
 
 
 def _call(gradient_call: Any) -> AttentionCall:
-    return AttentionCall(*gradient_call[len(_BEFORE) : -1])
+    return AttentionCall(*gradient_call[len(_BEFORE) : -2])
 
 
 def _outputs(given: Any, backend: str) -> tuple[Any, ...]:
-    bias = given.bias if given.wants_bias else None
-    return tuple(like(tensor) for tensor in (given.q, given.k, given.v, bias, given.sinks))
+    bias, slopes = _wanted(given)
+    return tuple(like(tensor) for tensor in (given.q, given.k, given.v, bias, given.sinks, slopes))
+
+
+def _wanted(given: Any) -> tuple[Tensor | None, Tensor | None]:
+    """(bias, alibi_slopes), of each None where there is none or it needs no gradient."""
+    return given.bias if given.wants_bias else None, given.alibi_slopes if given.wants_slopes else None
 
 
 def _of_nothing(given: Any) -> Outputs:
-    differentiable = (given.q, given.k, given.v, given.bias if given.wants_bias else None)
-    gradients = [None if tensor is None else torch.zeros_like(tensor) for tensor in differentiable]
-    if given.sinks is None:
-        return (*gradients, None)
-    if given.dlse is None or given.dlse.numel() == 0:
-        return (*gradients, torch.zeros_like(given.sinks))
-    axes = (-1,) if is_packed(given) else (0, -1)
-    return (*gradients, given.dlse.sum(dim=axes).to(given.sinks.dtype))
+    bias, slopes = _wanted(given)
+    differentiable = (given.q, given.k, given.v, bias, given.sinks, slopes)
+    dq, dk, dv, dbias, dsinks, dslopes = (
+        None if tensor is None else torch.zeros_like(tensor) for tensor in differentiable
+    )
+    if dsinks is not None and given.dlse is not None and given.dlse.numel() > 0:
+        axes = (-1,) if is_packed(given) else (0, -1)
+        dsinks = given.dlse.sum(dim=axes).to(dsinks.dtype)
+    return dq, dk, dv, dbias, dsinks, dslopes
 
 
 def _unless_empty(run: Callable[[Any, AttentionCall], Sequence[Tensor | None]]) -> Callable[[Any], Outputs]:
@@ -57,5 +63,5 @@ attention_backward = RegisteredOp(
         Backend("reference", _unless_empty(by_torch.reference_backward)),
     ),
     _outputs,
-    5,
+    6,
 )

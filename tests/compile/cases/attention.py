@@ -57,7 +57,26 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         lse = torch.empty(*q.shape[:-3], q.shape[-2], q.shape[-3])
         call = functools.partial(backward, dout=out, out=out, lse=lse, dlse=None, **arguments)
         yield f"attention_backward-{name}", call
+    yield from _slope_gradient_cases()
     yield from _bias_gradient_cases()
+
+
+def _slope_gradient_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Backward passes that give slopes their gradient: those of each sequence of a packed call, which a kernel of its own sums."""
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, dout = (torch.empty(256, 2, 64, dtype=dtype) for _ in range(4))
+        arguments: dict[str, Any] = {
+            "out": torch.empty_like(dout),
+            "lse": torch.empty(2, 256),
+            "dlse": None,
+            "softmax_scale": 0.125,
+            "causal": True,
+            "alibi_slopes": torch.empty(2, 2),
+            "want_dslopes": True,
+        }
+        arguments["cu_seqlens_q"] = arguments["cu_seqlens_k"] = torch.tensor([0, 100, 256], dtype=torch.int32)
+        name = f"attention_slope_gradient-{str(dtype).removeprefix('torch.')}-d64"
+        yield name, functools.partial(backward, dout, q, k, v, **arguments)
 
 
 def _bias_gradient_cases() -> Iterator[tuple[str, Callable[[], object]]]:
