@@ -59,7 +59,6 @@ class Op:
         lengths, check_lengths: names of further such tensors, and the check of their values, which is made again before each kept launch.
         varying: the last argument is an int that differs from call to call, for the launch to look at.
         casts: whether autocast changes the call.
-        reference_costs: what the reference does that is worth a warning when it was not asked for.
     """
 
     def __init__(
@@ -77,11 +76,9 @@ class Op:
         check_lengths: Callable[[Any], None] | None = None,
         varying: bool = False,
         casts: bool = False,
-        reference_costs: str = "",
     ) -> None:
         self.name, self.registered, self.check, self.result = name, registered, check, result
         self.rule, self.casts, self.grads, self.varying = rule, casts, tuple(grads), varying
-        self._reference_costs = reference_costs
         self.call, self.num_tensors = registered.call, registered.num_tensors
         self.choice = BackendChoice(name, tuple(backends))
         self._backends = {backend.name: backend for backend in backends}
@@ -139,8 +136,6 @@ class Op:
             checks.refuse_grad(self.name, **{name: getattr(call, name) for name in self.grads})
         device_type = call[0].device.type
         chosen = self._backends[self.choice.select(call, device_type, backend)]
-        if chosen.name == "reference" and self._reference_costs and choice.requested_backend(backend) is None:
-            choice.warn_once(self._warning(call, device_type))
         if not torch.compiler.is_compiling():
             self._keep(given, call, chosen, backend)
         if is_autocasting(device_type):
@@ -150,12 +145,6 @@ class Op:
         else:
             outputs = self._run(call, chosen)
         return self.result(call, outputs)
-
-    def _warning(self, call: Any, device_type: str) -> str:
-        by_request = "interpreted kernels serve on request only"
-        others = (name for name in self._backends if name != "reference")
-        reasons = "; ".join(f"{name}: {self.choice.why_not(name, call, device_type) or by_request}" for name in others)
-        return f"{self.name}: no fused backend serves this call, so the reference does, which {self._reference_costs}. {reasons}"
 
     def _run(self, call: Any, backend: Backend) -> Outputs:
         tensors = call[: self.num_tensors]

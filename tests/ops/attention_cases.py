@@ -138,16 +138,5 @@ CASES: tuple[Case, ...] = (
     ),
 )
 BY_NAME = {found.name: found for found in CASES}
-# What scaled_dot_product_attention cannot do, by the reason given.
-UNSERVED_BY_TORCH = {
-    "softcap": "no softcap",
-    "sinks, lse": "no sinks",
-    "lse, empty rows": "does not return lse",
-    "dropout": "dropout_p > 0",
-    "everything": "no softcap",
-}
-
-
-def refused_on_a_gpu(name: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """What the torch backend leaves to others on a GPU only."""
-    return device.type == "cuda" and ("packed" in name or ("ALiBi" in name and dtype != torch.float32))
+# What scaled_dot_product_attention cannot do: torch serves it over tiles.
+BY_TILES = ("softcap", "sinks, lse", "lse, empty rows", "dropout", "everything")

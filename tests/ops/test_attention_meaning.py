@@ -11,9 +11,7 @@ import torch
 from hypothesis import example, given, settings
 
 from pytransformer import reference
-from pytransformer.ops import backend as backend_module
 from pytransformer.ops.attention import attention
-from pytransformer.ops.backend import unavailable, use_backend
 from tests.ops.attention_cases import packed_qkv, qkv, starts
 
 BACKENDS = ("reference", "torch", "triton")
@@ -230,24 +228,23 @@ def test_the_same_bits_each_run(device):
         assert all(torch.equal(actual, first) for actual, first in zip(run, runs[0]))
 
 
-def test_the_automatic_choice_and_its_warning(device, monkeypatch):
-    """softcap: Triton where there is a GPU, else the reference, which warns once, and not when it was asked for."""
-    monkeypatch.setattr(backend_module, "_given_warnings", set())
+def test_the_reference_serves_by_name_only(device):
+    """Whatever the options, and without a word about score matrices: on a CPU torch goes over tiles where it has no function of its own."""
     tensors = {name: tensor.to(device) for name, tensor in qkv().items()}
+    best = "triton" if device.type == "cuda" else "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attention(**tensors, softcap=2.0, backend="reference")
-        with use_backend("reference"):
-            attention(**tensors, softcap=2.0)
-        attention(**tensors, causal=True)
-    if unavailable("triton", "cuda") is None and device.type == "cuda":
-        return
-    with pytest.warns(
-        RuntimeWarning, match=r"materialises the \(batch, num_heads.* torch: .* has no softcap"
-    ) as record:
-        attention(**tensors, softcap=2.0)
-        attention(**tensors, softcap=2.0)
-    assert len(record) == 1
+        for options in (
+            {"causal": True},
+            {"softcap": 2.0},
+            {"sinks": torch.zeros(2, device=device)},
+            {"return_lse": True},
+        ):
+            chosen = attention(**tensors, **options)
+            torch.testing.assert_close(chosen, attention(**tensors, **options, backend=best), rtol=0, atol=0)
+        doubles = {name: tensor.double() for name, tensor in tensors.items()}
+        out = attention(**doubles, softcap=2.0, dropout_p=0.5, dropout_seed=1)
+        assert torch.equal(out, attention(**doubles, softcap=2.0, dropout_p=0.5, dropout_seed=1, backend="torch"))
 
 
 def test_tf32_only_where_torch_allows_it():

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pytransformer
-from pytransformer.ops import backend as backend_module
 from pytransformer.ops import checks
 from pytransformer.ops.backend import use_backend
 from pytransformer.ops.decode_attention import CHOICE, decode_attention
@@ -22,11 +21,6 @@ from tests.kernels.decode_contract import EDGE_LENGTHS, Decode, draw, golden
 BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EDGE_PAIRS = tuple(zip(EDGE_LENGTHS[::2], EDGE_LENGTHS[1::2]))
-
-
-def refuses(backend: str, device: torch.device) -> bool:
-    """On a GPU the torch backend would have to read lengths back."""
-    return backend == "torch" and device.type == "cuda"
 
 
 def check_contract(case: Decode, backend: str, device: torch.device, return_lse: bool = True) -> None:
@@ -51,11 +45,8 @@ def check_contract(case: Decode, backend: str, device: torch.device, return_lse:
 def test_contract(page_size, backend, dtype, device):
     for seqlen_q, options in ((1, {}), (4, {"window": (20, -1)}), (3, {"causal": False, "window": (-1, 1)})):
         case = Decode(heads=(4, 2), dims=(16, 24), seqlen_q=seqlen_q, dtype=dtype, page_size=page_size, options=options)
-        if refuses(backend, device):
-            with pytest.raises(NotImplementedError, match="cache_seqlens cannot be read back"):
-                check_contract(case, backend, device, return_lse=False)
-        else:
-            check_contract(case, backend, device, return_lse=backend == "reference")
+        for return_lse in (False, True):
+            check_contract(case, backend, device, return_lse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,7 +54,9 @@ def test_contract_of_triton(dtype, device):
     check_contract(Decode(heads=(4, 2), seqlen_q=2, dtype=dtype, page_size=16), "triton", device)
 
 
-@pytest.mark.parametrize("name", ["mask", "bias", "alibi_slopes", "leftpad", "packed", "quantised", "rows"])
+@pytest.mark.parametrize(
+    "name", ["mask", "bias", "alibi_slopes", "leftpad", "packed", "quantised", "rows", "softcap", "sinks", "everything"]
+)
 def test_options_of_torch(name, device):
     cases = {
         "mask": Decode(seqlen_q=2, options={"mask": lambda g: torch.rand(2, 2, 2, 140, generator=g) < 0.2}),
@@ -73,9 +66,24 @@ def test_options_of_torch(name, device):
         "packed": Decode(queries=(1, 5, 0, 2), lengths=(30, 100, 7, 1), heads=(4, 2)),
         "quantised": Decode(cache_dtype=torch.float8_e4m3fn, scale_per_token=True, page_size=3),
         "rows": Decode(lengths=(20, 20, 20), options={"window": (7, -1)}, heads=(4, 2)),
+        "softcap": Decode(seqlen_q=3, options={"softcap": 2.0}),
+        "sinks": Decode(seqlen_q=3, options={"sinks": lambda g: torch.randn(2, generator=g), "window": (9, -1)}),
+        "everything": Decode(
+            queries=(1, 5, 0, 2),
+            lengths=(30, 100, 7, 1),
+            heads=(4, 2),
+            page_size=3,
+            cache_dtype=torch.int8,
+            options={
+                "softcap": 2.0,
+                "sinks": lambda g: torch.randn(4, generator=g),
+                "alibi_slopes": lambda g: torch.rand(4, 4, generator=g),
+                "bias": lambda g: torch.randn(4, 1, 5, 100, generator=g),
+                "mask": lambda g: torch.rand(1, 4, 1, 100, generator=g) < 0.9,
+            },
+        ),
     }
-    if not refuses("torch", device):
-        check_contract(cases[name], "torch", device, return_lse=False)
+    check_contract(cases[name], "torch", device)
 
 
 def test_options_of_triton_reach_the_kernel(device):
@@ -109,7 +117,7 @@ def test_any_shape(data, device):
         page_size=data.draw(st.integers(0, 9)),
         options=options,
     )
-    for backend in ("triton", "reference" if refuses("torch", device) else "torch"):
+    for backend in ("triton", "torch"):
         contract = Contract(case.dtype)
         for seed in range(SEEDS):
             inputs = draw(case, seed, device)
@@ -279,33 +287,11 @@ def test_it_has_no_gradient(device):
 # --- Backends ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_automatic_choice(device):
-    call = arguments(device)
-    best = "triton" if device.type == "cuda" else "torch"
-    assert torch.equal(decode_attention(**call), decode_attention(**call, backend=best))
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"softcap": 1.0}, "has no softcap"),
-        ({"sinks": torch.zeros(4)}, "has no sinks"),
-        ({"return_lse": True}, "does not return lse"),
-    ],
-)
-def test_torch_says_what_it_cannot_do(options, reason, device, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.0}, {"sinks": torch.zeros(4)}, {"return_lse": True}], ids=str)
+def test_automatic_choice_is_never_the_reference(options, device):
     call = arguments(device, **options)
-    with pytest.raises(
-        NotImplementedError, match=f"decode_attention: backend 'torch' cannot serve this call: .*{reason}"
-    ):
-        decode_attention(**call, backend="torch")
-    if device.type == "cpu":
-        monkeypatch.setattr(backend_module, "_given_warnings", set())
-        with pytest.warns(
-            RuntimeWarning,
-            match=f"decode_attention: no fused backend serves this call, so the reference does.*{reason}",
-        ):
-            decode_attention(**call)
+    best = "triton" if device.type == "cuda" else "torch"
+    torch.testing.assert_close(decode_attention(**call), decode_attention(**call, backend=best), rtol=0, atol=0)
 
 
 def test_float64(device):
@@ -320,7 +306,7 @@ def test_use_backend(device):
     call = arguments(device)
     with use_backend("reference"):
         assert torch.equal(decode_attention(**call), decode_attention(**call, backend="reference"))
-    assert CHOICE.report(device.type)["torch"] == "serves, except softcap, sinks, return_lse, anything on a GPU"
+    assert CHOICE.report(device.type)["torch"] == "serves"
 
 
 def test_autocast_follows_the_cache(device):
@@ -339,8 +325,7 @@ def test_nothing_to_do(batch, seqlen_q, capacity, backend, device):
     q = torch.randn(batch, seqlen_q, 4, 16, device=device)
     cache = torch.randn(batch, capacity, 2, 16, device=device)
     lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-    if not refuses(backend, device):
-        assert torch.equal(decode_attention(q, cache, cache, lengths, backend=backend), torch.zeros_like(q))
+    assert torch.equal(decode_attention(q, cache, cache, lengths, backend=backend), torch.zeros_like(q))
 
 
 class _Allocations(TorchDispatchMode):
@@ -379,8 +364,6 @@ def test_generation_on_a_cpu_copies_no_cache(heads, batch_lengths):
 def test_opcheck(backend, device):
     from pytransformer.ops.decode_attention.call import DecodeCall, check_decode_attention
 
-    if refuses(backend, device):
-        return
     call = dict.fromkeys(DecodeCall._fields) | {
         "causal": True,
         "window": (-1, -1),
@@ -396,8 +379,6 @@ def test_opcheck(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile(backend, device):
     """One graph for changing batch, query and cache sizes; the same bits as eager."""
-    if refuses(backend, device):
-        return
     torch._dynamo.reset()
 
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytransformer.ops.attention import by_cuda, by_torch, by_triton
-from pytransformer.ops.attention.call import AttentionCall, check_attention, is_packed
+from pytransformer.ops.attention.call import AttentionCall, check_attention, is_empty, is_packed
 from pytransformer.ops.attention.gradient import attention_backward
 from pytransformer.ops.backend import Outputs
 from pytransformer.ops.op import Op
@@ -74,7 +74,7 @@ def attention(
         deterministic: whether gradients must have the same bits each run; None follows ``torch.use_deterministic_algorithms``.
         return_lse: return the log-sum-exp too.
         backend: "triton", "cuda", "torch" or "reference"; None takes what was set by ``use_backend`` or PYTRANSFORMER_BACKEND, else the
-            first that can serve the call. The reference materialises the score matrix and warns once when it was not asked for by name.
+            first that can serve the call. The reference, which materialises the score matrix, serves by name only.
 
     Returns:
         (batch, seqlen_q, num_heads, value head_dim) or (total_q, num_heads, value head_dim) in q's dtype. With ``return_lse`` also the
@@ -99,8 +99,7 @@ def attention(
 def _outputs(call: AttentionCall, backend: str) -> tuple[Any, ...]:
     """(out, lse) as (shape, dtype)."""
     out = (*call.q.shape[:-1], call.v.shape[-1]), call.q.dtype
-    if backend == "torch":
-        # scaled_dot_product_attention does not give lse, and its gradient does not need it.
+    if backend == "torch" and not is_empty(call) and not by_torch.gives_lse(call):
         return out, None
     q = call.q.shape
     lse = (q[1], q[0]) if is_packed(call) else (q[0], q[2], q[1])
@@ -142,7 +141,13 @@ def _gradients(ctx: Any, run: Any, dout: Tensor | None, dlse: Tensor | None) -> 
 
 
 _BACKENDS = (by_triton.BACKEND, by_cuda.BACKEND, by_torch.BACKEND, by_torch.REFERENCE)
-_FORWARD = RegisteredOp("attention_forward", AttentionCall, _BACKENDS, _outputs, 2)
+_FORWARD = RegisteredOp(
+    "attention_forward",
+    AttentionCall,
+    (by_triton.BACKEND, by_cuda.BACKEND, by_torch.REGISTERED, by_torch.REFERENCE),
+    _outputs,
+    2,
+)
 _NUM_TENSORS = _FORWARD.num_tensors
 _BIAS, _SLOPES, _SINKS = map(AttentionCall._fields.index, ("bias", "alibi_slopes", "sinks"))
 _ATTENTION = Op(
@@ -155,6 +160,5 @@ _ATTENTION = Op(
     grads=("q", "k", "v", "bias", "alibi_slopes", "sinks"),
     values=("cu_seqlens_q", "cu_seqlens_k"),
     casts=True,
-    reference_costs="materialises the (batch, num_heads, seqlen_q, seqlen_k) score matrix",
 )
 CHOICE = _ATTENTION.choice

@@ -1,14 +1,16 @@
-"""Attention by ``torch.nn.functional.scaled_dot_product_attention``: the path of machines without a GPU, and of options Triton lacks.
+"""Attention by torch's own functions: the path of machines without a GPU, and of what Triton leaves.
 
-Its gradient is torch's own. Everything that hides a key or is added to a score goes into one ``attn_mask``, built at the smallest shape
-that broadcasts. A row with nothing to attend to is first allowed to see everything and then erased, so that no fused kernel's own idea of
-softmax over nothing (NaN in some) reaches the output or the gradient.
+``torch.nn.functional.scaled_dot_product_attention`` serves the calls that it can serve in linear memory, and differentiates itself.
+Whatever hides a key or is added to a score goes into one ``attn_mask``, built at the smallest shape that broadcasts, while that is small. A
+row with nothing to attend to is first allowed to see everything and then erased, so that no fused kernel's own idea of softmax over nothing
+(NaN in some) reaches the output or the gradient. All other calls go over tiles (tiled.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,101 +18,132 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer import reference
+from pytransformer.ops.attention import tiled
 from pytransformer.ops.attention.call import AttentionCall, batch_size, is_empty, is_packed, unless_empty
-from pytransformer.ops.backend import Backend, Limit, Outputs
-from pytransformer.ops.checks import readable, short
+from pytransformer.ops.backend import PLAIN_TYPES, Backend, Outputs, functorch_level
+from pytransformer.ops.checks import readable
 from pytransformer.ops.registered import autograd_inside_an_op
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+# Up to so many entries an attn_mask for scaled_dot_product_attention is built: 16 MB of float32, 2048 queries and keys.
+_LARGEST_MASK = 2**22
 
 
-def _is_packed_on_a_gpu(call: AttentionCall) -> str | None:
-    if call.q.is_cuda and is_packed(call):
-        return "the lengths in cu_seqlens cannot be read back from the GPU without synchronising"
-    return None
+def serves_by_sdpa(call: AttentionCall, seqlen_q: int, seqlen_k: int) -> bool:
+    """Whether scaled_dot_product_attention computes sequences of up to these lengths, rightly and in linear memory."""
+    if _needs_tiles(call):
+        return False
+    if _wants_gradient(call.bias) or _wants_gradient(call.alibi_slopes):
+        # It would take the way that keeps all scores.
+        return False
+    if call.q.is_cuda and not _serves_on_a_gpu(call):
+        return False
+    return _mask_size(call, seqlen_q, seqlen_k) <= _LARGEST_MASK
 
 
-def _must_be_deterministic_on_a_gpu(call: AttentionCall) -> str | None:
-    if call.q.is_cuda and call.deterministic and not torch.are_deterministic_algorithms_enabled():
-        return "scaled_dot_product_attention is deterministic by torch.use_deterministic_algorithms(True) only"
-    return None
+def _needs_tiles(call: AttentionCall) -> bool:
+    """Whether there is something that it does not have, whatever the lengths."""
+    if call.softcap > 0 or call.sinks is not None or call.dropout_p > 0 or call.return_lse:
+        return True
+    # Its kernel for CPUs writes -inf before it multiplies by the scale.
+    return call.causal and call.softmax_scale <= 0
 
 
-def _would_round_on_a_gpu(call: AttentionCall) -> str | None:
-    if not call.q.is_cuda or call.q.dtype not in SIXTEEN_BIT:
-        return None
+def _wants_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _serves_on_a_gpu(call: AttentionCall) -> bool:
+    """Its kernels are deterministic by torch.use_deterministic_algorithms(True) only, and round what is added to 16-bit scores."""
+    if call.deterministic and not torch.are_deterministic_algorithms_enabled():
+        return False
+    if call.q.dtype not in SIXTEEN_BIT:
+        return True
+    return call.alibi_slopes is None and (call.bias is None or call.bias.dtype == call.q.dtype)
+
+
+def _mask_size(call: AttentionCall, seqlen_q: int, seqlen_k: int) -> int:
+    """Entries of the attn_mask, which broadcasts."""
+    left, right = _effective_window(call, seqlen_q, seqlen_k)
+    parts = [_four_dims(part) for part in (call.mask, call.bias) if part is not None]
+    sizes = [max([1] + [part.shape[axis] for part in parts]) for axis in range(4)]
+    if left >= 0 or right >= 0 or call.alibi_slopes is not None:
+        if (
+            not parts
+            and call.key_padding_mask is None
+            and call.alibi_slopes is None
+            and _is_causal_alone(call, seqlen_q, seqlen_k)
+        ):
+            return 0
+        sizes[2:] = seqlen_q, seqlen_k
     if call.alibi_slopes is not None:
-        return f"its fused kernels would round alibi_slopes' bias to q's dtype ({short(call.q.dtype)})"
-    if call.bias is not None and call.bias.dtype != call.q.dtype:
-        return f"its fused kernels take a bias of q's dtype ({short(call.q.dtype)}) only, got {short(call.bias.dtype)}"
-    return None
+        sizes[1] = call.q.shape[-2]
+    if call.key_padding_mask is not None or (call.alibi_slopes is not None and call.alibi_slopes.ndim == 2):
+        sizes[0] = batch_size(call)
+    return math.prod(sizes)
 
 
-# Of decode attention too.
-SCORE_LIMITS = (
-    Limit("softcap", lambda call: "scaled_dot_product_attention has no softcap" if call.softcap > 0 else None),
-    Limit("sinks", lambda call: None if call.sinks is None else "scaled_dot_product_attention has no sinks"),
-    Limit(
-        "return_lse",
-        lambda call: "scaled_dot_product_attention does not return lse (return_lse=True)" if call.return_lse else None,
-    ),
-)
-_LIMITS = (
-    *SCORE_LIMITS,
-    Limit(
-        "dropout_p",
-        lambda call: (
-            "scaled_dot_product_attention's dropout (dropout_p > 0) cannot reproduce the mask of dropout_seed"
-            if call.dropout_p > 0
-            else None
-        ),
-    ),
-    Limit("packed sequences on a GPU", _is_packed_on_a_gpu),
-    Limit("deterministic on a GPU", _must_be_deterministic_on_a_gpu),
-    Limit("16-bit alibi_slopes or a bias of another dtype on a GPU", _would_round_on_a_gpu),
-)
+def _is_causal_alone(call: AttentionCall, seqlen_q: int, seqlen_k: int) -> bool:
+    """Whether causality, which is_causal says without an attn_mask, is all that hides a key."""
+    left, right = _effective_window(call, seqlen_q, seqlen_k)
+    has_data = call.mask is not None or call.bias is not None or call.key_padding_mask is not None
+    return left < 0 and right == 0 and seqlen_q == seqlen_k and not has_data and call.alibi_slopes is None
 
 
-def attend(call: AttentionCall) -> Tensor:
-    """Output of a checked call within the limits, differentiable by autograd."""
-    return _attend_packed(call) if is_packed(call) else _attend_dense(call)
+def attend(call: AttentionCall) -> Outputs:
+    """(out, lse) of a checked call; lse is None where scaled_dot_product_attention serves, and autograd then sees through."""
+    if not _is_transparent(call):
+        return _tiled(call)
+    if not is_packed(call):
+        return attend_by_sdpa(call), None
+    outputs = []
+    for one, *_ in _sequences(call):
+        if one.q.shape[1] > 0:
+            outputs.append(_zeros(call, one) if one.k.shape[1] == 0 else attend_by_sdpa(one)[0])
+    return torch.cat(outputs), None
 
 
-def _attend_packed(call: AttentionCall) -> Tensor:
-    """One sequence after another; the lengths are read, which costs nothing on a CPU."""
+def _sequences(call: AttentionCall) -> Iterator[tuple[AttentionCall, slice, slice]]:
+    """Each packed sequence as a dense call, and where it lies among queries and keys. The lengths are read, which waits for a GPU."""
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
-    outputs = []
     for sequence in range(batch_size(call)):
         rows_q = slice(starts_q[sequence], starts_q[sequence + 1])
         rows_k = slice(starts_k[sequence], starts_k[sequence + 1])
         seqlen_q, seqlen_k = rows_q.stop - rows_q.start, rows_k.stop - rows_k.start
-        if seqlen_q == 0:
-            continue
-        if seqlen_k == 0:
-            outputs.append(_zeros(call, seqlen_q))
-            continue
+        padding = call.key_padding_mask
         one = call._replace(
             q=call.q[rows_q][None],
             k=call.k[rows_k][None],
             v=call.v[rows_k][None],
             mask=_part(call.mask, sequence, seqlen_q, seqlen_k),
             bias=_part(call.bias, sequence, seqlen_q, seqlen_k),
-            key_padding_mask=None
-            if call.key_padding_mask is None
-            else call.key_padding_mask[sequence, None, :seqlen_k],
+            key_padding_mask=None if padding is None else padding[sequence, None, :seqlen_k],
             alibi_slopes=_slopes_of(call.alibi_slopes, sequence),
             cu_seqlens_q=None,
             cu_seqlens_k=None,
         )
-        outputs.append(_attend_dense(one)[0])
-    return torch.cat(outputs)
+        yield one, rows_q, rows_k
 
 
-def _zeros(call: AttentionCall, seqlen_q: int) -> Tensor:
+def _tiled(call: AttentionCall) -> Outputs:
+    """(out, lse) over tiles."""
+    if not is_packed(call):
+        return tiled.attend(call)
+    out = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    lse = torch.empty((call.q.shape[1], call.q.shape[0]), dtype=wide, device=call.q.device)
+    for sequence, (one, rows, _) in enumerate(_sequences(call)):
+        if one.q.shape[1] > 0:
+            out_one, lse_one = tiled.attend(one, sequence)
+            out[rows], lse[:, rows] = out_one[0], lse_one[0]
+    return out, lse
+
+
+def _zeros(call: AttentionCall, one: AttentionCall) -> Tensor:
     """The output of queries without keys: a function of every input still, so that there are gradients, of 0."""
     anchor = call.q[:0].sum() + call.k[:0].sum() + call.v[:0].sum()
-    return call.q.new_zeros(seqlen_q, call.q.shape[1], call.v.shape[-1]) + anchor
+    return call.q.new_zeros(one.q.shape[1], call.q.shape[1], call.v.shape[-1]) + anchor
 
 
 def _part(tensor: Tensor | None, sequence: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
@@ -130,17 +163,18 @@ def _four_dims(tensor: Tensor) -> Tensor:
     return tensor.reshape((1,) * (4 - tensor.ndim) + tuple(tensor.shape))
 
 
-def _attend_dense(call: AttentionCall) -> Tensor:
+def attend_by_sdpa(call: AttentionCall) -> Tensor:
+    """The output of dense sequences by scaled_dot_product_attention; see ``serves_by_sdpa``."""
     seqlen_q, seqlen_k = call.q.shape[1], call.k.shape[1]
-    left, right = _effective_window(call)
-    has_data = call.mask is not None or call.bias is not None or call.key_padding_mask is not None
-    if left < 0 and right == 0 and seqlen_q == seqlen_k and not has_data and call.alibi_slopes is None:
+    if _is_causal_alone(call, seqlen_q, seqlen_k):
         return _sdpa(call, None, is_causal=True)
+    left, right = _effective_window(call, seqlen_q, seqlen_k)
     visible = _visible(call, left, right)
     if call.bias is None and call.alibi_slopes is None:
         if visible is None:
             return _sdpa(call, None)
         # Rows that a window leaves empty are the first ones, and only of more queries than keys: no need to look at values.
+        has_data = call.mask is not None or call.key_padding_mask is not None
         may_be_empty = has_data or (right >= 0 and seqlen_q - seqlen_k > right)
         if not may_be_empty:
             return _sdpa(call, visible)
@@ -151,10 +185,9 @@ def _attend_dense(call: AttentionCall) -> Tensor:
     return _erase(_sdpa(call, attn_mask.masked_fill(empty, 0.0)), empty)
 
 
-def _effective_window(call: AttentionCall) -> tuple[int, int]:
+def _effective_window(call: AttentionCall, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
     """(left, right) with causality folded in, -1 where no score is cut."""
     left, right = call.window
-    seqlen_q, seqlen_k = call.q.shape[1], call.k.shape[1]
     if left >= 0 and left >= seqlen_k - 1:
         left = -1
     if call.causal:
@@ -244,11 +277,12 @@ _NOT_OPTIONS = ("q", "k", "v", "bias", "max_seqlen_q", "max_seqlen_k", "determin
 _REFERENCE_OPTIONS = tuple(name for name in AttentionCall._fields if name not in _NOT_OPTIONS)
 
 
-def _torch(call: AttentionCall) -> Outputs:
-    return attend(call), None
+def reference_backward(given: Any, call: AttentionCall) -> Sequence[Tensor | None]:
+    """(dq, dk, dv, dbias, dsinks, dslopes) of :data:`REFERENCE`."""
+    return _gradients_by_autograd(_reference, given, call)
 
 
-def _gradients_by_recomputing(
+def _gradients_by_autograd(
     run: Callable[[AttentionCall], Outputs], given: Any, call: AttentionCall
 ) -> Sequence[Tensor | None]:
     """Gradients of torch's own functions, by running them again."""
@@ -266,26 +300,80 @@ def _gradients_by_recomputing(
     return [None if tensor is None else next(found) for tensor in inputs]
 
 
+def gives_lse(call: AttentionCall) -> bool:
+    """Whether :data:`REGISTERED` returns lse: of packed sequences, whose lengths decide what serves, only where tiles do anyway."""
+    return not is_packed(call) or _needs_tiles(call)
+
+
+def _registered(call: AttentionCall) -> Outputs:
+    return _tiled(call) if gives_lse(call) else (attend(call)[0], None)
+
+
 def backward(given: Any, call: AttentionCall) -> Sequence[Tensor | None]:
-    """(dq, dk, dv, dbias, dsinks, dslopes) of :data:`BACKEND`."""
-    return _gradients_by_recomputing(_torch, given, call)
+    """(dq, dk, dv, dbias, dsinks, dslopes) of :data:`REGISTERED`."""
+    if not gives_lse(call):
+        if _is_transparent(call) and not (given.wants_bias or given.wants_slopes):
+            return _gradients_by_autograd(attend, given, call)
+        out, lse = _tiled(call)
+        given = given._replace(out=out, lse=lse)
+    if is_packed(call):
+        found = _packed_gradients(given, call)
+    else:
+        found = tiled.backward(given, call)
+    like = (call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes)
+    return [
+        None if gradient is None else gradient.to(tensor.dtype)  # type: ignore[union-attr]
+        for gradient, tensor in zip(found, like)
+    ]
 
 
-def reference_backward(given: Any, call: AttentionCall) -> Sequence[Tensor | None]:
-    """(dq, dk, dv, dbias, dsinks, dslopes) of :data:`REFERENCE`."""
-    return _gradients_by_recomputing(_reference, given, call)
+def _packed_gradients(given: Any, call: AttentionCall) -> tiled.Gradients:
+    gradients = tiled.no_gradients(given, call)
+    for sequence, (one, rows_q, rows_k) in enumerate(_sequences(call)):
+        if one.q.shape[1] == 0:
+            continue
+        of_one = given._replace(
+            dout=given.dout[rows_q][None],
+            out=given.out[rows_q][None],
+            lse=given.lse[None, :, rows_q],
+            dlse=None if given.dlse is None else given.dlse[None, :, rows_q],
+        )
+        dq, dk, dv, dbias, dsinks, dslopes = tiled.backward(of_one, one, sequence)
+        gradients.q[rows_q], gradients.k[rows_k], gradients.v[rows_k] = dq[0], dk[0], dv[0]
+        if gradients.bias is not None and dbias is not None:
+            where = _part(gradients.bias, sequence, *(slice_.stop - slice_.start for slice_ in (rows_q, rows_k)))
+            assert where is not None
+            where += dbias
+        if gradients.sinks is not None and dsinks is not None:
+            gradients.sinks.add_(dsinks)
+        if gradients.alibi_slopes is not None and dslopes is not None:
+            slopes = _slopes_of(gradients.alibi_slopes, sequence)
+            assert slopes is not None
+            slopes += dslopes
+    return gradients
 
 
-# The tracer of torch.compile cannot read cu_seqlens, nor need it see the reference: there both hide behind the registered ops.
-
-
-def _torch_is_transparent(call: AttentionCall) -> bool:
-    return not is_empty(call) and not (torch.compiler.is_compiling() and is_packed(call))
+def _is_transparent(call: AttentionCall) -> bool:
+    """Whether scaled_dot_product_attention serves. Neither torch.compile's tracer nor torch.func can read cu_seqlens."""
+    if is_empty(call):
+        return False
+    if not is_packed(call):
+        return serves_by_sdpa(call, call.q.shape[1], call.k.shape[1])
+    if torch.compiler.is_compiling() or functorch_level() is not None or type(call.cu_seqlens_q) not in PLAIN_TYPES:
+        return False
+    starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()  # type: ignore[union-attr]
+    lengths = zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k))
+    return all(
+        serves_by_sdpa(call, stop_q - start_q, stop_k - start_k) for (start_q, stop_q), (start_k, stop_k) in lengths
+    )
 
 
 def _reference_is_transparent(call: AttentionCall) -> bool:
+    # The tracer need not see the reference, which hides behind the registered op.
     return not is_empty(call) and not torch.compiler.is_compiling()
 
 
-BACKEND = Backend("torch", unless_empty(_torch), _LIMITS, is_transparent=_torch_is_transparent)
+BACKEND = Backend("torch", unless_empty(attend), is_transparent=_is_transparent)
+# In what is registered autograd does not see through: it gives lse for its backward pass.
+REGISTERED = Backend("torch", unless_empty(_registered))
 REFERENCE = Backend("reference", unless_empty(_reference), is_transparent=_reference_is_transparent)

@@ -77,7 +77,7 @@ def decode_attention(
             summation, never the meaning.
         return_lse: return the log-sum-exp too.
         backend: "triton", "cuda", "torch" or "reference"; None takes what was set by ``use_backend`` or PYTRANSFORMER_BACKEND, else the
-            first that can serve the call. The reference warns once when it was not asked for by name.
+            first that can serve the call. The reference serves by name only.
 
     Returns:
         (batch, seqlen_q, num_heads, value head_dim) or (total_q, num_heads, value head_dim) in q's dtype. With ``return_lse`` also the
@@ -103,8 +103,7 @@ def decode_attention(
 def _outputs(call: DecodeCall, backend: str) -> tuple[Any, ...]:
     """(out, lse) as (shape, dtype)."""
     out = (*call.q.shape[:-1], call.v_cache.shape[-1]), call.q.dtype
-    if backend == "torch":
-        # scaled_dot_product_attention does not give lse.
+    if backend == "torch" and not call.return_lse:
         return out, None
     q = call.q.shape
     lse = (q[1], q[0]) if is_packed(call) else (q[0], q[2], q[1])
@@ -128,6 +127,5 @@ _DECODE = Op(
     lengths=("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad"),
     check_lengths=check_lengths,
     casts=True,
-    reference_costs="computes one sequence after another with all its scores",
 )
 CHOICE = _DECODE.choice

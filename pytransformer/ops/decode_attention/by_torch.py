@@ -1,7 +1,9 @@
-"""Decode attention by ``scaled_dot_product_attention``: the path of machines without a GPU.
+"""Decode attention by torch's own functions: the path of machines without a GPU.
 
-This is the inner loop of text generation on a CPU, so nothing is copied that lies contiguous: sequences of one length are one call on a
-view of the cache, others one call each, and the queries that share a key head become rows of one matrix instead of repeating the keys.
+The lengths are read, which on a GPU waits for it. Sequences of one length that need no selection of keys are one call of
+scaled_dot_product_attention, where the query heads that share a key head become rows of one matrix instead of repeating the keys. The
+others are computed one after another, by scaled_dot_product_attention if it can serve, else over tiles of keys that are taken from the
+cache, and dequantised, one tile at a time.
 """
 
 from __future__ import annotations
@@ -13,41 +15,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer import reference
-from pytransformer.ops.attention.by_torch import SCORE_LIMITS
-from pytransformer.ops.attention.by_torch import attend as attend_whole
+from pytransformer.ops.attention import tiled
+from pytransformer.ops.attention.by_torch import attend_by_sdpa, serves_by_sdpa
 from pytransformer.ops.attention.call import AttentionCall
-from pytransformer.ops.backend import Backend, Limit, Outputs
+from pytransformer.ops.attention.tiles import Problem
+from pytransformer.ops.backend import Backend, Outputs
 from pytransformer.ops.cache_checks import QUANTISED_DTYPES
 from pytransformer.ops.decode_attention.call import DecodeCall, first_visible_key
 
-_LIMITS = (
-    *SCORE_LIMITS,
-    Limit(
-        "anything on a GPU",
-        lambda call: (
-            "the lengths in cache_seqlens cannot be read back from the GPU without synchronising"
-            if call.q.is_cuda
-            else None
-        ),
-    ),
-)
 
-
-def attend(call: DecodeCall) -> Tensor:
-    """Output of a checked call within the limits; contiguous, in q's dtype."""
+def attend(call: DecodeCall) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a checked call, contiguous; lse is None unless ``call.return_lse``."""
     lengths = call.cache_seqlens.tolist()
-    if _is_one_rectangle(call, lengths):
+    if _is_one_rectangle(call, lengths) and not call.return_lse and call.softcap == 0 and call.sinks is None:
         first = first_visible_key(call, 0, lengths[0])
         keys = slice(first, lengths[0])
-        return _attend_plain(call, call.q, call.k_cache[:, keys], call.v_cache[:, keys])
-    out = call.q.new_empty((*call.q.shape[:-1], call.v_cache.shape[-1]))
+        return _attend_plain(call, call.q, call.k_cache[:, keys], call.v_cache[:, keys]).contiguous(), None
+    out, lse = _outputs(call)
     starts = None if call.cu_seqlens_q is None else call.cu_seqlens_q.tolist()
     for sequence, length in enumerate(lengths):
-        rows = slice(sequence, sequence + 1) if starts is None else slice(starts[sequence], starts[sequence + 1])
-        q = call.q[rows] if starts is None else call.q[rows][None]
-        result = _attend_one(call, q, sequence, length)
-        out[rows] = result if starts is None else result[0]
-    return out
+        if starts is None:
+            out_one, lse_one = _attend_one(call, call.q[sequence : sequence + 1], sequence, length)
+            out[sequence] = out_one[0]
+            if lse is not None and lse_one is not None:
+                lse[sequence] = lse_one[0]
+        else:
+            rows = slice(starts[sequence], starts[sequence + 1])
+            out_one, lse_one = _attend_one(call, call.q[rows][None], sequence, length)
+            out[rows] = out_one[0]
+            if lse is not None and lse_one is not None:
+                lse[:, rows] = lse_one[0]
+    return out, lse
+
+
+def _outputs(call: DecodeCall) -> tuple[Tensor, Tensor | None]:
+    q = call.q
+    out = q.new_empty((*q.shape[:-1], call.v_cache.shape[-1]))
+    if not call.return_lse:
+        return out, None
+    shape = (q.shape[1], q.shape[0]) if call.cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
+    return out, torch.empty(shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
 
 def _is_one_rectangle(call: DecodeCall, lengths: list[int]) -> bool:
@@ -85,27 +92,39 @@ def _attend_plain(call: DecodeCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[..., :value_dim].reshape(batch, 1, num_heads, value_dim)
 
 
-def _attend_one(call: DecodeCall, q: Tensor, sequence: int, length: int) -> Tensor:
+def _attend_one(call: DecodeCall, q: Tensor, sequence: int, length: int) -> tuple[Tensor, Tensor | None]:
     """One sequence with every option: q (1, seqlen_q, num_heads, head_dim)."""
-    seqlen_q = q.shape[1]
+    seqlen_q, num_kv_heads, value_dim = q.shape[1], *call.v_cache.shape[-2:]
     first = first_visible_key(call, sequence, length)
-    if seqlen_q == 0 or first == length:
-        return q.new_zeros((*q.shape[:-1], call.v_cache.shape[-1]))
-    k = _keys(call, call.k_cache, call.k_scale, sequence, first, length)
-    v = _keys(call, call.v_cache, call.v_scale, sequence, first, length)
     slopes = call.alibi_slopes
+    none = q.new_empty((1, 0, num_kv_heads, q.shape[-1]))
     attention_call = AttentionCall(
         q,
-        k,
-        v,
+        none,
+        none,
         causal=call.causal,
         window=call.window,
         softmax_scale=call.softmax_scale,
+        softcap=call.softcap,
         mask=_part(call.mask, sequence, seqlen_q, first, length),
         bias=_part(call.bias, sequence, seqlen_q, first, length),
         alibi_slopes=slopes[sequence] if slopes is not None and slopes.ndim == 2 else slopes,
+        sinks=call.sinks,
+        return_lse=call.return_lse,
     )
-    return attend_whole(attention_call)
+    if seqlen_q > 0 and first < length and serves_by_sdpa(attention_call, seqlen_q, length - first):
+        k = _keys(call, call.k_cache, call.k_scale, sequence, first, length)
+        v = _keys(call, call.v_cache, call.v_scale, sequence, first, length)
+        return attend_by_sdpa(attention_call._replace(k=k, v=v)), None
+    problem = Problem(attention_call, length - first, num_kv_heads)
+
+    def keys(_: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        places = sequence, first + cols.start, first + cols.stop
+        k = _keys(call, call.k_cache, call.k_scale, *places)
+        v = _keys(call, call.v_cache, call.v_scale, *places)
+        return problem.heads_first(k), problem.heads_first(v)
+
+    return tiled.attend_keys(problem, keys, value_dim)
 
 
 def _part(tensor: Tensor | None, sequence: int, seqlen_q: int, first: int, length: int) -> Tensor | None:
@@ -140,10 +159,6 @@ def _keys(call: DecodeCall, cache: Tensor, scale: Tensor | None, sequence: int, 
     return found[None]
 
 
-def _torch(call: DecodeCall) -> Outputs:
-    return attend(call).contiguous(), None
-
-
 def _reference(call: DecodeCall) -> Outputs:
     """The reference in at least float32, rounded once at the end."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
@@ -163,11 +178,13 @@ _REFERENCE_OPTIONS = tuple(
 _NUM_TENSORS = DecodeCall._fields.index("max_seqlen_q")
 
 
-def _plan(call: DecodeCall) -> Callable[[DecodeCall], Tensor] | None:
+def _plan(call: DecodeCall) -> Callable[[DecodeCall], Tensor | Outputs] | None:
     # Where the lengths are read anyway, all that a kept launch spares is the checks.
     options = call[_NUM_TENSORS:]
-    return lambda given: attend(DecodeCall(*given[:_NUM_TENSORS], *options)).contiguous()  # type: ignore[arg-type]
+    if call.return_lse:
+        return lambda given: attend(DecodeCall(*given[:_NUM_TENSORS], *options))  # type: ignore[arg-type]
+    return lambda given: attend(DecodeCall(*given[:_NUM_TENSORS], *options))[0]  # type: ignore[arg-type]
 
 
-BACKEND = Backend("torch", _torch, _LIMITS, plan=_plan)
+BACKEND = Backend("torch", attend, plan=_plan)
 REFERENCE = Backend("reference", _reference)

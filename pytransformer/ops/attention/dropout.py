@@ -1,0 +1,71 @@
+"""Dropout's random numbers by torch's integer arithmetic: Philox4x32-10 as in reference/philox.py, over one tile of scores.
+
+A word is 32 bits in an int64: only there does torch keep the high half of a product. Of the counter
+(j // 4, i, batch · heads + head, offset) each part varies along one dimension of the tile. Two rounds mix no more than two of them, so
+broadcasting leaves them small; the other eight work in place, in memory that the next tile uses again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pytransformer.ops.attention.scratch import Scratch
+
+_LOW = 0xFFFFFFFF
+# Salmon et al. 2011: multipliers of philox4x32, and what is added to the two halves of the key in each round.
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def kept(p: float, seed: Tensor, heads: range, rows: slice, cols: slice, memory: Scratch) -> Tensor:
+    """1 where dropout keeps the weight, 0 where it drops it: (heads, rows, cols) in memory's dtype.
+
+    Args:
+        p: the probability of dropping.
+        seed: int64 (seed, offset).
+        heads: batch · num_heads + head of each score matrix.
+        rows, cols: queries and keys in their sequence; cols starts at a multiple of 4.
+        memory: where to work.
+    """
+    device = seed.device
+    groups = torch.arange(cols.start // 4, -(-cols.stop // 4), device=device)
+    positions = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    matrices = torch.arange(heads.start, heads.stop, device=device)[:, None, None]
+    words = _philox((groups, positions, matrices, seed[1]), seed[0], memory)
+    # A weight is kept where word >= p · 2^32; for p = 1 nothing is.
+    threshold = math.ceil(p * 2**32)
+    result = memory.take("kept", *words[0].shape, 4)
+    for word, values in enumerate(words):
+        torch.ge(values, threshold, out=result[..., word])
+    return result.flatten(-2)[..., : cols.stop - cols.start]
+
+
+def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, memory: Scratch) -> tuple[Tensor, ...]:
+    """The four words of each counter, 32 bits each."""
+    c0, c1, c2, c3 = counter
+    c3, k0, k1 = c3 & _LOW, seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(2):
+        product_0, product_2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = ((product_2 >> 32) ^ c1 ^ k0) & _LOW, product_2 & _LOW
+        c2, c3 = ((product_0 >> 32) ^ c3 ^ k1) & _LOW, product_0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    c0, c1, c2, c3 = (memory.take(f"c{n}", *shape, dtype=torch.int64).copy_(c) for n, c in enumerate((c0, c1, c2, c3)))
+    product_0, product_2 = (memory.take(f"product_{n}", *shape, dtype=torch.int64) for n in (0, 2))
+    for _ in range(_ROUNDS - 2):
+        torch.mul(c0, _MULTIPLIERS[0], out=product_0)
+        torch.mul(c2, _MULTIPLIERS[1], out=product_2)
+        # c1 and c3 keep their high halves, which no product sees: they are cut off with what they are combined with.
+        torch.bitwise_right_shift(product_2, 32, out=c0)
+        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        torch.bitwise_right_shift(product_0, 32, out=c2)
+        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c1, product_2, c3, product_0 = product_2, c1, product_0, c3
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1.bitwise_and_(_LOW), c2, c3.bitwise_and_(_LOW)

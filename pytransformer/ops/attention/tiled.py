@@ -1,0 +1,211 @@
+"""Attention, forward and backward, over tiles: the loops. tiles.py has the scores.
+
+Sources: Milakov & Gimelshein 2018 (online softmax); Rabe & Staats 2021 (linear memory); Dao et al. 2022 (the backward pass from
+lse).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pytransformer.ops.attention.call import AttentionCall
+from pytransformer.ops.attention.scratch import Scratch
+from pytransformer.ops.attention.tiles import Problem, Tile, exp_, part
+
+Keys = Callable[[slice, slice], tuple[Tensor, Tensor]]
+
+
+def attend(call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
+    """(out, lse) of dense sequences: (batch, seqlen_q, num_heads, value head_dim), (batch, num_heads, seqlen_q)."""
+    problem = Problem(call, *call.k.shape[1:3], first_sequence)
+    k, v = problem.heads_first(call.k), problem.heads_first(call.v)
+    problem.trust(_largest(call.q), _largest(k))
+
+    def keys(sequences: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        which = problem.kv_heads(sequences)
+        return k[which, cols], v[which, cols]
+
+    return attend_keys(problem, keys, call.v.shape[-1])
+
+
+def attend_keys(problem: Problem, keys: Keys, value_dim: int) -> tuple[Tensor, Tensor]:
+    """The same, of keys and values that come a slice of sequences and positions at a time, as ``Problem.heads_first`` gives them."""
+    call, dtype = problem.call, problem.dtype
+    out = call.q.new_empty((*call.q.shape[:-1], value_dim))
+    lse = torch.empty((problem.batch, problem.num_heads, problem.seqlen_q), dtype=dtype, device=call.q.device)
+    memory = Scratch(dtype, call.q.device)
+    for sequences, rows in problem.row_blocks():
+        q = problem.block(call.q, sequences, rows)
+        maximum, total = _start(problem, q, rows.stop - rows.start)
+        accumulator = torch.zeros((*q.shape[:2], value_dim), dtype=dtype, device=q.device)
+        for tile in problem.tiles(sequences, rows):
+            k, v = keys(sequences, tile.cols)
+            weights, _ = problem.scores(q, k, tile, memory)
+            before = maximum
+            maximum = torch.maximum(before, weights.amax(dim=-1, keepdim=True))
+            exp_(weights.sub_(maximum))
+            rescale = exp_(before - maximum)
+            total = total.mul_(rescale).add_(weights.sum(dim=-1, keepdim=True))
+            kept = problem.kept(tile, memory)
+            if kept is not None:
+                problem.by_head(weights, tile).mul_(kept)
+            accumulator.mul_(rescale).baddbmm_(weights, v)
+        empty = total == 0
+        accumulator.div_(total.masked_fill_(empty, 1.0))
+        if call.dropout_p > 0:
+            accumulator.mul_(_kept_scale(call.dropout_p))
+        out[sequences, rows] = problem.unblock(accumulator, sequences, rows)
+        total.log_().add_(maximum).masked_fill_(empty, -math.inf)
+        lse[sequences, :, rows] = total.view(-1, problem.num_heads, rows.stop - rows.start)
+    return out, lse
+
+
+def _start(problem: Problem, q: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Maximum and sum of a row before its first key: those of its sink. Finite, so that a row of -inf alone meets no inf - inf."""
+    lowest = torch.finfo(problem.dtype).min
+    sinks = problem.call.sinks
+    shape = (*q.shape[:2], 1)
+    if sinks is None:
+        return q.new_full(shape, lowest), q.new_zeros(shape)
+    logits = _by_row(sinks.to(problem.dtype), problem, num_rows, shape)
+    maximum = logits.clamp(min=lowest)
+    return maximum, exp_(logits - maximum)
+
+
+def _by_row(per_head: Tensor, problem: Problem, num_rows: int, shape: Any) -> Tensor:
+    """(num_heads) for each row of a block."""
+    return (
+        per_head.view(1, -1, 1)
+        .expand(-1, -1, num_rows)
+        .reshape(problem.num_kv_heads, -1, 1)
+        .repeat(shape[0] // problem.num_kv_heads, 1, 1)
+    )
+
+
+def _kept_scale(dropout_p: float) -> float:
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, math.inf, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+class Gradients(NamedTuple):
+    """What the backward pass returns, in the dtype of the scores; None for what is not wanted or not there."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+
+
+def no_gradients(given: Any, call: AttentionCall) -> Gradients:
+    """Zeros, for what is summed over sequences."""
+    dtype = torch.promote_types(call.q.dtype, torch.float32)
+    bias, slopes = call.bias if given.wants_bias else None, call.alibi_slopes if given.wants_slopes else None
+    dq, dk, dv = (torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in call[:3])
+    return Gradients(dq, dk, dv, *(_zeros(tensor, dtype) for tensor in (bias, call.sinks, slopes)))
+
+
+def backward(given: Any, call: AttentionCall, first_sequence: int = 0) -> Gradients:
+    """Gradients of dense sequences from ``given``: dout, dlse (or None), out, lse, wants_bias, wants_slopes."""
+    return _Backward(given, call, first_sequence).walk()
+
+
+class _Backward:
+    def __init__(self, given: Any, call: AttentionCall, first_sequence: int) -> None:
+        problem = self.problem = Problem(call, *call.k.shape[1:3], first_sequence)
+        if given.wants_slopes and call.q.dtype != problem.dtype:
+            # Distances would multiply what the rounding of out leaves in delta.
+            wide, _ = attend(call._replace(q=call.q.to(problem.dtype)), first_sequence)
+            given = given._replace(out=wide)
+        self.given, self.call = given, call
+        self.k, self.v = problem.heads_first(call.k), problem.heads_first(call.v)
+        problem.trust(_largest(call.q), _largest(self.k))
+        self.dk, self.dv = torch.zeros_like(self.k), torch.zeros_like(self.v)
+        # One of a slope or a bias may be there without the other being wanted.
+        self.dbias = _zeros(problem.bias if given.wants_bias else None, problem.dtype)
+        self.dslopes = _zeros(problem.slopes if given.wants_slopes else None, problem.dtype)
+        self.dsinks = _zeros(call.sinks, problem.dtype)
+        self.memory = Scratch(problem.dtype, call.q.device)
+
+    def walk(self) -> Gradients:
+        call, problem = self.call, self.problem
+        dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+        for sequences, rows in problem.row_blocks():
+            q, dout = (problem.block(tensor, sequences, rows) for tensor in (call.q, self.given.dout))
+            delta = self._delta(dout, sequences, rows)
+            lse = self.given.lse[sequences, :, rows].to(problem.dtype)
+            if self.dsinks is not None:
+                logits = call.sinks.to(problem.dtype)[:, None]  # type: ignore[union-attr]
+                self.dsinks -= (torch.exp(logits - lse) * delta.view(lse.shape)).nan_to_num_(0.0).sum(dim=(0, 2))
+            # A row that sees nothing has lse -inf: with +inf its weights are 0.
+            lse = lse.masked_fill(lse == -math.inf, math.inf).view(*q.shape[:2], 1)
+            dq_block = torch.zeros_like(q)
+            for tile in problem.tiles(sequences, rows):
+                self._add_tile(tile, q, dout, lse, delta, dq_block)
+            dq[sequences, rows] = problem.unblock(dq_block.mul_(call.softmax_scale), sequences, rows)
+        self.dk.mul_(call.softmax_scale)
+        dslopes = None if self.dslopes is None else self.dslopes.view(call.alibi_slopes.shape)  # type: ignore[union-attr]
+        dbias = None if self.dbias is None else self.dbias.view(call.bias.shape)  # type: ignore[union-attr]
+        return Gradients(dq, self._heads_last(self.dk), self._heads_last(self.dv), dbias, self.dsinks, dslopes)
+
+    def _delta(self, dout: Tensor, sequences: slice, rows: slice) -> Tensor:
+        """Σ_j weight · its gradient, by row; what comes in through lse counts against it."""
+        out = self.problem.block(self.given.out, sequences, rows)
+        delta = (dout * out).sum(dim=-1, keepdim=True)
+        if self.given.dlse is not None:
+            dlse = self.given.dlse[sequences, :, rows].to(delta.dtype)
+            delta -= dlse.reshape(delta.shape)
+        return delta
+
+    def _add_tile(self, tile: Tile, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
+        problem, memory = self.problem, self.memory
+        which = problem.kv_heads(tile.sequences)
+        k, v = self.k[which, tile.cols], self.v[which, tile.cols]
+        dk, dv = self.dk[which, tile.cols], self.dv[which, tile.cols]
+        weights, tanh = problem.scores(q, k, tile, memory)
+        exp_(weights.sub_(lse))
+        dscores = torch.bmm(dout, v.transpose(1, 2), out=memory.take("dscores", *weights.shape))
+        kept = problem.kept(tile, memory)
+        if kept is None:
+            dv.baddbmm_(weights.transpose(1, 2), dout)
+        else:
+            scale = _kept_scale(self.call.dropout_p)
+            problem.by_head(dscores, tile).mul_(kept)
+            dscores.mul_(scale)
+            remaining = memory.take("remaining", *weights.shape)
+            torch.mul(problem.by_head(weights, tile), kept, out=problem.by_head(remaining, tile))
+            dv.baddbmm_(remaining.transpose(1, 2), dout, alpha=scale)
+        dscores.sub_(delta).mul_(weights)
+        self._add_terms(problem.by_head(dscores, tile), tile)
+        if tanh is not None:
+            # d tanh(x) = (1 - tanh²) dx
+            dscores.addcmul_(tanh.square_(), dscores, value=-1)
+        dk.baddbmm_(dscores.transpose(1, 2), q)
+        dq.baddbmm_(dscores, k)
+
+    def _add_terms(self, dscores: Tensor, tile: Tile) -> None:
+        """The gradients of what is added to the scores."""
+        if self.dbias is not None:
+            where = part(self.dbias, tile)
+            where += dscores.sum_to_size(where.shape)
+        if self.dslopes is not None:
+            rows_and_cols = dscores.flatten(2).matmul(self.problem.distance(tile).abs_().flatten())
+            where = part(self.dslopes, tile)
+            where -= rows_and_cols[..., None, None].sum_to_size(where.shape)
+
+    def _heads_last(self, tensor: Tensor) -> Tensor:
+        """(batch · num_kv_heads, seqlen, dim) as (batch, seqlen, num_kv_heads, dim)."""
+        return tensor.unflatten(0, (-1, self.problem.num_kv_heads)).transpose(1, 2)
+
+
+def _zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if like is None else torch.zeros(like.shape, dtype=dtype, device=like.device)
