@@ -38,6 +38,10 @@ def serves_by_sdpa(call: AttentionCall, seqlen_q: int, seqlen_k: int) -> bool:
         return False
     if call.q.is_cuda and not _serves_on_a_gpu(call):
         return False
+    left, right = _effective_window(call, seqlen_q, seqlen_k)
+    if seqlen_q > 1 and left >= 0 and right >= 0 and max(512, 2 * (left + right + 1)) < seqlen_k:
+        # It computes what the window hides; tiles skip that.
+        return False
     return _mask_size(call, seqlen_q, seqlen_k) <= _LARGEST_MASK
 
 
@@ -217,8 +221,8 @@ def _visible(call: AttentionCall, left: int, right: int) -> Tensor | None:
 
 def _distance(call: AttentionCall) -> Tensor:
     seqlen_q, seqlen_k = call.q.shape[1], call.k.shape[1]
-    rows = torch.arange(seqlen_q, device=call.q.device) + (seqlen_k - seqlen_q)
-    return rows[:, None] - torch.arange(seqlen_k, device=call.q.device)[None, :]
+    rows, cols = (torch.arange(n, dtype=torch.int32, device=call.q.device) for n in (seqlen_q, seqlen_k))
+    return (rows + (seqlen_k - seqlen_q))[:, None] - cols
 
 
 def _added_scores(call: AttentionCall, visible: Tensor | None) -> Tensor:
