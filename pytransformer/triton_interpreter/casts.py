@@ -35,9 +35,7 @@ def is_bfloat16(value: Any) -> bool:
 
 def is_float8(value: Any) -> bool:
     """Whether ``value`` is an interpreter's tensor of an 8-bit float type."""
-    return (
-        isinstance(value, interpreter.TensorHandle) and value.data.dtype == np.uint8 and value.dtype.scalar.is_fp8()
-    )
+    return isinstance(value, interpreter.TensorHandle) and value.data.dtype == np.uint8 and value.dtype.scalar.is_fp8()
 
 
 def float32_values(value: Any) -> Array:

@@ -43,6 +43,7 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "InterpreterBuilder.create_print": ("self", "prefix", "hex", "values"),
     "InterpreterBuilder.create_masked_load": ("self", "ptrs", "mask", "other"),
     "InterpreterBuilder.create_masked_store": ("self", "ptrs", "value", "mask"),
+    "InterpreterBuilder.create_descriptor_load": ("self", "desc", "indices"),
     "InterpreterBuilder.create_atomic_rmw": ("self", "rmwOp", "ptr", "val", "mask"),
     "InterpreterBuilder.create_atomic_cas": ("self", "ptr", "cmp", "val"),
     "InterpreterBuilder.set_grid_dim": ("self", "nx", "ny", "nz"),
@@ -275,7 +276,11 @@ def _install_memory(active: _Interpreter) -> None:
             memory.access(pointers.data, mask, _element_size(pointers), kinds.get(access, access), (x, y, z), owner)
         return interpreter.TensorHandle(strip(pointers.data), pointers.dtype)
 
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, descriptor_load = (
+        builder.create_masked_load,
+        builder.create_masked_store,
+        builder.create_descriptor_load,
+    )
     rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
 
     def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
@@ -287,6 +292,14 @@ def _install_memory(active: _Interpreter) -> None:
 
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         return store(self, check(ptrs, _lanes(mask), Access.STORE), value, mask, *args, **kwargs)
+
+    def create_descriptor_load(self: Any, desc: Any, indices: Any, *args: Any) -> Any:
+        element = desc.base.get_element_ty()
+        if desc.padding != interpreter._ir.PADDING_OPTION.PAD_NAN or not (element == tl.bfloat16 or element.is_fp8()):
+            return descriptor_load(self, desc, indices, *args)
+        # The stock interpreter writes NaN into an array of bits, where it becomes a number.
+        pointers, mask = desc.materialize_pointers(indices)
+        return self.create_masked_load(pointers, mask, _poison(pointers), *args, is_volatile=False)
 
     def create_atomic_rmw(self: Any, rmwOp: Any, ptr: Any, val: Any, mask: Any, *args: Any) -> Any:
         _refuse_bfloat16(ptr)
@@ -307,7 +320,8 @@ def _install_memory(active: _Interpreter) -> None:
 
         return method
 
-    for method in (create_masked_load, create_masked_store, create_atomic_rmw, create_atomic_cas):
+    loads_and_stores = (create_masked_load, create_masked_store, create_descriptor_load)
+    for method in (*loads_and_stores, create_atomic_rmw, create_atomic_cas):
         active.replace(builder, method.__name__, method)
     for name in ("create_atomic_load", "create_atomic_store", "create_atomic_poll"):
         if hasattr(builder, name):

@@ -77,7 +77,9 @@ def test_only_zeros_are_false(source):
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int8])
+@pytest.mark.parametrize(
+    "target", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int8]
+)
 def test_the_outcome_of_a_comparison_becomes_one_or_zero(source, target):
     x, out = torch.tensor([0.25, 0.5, 1.0, NAN], dtype=source), torch.empty(4, dtype=target)
     _compared_kernel[(1,)](x, out, BLOCK=4)

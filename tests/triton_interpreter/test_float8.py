@@ -210,7 +210,7 @@ def test_a_cast_that_does_not_compile_is_refused(source, target, rounding):
 @pytest.mark.parametrize("types", [(torch.float32, torch.float8_e4m3fnuz), (torch.float8_e5m2fnuz, torch.float32)])
 def test_types_of_other_gpus_are_refused(types):
     source, target = (torch.ones(4).to(dtype) for dtype in types)
-    with pytest.raises((UnsupportedTritonError, InterpreterError), match="fp8e4b8|fp8e5b16"):
+    with pytest.raises((UnsupportedTritonError, InterpreterError), match=r"fp8e4b8|fp8e5b16"):
         _cast(source, target)
 
 
