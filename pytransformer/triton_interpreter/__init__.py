@@ -9,7 +9,7 @@ does by itself:
 
 * bfloat16 casts, arithmetic, comparisons and ``tl.dot`` are right (rounded once, to nearest even), 8-bit floats are read
   and made as a GPU does it (nearest code, saturated, NaN kept), and what cannot be right, or what Triton does not compile,
-  raises :class:`UnsupportedTritonError`;
+  raises (:class:`UnsupportedTritonError` for casts and 8-bit floats);
 * float32 ``tl.dot`` with tf32 precision does not read the low 13 bits of its operands, as a tensor core: in compiled
   kernels nothing rounds them before;
 * floats that no integer holds saturate, NaN becomes 0, integers divided by zero have all bits set;
