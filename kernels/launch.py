@@ -92,6 +92,24 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def _harden_interpreter() -> None:
+    """Triton's own interpreter is wrong in bfloat16 and 8-bit floats: who sets ``TRITON_INTERPRET=1`` gets the hardened one.
+
+    Raises:
+        RuntimeError: the variable was set after triton had been imported.
+        UnsupportedTritonError: of this Triton it is not known how.
+    """
+    from pytransformer import triton_interpreter
+
+    if not triton_interpreter.installed():  # with whatever options
+        triton_interpreter.install()
+
+
+# Every kernel imports this module before it is launched.
+if interpreting():
+    _harden_interpreter()
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, as Triton launches on the current device; does nothing on a CPU."""
     if tensor.is_cuda and _several_devices():

@@ -142,7 +142,7 @@ class ForwardLaunch:
         call: of its tensors only shapes, strides, dtypes and device count. q, k, v: (batch, seqlen, heads, head_dim), or packed (total,
             heads, head_dim) with cu_seqlens; last dimension contiguous. mask, bias: broadcastable to (batch, num_heads, seqlen_q,
             seqlen_k), of four dimensions or fewer; never expanded in memory.
-        allow_tf32: whether float32 products may be rounded to tf32.
+        allow_tf32: whether float32 products may be of tf32, whose operands lack the low 13 bits: they are cut, not rounded.
         config: replaces the launch policy (tests use small tiles).
 
     Raises:

@@ -43,7 +43,7 @@ class DecodeLaunch:
 
     Args:
         call: of its tensors only types, shapes, strides, dtypes and the device count.
-        allow_tf32: whether products of float32 may be rounded to tf32.
+        allow_tf32: whether products of float32 may be of tf32, whose operands lack the low 13 bits: they are cut, not rounded.
         configs: replaces the launch policy (tests shrink tiles and splits with it).
     """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -103,6 +104,13 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@constant_under_compile
+def _triton_compiles() -> bool:
+    # Its own device functions were made for the compiler or for the interpreter when it was imported.
+    library = sys.modules.get("triton.language.standard")
+    return library is not None and type(library.cdiv).__name__ != "InterpretedFunction"
+
+
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why ``backend`` can serve nothing on this kind of device ("cuda", "cpu", …) here, or ``None``.
 
@@ -115,7 +123,11 @@ def unavailable(backend: str, device_type: str) -> str | None:
         if not _triton_installed():
             return "triton is not installed (pip install 'triton>=3.6')"
         if device_type == "cpu" and not (_interpreting() or _compiles_for_cpu_tensors):
-            return "Triton needs a GPU; on a CPU its interpreter serves when TRITON_INTERPRET=1 is set before the first use"
+            return "Triton needs a GPU; on a CPU its interpreter serves when TRITON_INTERPRET=1 is set before triton is imported"
+        if device_type == "cpu" and not _compiles_for_cpu_tensors and _triton_compiles():
+            return (
+                "TRITON_INTERPRET=1 was set after triton had been imported, too late: set it before the program starts"
+            )
         if device_type == "cuda" and _interpreting():
             return "TRITON_INTERPRET=1 is set, which interprets on the CPU; unset it to run on the GPU"
         if device_type not in ("cuda", "cpu"):

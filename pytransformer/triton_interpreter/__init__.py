@@ -4,11 +4,20 @@
     from pytransformer import triton_interpreter
     triton_interpreter.install()
 
-Then, beyond what Triton's interpreter does by itself:
+The kernels of this package install it by themselves where that variable is set. Then, beyond what Triton's interpreter
+does by itself:
 
-* bfloat16 casts, arithmetic, comparisons and ``tl.dot`` are right (rounded to nearest even), and what cannot be right
-  raises;
-* float32 ``tl.dot`` with tf32 precision loses the bits that tf32 loses;
+* bfloat16 casts, arithmetic, comparisons and ``tl.dot`` are right (rounded once, to nearest even), 8-bit floats are read
+  and made as a GPU does it (nearest code, saturated, NaN kept), and what cannot be right, or what Triton does not compile,
+  raises (:class:`UnsupportedTritonError` for casts and 8-bit floats);
+* float32 ``tl.dot`` with tf32 precision does not read the low 13 bits of its operands, as a tensor core: in compiled
+  kernels nothing rounds them before;
+* floats that no integer holds saturate, NaN becomes 0, integers divided by zero have all bits set;
+* minima and maxima, also of ``tl.max`` and ``tl.min``, leave NaN out unless it is to propagate, and hold +0 to be larger
+  than -0; ``tl.argmax``, like any function that compares, keeps the second of a pair with NaN, and warns
+  (:class:`OrderDependentWarning`) if another order of the elements would give another result;
+* ``tl.exp`` has the error of compiled code (the argument's product with log2(e) is rounded), and functions flush
+  subnormal numbers where their instructions do;
 * an access outside of the tensor that its pointer was derived from raises, also in the holes of a strided view, and
   so does a misaligned one;
 * two programs that touch one element in ways whose order matters raise, whatever order they ran in; so does a store
@@ -24,11 +33,20 @@ the stock interpreter's time and attention (float32, 4 heads × 250 × 64) 0.8, 
 It does not see what lies below the language: shared memory, asynchronous copies, the layouts and the instructions
 that the compiler chooses for a GPU. Accesses through ``tl.multiple_of`` and ``tl.max_contiguous`` promises that do
 not hold are not noticed either.
+
+Numbers are those that Triton 3.9 compiles for compute capability 9.0. What else differs on a GPU: products and sums may
+be fused into one rounding; ``/``, ``tl.exp``, ``tl.exp2``, ``tl.sqrt``, ``tl.rsqrt``, ``tl.sin``, ``tl.cos`` and
+``tl.math.erf`` of float32 are off by one or two units in the last place, here by half a one; a reduction or scan adds in
+another order; the accumulator of 8-bit products has fewer bits on 9.0; ``tl.dot_scaled`` goes through 16 bits, whose range
+is not kept here; ``tl.atomic_add`` of float32 flushes subnormal numbers. Compute capability 8.0 has no float8e4nv, rounds
+integers to bfloat16 by way of float32, keeps the sign of a NaN in float8e5, and saturates sums of int8 products. Before
+Triton 3.9, 16-bit floats become float8e5 without saturation.
 """
 
 from .errors import (
     KernelFault,
     MisalignedAccessError,
+    OrderDependentWarning,
     OutOfBoundsError,
     RaceError,
     UnsupportedTritonError,
@@ -38,6 +56,7 @@ from .install import install, installed, program_order, uninstall
 __all__ = [
     "KernelFault",
     "MisalignedAccessError",
+    "OrderDependentWarning",
     "OutOfBoundsError",
     "RaceError",
     "UnsupportedTritonError",

@@ -22,4 +22,10 @@ class RaceError(KernelFault):
 
 
 class UnsupportedTritonError(RuntimeError):
-    """The interpreter of the installed Triton is not one that this package knows how to harden."""
+    """The interpreter of the installed Triton is not one that this package knows how to harden, or a kernel does something
+    that Triton does not compile, or whose compiled result cannot be told here; then it reaches the caller as a KernelFault does.
+    """
+
+
+class OrderDependentWarning(UserWarning):
+    """A reduction met NaN, and its result depends on the order in which the compiler chose to combine the elements."""

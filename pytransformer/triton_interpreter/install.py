@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from . import bf16
+from . import arithmetic, casts, reductions
 from .errors import KernelFault, UnsupportedTritonError
 from .memory import Access, LaunchMemory, named_tensors, strip
 
@@ -34,16 +34,22 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "InterpreterBuilder.create_fp_to_fp": ("self", "src", "dst_type", "rounding_mode"),
     "InterpreterBuilder.create_dot": ("self", "a", "b", "d", "input_precision"),
     "InterpreterBuilder.create_fma": ("self", "x", "y", "z"),
-    "InterpreterBuilder.create_erf": ("self", "arg"),
-    "InterpreterBuilder.create_rsqrt": ("self", "arg"),
+    "InterpreterBuilder.create_idiv": ("self", "lhs", "rhs"),
+    "InterpreterBuilder.create_srem": ("self", "lhs", "rhs"),
+    "InterpreterBuilder.create_urem": ("self", "lhs", "rhs"),
+    "InterpreterBuilder.create_frem": ("self", "lhs", "rhs"),
+    "InterpreterBuilder.create_clampf": ("self", "arg", "lo", "hi", "propagate_nans"),
+    **{f"InterpreterBuilder.{name}": ("self", "arg") for name in arithmetic.FUNCTIONS},
     "InterpreterBuilder.create_print": ("self", "prefix", "hex", "values"),
     "InterpreterBuilder.create_masked_load": ("self", "ptrs", "mask", "other"),
     "InterpreterBuilder.create_masked_store": ("self", "ptrs", "value", "mask"),
+    "InterpreterBuilder.create_descriptor_load": ("self", "desc", "indices"),
     "InterpreterBuilder.create_atomic_rmw": ("self", "rmwOp", "ptr", "val", "mask"),
     "InterpreterBuilder.create_atomic_cas": ("self", "ptr", "cmp", "val"),
     "InterpreterBuilder.set_grid_dim": ("self", "nx", "ny", "nz"),
     "InterpreterBuilder.set_grid_idx": ("self", "x", "y", "z"),
     "ReduceOps.apply_impl": ("self", "input"),
+    "ReduceOps.generic_reduce": ("self", "input"),
     "ScanOps.apply_impl": ("self", "input"),
     "GridExecutor._init_args_hst": ("self", "args_dev", "kwargs"),
     "GridExecutor.__call__": ("self", "args_dev", "kwargs"),
@@ -125,7 +131,8 @@ def install(
         races: raise :class:`RaceError` where programs, or the lanes of one store, get in each other's way.
         poison: masked-off lanes of a load without ``other`` are NaN (integers: all bits set), not 0: on a GPU they
             are undefined.
-        tf32: ``tl.dot`` of float32 with ``input_precision="tf32"`` (Triton's default) rounds its operands to tf32.
+        tf32: ``tl.dot`` of float32 with ``input_precision="tf32"`` (Triton's default) does not read the low 13 bits of its
+            operands, and with "tf32x3" it multiplies parts of them. False: both are exact products.
         debug: ``tl.device_assert`` and the overflow checks of integer arithmetic are on.
         program_order: seed that shuffles the order in which programs run; None runs them in the natural order.
 
@@ -138,9 +145,9 @@ def install(
     """
     global _active, _order_seed
     _check_interpreting()
-    _check_triton()
-    if _active is not None:
-        uninstall()
+    if _active is None:
+        _check_triton()
+    uninstall()
     active = _Interpreter(_Options(bounds, races, poison, tf32, debug))
     try:
         _install_arithmetic(active)
@@ -183,9 +190,11 @@ def _check_interpreting() -> None:
     # Triton's own device functions (tl.max, tl.cdiv ...) are decorated when it is imported, kernels when theirs is:
     # both must interpret.
     if not isinstance(tl.standard.cdiv, interpreter.InterpretedFunction) or not triton.knobs.runtime.interpret:
+        now = os.environ.get("TRITON_INTERPRET", "not set")
+        late = ", which came too late" if triton.knobs.runtime.interpret else ""
         raise RuntimeError(
             "the hardened interpreter needs TRITON_INTERPRET=1 in the environment before triton is first imported; "
-            f"it is {os.environ.get('TRITON_INTERPRET', 'not set')!r} now"
+            f"it is {now!r} now{late}"
         )
 
 
@@ -208,23 +217,43 @@ def _check_triton() -> None:
 
 def _install_arithmetic(active: _Interpreter) -> None:
     builder = interpreter.InterpreterBuilder
-    for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_erf", "create_rsqrt"):
-        active.replace(builder, name, bf16.through_float32(getattr(builder, name)))
-    active.replace(builder, "create_print", bf16.widening(builder.create_print))
-    active.replace(builder, "cast_impl", bf16.cast_impl(builder.cast_impl))
-    active.replace(builder, "create_fp_to_fp", bf16.create_fp_to_fp(builder.create_fp_to_fp))
-    active.replace(builder, "get_bf16", bf16.get_bf16)
-    active.replace(builder, "create_dot", bf16.create_dot(builder.create_dot, tf32=active.options.tf32))
-    reduce_ops, scan_ops = interpreter.ReduceOps, interpreter.ScanOps
-    active.replace(reduce_ops, "apply_impl", bf16.reduce_apply_impl(reduce_ops.apply_impl))
-    active.replace(scan_ops, "apply_impl", bf16.scan_apply_impl(scan_ops.apply_impl))
-    # Triton 3.6 lets NaN through where tl.minimum and tl.maximum return the other operand on a GPU, as 3.9 does.
-    active.replace(builder, "create_minnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin))
-    active.replace(builder, "create_maxnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax))
+
+    def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+        active.replace(owner, name, wrapper(getattr(owner, name)))
+
+    for name in ("binary_op", "unary_op", "ternary_op"):
+        wrap(builder, name, arithmetic.through_float32)
+    for name, wrapper in arithmetic.FUNCTIONS.items():
+        wrap(builder, name, wrapper)
+    for name in ("create_idiv", "create_srem", "create_urem"):
+        wrap(builder, name, arithmetic.integer_division)
+    wrap(builder, "create_fma", arithmetic.create_fma)
+    wrap(builder, "create_print", arithmetic.create_print)
+    wrap(builder, "create_dot", functools.partial(arithmetic.create_dot, tf32=active.options.tf32))
+    wrap(builder, "cast_impl", casts.cast_impl)
+    wrap(builder, "create_fp_to_fp", casts.create_fp_to_fp)
+    wrap(interpreter.ReduceOps, "apply_impl", reductions.reduce_apply_impl)
+    wrap(interpreter.ScanOps, "apply_impl", reductions.scan_apply_impl)
+    if hasattr(interpreter, "_mxfp_value_handle_to_float32"):  # from Triton 3.9 on
+        wrap(interpreter, "_mxfp_value_handle_to_float32", arithmetic.scaled_operand)
+    active.replace(builder, "get_bf16", arithmetic.get_bf16)
+    active.replace(builder, "create_frem", arithmetic.create_frem)
+    active.replace(builder, "create_clampf", arithmetic.create_clampf)
+    for name, operation in (
+        ("create_minnumf", arithmetic.minimum_number),
+        ("create_maxnumf", arithmetic.maximum_number),
+        ("create_minimumf", arithmetic.minimum),
+        ("create_maximumf", arithmetic.maximum),
+    ):
+        active.replace(builder, name, _binary(operation))
     # Where nobody looks at the overflow checks they are not computed either: they are half of an integer-heavy kernel's time.
     debug = active.options.debug
     options = dataclasses.replace(interpreter.interpreter_builder.options, debug=debug, sanitize_overflow=debug)
     active.replace(interpreter.interpreter_builder, "options", options)
+
+
+def _binary(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return lambda self, lhs, rhs: self.binary_op(lhs, rhs, operation)
 
 
 def _element_size(pointers: Any) -> int:
@@ -247,7 +276,11 @@ def _install_memory(active: _Interpreter) -> None:
             memory.access(pointers.data, mask, _element_size(pointers), kinds.get(access, access), (x, y, z), owner)
         return interpreter.TensorHandle(strip(pointers.data), pointers.dtype)
 
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, descriptor_load = (
+        builder.create_masked_load,
+        builder.create_masked_store,
+        builder.create_descriptor_load,
+    )
     rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
 
     def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
@@ -259,6 +292,14 @@ def _install_memory(active: _Interpreter) -> None:
 
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         return store(self, check(ptrs, _lanes(mask), Access.STORE), value, mask, *args, **kwargs)
+
+    def create_descriptor_load(self: Any, desc: Any, indices: Any, *args: Any) -> Any:
+        element = desc.base.get_element_ty()
+        if desc.padding != interpreter._ir.PADDING_OPTION.PAD_NAN or not (element == tl.bfloat16 or element.is_fp8()):
+            return descriptor_load(self, desc, indices, *args)
+        # The stock interpreter writes NaN into an array of bits, where it becomes a number.
+        pointers, mask = desc.materialize_pointers(indices)
+        return self.create_masked_load(pointers, mask, _poison(pointers), *args, is_volatile=False)
 
     def create_atomic_rmw(self: Any, rmwOp: Any, ptr: Any, val: Any, mask: Any, *args: Any) -> Any:
         _refuse_bfloat16(ptr)
@@ -279,7 +320,8 @@ def _install_memory(active: _Interpreter) -> None:
 
         return method
 
-    for method in (create_masked_load, create_masked_store, create_atomic_rmw, create_atomic_cas):
+    loads_and_stores = (create_masked_load, create_masked_store, create_descriptor_load)
+    for method in (*loads_and_stores, create_atomic_rmw, create_atomic_cas):
         active.replace(builder, method.__name__, method)
     for name in ("create_atomic_load", "create_atomic_store", "create_atomic_poll"):
         if hasattr(builder, name):
@@ -398,9 +440,9 @@ def _install_language(active: _Interpreter) -> None:
     active.replace(interpreter, "_get_np_dtype", cached_np_dtype)
 
 
-def _fault_within(error: BaseException | None) -> KernelFault | None:
+def _fault_within(error: BaseException | None) -> BaseException | None:
     """The fault that Triton has wrapped, once per call of a device function."""
-    while error is not None and not isinstance(error, KernelFault):
+    while error is not None and not isinstance(error, (KernelFault, UnsupportedTritonError)):
         error = error.__cause__
     return error
 

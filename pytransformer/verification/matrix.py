@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import time
@@ -61,7 +62,7 @@ def prepare_triton(device: torch.device) -> None:
     if device.type != "cpu":
         return
     os.environ["TRITON_INTERPRET"] = "1"
-    if unavailable("triton", "cpu") is None:
+    if importlib.util.find_spec("triton") is not None:
         from pytransformer import triton_interpreter
 
         if not triton_interpreter.installed():

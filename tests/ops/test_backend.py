@@ -134,25 +134,28 @@ def test_the_environment_is_read_at_import():
 
 def test_interpreted_kernels_serve_on_request_only(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(module, "_triton_compiles", lambda: False)
     choice = BackendChoice("halve", (Backend("triton", halve), Backend("reference", halve)))
     assert choice.select(2, "cpu") == "reference"
     assert choice.select(2, "cpu", "triton") == "triton"
 
 
 @pytest.mark.parametrize(
-    ("device_type", "interpret", "installed", "reason"),
+    ("device_type", "interpret", "installed", "compiles", "reason"),
     [
-        ("cpu", "1", True, None),
-        ("cpu", "0", True, "Triton needs a GPU"),
-        ("cuda", "0", True, None),
-        ("cuda", "1", True, "TRITON_INTERPRET=1 is set"),
-        ("mps", "0", True, "device type 'cuda', not 'mps'"),
-        ("cuda", "0", False, "triton is not installed"),
+        ("cpu", "1", True, False, None),
+        ("cpu", "1", True, True, "TRITON_INTERPRET=1 was set after triton had been imported"),
+        ("cpu", "0", True, True, "Triton needs a GPU"),
+        ("cuda", "0", True, True, None),
+        ("cuda", "1", True, False, "TRITON_INTERPRET=1 is set"),
+        ("mps", "0", True, True, "device type 'cuda', not 'mps'"),
+        ("cuda", "0", False, False, "triton is not installed"),
     ],
 )
-def test_when_triton_is_there(device_type, interpret, installed, reason, monkeypatch):
+def test_when_triton_is_there(device_type, interpret, installed, compiles, reason, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     monkeypatch.setattr(module, "_is_triton_installed", lambda: installed)
+    monkeypatch.setattr(module, "_triton_compiles", lambda: compiles)
     found = unavailable("triton", device_type)
     assert (found is None) if reason is None else (reason in found)
 
@@ -162,11 +165,12 @@ def test_the_report_says_what_serves_and_what_does_not(monkeypatch):
     monkeypatch.setattr(module.extension, "_load", lambda: "the CUDA extension was not built")
     assert CHOICE.report("cpu") == {
         "cuda": "the CUDA extension was not built",
-        "triton": "Triton needs a GPU; on a CPU its interpreter serves when TRITON_INTERPRET=1 is set before the first use",
+        "triton": "Triton needs a GPU; on a CPU its interpreter serves when TRITON_INTERPRET=1 is set before triton is imported",
         "torch": "serves, except odd numbers",
         "reference": "serves",
     }
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(module, "_triton_compiles", lambda: False)
     assert CHOICE.report("cpu")["triton"] == "there is no triton implementation of halve yet"
 
 

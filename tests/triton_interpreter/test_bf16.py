@@ -75,6 +75,12 @@ def _dot_kernel(x_ptr, y_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.c
 
 
 @triton.jit
+def _dot_float16_kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out_ptr + offsets, tl.dot(tl.load(x_ptr + offsets), tl.load(y_ptr + offsets), out_dtype=tl.float16))
+
+
+@triton.jit
 def _add(x, y):
     return x + y
 
@@ -136,6 +142,36 @@ def test_truncation_differs_and_is_there_on_request():
     assert _cast(value, torch.bfloat16, _truncating_cast_kernel).item() == 1.0
 
 
+def test_float64_rounds_to_bfloat16_once():
+    """Through float32 the last bit of the first two would be lost before it decides a tie."""
+    tie = 1 + 2.0**-8
+    values = [
+        tie + 2.0**-40,
+        -tie - 2.0**-40,
+        tie,
+        tie - 2.0**-40,
+        1e300,
+        2.0**128 - 2.0**119,
+        2.0**128 - 2.0**120,
+        1e-60,
+        -0.0,
+    ]
+    expected = [1 + 2.0**-7, -1 - 2.0**-7, 1.0, 1.0, float("inf"), float("inf"), 2.0**128 - 2.0**120, 0.0, -0.0]
+    out = _cast(torch.tensor(values, dtype=torch.float64), torch.bfloat16)
+    assert _same_bits(out, torch.tensor(expected).bfloat16())
+    assert _cast(torch.tensor([float("nan")], dtype=torch.float64), torch.bfloat16).isnan().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_integers_round_to_bfloat16_once(dtype):
+    bits = 30 if dtype == torch.int32 else 62
+    tie = 2**bits + 2 ** (bits - 8)
+    values = torch.tensor([tie + 1, -tie - 1, tie, tie - 1, 257, -259, 0, torch.iinfo(dtype).min], dtype=dtype)
+    up = float(2**bits + 2 ** (bits - 7))
+    expected = [up, -up, float(2**bits), float(2**bits), 256.0, -260.0, 0.0, float(torch.iinfo(dtype).min)]
+    assert _cast(values, torch.bfloat16).double().tolist() == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32])
 def test_casts_between_bfloat16_and_others(dtype):
     values = torch.randn(4096).mul(50).to(dtype)
@@ -180,31 +216,85 @@ def test_dot_of_bfloat16_is_exact_products_summed_in_float32():
     assert (out - golden).abs().max() <= 2 * plain + 4 * torch.finfo(torch.float32).eps * golden.abs().max()
 
 
+def _tf32_dot(x: torch.Tensor, y: torch.Tensor, precision: str = "tf32") -> torch.Tensor:
+    out = torch.empty(x.shape[0], y.shape[1])
+    _dot_kernel[(1,)](x, y, out, M=x.shape[0], N=y.shape[1], K=x.shape[1], PRECISION=precision)
+    return out
+
+
+def _truncated(x: torch.Tensor) -> torch.Tensor:
+    """Without the low 13 bits, by the value: at most 10 bits after the first are kept."""
+    quantum = 2.0 ** (x.double().abs().log2().floor() - 10)
+    return (torch.sign(x) * (x.double().abs() / quantum).floor() * quantum).float()
+
+
 def test_dot_of_float32_loses_what_tf32_loses_only_if_asked():
     x, y = torch.randn(32, 64), torch.randn(64, 16)
     golden = x.double() @ y.double()
-    errors = {}
-    for precision in ("ieee", "tf32"):
-        out = torch.empty(32, 16)
-        _dot_kernel[(1,)](x, y, out, M=32, N=16, K=64, PRECISION=precision)
-        errors[precision] = (out - golden).abs().max().item()
-    assert errors["ieee"] < 1e-5
-    # 64 products with operands rounded to 11 significant bits: each is off by up to 2^-10, they add up like a random walk.
-    assert 1e-4 < errors["tf32"] < 64 * 2**-10 * (x.abs().max() * y.abs().max()).item()
+    errors = {precision: (_tf32_dot(x, y, precision) - golden).abs() for precision in ("ieee", "tf32")}
+    assert errors["ieee"].max() < 1e-5
+    # An operand cut to 11 significant bits has lost less than 2^-10 of its size, a product of two less than 2^-9 of its own.
+    assert errors["tf32"].max() > 1e-4
+    assert (errors["tf32"] < 2**-9 * (x.abs().double() @ y.abs().double()) + 1e-5).all()
 
 
-def test_tf32_rounds_each_operand_to_the_nearest():
+def test_tf32_drops_the_low_bits_of_each_operand():
+    """As the tensor core, which nothing rounds for: see tests/compile/test_instructions.py."""
     x = torch.zeros(16, 16)
-    x[0, :4] = torch.tensor([1 + 2**-11, 1 + 2**-12, -1 - 2**-11, 1 + 2**-10])
-    out = torch.empty(16, 16)
-    _dot_kernel[(1,)](x, torch.eye(16), out, M=16, N=16, K=16, PRECISION="tf32")
-    assert out[0, :4].tolist() == [1 + 2**-10, 1.0, -1 - 2**-10, 1 + 2**-10]
+    x[0, :6] = torch.tensor([1 + 2**-11, 1 + 2**-10 - 2**-23, -1 - 2**-11, 1 + 2**-10, float("inf"), float("nan")])
+    out, reverse = _tf32_dot(x, torch.eye(16)), _tf32_dot(torch.eye(16), x)
+    assert out[0].isnan().all() and reverse[0, :4].tolist() == [1.0, 1.0, -1.0, 1 + 2**-10]
+    assert reverse[0, 4].isinf() and reverse[0, 5].isnan()
+    x = torch.randn(64, 64)
+    assert torch.equal(_tf32_dot(x, torch.eye(64)), _truncated(x))
+    assert torch.equal(_tf32_dot(torch.eye(64), x), _truncated(x))
+
+
+def test_a_tf32_product_is_too_small_on_average():
+    """Truncation has a bias where rounding has none: products of positive numbers lose 2^-11 of their size or so."""
+    x, y = torch.rand(64, 64) + 1, torch.rand(64, 64) + 1
+    golden = x.double() @ y.double()
+    loss = ((golden - _tf32_dot(x, y)) / golden).mean()
+    assert 2**-12 < loss < 2**-10
+
+
+def test_three_tf32_products_lose_no_more_than_float32():
+    x, y = torch.randn(32, 64), torch.randn(64, 16)
+    golden = x.double() @ y.double()
+    bound = (
+        x.abs().double() @ y.abs().double()
+    ) * 2**-19  # 64 additions in float32; the small parts' product is 2^-22 at most
+    error = (_tf32_dot(x, y, "tf32x3") - golden).abs()
+    assert (error < bound).all() and error.max() < (_tf32_dot(x, y) - golden).abs().max() / 100
+    single = torch.zeros(16, 16)
+    single[0, 0] = 1 + 2**-11 + 2**-12 + 2**-23
+    # The large part is rounded, 1 + 2^-10, and the small one, which is then negative, cut: nothing is lost here.
+    assert _tf32_dot(single, torch.eye(16), "tf32x3")[0, 0] == single[0, 0]
+
+
+def test_three_tf32_products_keep_infinity():
+    x = torch.zeros(16, 16)
+    x[0, 0] = float("inf")
+    assert _tf32_dot(x, torch.ones(16, 16), "tf32x3")[0].tolist() == [float("inf")] * 16
 
 
 def test_tf32_can_be_turned_off(harden):
     harden(tf32=False)
     x, out = torch.full((16, 16), 1 + 2**-12), torch.empty(16, 16)
     _dot_kernel[(1,)](x, torch.eye(16), out, M=16, N=16, K=16, PRECISION="tf32")
+    assert torch.equal(out, x)
+
+
+def test_a_float16_accumulator_is_rounded_after_each_instruction():
+    x, out = torch.zeros(32, 32, dtype=torch.float16), torch.empty(32, 32, dtype=torch.float16)
+    x[0, 0], x[0, 16:18] = 2048, 0.75
+    _dot_float16_kernel[(1,)](x, torch.ones(32, 32, dtype=torch.float16), out, BLOCK=32)
+    assert out[0, 0] == 2050  # 2048 + 1.5 to nearest
+    x[0, 16:18], x[0, 1] = 0.25, 0.75
+    _dot_float16_kernel[(1,)](x, torch.ones(32, 32, dtype=torch.float16), out, BLOCK=32)
+    assert out[0, 0] == 2048  # 2048.75, and then 2048.5, while the sum of all is 2049.25
+    x = torch.randn(32, 32).half()
+    _dot_float16_kernel[(1,)](x, torch.eye(32).half(), out, BLOCK=32)
     assert torch.equal(out, x)
 
 

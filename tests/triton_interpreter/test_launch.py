@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pytransformer import triton_interpreter
 from pytransformer.triton_interpreter import UnsupportedTritonError
@@ -31,6 +32,12 @@ def _row_sum_kernel(x_ptr, out_ptr, width, OTHER: tl.constexpr, BLOCK: tl.conste
 def _masked_index_kernel(index_ptr, out_ptr, width, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     tl.store(out_ptr + offsets, tl.load(index_ptr + offsets, mask=offsets < width))
+
+
+@triton.jit
+def _descriptor_kernel(x, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, x.load([0]).to(tl.float32))
 
 
 @triton.jit
@@ -87,6 +94,13 @@ def test_masked_off_lanes_of_integers_are_no_valid_index():
     out = torch.empty(8, dtype=torch.int32)
     _masked_index_kernel[(1,)](torch.arange(8, dtype=torch.int32), out, 6, BLOCK=8)
     assert out.tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_descriptor_pads_with_nan_in_every_format(dtype):
+    out = torch.empty(32)
+    _descriptor_kernel[(1,)](TensorDescriptor(torch.ones(20).to(dtype), [20], [1], [32], padding="nan"), out, BLOCK=32)
+    assert out[:20].eq(1).all() and out[20:].isnan().all()
 
 
 def test_poison_can_be_turned_off(harden):
