@@ -64,6 +64,38 @@ def test_the_form_of_the_result_follows_the_prompts(model, device):
     assert torch.equal(model.generate(ids, 0), ids)
 
 
+def test_lists_of_ints_and_arrays_are_prompts(model, device):
+    np = pytest.importorskip("numpy")
+    ids = random_ids(CONFIG, (2, 5), 0, device)
+    expected, one, ragged = model.generate(ids, 4), model.generate(ids[0], 4), [ids[0], ids[1, :2]]
+    for prompt in (
+        ids[0].tolist(),
+        tuple(ids[0].tolist()),
+        ids[0].cpu().numpy(),
+        ids[0].cpu().numpy().astype(np.uint8),
+        [*ids[0].cpu().numpy()],
+    ):
+        assert torch.equal(model.generate(prompt, np.int64(4)), one)
+    for dtype in (np.int64, np.int16, np.uint64):
+        assert torch.equal(model.generate(ids.cpu().numpy().astype(dtype), 4), expected)
+    for prompts in (
+        [row.tolist() for row in ragged],
+        [row.cpu().numpy() for row in ragged],
+        [ids[0], tuple(ids[1, :2].tolist())],
+        [range(3), ids[0]],
+    ):
+        found = model.generate(prompts, 4)
+        assert isinstance(found, list)
+        for prompt, sequence in zip(prompts, found):
+            assert torch.equal(
+                sequence, model.generate(torch.tensor([int(token) for token in prompt], device=device), 4)
+            )
+    equal = model.generate([[1, 2], [3, 4]], 4)
+    assert isinstance(equal, list) and [len(row) for row in equal] == [6, 6]
+    for end in (np.int64(5), np.array([5, 6]), torch.tensor([5, 6]), range(5, 7)):
+        model.generate(ids, 4, eos_token_id=end)
+
+
 def test_it_stops_at_any_end_token(model, device):
     prompts = [random_ids(CONFIG, (4,), seed, device) for seed in range(6)]
     free = generate(model, prompts, 16)
@@ -211,7 +243,28 @@ REFUSED = [
         ValueError,
         r"prompts must have shape \(seqlen\) or \(batch, seqlen\), got \(1, 2, 3\)",
     ),
-    ([[1, 2]], {}, TypeError, "prompts must be a tensor of ids .*, or a list of 1-D tensors"),
+    (
+        "def",
+        {},
+        TypeError,
+        "prompts must be a tensor or array of ids .*, got the text 'def'; encode it with the model's tokenizer",
+    ),
+    (["def"], {}, TypeError, "got the text 'def'; encode it with the model's tokenizer as prompt 0"),
+    (3, {}, TypeError, "a list of ints, or a list with a tensor, array or list of ints per prompt, got 3"),
+    ([1, 2.5], {}, TypeError, "got 1 as prompt 0"),
+    ([1, True], {}, TypeError, "got 1 as prompt 0"),
+    ([[1, 2.5]], {}, TypeError, r"prompts must hold ints, got 2\.5 in prompt 0"),
+    ([[1], [2, "x"]], {}, TypeError, "prompts must hold ints, got the text 'x'.* in prompt 1"),
+    ([[[1]]], {}, TypeError, "prompts must hold ints, got list in prompt 0"),
+    ([[1], []], {}, ValueError, "prompt 1 is empty"),
+    ([3, 67], {}, ValueError, "prompt 0 holds token id 67, allowed are 0 to 66"),
+    ([[1], [3, 2**70]], {}, ValueError, f"prompt 1 holds token id {2**70}, allowed are 0 to 66"),
+    (
+        [torch.zeros(1, 2, dtype=torch.int64)],
+        {},
+        ValueError,
+        r"a prompt in a list must have shape \(seqlen\), got \(1, 2\) as prompt 0",
+    ),
     ([], {}, ValueError, "prompts must hold at least one prompt, got none"),
     (torch.zeros(3), {}, TypeError, "prompts must hold int64 or int32 ids, got torch.float32 in prompt 0"),
     ([torch.tensor([1]), torch.tensor([], dtype=torch.int64)], {}, ValueError, "prompt 1 is empty"),
@@ -222,6 +275,7 @@ REFUSED = [
     (torch.tensor([3]), {"max_new_tokens": 2.5}, TypeError, r"max_new_tokens must be an int, got 2\.5"),
     (torch.tensor([3]), {"eos_token_id": 67}, ValueError, "eos_token_id must be from 0 to 66, got 67"),
     (torch.tensor([3]), {"eos_token_id": ["x"]}, TypeError, "eos_token_id must be an int or a sequence of ints"),
+    (torch.tensor([3]), {"pad_token_id": 1.5}, TypeError, r"pad_token_id must be an int or None, got 1\.5"),
     (torch.tensor([3]), {"temperature": -1.0}, ValueError, "temperature must be finite and at least 0"),
 ]
 
