@@ -93,6 +93,7 @@ def generate(
 
     Raises:
         TypeError, ValueError: prompts that are empty, longer than the context, or not token ids; options out of range.
+        ValueError: the logits of a sequence that goes on hold NaN, or nothing but -inf; the message names row and step.
     """
     if not is_int(max_new_tokens):
         raise TypeError(f"max_new_tokens must be an int, got {max_new_tokens!r}")
@@ -192,8 +193,10 @@ class _Run:
 
     def _choose(self, sampler: Sampler, logits: Tensor) -> Tensor:
         """A step's tokens (batch), taken in."""
-        tokens = sampler.choose(logits)
-        chosen = tokens.tolist()
+        tokens, faults = sampler.draw(logits)
+        chosen, found = torch.stack((tokens, faults)).tolist()  # the host waits for the device once
+        # The logits of a sequence that has ended mean nothing, so they may hold anything.
+        sampler.refuse([0 if reason else fault for fault, reason in zip(found, self.stop_reasons)])
         self._record(chosen, logits)
         return tokens
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pytransformer import Transformer, TransformerConfig, use_backend
-from pytransformer.generation import generate, prepare_for_decoding, release
+from pytransformer.generation import Sampler, generate, prepare_for_decoding, release
 from pytransformer.nn import Linear
 from pytransformer.nn.linear import why_not_packed
 from tests.model.configs import CONFIGS, TINY_CONFIGS, make_model, make_twin, random_ids
@@ -94,6 +94,43 @@ def test_lists_of_ints_and_arrays_are_prompts(model, device):
     assert isinstance(equal, list) and [len(row) for row in equal] == [6, 6]
     for end in (np.int64(5), np.array([5, 6]), torch.tensor([5, 6]), range(5, 7)):
         model.generate(ids, 4, eos_token_id=end)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0, "seed": 0}, {"temperature": 1.0, "top_p": 0.5, "seed": 0}, {"use_cache": False}],
+)
+def test_a_diverged_model_says_where(model, options, device):
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(
+        ValueError, match="no token can be chosen in step 0 for rows 0, 1 of the batch: the logits there hold NaN"
+    ):
+        model.generate(torch.zeros(2, 3, dtype=torch.int64, device=device), 4, **options)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_fault_is_named_by_row_and_step_and_ended_sequences_may_hold_anything(model, use_cache, device, monkeypatch):
+    ids = random_ids(CONFIG, (3, 4), 0, device)
+    first = model.generate(ids, 1)[:, -1].tolist()
+    seen: list[list[int | None]] = []
+
+    def spoil(at: int, row: int):
+        def draw(sampler, logits):
+            if sampler._step == at:
+                logits = logits.clone()
+                logits[row] = float("nan")
+            return plain(sampler, logits)
+
+        return draw
+
+    plain = Sampler.draw
+    monkeypatch.setattr(Sampler, "draw", spoil(2, 1))
+    with pytest.raises(ValueError, match="in step 2 for row 1 of the batch"):
+        model.generate(ids, 5, use_cache=use_cache, callback=lambda step: seen.append(step.tokens))
+    assert len(seen) == 2  # nothing is told of the step that failed
+    result = generate(model, ids, 5, use_cache=use_cache, eos_token_id=first[1])
+    assert result.stop_reasons[1] == "eos" and result.new_tokens[1] == 1
 
 
 def test_it_stops_at_any_end_token(model, device):
