@@ -300,7 +300,7 @@ class Transformer(nn.Module):
             options: temperature, top_k, top_p, seed, eos_token_id, use_cache, callback, … as of that function.
 
         Returns:
-            Prompt and new tokens: a tensor of the prompts' rank (sequences that ended early are filled up), or for a list of prompts a list.
+            Prompt and new tokens: a tensor of the prompts' rank (sequences that ended early are filled up), or a list for several.
         """
         generate = generator.find_generate()
         return generate(self, input_ids, max_new_tokens, **options).token_ids
