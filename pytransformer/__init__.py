@@ -37,8 +37,8 @@ _EXPORTS = {
 # Packages and modules that are there after a bare ``import pytransformer``, as `pytransformer.nn.patch(model)`.
 _MODULES = frozenset(
     {
-        "benchmarks", "cli", "extension", "flops", "generation", "interop", "kernels", "model", "nn", "ops", "reference", "training",
-        "triton_interpreter", "verification",
+        "benchmarks", "cli", "extension", "flops", "generation", "interop", "kernels", "model", "nn", "ops", "precompile", "reference",
+        "training", "triton_interpreter", "verification",
     }
 )  # fmt: skip
 
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from pytransformer import model as model
     from pytransformer import nn as nn
     from pytransformer import ops as ops
+    from pytransformer import precompile as precompile
     from pytransformer import reference as reference
     from pytransformer import training as training
     from pytransformer import triton_interpreter as triton_interpreter

@@ -144,15 +144,19 @@ class Sampler:
             return logits, None
         values, tokens = logits.topk(self.top_k, dim=-1)
         least = values[:, -1:]
-        if logits.device.type != "cpu":
+        if not self._counts_tokens(logits):
             return logits.masked_fill(logits < least, -math.inf), None
-        # On a CPU the number of tokens that stay is known without waiting, and what follows is cheaper for few.
         count = int((logits >= least.clamp(min=torch.finfo(logits.dtype).min)).sum(dim=-1).max())
         if count > self.top_k:
             tokens = logits.topk(count, dim=-1).indices
         tokens = tokens.sort(dim=-1).values
         logits = logits.gather(-1, tokens)
         return logits.masked_fill(logits < least, -math.inf), tokens
+
+    @staticmethod
+    def _counts_tokens(logits: Tensor) -> bool:
+        """Whether to pick out the tokens that stay: cheaper from there on, but their number must be known, for which a GPU would wait."""
+        return logits.device.type == "cpu"
 
     def _next_uniforms(self, device: torch.device) -> Tensor:
         if self._uniforms is None or self._used == _BLOCK:

@@ -206,6 +206,21 @@ def test_top_k_keeps_the_equals_of_the_last_as_transformers_does(device):
         assert torch.equal(ours.cpu(), theirs)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_top_k_draws_the_same_with_and_without_picking_the_tokens_out(top_p, device, monkeypatch):
+    """The first is for CPUs, the second for GPUs, which would have to wait for the number of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    for k in (1, 7, 50, 300):
+        logits = torch.randint(-30, 30, (64, 400), generator=generator).float().to(device) / 4
+        logits[3, 5:] = -math.inf
+        logits[4, 7] = logits[4, 9] = math.inf
+        drawn = []
+        for counts in (True, False):
+            monkeypatch.setattr(Sampler, "_counts_tokens", staticmethod(lambda logits, counts=counts: counts))
+            drawn.append(Sampler(64, temperature=1.0, top_k=k, top_p=top_p, seed=range(64)).choose(logits))
+        assert torch.equal(*drawn)
+
+
 def test_probabilities_are_those_of_the_draw():
     logits = torch.tensor(
         [[0.0, math.inf, math.inf, 1.0], [0.5, -math.inf, 0.5, 2.0], [0.0, math.nan, 0.0, 0.0], [-math.inf] * 4]
