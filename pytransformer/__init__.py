@@ -34,6 +34,14 @@ _EXPORTS = {
     "save": "pytransformer.model.checkpoint",
 }
 
+# Packages and modules that are there after a bare ``import pytransformer``, as `pytransformer.nn.patch(model)`.
+_MODULES = frozenset(
+    {
+        "benchmarks", "cli", "extension", "flops", "generation", "interop", "kernels", "model", "nn", "ops", "precompile", "reference",
+        "training", "triton_interpreter", "verification",
+    }
+)  # fmt: skip
+
 __all__ = [
     "Transformer",
     "TransformerConfig",
@@ -58,6 +66,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from pytransformer import benchmarks as benchmarks
+    from pytransformer import cli as cli
+    from pytransformer import extension as extension
+    from pytransformer import flops as flops
+    from pytransformer import generation as generation
+    from pytransformer import interop as interop
+    from pytransformer import kernels as kernels
+    from pytransformer import model as model
+    from pytransformer import nn as nn
+    from pytransformer import ops as ops
+    from pytransformer import precompile as precompile
+    from pytransformer import reference as reference
+    from pytransformer import training as training
+    from pytransformer import triton_interpreter as triton_interpreter
+    from pytransformer import verification as verification
     from pytransformer.model.checkpoint import load, save
     from pytransformer.model.config import TransformerConfig
     from pytransformer.model.transformer import Transformer
@@ -75,6 +98,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pytransformer.{name}")  # which also makes it an attribute
     if name not in _EXPORTS:
         raise AttributeError(f"module 'pytransformer' has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)
@@ -83,7 +108,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted({*globals(), *_EXPORTS, *_MODULES})
 
 
 def _find_generate() -> Callable[..., Any]:

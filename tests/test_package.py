@@ -42,6 +42,46 @@ def test_every_export_exists_and_is_documented():
         _ = pytransformer.flash
 
 
+_PATH = re.compile(r"(?<![\w./-])pytransformer(?:\.[A-Za-z_]\w*)+")
+_IMPORT = re.compile(r"(?:\bfrom|\bimport|-m)\s+pytransformer\.[\w.]+")
+
+
+def attribute_paths() -> list[str]:
+    """What pages for users reach for by a path, `pytransformer.nn.patch`, other than in an import statement."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return sorted({path for page in pages for path in _PATH.findall(_IMPORT.sub("", page.read_text()))})
+
+
+def test_every_path_in_the_docs_is_there_after_a_bare_import():
+    """Each module in a process of its own, as one import makes the next path work. The functions of the package itself are tested above."""
+    modules: dict[tuple[str, ...], list[str]] = {}
+    for path in attribute_paths():
+        parts = path.split(".")
+        if parts[1] not in pytransformer.__all__:
+            modules.setdefault(tuple(parts[: 3 if parts[1] == "interop" else 2]), []).append(path)
+    assert {("pytransformer", "nn"), ("pytransformer", "interop", "torch")} <= set(modules)
+    code = f"""
+import os, pytransformer
+for paths in {list(modules.values())!r}:
+    if os.fork() == 0:
+        for path in paths:
+            try:
+                eval(path)
+            except BaseException as error:
+                print(f"{{path}}: {{error}}", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    assert python(code) == ""
+
+
+def test_interfaces_that_are_not_there_are_attribute_errors():
+    with pytest.raises(AttributeError, match=r"module 'pytransformer\.interop' has no attribute 'flash'"):
+        _ = pytransformer.interop.flash
+    assert {"torch", "flash_attn", "huggingface"} <= set(dir(pytransformer.interop))
+    assert {"nn", "interop", "reference"} <= set(dir(pytransformer))
+
+
 def blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 

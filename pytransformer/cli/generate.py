@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytransformer.cli.train import DEFAULT_FOLDER
 
@@ -75,8 +75,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from pytransformer.cli.model_folder import load_model
+    from pytransformer.cli.model_folder import check_device, load_model
+    from pytransformer.generation import Sampler
 
+    # Whatever is wrong with an option is said before the model is loaded and the prompt printed.
+    check_device(arguments.device)
+    seed = random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed
+    options = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": seed}
+    Sampler(1, **options)
     model, tokenizer = load_model(arguments.model, arguments.device)
     ids = tokenizer.encode(arguments.prompt)
     limit = model.config.max_seqlen
@@ -88,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.top is not None:
         print_most_probable(model, tokenizer, prompt, arguments.top)
     else:
-        print_continuation(model, tokenizer, prompt, arguments)
+        print_continuation(model, tokenizer, prompt, arguments, options)
     return 0
 
 
@@ -113,16 +119,23 @@ def most_probable(model: Transformer, prompt: torch.Tensor, count: int) -> list[
     """Ids and probabilities of the ``count`` most probable tokens after ``prompt`` (1, seqlen), the best first."""
     import torch
 
+    from pytransformer.generation.sampling import probabilities
+
     with torch.no_grad():
-        logits = model.lm_head(model.model(prompt)[:, -1])[0]
-    values, ids = logits.float().softmax(-1).topk(min(count, logits.shape[-1]))
-    return list(zip(ids.tolist(), values.tolist()))
+        values, ids = probabilities(model.lm_head(model.model(prompt)[0, -1])).sort(descending=True, stable=True)
+    if values[0].isnan():
+        raise ValueError("the model's logits after the prompt hold NaN, or nothing but -inf: no token is probable")
+    return list(zip(ids[:count].tolist(), values[:count].tolist()))
 
 
 def print_continuation(
-    model: Transformer, tokenizer: TextTokenizer, prompt: torch.Tensor, arguments: argparse.Namespace
+    model: Transformer,
+    tokenizer: TextTokenizer,
+    prompt: torch.Tensor,
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
 ) -> None:
-    """Streams the text to standard output, then says on standard error why it ended."""
+    """Streams the text to standard output, then says on standard error why it ended; ``options`` are the sampler's."""
     from pytransformer.generation import Step, generate
     from pytransformer.training.tokenizer import CharacterStream
 
@@ -137,27 +150,25 @@ def print_continuation(
         assert token_id is not None  # the only sequence goes on until generate returns
         show(characters.push(token_id))
 
-    seed = random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed
     show(arguments.prompt)
     started = time.perf_counter()
-    result = generate(
-        model,
-        prompt,
-        arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=seed,
-        use_cache=not arguments.no_cache,
-        callback=arrived,
-    )
-    seconds = time.perf_counter() - started
-    show(characters.finish() + "\n")
+    try:
+        result = generate(
+            model,
+            prompt,
+            arguments.max_new_tokens,
+            **options,
+            use_cache=not arguments.no_cache,
+            callback=arrived,
+        )
+        seconds = time.perf_counter() - started
+    finally:
+        show(characters.finish() + "\n")
     reason = {
         "eos": "stopped at the end-of-text token",
         "length": f"stopped after --max-new-tokens {arguments.max_new_tokens}",
         "context": f"stopped at the model's context limit of {model.config.max_seqlen} tokens",
     }[result.stop_reasons[0]]
     count = result.new_tokens[0]
-    chance = f"; seed {seed}" if arguments.temperature else ""
+    chance = f"; seed {options['seed']}" if arguments.temperature else ""
     print(f"[{count} tokens, {count / seconds:,.1f} tokens/s; {reason}{chance}]", file=sys.stderr)

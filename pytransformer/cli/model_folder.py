@@ -15,9 +15,9 @@ def find_model(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no model, with what is missing.
-        ValueError: the newest checkpoint is damaged.
+        ValueError: the newest checkpoint is damaged, or the folder is a model of Hugging Face transformers.
     """
-    from pytransformer.model.checkpoint import CONFIG_FILE
+    from pytransformer.model.checkpoint import CONFIG_FILE, describe_foreign
     from pytransformer.training.checkpoint import CheckpointStore
     from pytransformer.training.run import CHECKPOINTS, has_run
 
@@ -29,9 +29,27 @@ def find_model(folder: Path) -> Path:
             return checkpoint
         if not (folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
+    elif foreign := describe_foreign(folder):
+        raise ValueError(foreign)
     elif not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds neither a training run (run.json) nor a model (config.json)")
     return folder
+
+
+def check_device(device: str | None) -> None:
+    """ValueError unless ``--device`` is one that is here."""
+    import torch
+
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cuda", "cpu"):
+        raise ValueError(f'--device must be "cuda" or "cpu", but is {device!r}')
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device} was asked for, but torch sees no GPU on this machine")
 
 
 def load_model(folder: Path, device: str | None) -> tuple[Transformer, TextTokenizer]:
@@ -51,8 +69,7 @@ def load_model(folder: Path, device: str | None) -> tuple[Transformer, TextToken
     from pytransformer.training.run import TOKENIZER_FILE
     from pytransformer.training.tokenizer import TextTokenizer
 
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device} was asked for, but torch sees no GPU on this machine")
+    check_device(device)
     place = find_model(folder)
     tokenizer = TextTokenizer.load(place / TOKENIZER_FILE)
     model = load(place, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))

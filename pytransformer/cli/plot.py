@@ -25,7 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     pictures = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
     loss = pictures.add_parser("loss", help="training and validation loss with the baselines")
     attention = pictures.add_parser("attention", help="attention maps of a prompt, for all heads")
-    attention.add_argument("--prompt", default=DEFAULT_PROMPT, help="the text to look at (default: a line of Python)")
+    attention.add_argument(
+        "--prompt", help="the text to look at (default: words of the run's text, or a line of Python)"
+    )
     attention.add_argument(
         "--layers",
         type=int,
@@ -34,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"layers to draw, from 0 (default: up to {_MAX_LAYERS_SHOWN}, first to last)",
     )
     cache = pictures.add_parser("cache", help="tokens per second against length, with and without a KV cache")
-    cache.add_argument("--prompt", default="def", help="where generation starts (default 'def')")
+    cache.add_argument("--prompt", help="where generation starts (default: words of the run's text, or 'def')")
     cache.add_argument("--max-new-tokens", type=int, metavar="N", help="how far to go (default: to the context limit)")
     cache.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="measurements; the fastest counts (default 3)"
@@ -85,7 +87,7 @@ def run_attention(arguments: argparse.Namespace) -> int:
     from pytransformer.cli.pictures import plot_attention
 
     model, tokenizer = load_model(arguments.model, arguments.device)
-    ids = tokenizer.encode(arguments.prompt)
+    ids = tokenizer.encode(_prompt(arguments, DEFAULT_PROMPT))
     if not ids:
         raise ValueError("--prompt is empty: there is no token to look at")
     if len(ids) > model.config.max_seqlen:
@@ -96,6 +98,17 @@ def run_attention(arguments: argparse.Namespace) -> int:
     plot_attention(maps, layers, [tokenizer.label(token) for token in ids], arguments.output)
     print(arguments.output)
     return 0
+
+
+def _prompt(arguments: argparse.Namespace, of_python: str) -> str:
+    """What was given, or something in the language that the model has learned."""
+    from pytransformer.training.run import has_run, saved_config, saved_example
+
+    if arguments.prompt is not None:
+        given: str = arguments.prompt
+        return given
+    is_python = not has_run(arguments.model) or saved_config(arguments.model).corpus.source is None
+    return of_python if is_python else saved_example(arguments.model) or of_python
 
 
 def chosen_layers(asked: list[int] | None, num_layers: int) -> list[int]:
@@ -111,12 +124,15 @@ def chosen_layers(asked: list[int] | None, num_layers: int) -> list[int]:
 
 def run_cache(arguments: argparse.Namespace) -> int:
     """Generates twice, with and without a cache, and draws how fast each token came."""
+    if arguments.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, but is {arguments.repeats}")
+
     from pytransformer.cli.model_folder import load_model
     from pytransformer.cli.pictures import plot_cache
     from pytransformer.training.run import parameters
 
     model, tokenizer = load_model(arguments.model, arguments.device)
-    ids = tokenizer.encode(arguments.prompt)
+    ids = tokenizer.encode(_prompt(arguments, "def"))
     if not ids:
         raise ValueError("--prompt is empty: generation needs a token to start from")
     room = model.config.max_seqlen - len(ids)
@@ -126,8 +142,6 @@ def run_cache(arguments: argparse.Namespace) -> int:
             f"there must be room for at least 2 new tokens, but the prompt has {len(ids)} of at most {model.config.max_seqlen} tokens "
             f"and --max-new-tokens is {arguments.max_new_tokens}"
         )
-    if arguments.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, but is {arguments.repeats}")
     seconds = {
         use_cache: seconds_per_token(model, ids, count, use_cache=use_cache, repeats=arguments.repeats)
         for use_cache in (True, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ DEFAULT_FOLDER = Path("runs/demo")
 _OPTIONS: tuple[tuple[str, str, str, Any, str], ...] = (
     ("--data", "corpus", "source", str, "folder, file or glob of UTF-8 text; by default the Python standard library's own source"),
     ("--vocab-size", "corpus", "vocab_size", int, "most tokens that the byte-level BPE learns"),
-    ("--validation-fraction", "corpus", "validation_fraction", float, "share of the files held out for validation"),
+    ("--validation-fraction", "corpus", "validation_fraction", float, "share of the text held out: whole files, or the ends of a few"),
     ("--bad-bytes", "corpus", "bad_bytes", choices.BAD_BYTES_CHOICES, "what to do with a file that is not UTF-8"),
     ("--family", "model", "family", choices.FAMILIES, "style of the model"),
     ("--hidden-size", "model", "hidden_size", int, "width of the residual stream"),
@@ -118,15 +119,13 @@ def run(arguments: argparse.Namespace) -> int:
     # Bad numbers are refused before the seconds that importing torch takes.
     config = config_from(arguments, RunConfig())
 
-    import torch
-
+    from pytransformer.cli.model_folder import check_device
     from pytransformer.training.progress import make_progress
     from pytransformer.training.run import RunResult, has_run, saved_config, train
 
     if arguments.resume and has_run(arguments.out):
         config = config_from(arguments, saved_config(arguments.out))
-    if str(arguments.device or "").startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {arguments.device} was asked for, but torch sees no GPU on this machine")
+    check_device(arguments.device)
     result: RunResult = train(
         config,
         arguments.out,
@@ -144,5 +143,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"model       {result.checkpoint}")
     if result.picture is not None:
         print(f"loss curve  {result.picture}")
-    print(f"try         pytransformer generate --model {arguments.out} --prompt 'def'")
+    prompt = "TEXT" if result.example_prompt is None else shlex.quote(result.example_prompt)
+    print(f"try         pytransformer generate --model {shlex.quote(str(arguments.out))} --prompt {prompt}")
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,11 @@ from pytransformer.model.transformer import Transformer
 from .bound import bind
 from .cache import KVCache
 from .prepare import prepare
+from .prompts import end_tokens, is_int, prompt_rows
 from .sampling import Sampler
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Generation:
     """What was generated.
 
     Attributes:
-        token_ids: prompts and new tokens, in the form of the prompts: (seqlen), (batch, seqlen) filled up with the padding token where
-            a sequence ended early, or a list of 1-D tensors. An end token that was produced is included.
+        token_ids: prompts and new tokens, in the form of the prompts: a tensor (seqlen), or (batch, seqlen) filled up with the padding
+            token where a sequence ended early; for a list of prompts a list of 1-D tensors. An end token that was produced is included.
         stop_reasons: per sequence "eos" (an end token was produced), "length" (max_new_tokens) or "context" (the model's max_seqlen).
         prompt_lengths, new_tokens: per sequence, in tokens.
     """
@@ -58,7 +62,7 @@ class Generation:
 @torch.no_grad()
 def generate(
     model: Transformer,
-    prompts: Tensor | Sequence[Tensor],
+    prompts: Tensor | Sequence[Any] | npt.NDArray[Any],
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
@@ -76,7 +80,8 @@ def generate(
     The model runs in evaluation mode and is put back afterwards. Its parameters must not be changed meanwhile (by the callback).
 
     Args:
-        prompts: (batch, seqlen) or (seqlen) ids, or a list of 1-D tensors of any lengths of at least 1.
+        prompts: int64 or int32 ids (batch, seqlen) or (seqlen), or a list with one prompt each, of any lengths of at least 1: 1-D tensors,
+            numpy arrays or lists of ints. One list of ints is one prompt, as a tensor (seqlen) is; numpy arrays are as tensors are.
         max_new_tokens: at least 0.
         temperature, top_k, top_p, seed: see :class:`Sampler`; the default is greedy.
         eos_token_id: one or several end tokens; ``None`` = the configuration's, an empty sequence = none.
@@ -88,13 +93,17 @@ def generate(
 
     Raises:
         TypeError, ValueError: prompts that are empty, longer than the context, or not token ids; options out of range.
+        ValueError: the logits of a sequence that goes on hold NaN, or nothing but -inf; the message names row and step.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+    if not is_int(max_new_tokens):
         raise TypeError(f"max_new_tokens must be an int, got {max_new_tokens!r}")
+    max_new_tokens = int(max_new_tokens)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    rows = _prompt_rows(prompts, model)
-    eos_token_ids = _end_tokens(eos_token_id, model)
+    if pad_token_id is not None and not is_int(pad_token_id):
+        raise TypeError(f"pad_token_id must be an int or None, got {pad_token_id!r}")
+    rows, form = prompt_rows(prompts, model.config)
+    eos_token_ids = end_tokens(eos_token_id, model.config)
     sampler = Sampler(len(rows), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     run = _Run(model, rows, max_new_tokens, eos_token_ids, callback)
     training = model.training
@@ -105,8 +114,8 @@ def generate(
         (run.with_cache if use_cache else run.without_cache)(sampler)
     finally:
         model.train(training)
-    padding = model.config.pad_token_id if pad_token_id is None else pad_token_id
-    return run.result(prompts, padding if padding is not None else (eos_token_ids or (0,))[0])
+    padding = model.config.pad_token_id if pad_token_id is None else int(pad_token_id)
+    return run.result(form, padding if padding is not None else (eos_token_ids or (0,))[0])
 
 
 class _Run:
@@ -158,8 +167,7 @@ class _Run:
         dropped = [False] * batch
         decoder, head = bind(model)
         while True:
-            tokens = sampler.choose(logits)
-            self._record(tokens, logits)
+            tokens = self._choose(sampler, logits)
             if self.finished:
                 return
             ended = [reason is not None for reason in self.stop_reasons]
@@ -176,16 +184,24 @@ class _Run:
             ids, lengths = self._padded([row.tolist() + new for row, new in zip(self.rows, self.new_tokens)])
             hidden = self.model.model(ids)
             logits = self.model.lm_head(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
-            self._record(sampler.choose(logits), logits)
+            self._choose(sampler, logits)
 
     def _longest(self) -> int:
         """Tokens in the cache of the longest sequence that goes on (its newest token has just been fed)."""
         going_on = (index for index, reason in enumerate(self.stop_reasons) if reason is None)
         return max(self.prompt_lengths[index] + len(self.new_tokens[index]) for index in going_on)
 
-    def _record(self, tokens: Tensor, logits: Tensor) -> None:
+    def _choose(self, sampler: Sampler, logits: Tensor) -> Tensor:
+        """A step's tokens (batch), taken in."""
+        tokens, faults = sampler.draw(logits)
+        chosen, found = torch.stack((tokens, faults)).tolist()  # the host waits for the device once
+        # The logits of a sequence that has ended mean nothing, so they may hold anything.
+        sampler.refuse([0 if reason else fault for fault, reason in zip(found, self.stop_reasons)])
+        self._record(chosen, logits)
+        return tokens
+
+    def _record(self, chosen: list[int | None], logits: Tensor) -> None:
         """Takes in a step's tokens and finds which sequences end with them."""
-        chosen: list[int | None] = list(tokens.tolist())
         before = list(self.stop_reasons)
         for index, token in enumerate(chosen):
             if before[index] is not None:
@@ -209,54 +225,15 @@ class _Run:
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         return ids, torch.tensor([len(row) for row in rows], device=self.device)
 
-    def result(self, prompts: Tensor | Sequence[Tensor], padding: int) -> Generation:
+    def result(self, form: str, padding: int) -> Generation:
         sequences = [
             torch.cat([row, torch.tensor(new, dtype=row.dtype, device=row.device)])
             for row, new in zip(self.rows, self.new_tokens)
         ]
         token_ids: Tensor | list[Tensor] = sequences
-        if isinstance(prompts, Tensor):
+        if form != "list":
             token_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=padding)
-            if prompts.ndim == 1:
+            if form == "one":
                 token_ids = token_ids[0]
         reasons = [reason for reason in self.stop_reasons if reason is not None]
         return Generation(token_ids, reasons, self.prompt_lengths, [len(new) for new in self.new_tokens])
-
-
-def _prompt_rows(prompts: Any, model: Transformer) -> list[Tensor]:
-    """One 1-D tensor of ids per prompt, checked."""
-    if isinstance(prompts, Tensor):
-        if prompts.ndim not in (1, 2):
-            raise ValueError(f"prompts must have shape (seqlen) or (batch, seqlen), got {tuple(prompts.shape)}")
-        rows = list(prompts if prompts.ndim == 2 else prompts[None])
-    elif isinstance(prompts, Sequence) and all(isinstance(row, Tensor) and row.ndim == 1 for row in prompts):
-        rows = list(prompts)
-    else:
-        raise TypeError("prompts must be a tensor of ids (batch, seqlen) or (seqlen), or a list of 1-D tensors")
-    if not rows:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    vocab_size, max_seqlen = model.config.vocab_size, model.config.max_seqlen
-    for index, row in enumerate(rows):
-        if row.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"prompts must hold int64 or int32 ids, got {row.dtype} in prompt {index}")
-        if len(row) == 0:
-            raise ValueError(f"prompt {index} is empty; give it at least one token, such as the model's bos token")
-        if len(row) > max_seqlen:
-            raise ValueError(f"prompt {index} has {len(row)} tokens, more than the model's context of {max_seqlen}")
-        low, high = int(row.min()), int(row.max())
-        if low < 0 or high >= vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"prompt {index} holds token id {bad}, allowed are 0 to {vocab_size - 1}")
-    return rows
-
-
-def _end_tokens(eos_token_id: Any, model: Transformer) -> tuple[int, ...]:
-    if eos_token_id is None:
-        return model.config.eos_token_ids
-    tokens = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise TypeError(f"eos_token_id must be an int or a sequence of ints, got {eos_token_id!r}")
-        if not 0 <= token < model.config.vocab_size:
-            raise ValueError(f"eos_token_id must be from 0 to {model.config.vocab_size - 1}, got {token}")
-    return tokens

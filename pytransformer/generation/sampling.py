@@ -6,20 +6,33 @@ Every sequence draws from a stream of its own, so what it gets does not depend o
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .prompts import is_int
+
 # Random numbers are drawn on the host, so many at a time, and brought to the device together.
 _BLOCK = 64
+# Probabilities are summed as integers of this unit. Such sums are exact in any order: they neither shrink nor grow along a large
+# vocabulary, are the same on every device, and where a token of weight 0 stands they do not move, so that it can never be drawn.
+_UNIT = 2.0**61
+# A probability is off by some units in the last place of a float64, and so is a sum that "reaches" a limit exactly.
+_REACHED = 1.0 - 2.0**-50
+_NO_NUMBER, _NOTHING_ALLOWED = 1, 2
 
 
 class Sampler:
     """Chooses one token per sequence.
 
-    The logits are divided by ``temperature``; then all but the ``top_k`` largest are dropped; then all but the smallest set of most
-    probable tokens whose probabilities reach ``top_p`` in sum (Holtzman et al. 2020); what is left is drawn from in proportion.
+    The logits are divided by ``temperature``; then all below the ``top_k``-th largest are dropped (its equals stay, as in transformers);
+    then all but the smallest set of most probable tokens whose probabilities reach ``top_p`` in sum (Holtzman et al. 2020; of equals
+    those of lower id); what is left is drawn from in proportion. All of it in float64, and the sums exactly.
+
+    A logit of +inf wins for certain (several: drawn evenly), -inf is never drawn. A temperature towards 0 tends to the most probable token.
 
     Args:
         batch: number of sequences.
@@ -42,40 +55,108 @@ class Sampler:
         top_p: float = 1.0,
         seed: int | Sequence[int] | None = None,
     ) -> None:
-        _check_options(temperature, top_k, top_p)
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self._generators = [] if temperature == 0.0 else [torch.Generator().manual_seed(s) for s in _seeds(seed, batch)]
+        self.batch = batch
+        self.temperature = _number("temperature", temperature)
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise ValueError(f"temperature must be finite and at least 0 (0 = greedy), got {temperature}")
+        self.top_p = _number("top_p", top_p)
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+        if top_k is not None and not is_int(top_k):
+            raise TypeError(f"top_k must be an int or None, got {top_k!r}")
+        self.top_k = None if top_k is None else int(top_k)
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        seeds = _seeds(seed, batch) if self.temperature > 0.0 or seed is not None else []
+        self._generators = [torch.Generator().manual_seed(s) for s in seeds] if self.temperature > 0.0 else []
         self._uniforms: Tensor | None = None
         self._used = 0
+        self._step = 0
 
     def choose(self, logits: Tensor) -> Tensor:
-        """(batch, vocab_size) logits -> (batch) int64 ids."""
-        if self.temperature == 0.0:
-            return logits.argmax(dim=-1)
-        scores, tokens = self._candidates(logits.float() / self.temperature)
-        # By inverting the distribution function: one number per sequence decides, whatever the size of the batch. In float64, because a
-        # running float32 sum over a large vocabulary is off by more than many a token's probability.
-        cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
-        threshold = self._next_uniforms(logits.device)[:, None] * cumulative[:, -1:]
-        index = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[-1] - 1)
-        return index[:, 0] if tokens is None else tokens.gather(-1, index)[:, 0]
+        """(batch, vocab_size) floating logits -> (batch) int64 ids.
 
-    def _candidates(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores of the tokens that stay, dropped ones −inf, and their ids (``None`` = in order of id)."""
-        if self.top_k is not None and self.top_k < scores.shape[-1]:
-            scores, tokens = scores.topk(self.top_k, dim=-1)
-        elif self.top_p < 1.0:
-            scores, tokens = scores.sort(dim=-1, descending=True, stable=True)
-        else:
-            return scores, None
+        Raises:
+            TypeError, ValueError: logits of another shape or dtype.
+            ValueError: a row holds NaN, or nothing but -inf; the message names the row, and the step, counted from 0 at the first call.
+        """
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(f"logits must be a floating-point tensor, got {got}")
+        if logits.ndim != 2 or logits.shape[0] != self.batch or logits.shape[1] < 1:
+            raise ValueError(f"logits must have shape ({self.batch}, vocab_size), got {tuple(logits.shape)}")
+        tokens, faults = self.draw(logits)
+        self.refuse(faults.tolist())
+        return tokens
+
+    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`choose` returns, and faults (batch), both int64, without waiting for the device.
+
+        A row whose fault is not 0 has an id that means nothing; :meth:`refuse` raises what its fault stands for.
+        """
+        self._step += 1
+        best, greedy = logits.max(dim=-1)
+        faults = _NO_NUMBER * best.isnan() + _NOTHING_ALLOWED * (best == -math.inf)
+        if self.temperature == 0.0:
+            return greedy, faults
+        scores, tokens = self._candidates(logits)
+        # By inverting the distribution function: one number per sequence decides, whatever the size of the batch.
+        cumulative = _weights(scores).cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        # A uniform number is below 1, but its product with the total may round up to it.
+        threshold = (self._next_uniforms(logits.device)[:, None] * total.double()).long().minimum(total - 1)
+        # The first token whose sum is above the threshold: there is one, and its own weight is not 0.
+        index = torch.searchsorted(cumulative, threshold, right=True)
+        return (index if tokens is None else tokens.gather(-1, index))[:, 0], faults
+
+    def refuse(self, faults: Sequence[int]) -> None:
+        """ValueError if one of the latest step's faults is not 0."""
+        for fault, what in ((_NO_NUMBER, "hold NaN"), (_NOTHING_ALLOWED, "are all -inf, so that no token is allowed")):
+            rows = [str(row) for row, found in enumerate(faults) if found == fault]
+            if rows:
+                where = f"row{'s' if len(rows) > 1 else ''} {', '.join(rows)} of the batch"
+                raise ValueError(
+                    f"no token can be chosen in step {self._step - 1} for {where}: the logits there {what}"
+                )
+
+    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores of the tokens that stay, dropped ones −inf, in float64, and their ids (``None`` = in order of id)."""
+        logits, tokens = self._top_k(logits)
+        best = logits.amax(dim=-1, keepdim=True)
+        # The largest becomes 0 before the division, which can then overflow towards -inf only, whatever the temperature; +inf too.
+        scores = (logits.double() - best).div_(self.temperature)
+        scores.masked_fill_(
+            (logits == best) | best.isnan(), 0.0
+        )  # a row with NaN is a fault; here it has to stay within bounds
         if self.top_p < 1.0:
-            probabilities = torch.softmax(scores, dim=-1)
-            before = probabilities.cumsum(dim=-1) - probabilities
-            before[:, 0] = 0.0  # the most probable token always stays, whatever the rounding
-            scores = scores.masked_fill(before >= self.top_p, -math.inf)
+            scores, order = scores.sort(dim=-1, descending=True, stable=True)
+            tokens = order if tokens is None else tokens.gather(-1, order)
+            weights = _weights(scores)
+            reached = weights.cumsum(dim=-1)
+            enough = self.top_p * reached[:, -1:].double() * _REACHED
+            # Not needed: what comes after the limit has been reached.
+            scores = scores.masked_fill((reached - weights).double() >= enough, -math.inf)
         return scores, tokens
+
+    def _top_k(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits with those below the ``top_k``-th largest −inf, and the ids they belong to (``None`` = in order of id)."""
+        if self.top_k is None or self.top_k >= logits.shape[-1]:
+            return logits, None
+        values, tokens = logits.topk(self.top_k, dim=-1)
+        least = values[:, -1:]
+        if not self._counts_tokens(logits):
+            return logits.masked_fill(logits < least, -math.inf), None
+        count = int((logits >= least.clamp(min=torch.finfo(logits.dtype).min)).sum(dim=-1).max())
+        if count > self.top_k:
+            tokens = logits.topk(count, dim=-1).indices
+        tokens = tokens.sort(dim=-1).values
+        logits = logits.gather(-1, tokens)
+        return logits.masked_fill(logits < least, -math.inf), tokens
+
+    @staticmethod
+    def _counts_tokens(logits: Tensor) -> bool:
+        """Whether to pick out the tokens that stay: cheaper from there on, but their number must be known, for which a GPU would wait."""
+        return logits.device.type == "cpu"
 
     def _next_uniforms(self, device: torch.device) -> Tensor:
         if self._uniforms is None or self._used == _BLOCK:
@@ -86,28 +167,33 @@ class Sampler:
         return self._uniforms[:, self._used - 1]
 
 
-def _check_options(temperature: float, top_k: int | None, top_p: float) -> None:
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(temperature) and temperature >= 0.0):
-        raise ValueError(f"temperature must be finite and at least 0 (0 = greedy), got {temperature}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise TypeError(f"top_k must be an int or None, got {top_k!r}")
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
+def probabilities(logits: Tensor) -> Tensor:
+    """Probabilities (…, vocab_size) in float64 as :class:`Sampler` draws at temperature 1; a row with NaN or nothing allowed is NaN."""
+    best = logits.amax(dim=-1, keepdim=True)
+    scores = (logits.double() - best).masked_fill(logits == best, 0.0)
+    return torch.softmax(scores.masked_fill(best == -math.inf, math.nan), dim=-1)
 
 
-def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+def _weights(scores: Tensor) -> Tensor:
+    """Probabilities of float64 scores, in units of 1 / _UNIT."""
+    return torch.softmax(scores, dim=-1).mul_(_UNIT).long()
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _seeds(seed: Any, batch: int) -> list[int]:
     if seed is None:
         return [int(value) for value in torch.randint(2**62, (batch,))]
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        seeds = [seed] * batch
-    elif isinstance(seed, Sequence) and all(isinstance(value, int) and not isinstance(value, bool) for value in seed):
-        seeds = list(seed)
+    if hasattr(seed, "__array__") and getattr(seed, "ndim", 0) == 1:
+        seed = seed.tolist()  # an array of seeds, or a tensor
+    if is_int(seed):
+        seeds = [int(seed)] * batch
+    elif isinstance(seed, Sequence) and all(is_int(value) for value in seed):
+        seeds = [int(value) for value in seed]
         if len(seeds) != batch:
             raise ValueError(f"seed must be one int or one for each of the {batch} sequences, got {len(seeds)}")
     else:

@@ -9,6 +9,7 @@ configuration that is not theirs.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -80,10 +81,12 @@ def load(
 
     Raises:
         FileNotFoundError: the folder or one of the two files is missing.
-        CheckpointError: a file is truncated or not what its name says, or names, shapes or dtypes do not fit the configuration;
-            nothing is loaded then.
+        CheckpointError: a file is truncated or not what its name says, or names, shapes or dtypes do not fit the configuration, or it is
+            a model of Hugging Face transformers; nothing is loaded then.
     """
     place = Path(folder)
+    if foreign := describe_foreign(place):
+        raise CheckpointError(foreign)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (place / name).is_file():
             raise FileNotFoundError(f"{place} does not hold a complete model: there is no {name}")
@@ -147,6 +150,21 @@ def _stored(model: Transformer) -> dict[str, Tensor]:
     if model.config.tie_embeddings:
         del tensors[_HEAD]
     return tensors
+
+
+def describe_foreign(folder: Path) -> str | None:
+    """Where the folder is a model of Hugging Face transformers: what it is, and how it is run with this package."""
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(values, dict) or not ({"model_type", "architectures", "transformers_version"} & set(values)):
+        return None
+    return (
+        f"{folder} holds a model of Hugging Face transformers (model_type {values.get('model_type')!r}), not one that this package wrote. "
+        f"It runs on these kernels inside transformers: import pytransformer.interop.huggingface, then "
+        f'AutoModelForCausalLM.from_pretrained({str(folder)!r}, attn_implementation="pytransformer"); see docs/huggingface.md'
+    )
 
 
 def read_config(path: Path) -> TransformerConfig:

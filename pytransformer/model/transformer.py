@@ -291,16 +291,16 @@ class Transformer(nn.Module):
         self.model(input_ids, weights=weights)
         return weights
 
-    def generate(self, input_ids: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any) -> Any:
+    def generate(self, input_ids: Tensor | Sequence[Any], max_new_tokens: int, **options: Any) -> Any:
         """Continues the prompts: :func:`pytransformer.generation.generate`, of which this returns the token ids alone.
 
         Args:
-            input_ids: (batch, seqlen) or (seqlen) ids, or a list of 1-D tensors of any lengths.
+            input_ids: ids (batch, seqlen) or (seqlen) in a tensor or numpy array, or one list of ints; or a list of prompts of any lengths.
             max_new_tokens: at most so many tokens are added to each prompt.
             options: temperature, top_k, top_p, seed, eos_token_id, use_cache, callback, … as of that function.
 
         Returns:
-            Prompt and new tokens: a tensor of the prompts' rank (sequences that ended early are filled up), or a list for a list.
+            Prompt and new tokens: a tensor of the prompts' rank (sequences that ended early are filled up), or a list for several.
         """
         generate = generator.find_generate()
         return generate(self, input_ids, max_new_tokens, **options).token_ids

@@ -43,10 +43,14 @@ class Scores(NamedTuple):
     what: str = ""
 
 
-def check_mask(name: str, value: Any, q: Tensor, advice: str, ndim: int | None = None) -> Tensor:
-    """A boolean or integer mask, returned boolean; TypeError with ``advice`` for a floating-point one."""
+def check_mask(name: str, value: Any, q: Tensor, additive: str, ndim: int | None = None) -> Tensor:
+    """A boolean or integer mask, returned boolean; TypeError for a floating-point one, with how ``additive`` ones are passed."""
     if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-        raise TypeError(f"{name} must be boolean or integer, got {checks.short(value.dtype)}; {advice}")
+        # Both kinds are about, and each passed as the other gives wrong numbers in silence.
+        raise TypeError(
+            f"{name} must be boolean or integer, got {checks.short(value.dtype)}; {additive} (0 = attend, -inf = hide), "
+            f"and one of ones and zeros (1 = attend, 0 = hide) as {name}.bool()"
+        )
     mask = checks.check_tensor(name, value, ndim=ndim, dtypes=MASK_DTYPES, device=q.device, layout="(batch, seqlen_k)")
     return mask if mask.dtype == torch.bool else mask != 0
 

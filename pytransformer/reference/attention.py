@@ -73,10 +73,11 @@ def attention(
         gradient 0 and lse -inf (or the sink's logit where there are sinks, the denominator being exp(sink)).
 
     Raises:
-        TypeError: a floating-point mask (additive masks are passed as ``bias``).
+        TypeError: a floating-point mask (additive masks are passed as ``bias``, those of ones and zeros as ``mask.bool()``).
         ValueError: only one of cu_seqlens_q and cu_seqlens_k is given.
     """
-    _refuse_floating_mask(mask)
+    _refuse_floating_mask("mask", mask)
+    _refuse_floating_mask("key_padding_mask", key_padding_mask)
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together")
     if dropout_p > 0 and dropout_seed is None:
@@ -166,7 +167,7 @@ def decode_attention(
         TypeError: a floating-point mask.
         IndexError: cache_seqlens or a page number reaches past the cache.
     """
-    _refuse_floating_mask(mask)
+    _refuse_floating_mask("mask", mask)
     num_sequences = len(cache_seqlens)
     results = []
     for sequence in range(num_sequences):
@@ -287,9 +288,13 @@ def _inside_window(distance: Tensor, causal: bool, window: tuple[int, int]) -> T
     return visible
 
 
-def _refuse_floating_mask(mask: Tensor | None) -> None:
+def _refuse_floating_mask(name: str, mask: Tensor | None) -> None:
     if mask is not None and (mask.is_floating_point() or mask.is_complex()):
-        raise TypeError(f"mask must be boolean or integer, got {mask.dtype}; pass an additive mask as bias")
+        additive = "an additive mask as bias" if name == "mask" else f"an additive one as bias={name}[:, None, None, :]"
+        raise TypeError(
+            f"{name} must be boolean or integer, got {mask.dtype}; pass {additive} (0 = attend, -inf = hide), "
+            f"and one of ones and zeros (1 = attend, 0 = hide) as {name}.bool()"
+        )
 
 
 def _rows(sequence: int, cu_seqlens: Tensor | None) -> int | slice:

@@ -14,6 +14,7 @@ Whenever the writer is killed, ``latest.json`` names a complete checkpoint (or i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -85,18 +86,55 @@ class CheckpointStore:
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None if there is none yet.
 
+        It is the one that ``latest.json`` names. Where someone has removed that (as the errors advise), the newest that is there.
+
         Raises:
-            ValueError: a file of it is damaged (cut, changed or missing), which no kill can cause.
+            ValueError: a file of it is damaged (cut, changed or missing), which no kill can cause; the message says how to go on.
         """
+        complete = self._complete()
         pointer = self.folder / LATEST
         if not pointer.is_file():
-            return None
-        content = read_json(pointer)
-        if not isinstance(content, dict) or not isinstance(content.get("checkpoint"), str):
-            raise ValueError(f"{pointer} names no checkpoint")
-        checkpoint = self.folder / Path(content["checkpoint"]).name
-        verify(checkpoint)
+            # A kill during the first save leaves one without a pointer.
+            checkpoint = complete[-1] if len(complete) > 1 else None
+        else:
+            checkpoint = self.folder / self._name_in(pointer)
+            if checkpoint.match("step-*") and not checkpoint.exists() and complete:
+                checkpoint = complete[-1]
+        if checkpoint is not None:
+            try:
+                verify(checkpoint)
+            except ValueError as error:
+                raise ValueError(f"{error}. {self._way_out(checkpoint)}") from error
         return checkpoint
+
+    def _name_in(self, pointer: Path) -> str:
+        try:
+            content = read_json(pointer)
+            if isinstance(content, dict) and isinstance(content.get("checkpoint"), str):
+                return Path(content["checkpoint"]).name
+            problem = f"{pointer} names no checkpoint"
+        except ValueError as error:
+            problem = str(error)
+        whole = self._newest_whole()
+        advice = (
+            "No checkpoint is whole"
+            if whole is None
+            else f'To go on with {whole}, which is whole, let it hold {{"checkpoint": "{whole.name}"}}'
+        )
+        raise ValueError(f"{problem}. {advice}")
+
+    def _newest_whole(self) -> Path | None:
+        for checkpoint in reversed(self._complete()):
+            with contextlib.suppress(ValueError):
+                verify(checkpoint)
+                return checkpoint
+        return None
+
+    def _way_out(self, damaged: Path) -> str:
+        whole = self._newest_whole()
+        if whole is None:
+            return "There is no other that is whole: start anew with --overwrite, or in another folder with --out"
+        return f"The older {whole} is whole: remove the folder {damaged.name} to go on from there"
 
     def _complete(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if (path / MANIFEST).is_file())

@@ -30,7 +30,8 @@ class CorpusConfig:
     Attributes:
         source: a folder, file or glob of UTF-8 text; None = the Python standard library's source.
         vocab_size: the most tokens the tokenizer may learn.
-        validation_fraction: the share of files held out (of a single file: the share of its tokens, at its end).
+        validation_fraction: the share of files held out. Where whole files would be more than twice or less than half of it (one file,
+            a few, or one that is much larger than the rest): the share of each file's tokens, at its end.
         bad_bytes: "refuse" = a file that isn't UTF-8 is an error; "skip" = it is reported and left out.
     """
 

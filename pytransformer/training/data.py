@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pytransformer.model.checkpoint import describe_foreign
 from pytransformer.training import corpus
 from pytransformer.training.config import CorpusConfig
 from pytransformer.training.corpus import BadBytes, SourceFile
@@ -36,6 +37,9 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 IGNORE_INDEX = -100
 _ENCODE_CHARACTERS = 4_000_000
+# Whole files are held out unless that makes the validation side so many times larger or smaller than was asked.
+_UNEVEN = 2.0
+_EXAMPLE_TOKENS, _EXAMPLE_CHARACTERS, _EXAMPLE_WORDS = 4096, 24, 4
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Report = Callable[[str], None]
@@ -109,7 +113,10 @@ def prepare(config: CorpusConfig, cache: Path | None = None, report: Report = si
 def _survey(config: CorpusConfig, report: Report) -> list[_Document]:
     """Reads every file once: its hash, whether it is text, and its side of the split. Empty files are left out."""
     hashes: dict[str, str] = {}
+    sizes: dict[str, int] = {}
     kept: list[SourceFile] = []
+    if config.source is not None and (foreign := describe_foreign(Path(config.source).expanduser())):
+        raise ValueError(f"--data is the text to train on, but {foreign}")
     for file in corpus.find_files(config.source):
         content = file.path.read_bytes()
         bad = corpus.find_bad_bytes(content, file.path)
@@ -117,7 +124,7 @@ def _survey(config: CorpusConfig, report: Report) -> list[_Document]:
             _refuse_or_report(bad, config.bad_bytes, report)
         elif content:
             kept.append(file)
-            hashes[file.name] = corpus.content_hash(content)
+            hashes[file.name], sizes[file.name] = corpus.content_hash(content), len(content)
     if not kept:
         raise ValueError(
             f"no text to train on: every file of {config.source or 'the standard library'} is empty or skipped"
@@ -125,6 +132,13 @@ def _survey(config: CorpusConfig, report: Report) -> list[_Document]:
     if len(kept) == 1:
         return [_Document(kept[0], "both", hashes[kept[0].name])]
     train, validation = corpus.split_files(kept, config.validation_fraction)
+    asked, share = config.validation_fraction, sum(sizes[file.name] for file in validation) / sum(sizes.values())
+    if not asked / _UNEVEN <= share <= asked * _UNEVEN:
+        report(
+            f"whole files would make {share:.1%} of the text the validation side, {asked:.1%} were asked for: "
+            f"so the end of each of the {len(kept)} files is held out instead"
+        )
+        return [_Document(file, "both", hashes[file.name]) for file in kept]
     sides = {file.name: "train" for file in train} | {file.name: "validation" for file in validation}
     return [_Document(file, sides[file.name], hashes[file.name]) for file in kept]
 
@@ -156,7 +170,7 @@ def _build(folder: Path, key: str, documents: Sequence[_Document], config: Corpu
         tokenizer.save(temporary / "tokenizer.json")
         report(f"learned {tokenizer.vocab_size} tokens")
         if both:
-            splits = _write_one_file(temporary, tokenizer, both[0], config.validation_fraction)
+            splits = _write_inside(temporary, tokenizer, both, config.validation_fraction)
         else:
             splits = {side: _write(temporary / f"{side}.bin", tokenizer, files) for side, files in sides.items()}
         header = {
@@ -214,18 +228,79 @@ def _write(path: Path, tokenizer: TextTokenizer, files: Sequence[SourceFile]) ->
     return {"tokens": count, "documents": len(files), "sha256": digest.hexdigest()}
 
 
-def _write_one_file(
-    folder: Path, tokenizer: TextTokenizer, file: SourceFile, validation_fraction: float
+def _write_inside(
+    folder: Path, tokenizer: TextTokenizer, files: Sequence[SourceFile], validation_fraction: float
 ) -> dict[str, dict[str, object]]:
-    """A corpus of one file: its end is the validation side."""
-    tokens = np.concatenate(list(_encode(tokenizer, [file])))
-    cut = tokens.size - max(1, round(tokens.size * validation_fraction))
-    splits: dict[str, dict[str, object]] = {}
-    for side, part in (("train", tokens[:cut]), ("validation", tokens[cut:])):
-        content = part.tobytes()
-        (folder / f"{side}.bin").write_bytes(content)
-        splits[side] = {"tokens": part.size, "documents": 1, "sha256": corpus.content_hash(content)}
-    return splits
+    """The end of each file is the validation side. Of several files what is cut off is ended by the end-of-text token too."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    counts, documents = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    digests = {side: hashlib.sha256() for side in SPLITS}
+    with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
+        due = 0.0
+        for index, tokens in enumerate(_encode_files(tokenizer, files)):
+            due += tokens.size * validation_fraction
+            held_out = min(tokens.size, round(due))
+            if index == len(files) - 1 and counts["validation"] == 0:
+                held_out = max(1, held_out)
+            due -= held_out
+            head, tail = tokens[: tokens.size - held_out], tokens[tokens.size - held_out :]
+            if head.size and tail.size and len(files) > 1:
+                head = np.append(head, np.array(tokenizer.end_token_id, dtype=dtype))
+            for side, part, output in zip(SPLITS, (head, tail), (train, validation)):
+                content = part.tobytes()
+                output.write(content)
+                digests[side].update(content)
+                counts[side] += part.size
+                documents[side] += part.size > 0
+    return {
+        side: {"tokens": counts[side], "documents": documents[side], "sha256": digests[side].hexdigest()}
+        for side in SPLITS
+    }
+
+
+def _encode_files(tokenizer: TextTokenizer, files: Sequence[SourceFile]) -> Iterator[Tokens]:
+    """All tokens of each file, the end-of-text token last."""
+    parts: list[Tokens] = []
+    for part in _encode(tokenizer, files):
+        parts.append(part)
+        if part[-1] == tokenizer.end_token_id:
+            yield np.concatenate(parts)
+            parts = []
+
+
+def example_prompt(prepared: PreparedData, max_tokens: int) -> str | None:
+    """A few words from the beginning of a line of the training text, for someone who wants to see the model go on from there.
+
+    Args:
+        prepared: the text.
+        max_tokens: the most it may have.
+
+    Returns:
+        Printable characters that need no escapes in a shell's single quotes, or ``None`` if the text begins with nothing of the kind.
+    """
+    tokenizer = prepared.tokenizer
+    parts = [
+        b"\n" if token == tokenizer.end_token_id else tokenizer.token_bytes[token]
+        for token in prepared.train.tokens[:_EXAMPLE_TOKENS].tolist()
+    ]
+    lines = b"".join(parts).decode("utf-8", errors="ignore").splitlines()
+    # The last one is cut off anywhere.
+    for line in lines[:-1] or lines:
+        words = line.split()[:_EXAMPLE_WORDS]
+        while words and (len(" ".join(words)) > _EXAMPLE_CHARACTERS and len(words) > 1):
+            words.pop()
+        prompt = " ".join(words)[:_EXAMPLE_CHARACTERS]
+        if (
+            not prompt[:1].isalnum()
+            or not prompt.isprintable()
+            or any(character in "'\"\\\ufffd" for character in prompt)
+        ):
+            continue
+        while prompt and len(tokenizer.encode(prompt)) > max_tokens:
+            prompt = prompt[:-1].rstrip()
+        if prompt:
+            return prompt
+    return None
 
 
 def _open(folder: Path, key: str) -> PreparedData | None:

@@ -21,24 +21,29 @@ from typing import Any
 
 import torch
 
-from pytransformer.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, save
+from pytransformer.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_foreign, load, save
 from pytransformer.model.transformer import Transformer
 from pytransformer.training import metrics, plots
 from pytransformer.training.baselines import Baselines, fit_and_evaluate
 from pytransformer.training.checkpoint import TRAINING_STATE, CheckpointStore, read_training_state, write_training_state
 from pytransformer.training.config import RunConfig, differences
-from pytransformer.training.data import Batches, PreparedData, prepare, validation_windows
+from pytransformer.training.data import Batches, PreparedData, example_prompt, prepare, validation_windows
 from pytransformer.training.files import read_json, write_json
 from pytransformer.training.loop import Trainer
 from pytransformer.training.optimizer import make_optimizer
 from pytransformer.training.progress import Progress, Quiet
 
+# The number of steps too: the learning rate of every step depends on it.
+_WAY_OUT = (
+    "A run goes on only as it was started, for as many steps: leave these options (or the changes to the text) out, or start a new run, "
+    "in another folder with --out or in place of this one with --overwrite"
+)
 RUN_FILE, TOKENIZER_FILE, LOSS_PICTURE, CHECKPOINTS = "run.json", "tokenizer.json", "loss.png", "checkpoints"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came out: losses in nats per token on the same validation targets."""
+    """What came out: losses in nats per token on the same validation targets; a prompt in the language of the text, if it has one."""
 
     folder: Path
     checkpoint: Path
@@ -46,6 +51,7 @@ class RunResult:
     baselines: Baselines
     num_parameters: int
     picture: Path | None
+    example_prompt: str | None
 
 
 def has_run(folder: Path) -> bool:
@@ -62,7 +68,8 @@ def saved_config(folder: Path) -> RunConfig:
     """
     path = folder / RUN_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no training run in {folder}: there is no {RUN_FILE}")
+        foreign = describe_foreign(folder)
+        raise FileNotFoundError(f"no training run in {folder}: {foreign or f'there is no {RUN_FILE}'}")
     try:
         return RunConfig.from_dict(read_json(path)["config"])
     except (KeyError, TypeError) as error:
@@ -91,7 +98,7 @@ def train(
         progress: the display.
 
     Raises:
-        FileExistsError: ``folder`` holds a run and neither ``resume`` nor ``overwrite`` is given.
+        FileExistsError: ``folder`` holds a run and neither ``resume`` nor ``overwrite`` is given, or it holds a model that no run made.
         ValueError: bad text or configuration, or resuming with a configuration or text other than the run's.
         TrainingDiverged: the loss is no longer a number.
     """
@@ -111,7 +118,7 @@ def train(
     )
     run = _Run(config, folder, data, device, progress)
     model, optimizer, first_step = run.begin(resume)
-    _write_run_file(folder, config, data, baselines)
+    _write_run_file(folder, config, data, baselines, example_prompt(data, model.config.max_seqlen - 1))
     progress.note(f"{model.num_parameters():,} parameters on {device}")
     trainer = Trainer(
         model,
@@ -137,6 +144,9 @@ def _claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Makes the folder ready for a run, or says why it can't be."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"the run folder {folder} is a file")
+    if not has_run(folder) and (folder / CONFIG_FILE).exists():
+        what = describe_foreign(folder) or f"{folder} holds a model ({CONFIG_FILE})"
+        raise FileExistsError(f"a run would write its own over what is there: {what}. Give another folder with --out")
     if resume and overwrite:
         raise ValueError("resume continues a run and overwrite deletes it: give one of them")
     if has_run(folder) and not resume:
@@ -150,12 +160,15 @@ def _claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _write_run_file(folder: Path, config: RunConfig, data: PreparedData, baselines: Baselines) -> None:
+def _write_run_file(
+    folder: Path, config: RunConfig, data: PreparedData, baselines: Baselines, example: str | None
+) -> None:
     facts = {
         "tokens": {"train": len(data.train.tokens), "validation": len(data.validation.tokens)},
         "documents": {"train": data.train.documents, "validation": data.validation.documents},
         "vocab_size": data.tokenizer.vocab_size,
         "data_hash": data.data_hash,
+        "example_prompt": example,
     }
     write_json(folder / RUN_FILE, {"config": config.to_dict(), "data": facts, "baselines": asdict(baselines)})
     data.tokenizer.save(folder / TOKENIZER_FILE)
@@ -166,6 +179,13 @@ def saved_baselines(folder: Path) -> Baselines | None:
     path = folder / RUN_FILE
     fields = read_json(path).get("baselines") if path.is_file() else None
     return Baselines(**fields) if fields else None
+
+
+def saved_example(folder: Path) -> str | None:
+    """A prompt in the language of the text that the run in ``folder`` is trained on, or None if it has none."""
+    path = folder / RUN_FILE
+    example = read_json(path).get("data", {}).get("example_prompt") if path.is_file() else None
+    return example if isinstance(example, str) else None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -213,6 +233,11 @@ class _Run:
             self._progress.note(
                 f"resuming after step {step}" if step else "no complete checkpoint yet: starting from the beginning"
             )
+            if step == config.training.steps:
+                self._progress.note(
+                    f"the run is complete: all of its {step} steps are done. More steps are a new run: --steps, in another folder with "
+                    "--out or in place of this one with --overwrite"
+                )
         metrics.truncate(self._folder / metrics.FILE_NAME, step)
         return model, optimizer, step
 
@@ -222,7 +247,9 @@ class _Run:
         if facts["data_hash"] != self._data.data_hash:
             problems.append("the text or its tokens: the sources have changed since the run was started")
         if problems:
-            raise ValueError(f"cannot resume {checkpoint} with another configuration; different: {'; '.join(problems)}")
+            raise ValueError(
+                f"cannot resume {checkpoint} with another configuration; different: {'; '.join(problems)}. {_WAY_OUT}"
+            )
         here = environment(self._device)
         changed = [
             f"{name} {facts['environment'].get(name)} then, {here[name]} now"
@@ -255,7 +282,15 @@ class _Run:
         picture = self._draw(records, baselines, model)
         checkpoint = self._store.latest()
         assert checkpoint is not None  # the last step always saves
-        return RunResult(self._folder, checkpoint, validation[-1], baselines, model.num_parameters(), picture)
+        return RunResult(
+            self._folder,
+            checkpoint,
+            validation[-1],
+            baselines,
+            model.num_parameters(),
+            picture,
+            saved_example(self._folder),
+        )
 
     def _draw(self, records: Sequence[metrics.Record], baselines: Baselines, model: Transformer) -> Path | None:
         path = self._folder / LOSS_PICTURE

@@ -7,6 +7,7 @@ bytes behind each id, and a stream that turns ids into whole characters.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from pytransformer.training.config import MIN_VOCAB_SIZE
 
 END_OF_TEXT = "<|endoftext|>"
+_LONGEST_WORD = 1000
+# Runs of one kind of character, which byte-level BPE takes for one word: letters, digits, white space, all the rest.
+_KINDS = (r"[^\W\d_]", r"\d", r"\s", r"(?:[^\w\s]|_)")
+_MAY_BE_LONG = re.compile(rf"\S{{{_LONGEST_WORD + 1}}}|\s{{{_LONGEST_WORD + 1}}}")  # five times as fast to look for
+_LONG_WORD = re.compile("|".join(f"(?<!{kind}){kind}{{{_LONGEST_WORD + 1},}}" for kind in _KINDS))
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -46,6 +52,8 @@ class TextTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         """Learns at most ``vocab_size`` tokens (fewer if the text has no more pairs to merge), the same on every run.
 
+        A word of more than a thousand characters (a line without a space) counts as several words of that length.
+
         Raises:
             ValueError: ``vocab_size`` is below 257.
         """
@@ -62,7 +70,8 @@ class TextTokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        # The library takes time in the square of a word's length: minutes for one of 300,000 letters.
+        tokenizer.train_from_iterator((part for text in texts for part in _without_long_words(text)), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -117,6 +126,16 @@ class TextTokenizer:
         text = self.token_bytes[token_id].decode("utf-8", errors="backslashreplace")
         text = text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace(" ", "␣")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """``text`` in parts, cut inside words that are too long and nowhere else."""
+    start = 0
+    for word in _LONG_WORD.finditer(text) if _MAY_BE_LONG.search(text) else ():
+        for place in range(word.start() + _LONGEST_WORD, word.end(), _LONGEST_WORD):
+            yield text[start:place]
+            start = place
+    yield text[start:]
 
 
 class CharacterStream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pytransformer.cli import pictures, plot
 from pytransformer.cli.main import main
 from pytransformer.cli.model_folder import find_model, load_model
 from pytransformer.cli.plot import chosen_layers
-from pytransformer.model.checkpoint import save
+from pytransformer.model.checkpoint import load, save
 from pytransformer.model.transformer import Transformer
 from pytransformer.training.config import RunConfig
 from pytransformer.training.run import saved_config
@@ -72,6 +73,35 @@ def test_training_says_where_everything_is(corpus, cache, device, tmp_path, caps
     assert "nats per token" in shown.out and "the bigram's" in shown.out and "step-00000003" in shown.out
     assert "loss.png" in shown.out and f"generate --model {tmp_path / 'run'}" in shown.out
     assert "step 3/3" in shown.err and "tokens/s" in shown.err and "baselines" in shown.err
+
+
+def test_the_hint_is_a_prompt_of_the_text_that_works(cache, device, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for index in range(4):
+        (folder / f"{index}.txt").write_text("Es war einmal ein Müller, der hatte drei Söhne.\n" * 40)
+    out = tmp_path / "mein Lauf"
+    options = [
+        "--out",
+        str(out),
+        "--cache",
+        str(cache),
+        "--device",
+        device.type,
+        *cli_options(folder),
+        "--context-length",
+        "12",
+    ]
+    assert main(["train", *options, "--steps", "2"]) == 0
+    hint = capsys.readouterr().out.splitlines()[-1]
+    command = shlex.split(hint)
+    assert command[:3] == ["try", "pytransformer", "generate"] and command[command.index("--prompt") + 1].startswith(
+        "Es war"
+    )
+    assert main([*command[2:], "--device", device.type]) == 0
+    picture = tmp_path / "attention.png"
+    assert main(["plot", "attention", str(out), "-o", str(picture), "--device", device.type]) == 0
+    assert picture.read_bytes().startswith(PNG)
 
 
 def test_resuming_takes_the_options_of_the_run(model, corpus, cache, device, capsys):
@@ -201,6 +231,62 @@ def test_top_prints_the_most_probable_next_tokens(model, capsys, monkeypatch):
 )
 def test_generation_errors_are_one_line(model, capsys, options, message):
     assert message in _error(capsys, ["generate", "--model", str(model), *options])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--temperature", "-1"], "temperature must be finite and at least 0"),
+        (["--temperature", "nan"], "temperature must be finite"),
+        (["--top-p", "0"], "top_p must be above 0"),
+        (["--top-k", "0"], "top_k must be at least 1"),
+        (["--seed", "-1"], "seed must be from 0 to 2^63 - 1"),
+        (["--device", "banana"], '--device must be "cuda" or "cpu", but is \'banana\''),
+        (["--device", "meta"], '--device must be "cuda" or "cpu", but is \'meta\''),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_printed_or_loaded(tmp_path, capsys, options, message):
+    """There is no such folder, so whoever looked into it first would say that."""
+    command = ["generate", "--model", str(tmp_path / "missing"), "--prompt", "Once upon", *options]
+    assert message in _error(capsys, command)
+    assert main(command) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_of_transformers_is_said_to_be_one(tmp_path, capsys, model):
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 768}')
+    (folder / "model.safetensors").write_bytes(b"")
+    shutil.copy(model / "tokenizer.json", folder)
+    what = "holds a model of Hugging Face transformers (model_type 'gpt2'), not one that this package wrote"
+    how = f"AutoModelForCausalLM.from_pretrained('{folder}', attn_implementation=\"pytransformer\")"
+    for command in (
+        ["generate", "--model", str(folder), "--prompt", "x"],
+        ["plot", "loss", str(folder)],
+        ["plot", "attention", str(folder)],
+        ["plot", "cache", str(folder)],
+        ["train", "--out", str(folder), "--data", str(model)],
+        ["train", "--out", str(folder), "--resume"],
+        ["train", "--out", str(tmp_path / "run"), "--data", str(folder)],
+    ):
+        message = _error(capsys, command)
+        assert what in message and how in message, command
+    with pytest.raises(ValueError, match="holds a model of Hugging Face transformers"):
+        load(folder)
+
+
+def test_a_diverged_model_is_told_not_shown(model, tmp_path, capsys):
+    network, tokenizer = load_model(model, None)
+    with torch.no_grad():
+        network.lm_head.weight[3] = float("nan")
+    save(network, tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    command = ["generate", "--model", str(tmp_path), "--prompt", "def "]
+    assert "no token can be chosen in step 0 for row 0 of the batch: the logits there hold NaN" in _error(
+        capsys, command
+    )
+    assert "the model's logits after the prompt hold NaN" in _error(capsys, [*command, "--top", "3"])
 
 
 def test_a_full_context_still_has_a_next_token(model, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pytransformer import Transformer, TransformerConfig, use_backend
-from pytransformer.generation import generate, prepare_for_decoding, release
+from pytransformer.generation import Sampler, generate, prepare_for_decoding, release
 from pytransformer.nn import Linear
 from pytransformer.nn.linear import why_not_packed
 from tests.model.configs import CONFIGS, TINY_CONFIGS, make_model, make_twin, random_ids
@@ -62,6 +62,75 @@ def test_the_form_of_the_result_follows_the_prompts(model, device):
     assert torch.equal(batch[:, :5], ids) and torch.equal(single, batch[0])
     assert model.generate(ids.int(), 4).dtype == torch.int32
     assert torch.equal(model.generate(ids, 0), ids)
+
+
+def test_lists_of_ints_and_arrays_are_prompts(model, device):
+    np = pytest.importorskip("numpy")
+    ids = random_ids(CONFIG, (2, 5), 0, device)
+    expected, one, ragged = model.generate(ids, 4), model.generate(ids[0], 4), [ids[0], ids[1, :2]]
+    for prompt in (
+        ids[0].tolist(),
+        tuple(ids[0].tolist()),
+        ids[0].cpu().numpy(),
+        ids[0].cpu().numpy().astype(np.uint8),
+        [*ids[0].cpu().numpy()],
+    ):
+        assert torch.equal(model.generate(prompt, np.int64(4)), one)
+    for dtype in (np.int64, np.int16, np.uint64):
+        assert torch.equal(model.generate(ids.cpu().numpy().astype(dtype), 4), expected)
+    for prompts in (
+        [row.tolist() for row in ragged],
+        [row.cpu().numpy() for row in ragged],
+        [ids[0], tuple(ids[1, :2].tolist())],
+        [range(3), ids[0]],
+    ):
+        found = model.generate(prompts, 4)
+        assert isinstance(found, list)
+        for prompt, sequence in zip(prompts, found):
+            assert torch.equal(
+                sequence, model.generate(torch.tensor([int(token) for token in prompt], device=device), 4)
+            )
+    equal = model.generate([[1, 2], [3, 4]], 4)
+    assert isinstance(equal, list) and [len(row) for row in equal] == [6, 6]
+    for end in (np.int64(5), np.array([5, 6]), torch.tensor([5, 6]), range(5, 7)):
+        model.generate(ids, 4, eos_token_id=end)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0, "seed": 0}, {"temperature": 1.0, "top_p": 0.5, "seed": 0}, {"use_cache": False}],
+)
+def test_a_diverged_model_says_where(model, options, device):
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(
+        ValueError, match="no token can be chosen in step 0 for rows 0, 1 of the batch: the logits there hold NaN"
+    ):
+        model.generate(torch.zeros(2, 3, dtype=torch.int64, device=device), 4, **options)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_fault_is_named_by_row_and_step_and_ended_sequences_may_hold_anything(model, use_cache, device, monkeypatch):
+    ids = random_ids(CONFIG, (3, 4), 0, device)
+    first = model.generate(ids, 1)[:, -1].tolist()
+    seen: list[list[int | None]] = []
+
+    def spoil(at: int, row: int):
+        def draw(sampler, logits):
+            if sampler._step == at:
+                logits = logits.clone()
+                logits[row] = float("nan")
+            return plain(sampler, logits)
+
+        return draw
+
+    plain = Sampler.draw
+    monkeypatch.setattr(Sampler, "draw", spoil(2, 1))
+    with pytest.raises(ValueError, match="in step 2 for row 1 of the batch"):
+        model.generate(ids, 5, use_cache=use_cache, callback=lambda step: seen.append(step.tokens))
+    assert len(seen) == 2  # nothing is told of the step that failed
+    result = generate(model, ids, 5, use_cache=use_cache, eos_token_id=first[1])
+    assert result.stop_reasons[1] == "eos" and result.new_tokens[1] == 1
 
 
 def test_it_stops_at_any_end_token(model, device):
@@ -211,7 +280,28 @@ REFUSED = [
         ValueError,
         r"prompts must have shape \(seqlen\) or \(batch, seqlen\), got \(1, 2, 3\)",
     ),
-    ([[1, 2]], {}, TypeError, "prompts must be a tensor of ids .*, or a list of 1-D tensors"),
+    (
+        "def",
+        {},
+        TypeError,
+        "prompts must be a tensor or array of ids .*, got the text 'def'; encode it with the model's tokenizer",
+    ),
+    (["def"], {}, TypeError, "got the text 'def'; encode it with the model's tokenizer as prompt 0"),
+    (3, {}, TypeError, "a list of ints, or a list with a tensor, array or list of ints per prompt, got 3"),
+    ([1, 2.5], {}, TypeError, "got 1 as prompt 0"),
+    ([1, True], {}, TypeError, "got 1 as prompt 0"),
+    ([[1, 2.5]], {}, TypeError, r"prompts must hold ints, got 2\.5 in prompt 0"),
+    ([[1], [2, "x"]], {}, TypeError, "prompts must hold ints, got the text 'x'.* in prompt 1"),
+    ([[[1]]], {}, TypeError, "prompts must hold ints, got list in prompt 0"),
+    ([[1], []], {}, ValueError, "prompt 1 is empty"),
+    ([3, 67], {}, ValueError, "prompt 0 holds token id 67, allowed are 0 to 66"),
+    ([[1], [3, 2**70]], {}, ValueError, f"prompt 1 holds token id {2**70}, allowed are 0 to 66"),
+    (
+        [torch.zeros(1, 2, dtype=torch.int64)],
+        {},
+        ValueError,
+        r"a prompt in a list must have shape \(seqlen\), got \(1, 2\) as prompt 0",
+    ),
     ([], {}, ValueError, "prompts must hold at least one prompt, got none"),
     (torch.zeros(3), {}, TypeError, "prompts must hold int64 or int32 ids, got torch.float32 in prompt 0"),
     ([torch.tensor([1]), torch.tensor([], dtype=torch.int64)], {}, ValueError, "prompt 1 is empty"),
@@ -222,6 +312,7 @@ REFUSED = [
     (torch.tensor([3]), {"max_new_tokens": 2.5}, TypeError, r"max_new_tokens must be an int, got 2\.5"),
     (torch.tensor([3]), {"eos_token_id": 67}, ValueError, "eos_token_id must be from 0 to 66, got 67"),
     (torch.tensor([3]), {"eos_token_id": ["x"]}, TypeError, "eos_token_id must be an int or a sequence of ints"),
+    (torch.tensor([3]), {"pad_token_id": 1.5}, TypeError, r"pad_token_id must be an int or None, got 1\.5"),
     (torch.tensor([3]), {"temperature": -1.0}, ValueError, "temperature must be finite and at least 0"),
 ]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pytransformer.generation import Sampler
+from pytransformer.generation.sampling import probabilities
 
 
 def draw(logits, count, **options):
@@ -25,6 +26,12 @@ def chi_square(tokens, probabilities):
     freedom = int(possible.sum()) - 1
     statistic = ((counts[possible] - expected) ** 2 / expected).sum().item()
     return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+def kept(logits, **options):
+    """How many tokens of the only row can be drawn."""
+    scores, _ = Sampler(1, temperature=1.0, **options)._candidates(logits)
+    return int((scores > -math.inf).sum())
 
 
 def limited(logits, temperature, top_k, top_p):
@@ -106,6 +113,144 @@ def test_without_a_seed_torchs_generator_decides(device):
     torch.manual_seed(3)
     assert torch.equal(first, tokens()) and not torch.equal(first, second)
     assert len(set(first.tolist())) > 1
+
+
+def test_infinite_logits_win_for_certain_and_evenly(device):
+    logits = torch.tensor([0.0, math.inf, 3.0, math.inf, -math.inf], device=device)
+    for options in ({}, {"top_k": 1}, {"top_k": 4}, {"top_p": 0.99}, {"temperature": 1e-300}, {"temperature": 100.0}):
+        tokens = draw(logits, 400, **{"temperature": 1.0, **options}).cpu()
+        assert chi_square(tokens, torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0], dtype=torch.float64)) < 5
+    assert Sampler(1).choose(logits[None]).tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-38, 1e-45, 5e-324])
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature, dtype, device):
+    logits = torch.randn(20, 3000, dtype=torch.float64, device=device).argsort(dim=-1).to(dtype)
+    logits[:10] -= 1e4  # negative ones overflow to -inf, all of them
+    best = logits.amax(dim=-1, keepdim=True)
+    for options in ({}, {"top_k": 5}, {"top_p": 0.5}):
+        tokens = Sampler(20, temperature=temperature, seed=0, **options).choose(logits)
+        assert bool((logits.gather(-1, tokens[:, None]) == best).all())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 3}, {"temperature": 1.0, "top_p": 0.9}]
+)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(math.nan, "hold NaN"), (-math.inf, "are all -inf, so that no token is allowed")],
+)
+def test_a_row_without_a_token_is_named_with_its_step(options, value, message, device):
+    logits = torch.zeros(4, 50, device=device)
+    sampler = Sampler(4, seed=0, **options)
+    sampler.choose(logits)
+    sampler.choose(logits)
+    for row in (1, 3):
+        logits[row] = value
+    if math.isnan(value):
+        logits[1] = 0.0
+        logits[1, 49] = math.nan  # one is enough, beside +inf too
+        logits[1, 3] = math.inf
+    with pytest.raises(
+        ValueError, match=f"no token can be chosen in step 2 for rows 1, 3 of the batch: the logits there {message}"
+    ):
+        sampler.choose(logits)
+
+
+@pytest.mark.parametrize("size", [2, 3, 10, 49, 100])
+def test_of_equal_tokens_as_many_stay_as_reach_top_p(size, device):
+    logits = torch.full((1, size), 0.37, device=device)
+    assert [kept(logits, top_p=count / size) for count in range(1, size)] == list(range(1, size))
+
+
+def test_top_p_stops_where_it_is_reached(device):
+    logits = torch.tensor([[0.5, 0.3, 0.1, 0.1]], device=device).log()
+    assert kept(logits, top_p=0.8) == 2
+    assert {int(Sampler(1, temperature=1.0, top_p=0.8, seed=seed).choose(logits)) for seed in range(100)} == {0, 1}
+
+
+@pytest.mark.parametrize("size", [50_257, 262_144])
+def test_top_p_counts_in_large_vocabularies(size, device):
+    """In float32 a running sum stands still, hundreds of tokens before it reaches the limit."""
+    logits = torch.randn(1, size, generator=torch.Generator().manual_seed(0)) * 3
+    ordered = sorted(torch.softmax(logits.double(), dim=-1)[0].tolist(), reverse=True)
+    for top_p in (0.9, 0.9999):
+        fewest = kept(logits.to(device), top_p=top_p)
+        assert math.fsum(ordered[: fewest - 1]) < top_p <= math.fsum(ordered[:fewest])
+
+
+def test_the_last_token_comes_only_if_it_may(device):
+    """The largest uniform number there is draws the last token of those that stay."""
+    for size, last in ((7, 2), (128_256, 1000), (262_144, 262_143)):
+        logits = torch.zeros(1, size, device=device)
+        logits[:, last + 1 :] = -math.inf
+        for options in ({}, {"top_p": 1 - 1e-9}, {"top_k": last + 1}):
+            sampler = Sampler(1, temperature=1.0, seed=0, **options)
+            for uniform, token in ((1 - 2.0**-53, last), (0.0, 0)):
+                sampler._uniforms, sampler._used = torch.full((1, 64), uniform, dtype=torch.float64, device=device), 0
+                assert sampler.choose(logits).tolist() == [token]
+
+
+def test_top_k_keeps_the_equals_of_the_last_as_transformers_does(device):
+    process = pytest.importorskip("transformers.generation.logits_process")
+    generator = torch.Generator().manual_seed(0)
+    for k in (1, 3, 10, 500):
+        logits = torch.randint(0, 20, (6, 400), generator=generator).float()
+        logits[5, 2:] = -math.inf
+        theirs = process.TopKLogitsWarper(k)(None, logits) > -math.inf
+        sampler = Sampler(6, temperature=1.0, top_k=k, seed=0)
+        scores, tokens = sampler._candidates(logits.to(device))
+        stay = scores > -math.inf
+        ours = stay if tokens is None else torch.zeros_like(theirs, device=device).scatter(-1, tokens, stay)
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_top_k_draws_the_same_with_and_without_picking_the_tokens_out(top_p, device, monkeypatch):
+    """The first is for CPUs, the second for GPUs, which would have to wait for the number of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    for k in (1, 7, 50, 300):
+        logits = torch.randint(-30, 30, (64, 400), generator=generator).float().to(device) / 4
+        logits[3, 5:] = -math.inf
+        logits[4, 7] = logits[4, 9] = math.inf
+        drawn = []
+        for counts in (True, False):
+            monkeypatch.setattr(Sampler, "_counts_tokens", staticmethod(lambda logits, counts=counts: counts))
+            drawn.append(Sampler(64, temperature=1.0, top_k=k, top_p=top_p, seed=range(64)).choose(logits))
+        assert torch.equal(*drawn)
+
+
+def test_probabilities_are_those_of_the_draw():
+    logits = torch.tensor(
+        [[0.0, math.inf, math.inf, 1.0], [0.5, -math.inf, 0.5, 2.0], [0.0, math.nan, 0.0, 0.0], [-math.inf] * 4]
+    )
+    found = probabilities(logits)
+    assert found[0].tolist() == [0.0, 0.5, 0.5, 0.0] and bool(found[2:].isnan().all())
+    torch.testing.assert_close(found[1], torch.softmax(logits[1].double(), dim=-1))
+
+
+def test_numpy_numbers_are_numbers():
+    np = pytest.importorskip("numpy")
+    logits = torch.randn(2, 50)
+    plain = Sampler(2, temperature=0.75, top_k=7, top_p=0.5, seed=[3, 4])
+    theirs = Sampler(2, temperature=np.float32(0.75), top_k=np.int64(7), top_p=np.float64(0.5), seed=np.array([3, 4]))
+    assert torch.equal(plain.choose(logits), theirs.choose(logits))
+    with pytest.raises(TypeError, match="top_k must be an int or None"):
+        Sampler(2, temperature=1.0, top_k=np.float32(3.0))
+
+
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        (torch.zeros(2, 4), ValueError, r"logits must have shape \(3, vocab_size\), got \(2, 4\)"),
+        (torch.zeros(3), ValueError, r"logits must have shape \(3, vocab_size\), got \(3,\)"),
+        (torch.zeros(3, 4, dtype=torch.int64), TypeError, r"logits must be a floating-point tensor, got torch\.int64"),
+    ],
+)
+def test_what_are_no_logits_is_refused(logits, error, message):
+    with pytest.raises(error, match=message):
+        Sampler(3).choose(logits)
 
 
 REFUSED = [

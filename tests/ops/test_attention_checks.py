@@ -144,6 +144,24 @@ def test_dense(dense, device, changes, error, message):
     refuses(error, message, **{**dense, **changes})
 
 
+@pytest.mark.parametrize("name", ["mask", "key_padding_mask"])
+def test_the_advice_for_a_floating_mask_gives_the_right_result(dense, name, device):
+    seqlen_k = dense["k"].shape[1]
+    shape = (5, seqlen_k) if name == "mask" else (2, seqlen_k)
+    allowed = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device) < 0.7
+    allowed[:, 0] = True
+    expected = attention(**dense, **{name: allowed})
+    ones_and_zeros, additive = allowed.float(), torch.zeros(shape, device=device).masked_fill(~allowed, -torch.inf)
+    for floating in (ones_and_zeros, additive):
+        with pytest.raises(TypeError) as error:
+            attention(**dense, **{name: floating})
+        assert f"one of ones and zeros (1 = attend, 0 = hide) as {name}.bool()" in str(error.value)
+        assert "additive" in str(error.value) and "as bias" in str(error.value)
+    assert torch.equal(attention(**dense, **{name: ones_and_zeros.bool()}), expected)
+    bias = additive if name == "mask" else additive[:, None, None, :]
+    torch.testing.assert_close(attention(**dense, bias=bias), expected)
+
+
 @pytest.mark.parametrize("head_dim", [4, 59, 111, 264])
 def test_head_dims_that_kernels_do_not_take_are_refused_by_every_backend(head_dim, device):
     tensors = {name: tensor.to(device) for name, tensor in qkv(head_dim=head_dim).items()}

@@ -324,8 +324,14 @@ def test_low_precision_returns_its_dtype_and_float32_lse(device):
 
 
 def test_floating_mask_is_refused(device):
-    with pytest.raises(TypeError, match="pass an additive mask as bias"):
+    with pytest.raises(TypeError, match=r"pass an additive mask as bias .*one of ones and zeros .* as mask\.bool\(\)"):
         attention(*make_qkv(device), mask=torch.zeros(SEQLEN_Q, SEQLEN_K, device=device))
+    q, k, v = make_qkv(device)
+    padding = torch.zeros(k.shape[:2], device=device)
+    with pytest.raises(
+        TypeError, match=r"an additive one as bias=key_padding_mask\[:, None, None, :\] .* as key_padding_mask\.bool"
+    ):
+        attention(q, k, v, key_padding_mask=padding)
 
 
 def test_half_given_cu_seqlens_are_refused(device):

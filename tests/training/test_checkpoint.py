@@ -149,6 +149,42 @@ def test_damage_is_named(tmp_path, damage, message):
         store.latest()
 
 
+def test_beside_a_damaged_one_the_way_to_the_older_is_named_and_works(tmp_path):
+    store = CheckpointStore(tmp_path, keep=3)
+    first, second, third = (store.save(step, _write(str(step))) for step in (5, 10, 15))
+    for damaged in (third, second):
+        (damaged / "b.txt").unlink()
+    with pytest.raises(
+        ValueError, match=rf"b\.txt is missing\. The older {first} is whole: remove the folder {third.name} to go"
+    ):
+        store.latest()
+    shutil.rmtree(third)
+    with pytest.raises(ValueError, match=rf"{second.name} is damaged.*remove the folder {second.name} to go on"):
+        store.latest()
+    shutil.rmtree(second)
+    assert store.latest() == first
+    assert store.save(20, _write("20")) == store.latest()
+    (store.folder / LATEST).unlink()
+    assert _content(store) == "20"
+    (first / "b.txt").unlink()
+    (store.folder / "step-00000020" / "b.txt").unlink()
+    with pytest.raises(
+        ValueError,
+        match="There is no other that is whole: start anew with --overwrite, or in another folder with --out",
+    ):
+        store.latest()
+
+
+def test_beside_a_damaged_pointer_the_way_to_the_newest_is_named_and_works(tmp_path):
+    store = CheckpointStore(tmp_path)
+    newest = store.save(5, _write("text"))
+    (tmp_path / LATEST).write_text("{")
+    with pytest.raises(ValueError, match=r"is not valid JSON.*which is whole, let it hold") as error:
+        store.latest()
+    (tmp_path / LATEST).write_text(str(error.value).rpartition("let it hold ")[2])
+    assert store.latest() == newest
+
+
 @pytest.mark.parametrize("pointer", ["[]", "{}", '{"checkpoint": 5}', "{"])
 def test_a_damaged_pointer_is_named(tmp_path, pointer):
     store = CheckpointStore(tmp_path)

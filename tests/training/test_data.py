@@ -11,7 +11,14 @@ import torch
 
 from pytransformer.training import data as data_module
 from pytransformer.training.config import CorpusConfig
-from pytransformer.training.data import Batches, default_cache, prepare, token_dtype, validation_windows
+from pytransformer.training.data import (
+    Batches,
+    default_cache,
+    example_prompt,
+    prepare,
+    token_dtype,
+    validation_windows,
+)
 
 
 @pytest.fixture
@@ -125,6 +132,65 @@ def test_one_file_is_split_at_its_end(tmp_path):
     assert prepared.tokenizer.decode(both) == path.read_text()
     assert len(prepared.validation.tokens) == round(len(both) * 0.2)
     assert prepare(_config(path, validation_fraction=0.3), tmp_path / "cache").folder != prepared.folder
+
+
+@pytest.mark.parametrize("sizes", [(50, 50), (10, 200), (200, 100), (100, 100, 100), (1000, *[3] * 30)])
+def test_a_few_files_are_split_inside_as_asked(tmp_path, sizes):
+    """One whole file of two was the validation side: ten times what was asked for, without a word."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    texts = [
+        f"file {index}: " + "the cat sat on the mat and looked around. " * size for index, size in enumerate(sizes)
+    ]
+    for index, text in enumerate(texts):
+        (folder / f"{index:02d}.txt").write_text(text)
+    messages: list[str] = []
+    prepared = prepare(_config(folder, validation_fraction=0.05), tmp_path / "cache", messages.append)
+    train, validation = prepared.train.tokens, prepared.validation.tokens
+    assert len(validation) == pytest.approx(0.05 * (len(train) + len(validation)), abs=len(sizes) + 1)
+    assert "of the text the validation side, 5.0% were asked for: so the end of each" in messages[0]
+    # Nothing is lost or told twice: the heads in order, each with its end, then the tails.
+    end = prepared.tokenizer.end_token_id
+    heads, tails = (
+        [prepared.tokenizer.decode(part) for part in np.split(tokens, np.flatnonzero(tokens == end) + 1)][:-1]
+        for tokens in (train, validation)
+    )
+    assert len(heads) == len(sizes) == prepared.train.documents and len(tails) == prepared.validation.documents
+    for head, text in zip(heads, texts):
+        assert text == head or any(text == head + tail for tail in tails)
+    assert prepare(_config(folder, validation_fraction=0.1), tmp_path / "cache").folder != prepared.folder
+
+
+def test_files_enough_to_choose_from_stay_whole(tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(200):
+        (folder / f"{index}.txt").write_text("a file like any other\n" * 5)
+    messages: list[str] = []
+    prepared = prepare(_config(folder, validation_fraction=0.1), tmp_path / "cache", messages.append)
+    assert messages[0].startswith("preparing")
+    assert prepared.train.documents + prepared.validation.documents == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('\n\n  # "" \n"quoted"\nOnce upon a time there was a king.\nnext\n', "Once upon a time"),
+        ("Es war einmal ein Müller, der hatte drei Söhne\n", "Es war einmal ein"),
+        ("从前有一个国王,他有三个儿子。" * 5 + "\n", "从前有一个国王,他有三个儿子。从前有一个国王,他"),
+        ("x" * 400 + "\n", "x" * 24),
+        ('""\n' * 20, None),
+        ("rm $(ls)\x1b[2J\nclean words here\n", "clean words here"),
+    ],
+)
+def test_the_example_prompt_is_of_the_text(tmp_path, text, expected):
+    path = tmp_path / "one.txt"
+    path.write_text(text * 50)
+    prepared = prepare(_config(path, vocab_size=400), tmp_path / "cache")
+    assert example_prompt(prepared, 200) == expected
+    if expected is not None:
+        short = example_prompt(prepared, 3)
+        assert expected.startswith(short) and len(prepared.tokenizer.encode(short)) <= 3
 
 
 def test_no_text_is_an_error(tmp_path):

@@ -250,6 +250,35 @@ def test_resuming_with_another_configuration_lists_what_differs(unbroken, corpus
     assert (unbroken.folder / "run.json").read_bytes() == before
 
 
+def test_a_finished_run_names_the_way_to_more_steps(corpus, cache, device, tmp_path):
+    config = tiny_config(corpus, steps=2)
+    train(config, tmp_path / "run", device=device, cache=cache)
+    notes = _Notes()
+    train(config, tmp_path / "run", resume=True, device=device, cache=cache, progress=notes)
+    assert any(
+        "the run is complete: all of its 2 steps are done. More steps are a new run" in note for note in notes.notes
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"steps: 2 in the checkpoint, 4 now.*or start a new run, in another folder with --out or in place",
+    ):
+        train(tiny_config(corpus, steps=4), tmp_path / "run", resume=True, device=device, cache=cache)
+
+
+def test_a_model_of_others_is_not_written_over(corpus, cache, device, tmp_path):
+    theirs = '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
+    (tmp_path / "config.json").write_text(theirs)
+    for overwrite in (False, True):
+        with pytest.raises(
+            FileExistsError,
+            match=r"holds a model of Hugging Face transformers \(model_type 'gpt2'\).*another folder with --out",
+        ):
+            train(tiny_config(corpus), tmp_path, overwrite=overwrite, device=device, cache=cache)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"] and (
+        tmp_path / "config.json"
+    ).read_text() == theirs
+
+
 def test_resuming_with_other_text_is_refused(cache, device, tmp_path):
     corpus = write_corpus(tmp_path / "texts")
     config = tiny_config(corpus, steps=3)

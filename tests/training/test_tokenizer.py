@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +13,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from pytransformer.training.corpus import pieces
-from pytransformer.training.tokenizer import END_OF_TEXT, CharacterStream, TextTokenizer, byte_alphabet, stream
+from pytransformer.training.tokenizer import (
+    END_OF_TEXT,
+    CharacterStream,
+    TextTokenizer,
+    _without_long_words,
+    byte_alphabet,
+    stream,
+)
 
 TEXT = "def add(first, second):\n    return first + second\n\n\ndef naïve(x):\n\treturn '日本語 🙂'\n" * 40
 
@@ -93,3 +103,23 @@ def test_what_is_not_a_tokenizer_is_refused(tmp_path):
         TextTokenizer(Tokenizer(models.BPE()))
     with pytest.raises(ValueError, match=r"vocab_size must be at least 257 .* but is 256"):
         TextTokenizer.train(["a"], 256)
+
+
+@pytest.mark.parametrize("characters", ["ab", "a", "12", "-=", " ", "\n ", "漢字", "_"])
+def test_a_line_without_spaces_takes_no_minutes(characters):
+    """The library needs 200 seconds for 300,000 times the same letter, in one word."""
+    line = "".join(random.Random(0).choices(characters, k=300_000))
+    started = time.process_time()
+    tokenizer = TextTokenizer.train([f"before {line} after"], 300)
+    assert time.process_time() - started < 20
+    assert tokenizer.decode(tokenizer.encode(line)) == line
+
+
+def test_ordinary_text_is_learned_from_as_it_is():
+    """Also beside long runs of several kinds of characters, which are many words by themselves."""
+    texts = [TEXT, "x" * 1000 + " " * 1000 + "-" * 1000, "ab1+/" * 2000, "word " * 5000, " \t\n" * 333 + "def"]
+    assert [list(_without_long_words(text)) for text in texts] == [[text] for text in texts]
+    for text in ("a" * 2500, "so " + "ß" * 3001 + "1" * 2000, " " * 1001 + "x" * 1001):
+        parts = list(_without_long_words(text))
+        assert "".join(parts) == text and len(parts) > 1
+        assert all(before[-1] == after[0] for before, after in itertools.pairwise(parts))  # within a word

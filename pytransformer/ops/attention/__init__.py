@@ -82,7 +82,8 @@ def attention(
         (num_heads, total_q), float32 (float64 for float64 inputs). No queries or no keys: an empty output, or zeros.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype, such as a floating-point ``mask`` (additive masks are passed as ``bias``).
+        TypeError: an argument of the wrong type or dtype, such as a floating-point ``mask`` (additive masks are
+            passed as ``bias``, those of ones and zeros as ``mask.bool()``).
         ValueError: shapes, devices, strides, head counts, head_dim, values out of range, cu_seqlens or hints that do not fit.
         NotImplementedError: the named backend cannot serve this call; the message says why.
 

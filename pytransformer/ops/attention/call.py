@@ -23,6 +23,7 @@ from pytransformer.ops.score_checks import (
 
 DENSE_LAYOUT = "(batch, seqlen, num_heads, head_dim)"
 PACKED_LAYOUT = "(total_tokens, num_heads, head_dim)"
+_ADDITIVE_PADDING = "pass an additive one as bias=key_padding_mask[:, None, None, :]"
 
 
 class AttentionCall(NamedTuple):
@@ -90,7 +91,7 @@ def check_attention(call: AttentionCall) -> AttentionCall:
     call = _check_qkv(call)
     call = check_score_terms(call, _scores(call))
     if call.key_padding_mask is not None:
-        padding = check_mask("key_padding_mask", call.key_padding_mask, call.q, "True = attend", ndim=2)
+        padding = check_mask("key_padding_mask", call.key_padding_mask, call.q, _ADDITIVE_PADDING, ndim=2)
         _check_padding_shape(padding, call)
         call = call._replace(key_padding_mask=padding)
     deterministic = call.deterministic

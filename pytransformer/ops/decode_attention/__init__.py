@@ -85,7 +85,8 @@ def decode_attention(
         float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: a wrong type or dtype, such as a floating-point ``mask`` (additive masks are passed as ``bias``).
+        TypeError: a wrong type or dtype, such as a floating-point ``mask`` (additive masks are
+            passed as ``bias``, those of ones and zeros as ``mask.bool()``).
         ValueError: shapes, devices, strides, head counts, head_dim that do not fit; lengths past the cache's end and pages that do not
             exist (values on a GPU are read under PYTRANSFORMER_DEBUG=1 only; without it lengths are cut to the cache there).
         RuntimeError: grad is enabled and an input requires it.
