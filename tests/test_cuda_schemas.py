@@ -1,6 +1,6 @@
 """Each op's schema names the types that its C++ function takes and returns.
 
-Torch's stable ABI compares their number at the first call and their types never: a float that the function takes for an int64_t is its bits.
+The stable ABI compares their number at the first call and their types never: a float that the function takes for an int64_t is its bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TYPES = {
 
 
 def _sources() -> str:
-    files = sorted(CSRC.rglob("ops.cpp")) + [CSRC / "register.cpp"]
+    files = [*sorted(CSRC.rglob("ops.cpp")), CSRC / "register.cpp"]
     text = "\n".join(path.read_text() for path in files)
     return re.sub(r"//[^\n]*", "", text).replace("\\\n", " ")
 
