@@ -125,7 +125,9 @@ def _place(
 def _normalise(x, mean_square, weight, eps, weight_offset):
     # Rounded to x's dtype before the rotation, as the two operations one after the other would.
     return (
-        x.to(tl.float32) * tl.rsqrt(mean_square + eps)[:, None] * (weight.to(tl.float32) + weight_offset)[None, :]
+        x.to(tl.float32)
+        * (1.0 / tl.sqrt_rn(mean_square + eps))[:, None]
+        * (weight.to(tl.float32) + weight_offset)[None, :]
     ).to(x.dtype)
 
 
