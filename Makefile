@@ -13,7 +13,7 @@ PIP := PYTRANSFORMER_CUDA=0 $(BIN)/python -m pip --disable-pip-version-check ins
 # All kernels are compiled in the first test that asks for one.
 COMPILE_SECONDS := 3000
 # What runs in the emulator. The norm ops' tests take every backend, and there the CUDA one alone.
-EMULATED := tests/cuda tests/ops/test_norm.py tests/ops/test_norm_checks.py
+EMULATED := tests/cuda tests/ops/test_norm.py tests/ops/test_norm_checks.py tests/ops/test_shared_memory.py
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 

@@ -14,6 +14,7 @@ match bit by bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,9 @@ def _place(
 def _normalise(x, mean_square, weight, eps, weight_offset):
     # Rounded to x's dtype before the rotation, as the two operations one after the other would.
     return (
-        x.to(tl.float32) * tl.rsqrt(mean_square + eps)[:, None] * (weight.to(tl.float32) + weight_offset)[None, :]
+        x.to(tl.float32)
+        * (1.0 / tl.sqrt_rn(mean_square + eps))[:, None]
+        * (weight.to(tl.float32) + weight_offset)[None, :]
     ).to(x.dtype)
 
 
@@ -318,11 +321,18 @@ class AppendLaunch:
     Args:
         call: of its tensors only types, shapes, strides, dtypes and the device count.
         config: replaces the launch policy.
+        refuse: is shown a call's tensors, in order, and raises if the kernel must not be launched with such addresses.
     """
 
     __slots__ = ("_launch", "_new_q", "_q", "_views")
 
-    def __init__(self, call: AppendCall, *, config: AppendConfig | None = None) -> None:
+    def __init__(
+        self,
+        call: AppendCall,
+        *,
+        config: AppendConfig | None = None,
+        refuse: Callable[[Sequence[Tensor | None]], None] | None = None,
+    ) -> None:
         fields = call._fields
         self._q = fields.index("q")
         self._new_q = None if call.q is None else NewTensor(call.q)
@@ -352,7 +362,8 @@ class AppendLaunch:
         arguments = by_name(
             _kv_append_kernel, values, (*fields, "new_q"), {"num_warps": config.num_warps, **COMMON_OPTIONS}
         )
-        self._launch = PreparedLaunch(_kv_append_kernel, (head_blocks * cdiv(tokens, config.block_tokens),), *arguments)
+        grid = (head_blocks * cdiv(tokens, config.block_tokens),)
+        self._launch = PreparedLaunch(_kv_append_kernel, grid, *arguments, refuse)
 
     def __call__(self, call: AppendCall) -> Tensor | None:
         """Writes into the caches (and per-token scales) of a call that is like the one prepared for, or a plain tuple of its fields.

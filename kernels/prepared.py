@@ -45,9 +45,11 @@ class PreparedLaunch:
         constants: constexprs and options by name.
         order: for each of the kernel's pointers the index in ``pointers`` where calls give it, or None where there is never one; by
             default they are given in the kernel's order.
+        refuse: is shown the pointers of a call, once for each set of addresses, and raises if they must not be launched with.
     """
 
     __slots__ = (
+        "_accepted",
         "_arguments",
         "_constants",
         "_grid",
@@ -56,6 +58,7 @@ class PreparedLaunch:
         "_number_places",
         "_order",
         "_pointer_places",
+        "_refuse",
     )
 
     def __init__(
@@ -65,8 +68,10 @@ class PreparedLaunch:
         arguments: Sequence[Any],
         constants: Mapping[str, Any],
         order: Sequence[int | None] | None = None,
+        refuse: Callable[[Sequence[Any]], None] | None = None,
     ) -> None:
-        self._kernel = kernel
+        self._kernel, self._refuse = kernel, refuse
+        self._accepted: set[tuple[int, ...]] = set()
         self._grid = (*grid, 1, 1)[:3]
         self._pointer_places, self._number_places = [], []
         # The constexprs follow the arguments in the order in which the kernel declares them; its launcher skips them.
@@ -100,6 +105,9 @@ class PreparedLaunch:
         (call, fixed, spread, _), arguments, places, number_places, present = handle
         # Loops of C functions: this is most of what a launch costs the host.
         addresses = list(map(_data_ptr, present(pointers)))
+        # Allocators hand out the same addresses again and again: to know them costs a tenth of looking for what they share.
+        if self._refuse is not None and (found := tuple(addresses)) not in self._accepted:
+            self._accept(pointers, found)
         arguments = arguments.copy()
         bits = 0
         for place, address in zip(places, addresses):
@@ -116,7 +124,16 @@ class PreparedLaunch:
         else:
             call(*self._grid, _current_stream(device), *fixed, arguments)
 
+    def _accept(self, pointers: Sequence[Any], addresses: tuple[int, ...]) -> None:
+        assert self._refuse is not None
+        self._refuse(pointers)
+        if len(self._accepted) >= _MOST_ADDRESSES:
+            self._accepted.clear()
+        self._accepted.add(addresses)
+
     def _launch_by_triton(self, given: Sequence[Any], numbers: Sequence[int], device: int) -> None:
+        if self._refuse is not None:
+            self._refuse(given)
         arguments = self._arguments.copy()
         order = range(len(self._pointer_places)) if self._order is None else self._order
         pointers: list[torch.Tensor | None] = [None if index is None else given[index] for index in order]
@@ -194,6 +211,8 @@ def by_name(
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 _data_ptr = torch.Tensor.data_ptr
+# More than the layers of a model times the buffers that each step takes turns with.
+_MOST_ADDRESSES = 4096
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
 

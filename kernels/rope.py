@@ -10,6 +10,7 @@ which a program reads once for all heads of its tokens. Arithmetic in float32, o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -263,9 +264,17 @@ class RopeLaunch:
         call: a checked call, of whose tensors only shapes, strides and dtypes count.
         inplace: write into q and k.
         config: overrides the launch policy, for tests.
+        refuse: is shown a call's tensors, in order, and raises if the kernel must not be launched with such addresses.
     """
 
-    def __init__(self, call: RopeCall, *, inplace: bool = False, config: RopeConfig | None = None) -> None:
+    def __init__(
+        self,
+        call: RopeCall,
+        *,
+        inplace: bool = False,
+        config: RopeConfig | None = None,
+        refuse: Callable[[Sequence[Tensor | None]], None] | None = None,
+    ) -> None:
         q, k, cos, sin, positions = call.q, call.k, call.cos, call.sin, call.positions
         offset_tensor, cu_seqlens = call.sequence_offsets, call.cu_seqlens
         self._new_q = None if inplace else NewTensor(q)
@@ -310,9 +319,8 @@ class RopeLaunch:
             "num_warps": config.num_warps,
             **COMMON_OPTIONS,
         }
-        self._launch = PreparedLaunch(
-            rope_kernel, (cdiv(batch * seqlen, config.block_tokens),), arguments, constants
-        )  # fmt: skip
+        grid, order = (cdiv(batch * seqlen, config.block_tokens),), (0, 1, 7, 8, 2, 3, 4, 5, 6)
+        self._launch = PreparedLaunch(rope_kernel, grid, arguments, constants, order, refuse)
 
     def __call__(self, call: RopeCall) -> tuple[Tensor, Tensor | None]:
         """(q, k): new contiguous tensors, or the inputs if in place. ``call`` may be a plain tuple in the order of the arguments."""
@@ -321,7 +329,7 @@ class RopeLaunch:
         q_out = q if new_q is None else new_q(q)
         k_out = k if new_k is None or k is None else new_k(k)
         if self._launch is not None:
-            self._launch((q, k, q_out, k_out, cos, sin, positions, sequence_offsets, cu_seqlens), (offset,))
+            self._launch((q, k, cos, sin, positions, sequence_offsets, cu_seqlens, q_out, k_out), (offset,))
         return q_out, k_out
 
 

@@ -1,8 +1,9 @@
 """Compiles the Triton kernels of a model's shapes before they are needed, for the GPU that is here or for another one.
 
 Triton keeps what it has compiled on disk (TRITON_CACHE_DIR, ~/.triton/cache by default) under a key made of the kernel's source, what it
-was specialised for, the options, the architecture, and the versions of Triton and ptxas: nothing of the machine. So a container image
-can be built with its kernels compiled. Sequence lengths, batch sizes and cache lengths are no part of it: one of each is enough.
+was specialised for, the options, the architecture, the versions of Triton and ptxas, and the environment variables of :func:`environment`:
+nothing else of the machine. So a container image can be built with its kernels compiled, and finds them if it runs with the same of these
+variables, best with none. Sequence lengths, batch sizes and cache lengths are no part of the key: one of each is enough.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -63,6 +65,31 @@ class Compiled:
     kernel: str
     found: bool
     seconds: float
+
+
+# These become options of the compilation; the others are those that Triton's library lists itself.
+_OPTION_VARIABLES = (
+    "TRITON_DEBUG",
+    "TRITON_INSTRUMENTATION_MODE",
+    "TRITON_OVERRIDE_ARCH",
+    "TRITON_LIBDEVICE_PATH",
+    "TRITON_PTXAS_PATH",
+    "TRITON_PTXAS_BLACKWELL_PATH",
+    "PTXAS_OPTIONS",
+)
+
+
+def environment() -> dict[str, str]:
+    """The environment variables that are set and in the key of whatever Triton compiles, even at the values that are their defaults.
+
+    A kernel is found by processes that have the same of them set to the same values. Triton reads them for every kernel, whatever options
+    a launch names (a variable for the default of fused multiply-adds counts although each launch of ours says that it wants them), so that
+    nothing here can leave them out.
+    """
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    found = {name: os.environ[name] for name in _OPTION_VARIABLES if name in os.environ}
+    return dict(sorted((found | get_cache_invalidating_env_vars()).items()))
 
 
 def warmup(

@@ -193,13 +193,6 @@ inline void check_contiguous(const char* name, const Facts& tensor) {
   PYT_CHECK(tensor.tensor.is_contiguous(), name, " must be contiguous");
 }
 
-// What is written to must not have elements that share memory.
-inline void check_written(const char* name, const Facts& tensor) {
-  for (int64_t i = 0; i < tensor.dim; ++i) {
-    PYT_CHECK(tensor.size(i) <= 1 || tensor.stride(i) != 0, name, " is written to, so it must not be expanded");
-  }
-}
-
 // cos and sin of RoPE for heads of `head_dim` features.
 inline void check_rope_tables(const Facts& cos, const Facts& sin, const Facts& first, int64_t head_dim) {
   check_type("cos", cos, ScalarType::Float);

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "../common/overlap.h"
 #include "kv_append.h"
 
 namespace pytransformer {
@@ -214,6 +215,29 @@ Cache cache_of(const Facts& cache, const OptionalFacts& scale) {
   return result;
 }
 
+// What is written shares no element with anything else.
+void check_memory(const Arguments& given, bool scale_per_token) {
+  const OptionalFacts none;
+  const OptionalFacts &k_made = scale_per_token ? given.k_scale : none, &v_made = scale_per_token ? given.v_scale : none;
+  const OptionalFacts &k_read = scale_per_token ? none : given.k_scale, &v_read = scale_per_token ? none : given.v_scale;
+  check_apart({{"k_cache", given.k_cache}, {"v_cache", given.v_cache}, {"k_scale", k_made}, {"v_scale", v_made}},
+              {{"k", given.k},
+               {"v", given.v},
+               {"k_scale", k_read},
+               {"v_scale", v_read},
+               {"cache_seqlens", given.cache_seqlens},
+               {"slot_mapping", given.slot_mapping},
+               {"block_table", given.block_table},
+               {"cu_seqlens", given.cu_seqlens},
+               {"cache_batch_idx", given.cache_batch_idx},
+               {"positions", given.positions},
+               {"cos", given.cos},
+               {"sin", given.sin},
+               {"q", given.q},
+               {"q_norm_weight", given.q_norm_weight},
+               {"k_norm_weight", given.k_norm_weight}});
+}
+
 // The new q, where there is a q.
 std::optional<Tensor> append(const Arguments& given, bool scale_per_token) {
   check_new(given);
@@ -229,6 +253,7 @@ std::optional<Tensor> append(const Arguments& given, bool scale_per_token) {
   }
   take_rope(call, given);
   take_norms(call, given);
+  check_memory(given, scale_per_token);
   std::optional<Tensor> new_q;
   if (given.q) new_q = empty(*given.q, given.q->shape, given.q->type);
   if (given.tokens() == 0) return new_q;

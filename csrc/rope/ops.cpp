@@ -1,5 +1,6 @@
 #include "ops.h"
 
+#include "../common/overlap.h"
 #include "rope.h"
 
 namespace pytransformer {
@@ -150,6 +151,12 @@ void rope_inplace(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTe
   RopeCall call = checked(given, interleaved, reverse, true);
   check_written("q", given.q);
   if (given.k) check_written("k", *given.k);
+  check_apart({{"q", given.q}, {"k", given.k}},
+              {{"cos", given.cos},
+               {"sin", given.sin},
+               {"positions", given.positions},
+               {"offsets", given.offsets},
+               {"cu_seqlens", given.cu_seqlens}});
   call.q = inplace_operand(given.q);
   if (given.k) call.k = inplace_operand(*given.k);
   run(call, q);

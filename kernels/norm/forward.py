@@ -141,7 +141,8 @@ def norm_forward_kernel(
         if mean_ptr is not None:
             tl.store(mean_ptr + rows, mean, mask=row_mask)
         centred = tl.where(col_mask, s - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / NUM_COLS + eps)
+    # Not tl.sqrt, which takes a subnormal for 0: with eps = 0 a tiny row has such a mean square.
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / NUM_COLS + eps)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
@@ -219,7 +220,7 @@ def norm_forward_wide_kernel(
         lane_squares += lane_count * shift * shift
         if mean_ptr is not None:
             tl.store(mean_ptr + row, mean)
-    rstd = 1.0 / tl.sqrt(tl.sum(lane_squares, axis=0) / NUM_COLS + eps)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(lane_squares, axis=0) / NUM_COLS + eps)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + row, rstd)
 

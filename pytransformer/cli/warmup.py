@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from pytransformer.precompile import OPS, warmup
+    from pytransformer.precompile import OPS, environment, warmup
 
     shapes = shapes_of(arguments)
     ops = list(OPS) if arguments.ops is None else [name.strip() for name in arguments.ops.split(",")]
@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         kernels = warmup(shapes, ops=ops, training=arguments.training, arch=arguments.arch, progress=show)
     console.print(kernel_table(kernels))
     console.print(summary(kernels, time.perf_counter() - start), soft_wrap=True)
+    console.print(for_whom(environment()), soft_wrap=True)
     return 0
 
 
@@ -145,6 +146,16 @@ def kernel_table(kernels: Sequence[Compiled]) -> Table:
         found = sum(kernel.found for kernel in group)
         table.add_row(op, name, str(len(group) - found), str(found), f"{sum(kernel.seconds for kernel in group):.1f}")
     return table
+
+
+def for_whom(environment: Mapping[str, str]) -> str:
+    """In which environment a later process finds the kernels."""
+    if not environment:
+        return "for processes without environment variables that change what Triton compiles, as this one"
+    return (
+        f"warning: for processes with {', '.join(f'{name}={value}' for name, value in environment.items())}, as here, and with no other "
+        "variable that changes what Triton compiles; any other process compiles again"
+    )
 
 
 def summary(kernels: Sequence[Compiled], seconds: float) -> str:

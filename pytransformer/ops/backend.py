@@ -180,7 +180,7 @@ class Backend:
         run: the outputs of a checked call, ``None`` for those that it has not.
         limits: what it does not serve.
         plan: of a checked call, a function of calls like it, as tuples, that launches and returns the public result; ``None`` = nothing
-            to keep.
+            to keep. Of an op that writes into its arguments, it refuses those that share memory: addresses differ from call to call.
         direct: the public result of arguments as given, by an op that checks them itself; it raises ValueError for what it refuses, before
             anything is written.
         is_transparent: whether a call is made of torch's own functions, which autograd, torch.func and torch.compile see through.

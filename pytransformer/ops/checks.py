@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytransformer.ops.overlap import overlaps_itself
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # float64 is for the golden results: the reference and torch serve it, kernels do not.
 FLOAT_DTYPES_AND_DOUBLE = (*FLOAT_DTYPES, torch.float64)
@@ -219,6 +221,23 @@ def check_no_nan(name: str, tensor: Tensor) -> None:
     """ValueError if a value is NaN, where :func:`readable`."""
     if readable(tensor) and bool(torch.isnan(tensor.float()).any()):
         raise ValueError(f"{name} must not contain NaN")
+
+
+def shares_own_memory(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor share memory; of sizes that are symbols, whether it is expanded."""
+    if torch.compiler.is_compiling() or not all(type(n) is int for n in (*tensor.shape, *tensor.stride())):
+        return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))
+    return overlaps_itself(tuple(tensor.shape), tensor.stride())
+
+
+def check_written(name: str, tensor: Tensor) -> None:
+    """ValueError if elements of a tensor that is written share memory, as those of an expanded one."""
+    shape, strides = tuple(tensor.shape), tuple(tensor.stride())
+    if shares_own_memory(tensor):
+        raise ValueError(
+            f"{name} is written to, so it must not be expanded, nor its elements share memory in another way, got strides {strides} "
+            f"for shape {shape}"
+        )
 
 
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:

@@ -50,7 +50,8 @@ class Op:
     Args:
         name: of the public function.
         registered: what torch.compile and dispatch modes see; its call's arguments are the op's.
-        check: returns the checked call of one as given, or raises what the public function documents.
+        check: returns the checked call of one as given, or raises what the public function documents. That what is written shares no
+            memory with another argument is checked here.
         backends: best first.
         result: what the public function returns, of a checked call and the outputs; by default the first output.
         rule: the op under autograd; ``None`` = it has no gradient.
@@ -123,6 +124,7 @@ class Op:
                 # failed, which must not be tried another way; ValueError is what a launch says of a call that it leaves to others.
                 error = raised
         call = self.check(self.call(*given))
+        self.registered.check_apart(call)
         # What the direct way refuses may be beyond its backend: an error of its own, or another backend's to serve.
         if error is not None and not isinstance(error, (KeyError, ValueError)):
             chosen = self._backends[self.choice.select(call, call[0].device.type, backend)]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.ops.backend import Backend, Outputs, functorch_level, is_plain
+from pytransformer.ops.backend import PLAIN_TYPES, Backend, Outputs, functorch_level, is_plain, is_traced
+from pytransformer.ops.overlap import Apart
 
 Spec = tuple[Sequence[int], torch.dtype] | None
 
@@ -39,6 +40,7 @@ class RegisteredOp:
         outputs: of a call and a backend's name the (shape, dtype) of each output, ``None`` likewise.
         num_outputs: how many.
         written: names of the arguments that the op changes.
+        refusal: of a call, what refuses calls laid out like it that share memory which is written; by default in the words of the fields.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class RegisteredOp:
         num_outputs: int,
         *,
         written: Sequence[str] = (),
+        refusal: Callable[[Any], Apart] | None = None,
     ) -> None:
+        self.refusal = refusal or (self._apart if written else None)
         self.name, self.call, self.outputs, self.num_outputs, self.written = name, call, outputs, num_outputs, written
         self.runs = {backend.name: backend.run for backend in backends}
         types = typing.get_type_hints(call)
@@ -87,10 +91,23 @@ class RegisteredOp:
         """An op returns a fixed number of tensors: what there is none of is an empty one."""
         return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
+    def _apart(self, call: Any) -> Apart:
+        return Apart(call._fields[: self.num_tensors], self.written, call[: self.num_tensors])
+
+    def check_apart(self, call: Any) -> None:
+        """ValueError if a tensor that is written shares memory with another; where tensors have no addresses (traced, mapped) the op's
+        implementation asks again."""
+        if self.refusal is None or is_traced() or functorch_level() is not None:
+            return
+        if PLAIN_TYPES.issuperset(map(type, call[: self.num_tensors])):
+            self.refusal(call)(call)
+
     def _returned(self, tensors: Sequence[Tensor]) -> Any:
         return tuple(tensors) if self.num_outputs > 1 else tensors[0] if tensors else None
 
     def _implementation(self, *args: Any) -> Any:
+        if self.refusal is not None:
+            self.check_apart(self.call(*args[:-1]))
         outputs = self.filled(self.runs[args[-1]](self.call(*args[:-1])), args[0])
         # Views and other layouts would break the promise of the fake tensors.
         return self._returned([output.contiguous() for output in outputs])

@@ -54,7 +54,8 @@ def attention(
         window: (left, right), inclusive, -1 = unlimited: -right <= d <= left.
         softmax_scale: 1 / sqrt(head_dim) if None.
         softcap: c > 0 replaces a scaled score s by c · tanh(s / c).
-        mask: boolean (True = attend) or integer (nonzero = attend), broadcast to (batch, num_heads, seqlen_q, seqlen_k).
+        mask: boolean (True = attend) or integer (nonzero = attend), broadcast to (batch, num_heads, seqlen_q, seqlen_k). A hidden
+            value has weight 0, and 0 · NaN is NaN: what is hidden must be finite, as with torch's own function.
         bias: floating, same broadcasting, added to the scores; -inf hides, any finite number is just a number.
         key_padding_mask: (batch, seqlen_k), True = attend. Does not shift the causal alignment.
         alibi_slopes: (num_heads) or (batch, num_heads); -slope · |d| is added to the scores.
@@ -153,6 +154,8 @@ def decode_attention(
         v_cache: like k_cache, with a head_dim of its own.
         cache_seqlens: int32 (batch), the number of keys to attend to, the newest included.
         block_table: int32 (batch, max_pages): key p of sequence b is at ``cache[block_table[b, p // page_size], p % page_size]``.
+            Entries whose keys no query sees by ``causal`` and ``window``, and those behind the last key, may hold anything; so may
+            what lies in the cache there.
         cache_batch_idx: int32 (batch), the cache row of each sequence; its own index if None. Contiguous caches only.
         cache_leftpad: int32 (batch), slots to skip at the beginning: the keys lie at leftpad … leftpad + cache_seqlens - 1.
         k_scale, v_scale: float32 multipliers of quantised caches, (num_kv_heads) or per token ``cache.shape[:-1]``.
@@ -165,35 +168,38 @@ def decode_attention(
 
     Raises:
         TypeError: a floating-point mask.
-        IndexError: cache_seqlens or a page number reaches past the cache.
+        IndexError: a key that is seen lies outside of the cache: past its end, or in a row or page that does not exist.
     """
     _refuse_floating_mask("mask", mask)
     num_sequences = len(cache_seqlens)
     results = []
     for sequence in range(num_sequences):
         q_new = q[_rows(sequence, cu_seqlens_q)]
-        first_key = 0 if cache_leftpad is None else int(cache_leftpad[sequence])
-        positions = first_key + torch.arange(int(cache_seqlens[sequence]), device=q.device)
+        num_keys = int(cache_seqlens[sequence])
+        distance = _distance(len(q_new), num_keys, q.device)
+        visible = _inside_window(distance, causal, window)
+        # What no query sees may lie anywhere: pages before the window may have been freed.
+        seen = visible.any(dim=0)
+        positions = seen.nonzero().flatten() + (0 if cache_leftpad is None else int(cache_leftpad[sequence]))
         if block_table is not None:
             page_size = k_cache.shape[1]
             places = block_table[sequence, positions // page_size].long(), positions % page_size
         else:
             cache_row = sequence if cache_batch_idx is None else int(cache_batch_idx[sequence])
             places = torch.full_like(positions, cache_row), positions
-        distance = _distance(len(q_new), len(positions), q.device)
-        visible = _inside_window(distance, causal, window)
+        _refuse_outside(places, k_cache)
         if mask is not None:
-            visible = visible & (_local_part(mask, sequence, len(q_new), len(positions)) != 0)
+            visible = visible & (_local_part(mask, sequence, len(q_new), num_keys) != 0)
         results.append(
             _attend_one_sequence(
                 q_new,
-                _from_cache(k_cache, k_scale, places, q.dtype),
-                _from_cache(v_cache, v_scale, places, q.dtype),
+                _from_cache(k_cache, k_scale, places, seen, q.dtype),
+                _from_cache(v_cache, v_scale, places, seen, q.dtype),
                 visible,
                 distance,
                 softmax_scale=softmax_scale,
                 softcap=softcap,
-                bias=None if bias is None else _local_part(bias, sequence, len(q_new), len(positions)),
+                bias=None if bias is None else _local_part(bias, sequence, len(q_new), num_keys),
                 alibi_slopes=_slopes_of(alibi_slopes, sequence),
                 sinks=sinks,
             )
@@ -314,17 +320,30 @@ def _slopes_of(alibi_slopes: Tensor | None, sequence: int) -> Tensor | None:
     return alibi_slopes[sequence] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
 
 
-def _from_cache(cache: Tensor, scale: Tensor | None, places: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """Keys or values at ``cache[places]``, multiplied by their scales: (seqlen_k, num_kv_heads, head_dim) in ``dtype``."""
+def _refuse_outside(places: tuple[Tensor, Tensor], cache: Tensor) -> None:
+    """A negative index would be counted from the end."""
+    for name, index, size in zip(("page or row", "slot"), places, cache.shape):
+        if bool(((index < 0) | (index >= size)).any()):
+            raise IndexError(f"{name} must be from 0 to {size - 1}, got {index[(index < 0) | (index >= size)][0]}")
+
+
+def _from_cache(
+    cache: Tensor, scale: Tensor | None, places: tuple[Tensor, Tensor], seen: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Keys or values at ``cache[places]``, multiplied by their scales, for the keys that are seen; 0 for the others.
+
+    (seqlen_k, num_kv_heads, head_dim) in ``dtype``.
+    """
     if cache.dtype == torch.float8_e4m3fn:  # indexing is defined on its bytes only
         entries = cache.view(torch.uint8)[places].view(cache.dtype)
     else:
         entries = cache[places]
-    if scale is None:
-        return entries.to(dtype)
-    scale = scale if scale.dim() == 1 else scale[places]
-    wide = torch.promote_types(dtype, torch.float32)
-    return (entries.to(wide) * scale.to(wide)[..., None]).to(dtype)
+    if scale is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        entries = entries.to(wide) * (scale if scale.dim() == 1 else scale[places]).to(wide)[..., None]
+    keys = torch.zeros(len(seen), *cache.shape[2:], dtype=dtype, device=cache.device)
+    keys[seen] = entries.to(dtype)
+    return keys
 
 
 def _assemble(results: list[tuple[Tensor, Tensor]], q: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ Both divisions are IEEE float32 divisions, not multiplications by a reciprocal: 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,8 @@ def kv_append(
         block_table: int32 (batch, max_pages): position p is at ``cache[block_table[b, p // page_size], p % page_size]``.
         cu_seqlens: int32 (batch + 1), starts of the packed sequences in k, v and q.
         cache_batch_idx: int32 (batch), the cache row of each sequence; contiguous caches only.
-        positions: integer, one per token, for RoPE. If None, the positions written to; required with slot_mapping and cos.
+        positions: integer, one per token, flat or in the shape of k's first dimensions, or (seqlen_new) for all sequences; for RoPE. If
+            None, the positions written to; required with slot_mapping and cos.
         cos, sin: (length, rotary_dim / 2) from ``rope_tables``; None = no rotation.
         interleaved: pairing of features, see ``rope``.
         q: queries of the same tokens, (batch, seqlen_new, num_heads, head_dim) or packed: normalised and rotated like k.
@@ -89,6 +92,8 @@ def kv_append(
     if q is not None and q_norm_weight is not None:
         q = _plain_rms_norm(q, q_norm_weight, norm_eps, norm_weight_offset)
     if cos is not None and sin is not None:
+        if positions is not None and positions.numel() == math.prod(k.shape[:-2]):
+            positions = positions.reshape(k.shape[:-2])
         if positions is None and cache_seqlens is not None:
             positions = token_positions(k.shape[:-2], cache_seqlens, cu_seqlens, k.device)
         # Tokens whose write is dropped may lie beyond the table; they take its last row, and nobody reads the result.
@@ -125,9 +130,9 @@ def _plain_rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float)
 
 def _places_of_slots(slot_mapping: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
     """(page, offset) of each token; page -1 for the slots that are to be skipped or do not exist."""
-    page_size = cache.shape[1]
+    page_size = max(cache.shape[1], 1)  # of pages without slots none is written
     slots = slot_mapping.flatten().long()
-    exists = (slots >= 0) & (slots < cache.shape[0] * page_size)
+    exists = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])
     return torch.where(exists, slots // page_size, -1), torch.where(exists, slots % page_size, 0)
 
 
@@ -146,9 +151,11 @@ def _places_of_positions(
         new = sequence if cu_seqlens is None else slice(int(cu_seqlens[sequence]), int(cu_seqlens[sequence + 1]))
         position = length_before + torch.arange(len(k[new]), device=k.device)
         if block_table is not None:
-            page_size, max_pages = cache.shape[1], block_table.shape[1]
-            page = block_table[sequence, (position // page_size).clamp(0, max_pages - 1)].long()
-            exists = (position >= 0) & (position < max_pages * page_size) & (page >= 0) & (page < cache.shape[0])
+            page_size, max_pages = max(cache.shape[1], 1), block_table.shape[1]
+            exists = (position >= 0) & (position < max_pages * cache.shape[1])
+            page = torch.full_like(position, -1)
+            page[exists] = block_table[sequence, position[exists] // page_size].long()
+            exists = exists & (page >= 0) & (page < cache.shape[0])
             rows[new], slots[new] = torch.where(exists, page, -1), position % page_size
         else:
             row = sequence if cache_batch_idx is None else int(cache_batch_idx[sequence])

@@ -45,7 +45,11 @@ def linear_attention(
     features_q = torch.unflatten(features_q, 2, (num_kv_heads, q.shape[2] // num_kv_heads))
     factor = q.new_ones(num_kv_heads, dtype=wide) if decay is None else decay.to(wide)
     zeros = torch.zeros(batch, num_kv_heads, head_dim, v.shape[-1] + 1, dtype=wide, device=q.device)
-    state, normalizer = (zeros[..., :-1], zeros[..., -1]) if initial_state is None else initial_state
+    state, normalizer = (
+        (zeros[..., :-1], zeros[..., -1])
+        if initial_state is None
+        else (initial_state[0].to(wide), initial_state[1].to(wide))
+    )
     states, normalizers = [state], [normalizer]
     for token in range(seqlen):
         added = features_k[:, token].to(wide)

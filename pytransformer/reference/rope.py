@@ -48,6 +48,7 @@ def rope(
     """
     if positions is None:
         positions = token_positions(q.shape[:-2], offsets, cu_seqlens, q.device)
+    positions = positions.long()  # to torch, uint8 would be a mask
     # (..., seqlen, 1, rotary_dim / 2)
     cos_of_token, sin_of_token = cos[positions][..., None, :], sin[positions][..., None, :]
     rotated_q = _rotate(q, cos_of_token, sin_of_token, interleaved)

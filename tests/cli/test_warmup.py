@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from pytransformer.cli.main import main
+from pytransformer.cli.warmup import for_whom
+from pytransformer.precompile import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", "16", "--hidden-size", "48"]
@@ -84,6 +86,37 @@ def test_another_architecture_has_to_be_compiled(warm_cache: Path) -> None:
 def test_what_is_there_is_found(warm_cache: Path) -> None:
     result = _run(warm_cache, "-m", "pytransformer", "warmup", *SIZES, "--arch", "90", "--ops", "norm,rope")
     assert result.returncode == 0 and "0 kernels compiled" in result.stdout, result.stdout + result.stderr
+
+
+IN_THE_KEY = (
+    "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_F32_DEFAULT",
+    "TRITON_DISABLE_LINE_INFO",
+    "TRITON_DEBUG",
+    "DISABLE_PTXAS_OPT",
+)
+
+
+@pytest.mark.parametrize("name", IN_THE_KEY)
+def test_a_variable_in_tritons_key_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in environment():
+        monkeypatch.delenv(other)
+    assert environment() == {} and "warning" not in for_whom({})
+    monkeypatch.setenv(name, "1")
+    assert list(environment()) == [name]
+    assert for_whom(environment()).startswith(f"warning: for processes with {name}=")
+
+
+def test_a_variable_at_its_default_makes_triton_compile_again_and_warmup_says_so(
+    warm_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("-m", "pytransformer", "warmup", *SIZES, "--arch", "90", "--ops", "rope")
+    result = _run(warm_cache, *arguments)
+    assert "0 kernels compiled" in result.stdout and "for processes without environment variables" in result.stdout
+    # The value that every launch of ours gives anyway.
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    result = _run(warm_cache, *arguments)
+    assert ", 0 found" in result.stdout and "warning: for processes with TRITON_DEFAULT_FP_FUSION=" in result.stdout
 
 
 def test_a_models_shapes_and_backward_passes(tmp_path: Path) -> None:

@@ -310,3 +310,32 @@ def test_a_checked_decode_attention_is_checked_where_it_differs() -> None:
     with pytest.raises(RuntimeError, match="not differentiable"), torch.enable_grad():
         pytransformer.decode_attention(**{**good, "q": q.clone().requires_grad_()})
     assert count_launches() == before
+
+
+def test_a_launch_that_skips_triton_refuses_memory_that_is_written_and_shared(spy: Spy) -> None:
+    qk, table = torch.empty(1, 4, 4, 16), torch.empty(8, 8)
+    q, k = qk[:, :, :2], qk[:, :, 2:]
+    for _ in range(5):
+        pytransformer.rope(q, k, table, table, inplace=True, backend="triton")
+    assert not spy.last()[0]
+    launches = len(spy.launches)
+    with pytest.raises(ValueError, match="q is written to, so it must not share memory with k, got"):
+        pytransformer.rope(q, qk[:, :, 1:3], table, table, inplace=True, backend="triton")
+    with pytest.raises(ValueError, match="q is written to, so it must not share memory with cos, got"):
+        pytransformer.rope(q, k, qk.view(-1)[:64].view(8, 8), table, inplace=True, backend="triton")
+    assert len(spy.launches) == launches
+    pytransformer.rope(q, k, table, table, inplace=True, backend="triton")
+    assert len(spy.launches) == launches + 1 and not spy.last()[0]
+
+
+def test_addresses_that_were_accepted_are_not_kept_without_end(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "_MOST_ADDRESSES", 2)
+    table, seen = torch.empty(8, 8), []
+    call = RopeCall(torch.empty(1, 4, 2, 16), None, table, table, None, None, None, False, False, 0)
+    launch = RopeLaunch(call, inplace=True, refuse=lambda pointers: seen.append(pointers[0]))
+    given = [torch.empty(1, 4, 2, 16) for _ in range(4)]
+    for q in (*given[:2], given[2], given[2], given[3], given[2], given[0], given[0]):
+        launch(call._replace(q=q))
+    # The first two launches ask anyway; two sets of addresses are remembered, then all are forgotten.
+    shown = [next(i for i, q in enumerate(given) if q is tensor) for tensor in seen]
+    assert shown == [0, 1, 2, 3, 0]

@@ -174,9 +174,11 @@ def check_lengths(call: DecodeCall) -> None:
 
 def first_visible_key(call: DecodeCall, sequence: int, length: int) -> int:
     """The first key that some query of a sequence sees: what lies before the window may have been freed."""
-    if call.window[0] < 0:
-        return 0
     seqlen_q = call.q.shape[-3]
     if call.cu_seqlens_q is not None:
         seqlen_q = int(call.cu_seqlens_q[sequence + 1] - call.cu_seqlens_q[sequence])
+    if seqlen_q == 0:
+        return length
+    if call.window[0] < 0:
+        return 0
     return min(length, max(0, length - seqlen_q - call.window[0]))

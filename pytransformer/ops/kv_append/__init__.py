@@ -7,7 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from pytransformer.ops.kv_append import by_cuda, by_torch, by_triton
-from pytransformer.ops.kv_append.call import AppendCall, check_kv_append, check_values
+from pytransformer.ops.kv_append.call import (
+    WRITTEN,
+    WRITTEN_SCALED,
+    AppendCall,
+    check_kv_append,
+    check_values,
+    refusal,
+)
 from pytransformer.ops.op import Op
 from pytransformer.ops.registered import RegisteredOp, like
 
@@ -38,9 +45,10 @@ def kv_append(
 ) -> Tensor | None:
     """Writes new keys and values into the caches, in place: QK-norm, RoPE, quantise, write; in one launch (CUDA, Triton).
 
-    Only the caches and per-token scales are changed; what is written without norm, RoPE or quantisation has the bits of k and v. The
-    place of a token comes from ``slot_mapping``, or is position ``cache_seqlens[b] + t`` for token t of sequence b: in row b of a
-    contiguous cache (or ``cache_batch_idx[b]``), or in the page that ``block_table`` gives. Not differentiable.
+    Only the caches and per-token scales are changed, which may be views of one buffer but share no element with each other or with what
+    is read; what is written without norm, RoPE or quantisation has the bits of k and v. The place of a token comes from
+    ``slot_mapping``, or is position ``cache_seqlens[b] + t`` for token t of sequence b: in row b of a contiguous cache (or
+    ``cache_batch_idx[b]``), or in the page that ``block_table`` gives. Not differentiable.
 
     Args:
         k: (batch, seqlen_new, num_kv_heads, head_dim), or packed (total, num_kv_heads, head_dim) with ``cu_seqlens`` or ``slot_mapping``.
@@ -73,9 +81,9 @@ def kv_append(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices, strides or options that do not go together; positions, slots, pages or rows that do not exist, or are
-            written twice. Values on a GPU are not read back for this: there such writes are dropped, and PYTRANSFORMER_DEBUG=1 makes them
-            raise.
+        ValueError: shapes, devices, strides or options that do not go together; what is written shares memory with another tensor;
+            positions, slots, pages or rows that do not exist, or are written twice. Values on a GPU are not read back for this: there
+            such writes are dropped, and PYTRANSFORMER_DEBUG=1 makes them raise.
         RuntimeError: grad is enabled and an input requires it.
         NotImplementedError: the named backend cannot serve this call; the message says why.
 
@@ -96,7 +104,7 @@ def _outputs(call: AppendCall, backend: str) -> tuple[Any, ...]:
 def _op(registered_name: str, written: tuple[str, ...]) -> Op:
     return Op(
         "kv_append",
-        RegisteredOp(registered_name, AppendCall, _BACKENDS, _outputs, 1, written=written),
+        RegisteredOp(registered_name, AppendCall, _BACKENDS, _outputs, 1, written=written, refusal=refusal),
         check_kv_append,
         _BACKENDS,
         result=lambda call, outputs: None if call.q is None else outputs[0],
@@ -110,6 +118,6 @@ def _op(registered_name: str, written: tuple[str, ...]) -> Op:
 
 _BACKENDS = (by_cuda.BACKEND, by_triton.BACKEND, by_torch.BACKEND, by_torch.REFERENCE)
 # Scales that are read (or absent), and scales that are written: each op declares what it changes.
-_APPEND = _op("kv_append", ("k_cache", "v_cache"))
-_APPEND_SCALED = _op("kv_append_scaled", ("k_cache", "v_cache", "k_scale", "v_scale"))
+_APPEND = _op("kv_append", WRITTEN)
+_APPEND_SCALED = _op("kv_append_scaled", WRITTEN_SCALED)
 CHOICE = _APPEND.choice

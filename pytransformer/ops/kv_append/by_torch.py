@@ -13,7 +13,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.ops.backend import Backend, Limit, Outputs
 from pytransformer.ops.cache_checks import QUANTISED_DTYPES
-from pytransformer.ops.kv_append.call import AppendCall, count_tokens, unless_empty
+from pytransformer.ops.kv_append.call import AppendCall, count_tokens, refusal, unless_empty
 from pytransformer.ops.norm import rms_norm
 from pytransformer.ops.rope import rope
 
@@ -117,7 +117,15 @@ def _reference(call: AppendCall) -> Outputs:
 
 
 def _plan(call: AppendCall) -> Callable[[AppendCall], Tensor | None] | None:
-    return append if count_tokens(call) > 0 else None
+    if count_tokens(call) == 0:
+        return None
+    refuse = refusal(call)
+
+    def append_apart(given: AppendCall) -> Tensor | None:
+        refuse(given)
+        return append(given if isinstance(given, AppendCall) else AppendCall(*given))
+
+    return append_apart
 
 
 BACKEND = Backend("torch", unless_empty(lambda call: (append(call),)), _LIMITS, plan=_plan)

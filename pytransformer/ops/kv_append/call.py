@@ -21,11 +21,15 @@ from pytransformer.ops.cache_checks import (
     check_rows,
     check_scales,
 )
+from pytransformer.ops.overlap import Apart
 from pytransformer.ops.precision import is_autocasting
 
 INTEGERS = (torch.int32, torch.int64)
 DENSE_LAYOUT = "(batch, seqlen_new, num_kv_heads, head_dim)"
 PACKED_LAYOUT = "(total, num_kv_heads, head_dim)"
+# Scales that are read (or absent), and scales that are made.
+WRITTEN = ("k_cache", "v_cache")
+WRITTEN_SCALED = (*WRITTEN, "k_scale", "v_scale")
 
 
 class AppendCall(NamedTuple):
@@ -53,6 +57,9 @@ class AppendCall(NamedTuple):
     norm_weight_offset: float
 
 
+NUM_TENSORS = AppendCall._fields.index("interleaved")
+
+
 # Functions rather than properties: the tracer of torch 2.10 follows no property of a NamedTuple.
 def count_tokens(call: AppendCall) -> int:
     """New tokens of all sequences."""
@@ -62,6 +69,16 @@ def count_tokens(call: AppendCall) -> int:
 def scales_are_written(call: AppendCall) -> bool:
     """Whether the scales are per token, so that the op makes them."""
     return call.k_scale is not None and call.k_scale.ndim > 1
+
+
+def written_by(call: AppendCall) -> tuple[str, ...]:
+    """Names of the tensors that a call changes."""
+    return WRITTEN_SCALED if scales_are_written(call) else WRITTEN
+
+
+def refusal(call: AppendCall) -> Apart:
+    """What refuses calls that are laid out like this one, but share memory that is written."""
+    return Apart(call._fields, written_by(call), call[:NUM_TENSORS])
 
 
 def unless_empty(run: Callable[[AppendCall], Outputs]) -> Callable[[AppendCall], Outputs]:
@@ -74,6 +91,9 @@ def check_kv_append(call: AppendCall) -> AppendCall:
     call = _check_new(call)
     _check_caches(call)
     check_scales(call, "per head (read)", "per token (written)")
+    if scales_are_written(call):
+        checks.check_written("k_scale", call.k_scale)  # type: ignore[arg-type]
+        checks.check_written("v_scale", call.v_scale)  # type: ignore[arg-type]
     call = _check_where(call)
     call = _check_rope(call)
     _check_norms(call)
@@ -123,10 +143,7 @@ def _check_caches(call: AppendCall) -> None:
                 f"{name} must have the heads and head_dim of {new_name}, {tuple(new.shape[-2:])}, got shape {tuple(cache.shape)}"
             )
         checks.check_last_dim_contiguous(name, cache)
-        if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride())):
-            raise ValueError(
-                f"{name} is written to, so it must not be expanded, got strides {tuple(cache.stride())} for shape {tuple(cache.shape)}"
-            )
+        checks.check_written(name, cache)
     checks.check_same_dtype("v_cache", call.v_cache, "k_cache", call.k_cache)
     checks.check_shape("v_cache", call.v_cache, (*call.k_cache.shape[:3], None), "(first three sizes of k_cache, any)")
 

@@ -14,7 +14,15 @@ from pytransformer.ops.backend import Outputs
 from pytransformer.ops.op import Op, requires_grad
 from pytransformer.ops.registered import Differentiable, RegisteredOp, like
 from pytransformer.ops.rope import by_cuda, by_torch, by_triton
-from pytransformer.ops.rope.call import RopeCall, check_positive, check_rope, check_rope_in_place, check_scaling
+from pytransformer.ops.rope.call import (
+    WRITTEN_IN_PLACE,
+    RopeCall,
+    check_positive,
+    check_rope,
+    check_rope_in_place,
+    check_scaling,
+    refusal,
+)
 
 
 def rope(
@@ -46,8 +54,9 @@ def rope(
         cu_seqlens: int32 (batch + 1), starts of the packed sequences and the total.
         interleaved: True rotates adjacent pairs (x[2i], x[2i + 1]) as GPT-J and the paper do; False rotates (x[i], x[i + rotary_dim / 2])
             as Llama does.
-        inplace: write into q and k and return them. Where a gradient is needed (grad mode on and q or k requires it) the result is
-            computed out of place all the same.
+        inplace: write into q and k and return them; they may be views of one buffer, but may share no element with each other or with
+            another argument. Where a gradient is needed (grad mode on and q or k requires it) the result is computed out of place all
+            the same.
         backend: "cuda", "triton", "torch" or "reference"; None = the first of them that can serve, unless ``use_backend`` or
             PYTRANSFORMER_BACKEND says otherwise.
 
@@ -56,8 +65,9 @@ def rope(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices or strides that do not fit; positions outside of the table. Positions that live on a GPU are not
-            read back: there, those outside are clamped to the table, and PYTRANSFORMER_DEBUG=1 makes them raise.
+        ValueError: shapes, devices or strides that do not fit; with ``inplace``, tensors that share memory; positions outside of the
+            table. Positions that live on a GPU are not read back: there, those outside are clamped to the table, and
+            PYTRANSFORMER_DEBUG=1 makes them raise.
         NotImplementedError: cos or sin requires grad, or the named backend cannot serve this call; the message says why.
     """
     tensor, number = (offsets, 0) if isinstance(offsets, Tensor) else (None, offsets)
@@ -152,7 +162,9 @@ _OUT_OF_PLACE = Op(
 _BACKENDS_IN_PLACE = (by_cuda.IN_PLACE, by_triton.IN_PLACE, by_torch.IN_PLACE, by_torch.REFERENCE_IN_PLACE)
 _IN_PLACE = Op(
     "rope",
-    RegisteredOp("rope_", RopeCall, _BACKENDS_IN_PLACE, lambda call, backend: (), 0, written=("q", "k")),
+    RegisteredOp(
+        *("rope_", RopeCall, _BACKENDS_IN_PLACE, lambda call, backend: (), 0), written=WRITTEN_IN_PLACE, refusal=refusal
+    ),
     check_rope_in_place,
     _BACKENDS_IN_PLACE,
     result=lambda call, outputs: (call.q, call.k),

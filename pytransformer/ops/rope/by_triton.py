@@ -9,14 +9,14 @@ from torch import Tensor
 
 from pytransformer.ops.backend import Backend, Limit, Outputs, no_float64
 from pytransformer.ops.launches import kept
-from pytransformer.ops.rope.call import RopeCall
+from pytransformer.ops.rope.call import RopeCall, refusal
 
 
 def _prepare(call: RopeCall, *, inplace: bool = False) -> Any:
     # Triton is imported when the first kernel is wanted, not with the package.
     from pytransformer.kernels.rope import RopeLaunch
 
-    return RopeLaunch(call, inplace=inplace)
+    return RopeLaunch(call, inplace=inplace, refuse=refusal(call) if inplace else None)
 
 
 def _plan(call: RopeCall, *, inplace: bool = False) -> Callable[[RopeCall], tuple[Tensor, Tensor | None]]:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from pytransformer.ops import checks
+from pytransformer.ops.overlap import Apart
 
 INTEGERS = (torch.int32, torch.int64)
+WRITTEN_IN_PLACE = ("q", "k")
 _LAYOUT = "(batch, seqlen, num_heads, head_dim) or packed (total, num_heads, head_dim)"
 
 
@@ -86,11 +88,17 @@ def check_rope(call: RopeCall) -> RopeCall:
     return call
 
 
+def refusal(call: RopeCall) -> Apart:
+    """What refuses calls in place that are laid out like this one, but share memory that is written."""
+    names = ("offsets" if name == "sequence_offsets" else name for name in call._fields)
+    return Apart(tuple(names), WRITTEN_IN_PLACE, call[:7])
+
+
 def check_rope_in_place(call: RopeCall) -> RopeCall:
     """The same for q and k that are written to."""
     call = check_rope(call)
     for name, tensor in (("q", call.q), ("k", call.k)):
-        if tensor is not None and any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride())):
+        if tensor is not None and checks.shares_own_memory(tensor):
             raise ValueError(
                 f"{name} must not be expanded for inplace=True: elements share memory (strides {tuple(tensor.stride())})"
             )
