@@ -188,7 +188,9 @@ def test_a_gradient_on_every_backend_or_a_refusal_on_every_backend(
             before = {key: tensor.detach().clone() for key, tensor in wanted.items()}
             with pytest.raises((RuntimeError, NotImplementedError), match=argument):
                 call(wanted, backend)
-            assert all(torch.equal(tensor, before[key]) for key, tensor in wanted.items()), "written before it was refused"
+            assert all(torch.equal(tensor, before[key]) for key, tensor in wanted.items()), (
+                "written before it was refused"
+            )
             with torch.no_grad():
                 call(wanted, backend)
         return

@@ -30,7 +30,9 @@ class Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         found = zip(ctx.reaches, ctx.likes)
-        return None, *(torch.ones_like(like) * gradients[0].to(like.dtype) if reaches else None for reaches, like in found)
+        return None, *(
+            torch.ones_like(like) * gradients[0].to(like.dtype) if reaches else None for reaches, like in found
+        )
 
 
 @dataclass(frozen=True)
