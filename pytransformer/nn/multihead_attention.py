@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,8 @@ from pytransformer.ops.checks import FLOAT_DTYPES
 from pytransformer.ops.precision import is_autocasting
 
 from .functional import MAX_HEAD_DIM, attend
+
+_HOOK = "pytransformer"  # key of a hook; torch's are numbers
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -133,27 +134,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         return (attended.transpose(0, 1) if batch_first else attended), weights
 
 
-class _Hooks(OrderedDict[int, Any]):
-    """A module's forward hooks, one more by their number, which is what torch's encoder layers ask for: whether any module in them has a
-    hook, or its weights may be handed to one fused function of torch's, in eval mode, past its forward."""
-
-    def __len__(self) -> int:
-        return super().__len__() + 1
-
-    def __bool__(self) -> bool:  # what nn.Module asks, whether there is one to be called
-        return super().__len__() > 0
+def call_forward(module: nn.MultiheadAttention) -> None:
+    """Keeps torch's encoder layers from handing a module's weights to one fused function of torch's, in eval mode, past its forward: they
+    do so where no module in them has a hook. ``out_proj`` is never called as a module, in torch either, so a hook there costs nothing."""
+    module.out_proj._forward_pre_hooks.setdefault(_HOOK, _never_called)  # type: ignore[call-overload]
 
 
-def call_forward(module: nn.Module) -> None:
-    """Keeps torch's encoder layers from going past a module's forward."""
-    if not isinstance(module._forward_hooks, _Hooks):
-        module._forward_hooks = _Hooks(module._forward_hooks)
-
-
-def leave_forward(module: nn.Module) -> None:
+def leave_forward(module: nn.MultiheadAttention) -> None:
     """Undoes :func:`call_forward`."""
-    if isinstance(module._forward_hooks, _Hooks):
-        module._forward_hooks = OrderedDict(module._forward_hooks)
+    module.out_proj._forward_pre_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
+
+
+def _never_called(self: Any, input: tuple[Tensor]) -> None:  # TorchScript wants the type that a Linear is called with
+    pass
 
 
 def multi_head_attention_forward(

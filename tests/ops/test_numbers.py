@@ -26,7 +26,7 @@ BACKENDS = ("reference", "torch", "triton")
 def test_a_checked_number_is_pythons(value: Any) -> None:
     number = checks.check_float("eps", value)
     assert type(number) is float and number == 0.5
-    with pytest.raises(ValueError, match="eps must be between 0.0 and 0.25, got 0.5"):
+    with pytest.raises(ValueError, match=r"eps must be between 0\.0 and 0\.25, got 0\.5"):
         checks.check_float("eps", value, minimum=0.0, maximum=0.25)
     with pytest.raises(TypeError, match="size must be an int"):
         checks.check_int("size", value)
@@ -240,7 +240,8 @@ def test_a_configuration_of_numpys_numbers() -> None:
 def test_modules_of_numpys_numbers(device: torch.device) -> None:
     attention = ptnn.Attention(
         np.int64(32), np.int64(4), num_kv_heads=np.int32(2), window=(np.int64(3), np.int64(0)), softmax_scale=np.float32(0.25),
-        qk_norm_eps=np.float32(1e-6), dropout=np.float32(0.0), causal=np.bool_(True), rotary=ptnn.RotaryEmbedding(np.int64(8), np.int64(16)),
+        qk_norm_eps=np.float32(1e-6), dropout=np.float32(0.0), causal=np.bool_(True),
+        rotary=ptnn.RotaryEmbedding(np.int64(8), np.int64(16)),
     ).to(device)  # fmt: skip
     plain = ptnn.Attention(
         32,
