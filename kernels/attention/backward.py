@@ -1,4 +1,4 @@
-"""Attention backward: dq, dk, dv (and the gradients of bias, sinks and ALiBi slopes) from the saved output and log-sum-exp, scores recomputed.
+"""Attention backward: dq, dk, dv (and the gradients of bias, sinks and ALiBi slopes) from the saved output and lse, scores recomputed.
 
 Two kernels, each looping over what its own tile meets, so nothing is added atomically and every run gives the same bits:
 
@@ -171,8 +171,8 @@ def attention_backward_dq_kernel(
         sink = tl.load(sinks_ptr + place.head).to(tl.float32)
         tl.store(dsinks_ptr, -tl.sum(common.weights(sink, shift, norm, LOG2E, traits.SCALE_FIRST) * delta, 0))
 
-    # delta is a sum over a rounded out, and what it is off by counts for a slope as often as keys are far away. What the sum over dp is beside
-    # it, times the mean distance, puts that right.
+    # delta is a sum over a rounded out, and what it is off by counts for a slope as much as keys are far away: its difference to the sum
+    # over dp, times the mean distance, is put right at the end.
     dslopes = tl.zeros([BLOCK_M], tl.float32)
     from_dp = tl.zeros([BLOCK_M], tl.float32)
     mean_distance = tl.zeros([BLOCK_M], tl.float32)

@@ -100,6 +100,9 @@ class TransformerConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        # Numbers of numpy's, as arithmetic with sizes gives them, become Python's: JSON and torch.compile know those.
+        for field in dataclasses.fields(self):
+            _set(self, field.name, _pythons(getattr(self, field.name)))
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_seqlen"):
             _check_int(name, getattr(self, name), minimum=1)
         self._fill_in()
@@ -310,6 +313,12 @@ class TransformerConfig:
 
 def _set(config: TransformerConfig, name: str, value: Any) -> None:
     object.__setattr__(config, name, value)  # the dataclass is frozen
+
+
+def _pythons(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_pythons, value))
+    return value.item() if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0 else value
 
 
 def _check_int(name: str, value: Any, *, minimum: int) -> None:

@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pytransformer.ops.checks import FLOAT_DTYPES
+from pytransformer.ops.precision import is_autocasting
+
 from .functional import MAX_HEAD_DIM, attend
+
+_HOOK = "pytransformer"  # key of a hook; torch's are numbers
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -29,21 +34,15 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def __init__(self, embed_dim: int, num_heads: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(embed_dim, num_heads, *args, **kwargs)
+        call_forward(self)
         if self.head_dim > MAX_HEAD_DIM:
             raise NotImplementedError(
                 f"MultiheadAttention serves a head_dim (embed_dim / num_heads) of at most {MAX_HEAD_DIM}, got {self.head_dim}"
             )
 
-    @property
-    def _qkv_same_embed_dim(self) -> bool:
-        # torch's encoder layers read this before they hand their own and this module's weights to one fused function of torch's, past
-        # forward. False keeps them from it; forward itself looks at in_proj_weight. Torch's constructor, which reads it to decide which
-        # weights to make, must see what it has just set.
-        return bool(self.__dict__["_qkv_same_embed_dim"]) and "in_proj_weight" not in self._parameters
-
-    @_qkv_same_embed_dim.setter
-    def _qkv_same_embed_dim(self, value: bool) -> None:
-        self.__dict__["_qkv_same_embed_dim"] = value
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        call_forward(self)  # of files that older versions wrote
 
     def _reset_parameters(self) -> None:
         for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
@@ -87,15 +86,67 @@ class MultiheadAttention(nn.MultiheadAttention):
             AssertionError, RuntimeError: as torch, for shapes and dtypes that do not fit.
             NotImplementedError: nested tensors.
         """
-        weights = Weights(
-            self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, self.in_proj_bias,
-            self.bias_k, self.bias_v, self.out_proj.weight, self.out_proj.bias,
-        )  # fmt: skip
-        options = Options(
-            self.embed_dim, self.num_heads, self.add_zero_attn, self.dropout if self.training else 0.0, need_weights,
-            average_attn_weights, is_causal, self.batch_first,
-        )  # fmt: skip
-        return _multi_head_attention(query, key, value, weights, options, key_padding_mask, attn_mask)
+        if torch.jit.is_scripting():
+            return self._by_torch(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        else:  # TorchScript leaves out the branch that is not taken, and only that
+            weights = Weights(
+                self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, self.in_proj_bias,
+                self.bias_k, self.bias_v, self.out_proj.weight, self.out_proj.bias,
+            )  # fmt: skip
+            options = Options(
+                self.embed_dim, self.num_heads, self.add_zero_attn, self.dropout if self.training else 0.0, need_weights,
+                average_attn_weights, is_causal, self.batch_first,
+            )  # fmt: skip
+            return _multi_head_attention(query, key, value, weights, options, key_padding_mask, attn_mask)
+
+    def _by_torch(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What TorchScript runs, which cannot see into our ops: torch's function."""
+        batch_first = self.batch_first and query.dim() == 3
+        if batch_first:
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        if self._qkv_same_embed_dim:
+            attended, weights = F.multi_head_attention_forward(
+                query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v,
+                self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias, training=self.training,
+                key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights, is_causal=is_causal,
+            )  # fmt: skip
+        else:
+            attended, weights = F.multi_head_attention_forward(
+                query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v,
+                self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias, training=self.training,
+                key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask, use_separate_proj_weight=True,
+                q_proj_weight=self.q_proj_weight, k_proj_weight=self.k_proj_weight, v_proj_weight=self.v_proj_weight,
+                average_attn_weights=average_attn_weights, is_causal=is_causal,
+            )  # fmt: skip
+        return (attended.transpose(0, 1) if batch_first else attended), weights
+
+
+def call_forward(module: nn.MultiheadAttention) -> None:
+    """Keeps torch's encoder layers from handing a module's weights to one fused function of torch's, in eval mode, past its forward: they
+    do so where no module in them has a hook. ``out_proj`` is never called as a module, in torch either, so a hook there costs nothing."""
+    module.out_proj._forward_pre_hooks.setdefault(_HOOK, _never_called)  # type: ignore[call-overload]
+
+
+def leave_forward(module: nn.MultiheadAttention) -> None:
+    """Undoes :func:`call_forward`."""
+    module.out_proj._forward_pre_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
+
+
+def _never_called(self: Any, input: tuple[Tensor]) -> None:  # TorchScript wants the type that a Linear is called with
+    pass
 
 
 def multi_head_attention_forward(
@@ -300,7 +351,10 @@ def _check_mask_dtype(name: str, mask: Tensor, dtype: torch.dtype) -> None:
         raise AssertionError(
             f"{name} must be boolean (True = ignore) or floating (added to the scores), got {mask.dtype}"
         )
-    if mask.is_floating_point() and mask.dtype not in (dtype, torch.float32):
+    allowed = {dtype, torch.float32}
+    if is_autocasting(mask.device.type):  # which casts the query, and the mask too
+        allowed.update(FLOAT_DTYPES)
+    if mask.is_floating_point() and mask.dtype not in allowed:
         raise RuntimeError(f"a floating {name} must have the dtype of query ({dtype}) or float32, got {mask.dtype}")
 
 
@@ -314,22 +368,32 @@ def _project(
         assert weights.q_proj_weight is not None and weights.k_proj_weight is not None
         assert weights.v_proj_weight is not None
         separate = (weights.q_proj_weight, weights.k_proj_weight, weights.v_proj_weight)
-        projected = [F.linear(*args) for args in zip((query, key, value), separate, biases)]
+        projected = [_linear(*args) for args in zip((query, key, value), separate, biases)]
     elif query is key and key is value:
-        projected = list(F.linear(query, weight, bias).chunk(3, dim=-1))
+        projected = list(_linear(query, weight, bias).chunk(3, dim=-1))
     elif key is value:
         weight_q, weight_kv = weight[:width], weight[width:]
         bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
-        projected = [F.linear(query, weight_q, bias_q), *F.linear(key, weight_kv, bias_kv).chunk(2, dim=-1)]
+        projected = [_linear(query, weight_q, bias_q), *_linear(key, weight_kv, bias_kv).chunk(2, dim=-1)]
     else:
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        projected = [F.linear(*args) for args in zip((query, key, value), weight.chunk(3), biases)]
-    q, k, v = (tensor.reshape(*tensor.shape[:-1], options.num_heads, -1) for tensor in projected)
+        projected = [_linear(*args) for args in zip((query, key, value), weight.chunk(3), biases)]
+    # Not -1, which an empty batch or sequence says nothing about.
+    heads = (options.num_heads, width // options.num_heads)
+    q, k, v = (tensor.reshape(*tensor.shape[:-1], *heads) for tensor in projected)
     static_k, static_v = (
         None if tensor is None else _static(name, tensor, q)
         for name, tensor in (("static_k", weights.static_k), ("static_v", weights.static_v))
     )
     return q, k if static_k is None else static_k, v if static_v is None else static_v
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``; a bias of another dtype is added in the wider one, as torch's module adds it, and the result has the weight's."""
+    if bias is None or bias.dtype == weight.dtype or is_autocasting(x.device.type):
+        return F.linear(x, weight, bias)
+    product = F.linear(x, weight)
+    return (product + bias).to(product.dtype)
 
 
 def _static(name: str, tensor: Tensor, q: Tensor) -> Tensor:
@@ -339,7 +403,7 @@ def _static(name: str, tensor: Tensor, q: Tensor) -> Tensor:
             f"{name} must have shape (batch * num_heads, seqlen_k, head_dim) = ({batch * num_heads}, any, {head_dim}), "
             f"got {tuple(tensor.shape)}"
         )
-    return tensor.reshape(batch, num_heads, -1, head_dim).transpose(1, 2)
+    return tensor.reshape(batch, num_heads, tensor.shape[1], head_dim).transpose(1, 2)
 
 
 def _append_keys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +54,8 @@ class RMSNorm(nn.RMSNorm):
         weight_offset: float = 0.0,
     ) -> None:
         self.weight_offset = weight_offset
-        shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
+        # As torch's: one of numpy's integers is a width too.
+        shape = int(normalized_shape) if isinstance(normalized_shape, numbers.Integral) else list(normalized_shape)  # type: ignore[call-overload]
         super().__init__(shape, eps=eps, elementwise_affine=elementwise_affine, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:

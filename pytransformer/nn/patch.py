@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from pytransformer.ops.norm import rms_norm
 
 from .functional import MAX_HEAD_DIM
-from .multihead_attention import MultiheadAttention
+from .multihead_attention import MultiheadAttention, call_forward, leave_forward
 from .norm import LayerNorm, RMSNorm
 
 SERVED: dict[type[nn.Module], type[nn.Module]] = {
@@ -124,6 +125,8 @@ def patch(model: nn.Module) -> PatchReport:
         elif found is not None:
             module.__dict__[_PATCH] = found
             module.__class__ = found.patched_class()
+            if found.own is MultiheadAttention:
+                call_forward(module)
             rows.append(PatchRow(name, found.original.__name__, _shown(found.own)))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and _holds_patched_attention(module):
@@ -146,6 +149,8 @@ def unpatch(model: nn.Module) -> int:
                 f"{name or 'the model'} has become a {type(module).__name__} since it was patched: undo that before unpatch"
             )
     for _, module in patched:
+        if isinstance(module, MultiheadAttention):
+            leave_forward(module)
         module.__class__ = module.__dict__.pop(_PATCH).original
     for module in model.modules():
         if _NESTED in module.__dict__:
@@ -261,11 +266,15 @@ def _find_other(module: nn.Module) -> _Patch | str:
     arguments = list(inspect.signature(kind.forward).parameters)[1:]
     if len(arguments) != 1:
         return f"its forward takes ({', '.join(arguments)})"
-    eps_name = next((name for name in EPSILONS if isinstance(getattr(module, name, None), float)), None)
+    eps_name = next((name for name in EPSILONS if _is_number(getattr(module, name, None))), None)
     if eps_name is None:
         return "its epsilon is not found"
     offset = _recognise(module, getattr(module, eps_name))
     return offset if isinstance(offset, str) else _Patch(kind, OtherRMSNorm, eps_name, offset)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, numbers.Integral))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -119,17 +120,23 @@ def check_last_dim_contiguous(name: str, tensor: Tensor) -> None:
         )
 
 
+# What torch's own functions take as numbers, these checks do: Python's, numpy's, and tensors without dimensions that need no gradient. All
+# return Python's, so what was checked has to be used.
+
+
 def check_bool(name: str, value: object) -> bool:
-    """TypeError unless True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {describe(value)}")
-    return value
+    """True or False, numpy's too; TypeError otherwise."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
 def check_int(name: str, value: Any, *, minimum: int | None = None, maximum: int | None = None) -> int:
     """An integer (or SymInt under tracing) within bounds; TypeError / ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        value = _python_number(name, value, numbers.Integral, "an int")
     if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
         raise ValueError(f"{name} must be {_bounds(minimum, maximum)}, got {value}")
     return value  # type: ignore[return-value]
@@ -144,8 +151,8 @@ def check_float(
     below: float | None = None,
 ) -> float:
     """A finite number with ``minimum <= value <= maximum`` and ``value < below``; TypeError / ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if type(value) not in (float, int) and not isinstance(value, (torch.SymInt, torch.SymFloat)):
+        value = _python_number(name, value, numbers.Real, "a number")
     # NaN too; comparisons, unlike math.isfinite, can be traced with symbolic numbers.
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
@@ -155,6 +162,21 @@ def check_float(
         bounds = _bounds(minimum, maximum) if below is None else f"at least {minimum} and below {below}"
         raise ValueError(f"{name} must be {bounds}, got {value}")
     return value  # type: ignore[return-value]
+
+
+def _python_number(name: str, value: Any, kind: type, wanted: str) -> int | float:
+    """A number of this kind as one of Python's; TypeError with what is wanted for anything else."""
+    if isinstance(value, Tensor):
+        integral = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if (
+            value.ndim == 0
+            and not value.requires_grad
+            and (integral or (value.is_floating_point() and kind is numbers.Real))
+        ):
+            return value.item()
+    elif isinstance(value, kind) and not isinstance(value, bool):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    raise TypeError(f"{name} must be {wanted}, got {describe(value)}")
 
 
 def _bounds(minimum: float | None, maximum: float | None) -> str:

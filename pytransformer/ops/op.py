@@ -128,7 +128,8 @@ class Op:
         # What the direct way refuses may be beyond its backend: an error of its own, or another backend's to serve.
         if error is not None and not isinstance(error, (KeyError, ValueError)):
             chosen = self._backends[self.choice.select(call, call[0].device.type, backend)]
-            if direct is None or chosen.direct is direct:
+            # A direct op may not know numpy's numbers, which the checks have made Python's.
+            if direct is None or (chosen.direct is direct and not self._has_foreign_numbers(given)):
                 raise error
         return self._walk(given, call, backend)
 
@@ -150,7 +151,9 @@ class Op:
 
     def _run(self, call: Any, backend: Backend) -> Outputs:
         tensors = call[: self.num_tensors]
-        if backend.is_transparent(call):
+        # On the meta device there are no values to read, as some backends do: the fake tensors of the registered op are all that is wanted.
+        is_meta = tensors[0].is_meta
+        if backend.is_transparent(call) and not (is_meta and self.rule is not None):
             return backend.run(call)
         if torch.compiler.is_compiling():
             return self.registered.listed(self.registered.op(*call, backend.name))
@@ -158,7 +161,7 @@ class Op:
         recorded = functorch_level() is not None or forward_ad._current_level >= 0
         if self.rule is not None and (recorded or (_is_grad_enabled() and requires_grad(self._grads(call)))):
             return self.rule(*call, backend.name)
-        if not is_plain(*tensors):
+        if is_meta or not is_plain(*tensors):
             return self.registered.listed(self.registered.op(*call, backend.name))
         outputs = backend.run(call)
         if self._written is not None:
@@ -168,7 +171,7 @@ class Op:
     def _keep(self, given: tuple[Any, ...], call: Any, backend: Backend, asked: str | None) -> None:
         """Keeps the launch of a checked call, unless values were read for its checks or tensors replaced."""
         tensors = call[: self.num_tensors]
-        if checks.DEBUG or not is_plain(*tensors) or (self.casts and is_any_autocast_enabled()):
+        if checks.DEBUG or not is_plain(*tensors) or call[0].is_meta or (self.casts and is_any_autocast_enabled()):
             return
         named = choice.requested_backend(asked)
         if named not in self._launches:
@@ -178,7 +181,7 @@ class Op:
         if (named, is_cuda) not in self._direct:
             first = self.choice.first(given[0].device.type, named)
             self._direct[named, is_cuda] = None if first is None else self._backends[first].direct
-        if any(before is not after for before, after in zip(given, tensors)):
+        if any(before is not after for before, after in zip(given, tensors)) or self._has_foreign_numbers(given):
             return
         if _any_readable(self._values(call)):
             return
@@ -192,6 +195,10 @@ class Op:
             if self._check_lengths is not None and _any_readable(self._lengths(call)):
                 launch = _after(self._check_lengths, self.call, launch)
             self._launches[named].add(given, launch if self._written is None else _marking(launch, self._written))
+
+    def _has_foreign_numbers(self, given: tuple[Any, ...]) -> bool:
+        """Whether an option is a number of numpy's or a tensor: checked calls have Python's, and launches are kept for those alone."""
+        return any(hasattr(option, "dtype") for option in given[self.num_tensors :])
 
     def forget(self) -> None:
         """Forgets what was kept: launches depend on which GPU they are for, and on which backends there are."""

@@ -77,7 +77,7 @@ class RegisteredOp:
 
     def __call__(self, *args: Any) -> Any:
         """Outputs of a flat call, which ends with the backend's name."""
-        if is_plain(*args[: self.num_tensors]):
+        if is_plain(*args[: self.num_tensors]) and not args[0].is_meta:
             return self.runs[args[-1]](self.call(*args[:-1]))
         return self.listed(self.op(*args))
 
@@ -137,7 +137,9 @@ class Differentiable:
     Args:
         op: the op.
         save: puts what the backward pass needs into the context; of (ctx, call, outputs).
-        gradients: by name of an argument; of (ctx, run, gradient of each output, or None). ``run`` is ``backward``, recorded if need be.
+        gradients: by name of an argument; of (ctx, run, gradient of each output). A gradient is None where nothing flows back, as of an
+            output that was not used or whose user (a reentrant checkpoint, say) has none for it; never are all of them. ``run`` is
+            ``backward``, recorded if need be.
         backward: the backward pass, of flat arguments; ``None`` = the op itself, which is then differentiable any number of times.
         title: of the public functions, for the refusal of a second derivative.
     """
@@ -158,9 +160,13 @@ class Differentiable:
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.backend = inputs[-1]
+            # An output that was not used costs no tensor of zeros.
+            ctx.set_materialize_grads(False)
             save(ctx, op.call(*inputs[:-1]), op.listed(output))  # type: ignore[arg-type]
 
         def differentiate(ctx: Any, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
+            if all(gradient is None for gradient in dout):
+                return (None,) * (len(fields) + 1)
             recorded = records_backward()
             run = (backward or op) if not recorded else (once or self.function).apply
             found = gradients(ctx, run, *dout)
@@ -199,13 +205,19 @@ def _once(backward: Callable[..., Any], title: str) -> Any:
         like = next(arg for arg in args if isinstance(arg, Tensor))
         return tuple(like.new_empty(0) if output is None else output for output in backward(*args))
 
-    def refuse(ctx: Any, *_: Tensor) -> Any:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.num_inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+
+    def refuse(ctx: Any, *gradients: Tensor | None) -> Any:
+        if all(gradient is None for gradient in gradients):
+            return (None,) * ctx.num_inputs
         raise RuntimeError(
             f"{title} has no double backward: its gradient was computed by a fused kernel; use backend='reference' "
             "where second derivatives are needed"
         )
 
-    return _function(f"{title} backward", forward, lambda ctx, inputs, output: None, refuse)
+    return _function(f"{title} backward", forward, setup_context, refuse)
 
 
 def vmap_by_loop(function: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

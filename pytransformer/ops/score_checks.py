@@ -127,14 +127,15 @@ def longest(cu_seqlens: Tensor | None) -> int | None:
     return max((end - start for start, end in itertools.pairwise(cu_seqlens.tolist())), default=0)
 
 
-def check_length_hint(side: str, hint: Any, cu_seqlens: Tensor | None, kind: str) -> None:
+def check_length_hint(side: str, hint: Any, cu_seqlens: Tensor | None, kind: str) -> int | None:
     """``max_seqlen_<side>``: an int for packed tensors (of this kind) only, not below the longest sequence."""
     if hint is None:
-        return
+        return None
     name = f"max_seqlen_{side}"
-    checks.check_int(name, hint, minimum=0)
+    hint = checks.check_int(name, hint, minimum=0)
     if cu_seqlens is None:
         raise ValueError(f"{name} is for packed {kind}: pass cu_seqlens_{side} too, got {hint} without it")
     known = longest(cu_seqlens)
     if known is not None and hint < known:
         raise ValueError(f"{name} must be at least the longest sequence ({known}), got {hint}")
+    return hint

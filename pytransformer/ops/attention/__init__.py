@@ -117,8 +117,6 @@ def _result(call: AttentionCall, outputs: Outputs) -> Tensor | tuple[Tensor, Ten
 def _save(ctx: Any, call: AttentionCall, outputs: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*outputs, *call[:_NUM_TENSORS])
     ctx.options, ctx.return_lse = call[_NUM_TENSORS:], call.return_lse
-    # An output that was not used costs no tensor of zeros.
-    ctx.set_materialize_grads(False)
     if not call.return_lse:
         ctx.mark_non_differentiable(outputs[1])
 

@@ -138,11 +138,11 @@ def _check_qkv(call: AttentionCall) -> AttentionCall:
         checks.check_head_dim(name, tensor.shape[-1])
         checks.check_last_dim_contiguous(name, tensor)
     call = call._replace(q=q, k=k, v=v)
-    _check_packing(call)
-    return call
+    return _check_packing(call)
 
 
-def _check_packing(call: AttentionCall) -> None:
+def _check_packing(call: AttentionCall) -> AttentionCall:
+    hints = {}
     for side, tokens, cu_seqlens, hint in (
         ("q", call.q, call.cu_seqlens_q, call.max_seqlen_q),
         ("k", call.k, call.cu_seqlens_k, call.max_seqlen_k),
@@ -150,7 +150,8 @@ def _check_packing(call: AttentionCall) -> None:
         if cu_seqlens is not None:
             batch = None if side == "q" else batch_size(call)
             checks.check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, tokens.shape[0], call.q.device, batch)
-        check_length_hint(side, hint, cu_seqlens, "sequences")
+        hints[f"max_seqlen_{side}"] = check_length_hint(side, hint, cu_seqlens, "sequences")
+    return call._replace(**hints)  # type: ignore[arg-type]
 
 
 def _scores(call: AttentionCall) -> Scores:
@@ -183,12 +184,12 @@ def _dropout_seed(value: Any, device: torch.device, is_needed: bool) -> Tensor |
         seed = checks.check_tensor("dropout_seed", value, ndim=1, dtypes=(torch.int64,), device=device, layout="(2)")
         checks.check_shape("dropout_seed", seed, (2,), "(seed, offset)")
         return seed if is_needed else None
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
-        raise TypeError(
-            f"dropout_seed must be an int, an int64 tensor (seed, offset) or None, got {checks.describe(value)}"
-        )
     if value is not None:
-        checks.check_int("dropout_seed", value, minimum=-(2**63), maximum=2**64 - 1)
+        if isinstance(value, (bool, float, str, tuple, list)):
+            raise TypeError(
+                f"dropout_seed must be an int, an int64 tensor (seed, offset) or None, got {checks.describe(value)}"
+            )
+        value = checks.check_int("dropout_seed", value, minimum=-(2**63), maximum=2**64 - 1)
     if not is_needed:
         return None
     if value is None:

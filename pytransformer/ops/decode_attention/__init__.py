@@ -123,7 +123,7 @@ _DECODE = Op(
     check_decode_attention,
     _BACKENDS,
     result=_result,
-    grads=("q", "k_cache", "v_cache", "bias", "sinks"),
+    grads=("q", "k_cache", "v_cache", "bias", "alibi_slopes", "sinks", "k_scale", "v_scale"),
     values=("cu_seqlens_q", "mask", "bias", "k_scale", "v_scale"),
     lengths=("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad"),
     check_lengths=check_lengths,

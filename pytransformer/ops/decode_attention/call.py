@@ -71,7 +71,7 @@ def batch_size(call: DecodeCall) -> int:
 def check_decode_attention(call: DecodeCall) -> DecodeCall:
     """Checks a call as the user gave it and returns it normalised; see ``decode_attention`` for the errors."""
     call = _check_q_and_caches(call)
-    _check_places(call)
+    call = _check_places(call)
     check_scales(call)
     call = call._replace(
         causal=checks.check_bool("causal", call.causal),
@@ -114,7 +114,7 @@ def _check_q_and_caches(call: DecodeCall) -> DecodeCall:
     return call._replace(q=q, k_cache=k_cache, v_cache=v_cache)
 
 
-def _check_places(call: DecodeCall) -> None:
+def _check_places(call: DecodeCall) -> DecodeCall:
     """cache_seqlens, cu_seqlens_q, block_table, cache_batch_idx, cache_leftpad: shapes, dtypes and how they go together."""
     device = call.q.device
     checks.check_tensor(
@@ -126,10 +126,11 @@ def _check_places(call: DecodeCall) -> None:
     elif call.q.shape[0] != batch:
         raise ValueError(f"cache_seqlens must have shape (batch) = ({call.q.shape[0]}), got {(batch,)}")
     check_index("cache_seqlens", call.cache_seqlens, batch, device)
-    check_length_hint("q", call.max_seqlen_q, call.cu_seqlens_q, "queries")
+    hint = check_length_hint("q", call.max_seqlen_q, call.cu_seqlens_q, "queries")
     if call.cache_leftpad is not None:
         check_index("cache_leftpad", call.cache_leftpad, batch, device)
     check_rows(call, batch, hint="block_table or cache_batch_idx")
+    return call._replace(max_seqlen_q=hint)
 
 
 def _check_score_terms(call: DecodeCall) -> DecodeCall:

@@ -96,7 +96,7 @@ def check_kv_append(call: AppendCall) -> AppendCall:
         checks.check_written("v_scale", call.v_scale)  # type: ignore[arg-type]
     call = _check_where(call)
     call = _check_rope(call)
-    _check_norms(call)
+    call = _check_norms(call)
     check_values(call)
     return call
 
@@ -188,7 +188,7 @@ def _per_token(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], call: 
 
 
 def _check_rope(call: AppendCall) -> AppendCall:
-    checks.check_bool("interleaved", call.interleaved)
+    call = call._replace(interleaved=checks.check_bool("interleaved", call.interleaved))
     if (call.cos is None) != (call.sin is None):
         given, missing = ("cos", "sin") if call.sin is None else ("sin", "cos")
         raise ValueError(f"cos and sin go together: {given} is given, {missing} is None")
@@ -214,9 +214,9 @@ def _check_rope(call: AppendCall) -> AppendCall:
     return call._replace(positions=positions, cos=cos.contiguous(), sin=sin.contiguous())
 
 
-def _check_norms(call: AppendCall) -> None:
-    checks.check_float("norm_eps", call.norm_eps, minimum=0.0)
-    checks.check_float("norm_weight_offset", call.norm_weight_offset)
+def _check_norms(call: AppendCall) -> AppendCall:
+    eps = checks.check_float("norm_eps", call.norm_eps, minimum=0.0)
+    offset = checks.check_float("norm_weight_offset", call.norm_weight_offset)
     if call.q_norm_weight is not None and call.q is None:
         raise ValueError("q_norm_weight is given without q")
     for name, weight in (("q_norm_weight", call.q_norm_weight), ("k_norm_weight", call.k_norm_weight)):
@@ -225,6 +225,7 @@ def _check_norms(call: AppendCall) -> None:
             checks.check_tensor(name, weight, ndim=1, dtypes=dtypes, device=call.k.device, layout="(head_dim)")
             checks.check_shape(name, weight, (call.k.shape[-1],), "(head_dim)")
             checks.check_last_dim_contiguous(name, weight)
+    return call._replace(norm_eps=eps, norm_weight_offset=offset)
 
 
 def check_values(call: AppendCall) -> None:

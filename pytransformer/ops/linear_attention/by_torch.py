@@ -37,7 +37,7 @@ def _run(call: LinearAttentionCall) -> Outputs:
 
 def _by_chunks(call: LinearAttentionCall, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """(batch, num_kv_heads, group, seqlen, value_dim) and the last state."""
-    decay = torch.ones_like(state[0, :, 0, 0, 0]) if call.decay is None else call.decay.to(state.dtype)
+    decay = state.new_ones(state.shape[1]) if call.decay is None else call.decay.to(state.dtype)
     decay = decay[:, None, None, None]
     age = torch.arange(min(CHUNK, q.shape[3]) + 1, device=q.device)[:, None]
     powers, outputs = decay**age, []

@@ -42,8 +42,8 @@ def split_state(initial_state: Any) -> tuple[Any, Any]:
 def check_linear_attention(call: LinearAttentionCall) -> LinearAttentionCall:
     """Checks a call as the user gave it; see ``linear_attention`` for the errors. Under autocast q, k and v are cast to its dtype."""
     call = _check_qkv(call)
-    for name in ("causal", "normalize", "return_state"):
-        checks.check_bool(name, getattr(call, name))
+    flags = {name: checks.check_bool(name, getattr(call, name)) for name in ("causal", "normalize", "return_state")}
+    call = call._replace(**flags)  # type: ignore[arg-type]
     if call.causal and call.q.shape[1] != call.k.shape[1]:
         raise ValueError(
             f"causal=True needs a query for each key, got seqlen {call.q.shape[1]} of q and {call.k.shape[1]} of k"

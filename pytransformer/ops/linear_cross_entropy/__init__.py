@@ -129,8 +129,6 @@ def _total_outputs(call: TotalCall, backend: str) -> tuple[Any, ...]:
 def _save_gradients(ctx: Any, call: TotalCall, outputs: tuple[Tensor, ...]) -> None:
     gradients = outputs[1:]
     ctx.mark_non_differentiable(*gradients)
-    # Or the gradients' gradients would come as zeros of their size.
-    ctx.set_materialize_grads(False)
     # The inputs only to see a second derivative coming.
     ctx.save_for_backward(*gradients, call.x, call.weight, call.bias)
     ctx.wanted = call[4:7]

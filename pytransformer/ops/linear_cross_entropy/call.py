@@ -77,8 +77,7 @@ class Wanted(NamedTuple):
 def check_loss(call: Any) -> Any:
     """Checks a :class:`LossesCall` or :class:`TotalCall` as the user gave it; see ``linear_cross_entropy`` for the errors."""
     x, weight, bias = _check_tensors(call.x, call.weight, call.targets, call.bias)
-    _check_options(call, weight.shape[0])
-    return call._replace(x=x, weight=weight, bias=bias)
+    return call._replace(x=x, weight=weight, bias=bias, **_checked_options(call, weight.shape[0])._asdict())
 
 
 def _check_tensors(x: Any, weight: Any, targets: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -106,12 +105,16 @@ def _check_tensors(x: Any, weight: Any, targets: Any, bias: Any) -> tuple[Tensor
     return x, weight, bias
 
 
-def _check_options(call: Any, vocab_size: int) -> None:
+def _checked_options(call: Any, vocab_size: int) -> Options:
     targets, ignore_index = call.targets, checks.check_int("ignore_index", call.ignore_index)
-    checks.check_float("label_smoothing", call.label_smoothing, minimum=0.0, maximum=1.0)
-    checks.check_float("softcap", call.softcap, minimum=0.0)
-    checks.check_float("z_loss", call.z_loss, minimum=0.0)
+    options = Options(
+        ignore_index,
+        checks.check_float("label_smoothing", call.label_smoothing, minimum=0.0, maximum=1.0),
+        checks.check_float("softcap", call.softcap, minimum=0.0),
+        checks.check_float("z_loss", call.z_loss, minimum=0.0),
+    )
     if checks.readable(targets):
         inside = targets.masked_fill(targets == ignore_index, 0)
         meaning = f"token ids, or ignore_index ({ignore_index}),"
         checks.check_values("targets", inside, 0, vocab_size - 1, meaning)
+    return options

@@ -132,8 +132,6 @@ def _gradient_outputs(call: NormGradientCall, backend: str) -> tuple[Any, ...]:
 def _save(ctx: Any, call: NormCall, outputs: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, _, ctx.weight_offset, ctx.is_rms = call
     _, s, mean, rstd = outputs
-    # An output that was not used costs no tensor of zeros.
-    ctx.set_materialize_grads(False)
     if residual is None:
         ctx.mark_non_differentiable(s, mean, rstd)
     else:

@@ -67,7 +67,9 @@ class _CpuRmsNorm(torch.autograd.Function):
         ctx.save_for_backward(s, weight, output[1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # whoever used y has no gradient for it, like a reentrant checkpoint that only looks at it
+            return None, None, None
         s, weight, rstd = ctx.saved_tensors
         if records_backward():
             # A derivative of the gradient is wanted: torch's own composite has one.

@@ -105,11 +105,10 @@ def rope_tables(
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range, an unknown method, a missing key or a key's value out of range.
     """
-    checks.check_int("rotary_dim", rotary_dim, minimum=2)
+    rotary_dim = checks.check_int("rotary_dim", rotary_dim, minimum=2)
     if rotary_dim % 2:
         raise ValueError(f"rotary_dim must be even (features rotate in pairs), got {rotary_dim}")
-    checks.check_int("length", length, minimum=0)
-    check_positive("base", base)
+    length, base = checks.check_int("length", length, minimum=0), check_positive("base", base)
     if scaling is not None:
         check_scaling(scaling, rotary_dim)
     return reference.rope_tables(rotary_dim, length, base=base, scaling=scaling, device=device)
@@ -125,16 +124,19 @@ def _outputs(call: RopeCall, backend: str) -> tuple[Any, ...]:
 def _save(ctx: Any, call: RopeCall, outputs: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*call[2:7])
     ctx.interleaved, ctx.reverse, ctx.offset = call[7:]
-    ctx.has_k = call.k is not None
+    ctx.names = ("q",) if call.k is None else ("q", "k")
 
 
-def _gradients(ctx: Any, run: Any, dq: Tensor, dk: Tensor) -> dict[str, Tensor | None]:
-    """The transpose is the rotation by the opposite angle, of which the same holds."""
+def _gradients(ctx: Any, run: Any, *gradients: Tensor | None) -> dict[str, Tensor | None]:
+    """The transpose is the rotation by the opposite angle, of which the same holds; of one gradient alone as of two."""
+    wanted = zip(ctx.names, gradients, ctx.needs_input_grad)
     # A gradient may be expanded, like that of a sum.
-    dq, dk = dq.contiguous(), dk.contiguous()
+    given = {name: gradient.contiguous() for name, gradient, want in wanted if gradient is not None and want}
+    if not given:
+        return {}
     options = (ctx.interleaved, not ctx.reverse, ctx.offset, ctx.backend)
-    rotated = run(dq, dk if ctx.has_k else None, *ctx.saved_tensors, *options)
-    return {name: grad for name, grad, want in zip("qk", rotated, ctx.needs_input_grad) if want}
+    rotated = run(*given.values(), *(None,) * (2 - len(given)), *ctx.saved_tensors, *options)
+    return dict(zip(given, rotated))
 
 
 def _results(call: RopeCall, outputs: Outputs) -> tuple[Tensor, Tensor | None]:

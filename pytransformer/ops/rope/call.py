@@ -31,10 +31,12 @@ class RopeCall(NamedTuple):
     offset: int
 
 
-def check_positive(name: str, value: Any) -> None:
-    """TypeError unless a number, ValueError unless finite and greater than 0."""
-    if checks.check_float(name, value) <= 0:
-        raise ValueError(f"{name} must be greater than 0, got {value}")
+def check_positive(name: str, value: Any) -> float:
+    """A number; TypeError if it is none, ValueError unless finite and greater than 0."""
+    number = checks.check_float(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be greater than 0, got {number}")
+    return number
 
 
 def check_scaling(scaling: Any, rotary_dim: int) -> None:
@@ -65,7 +67,7 @@ def check_scaling(scaling: Any, rotary_dim: int) -> None:
 def check_rope(call: RopeCall) -> RopeCall:
     """Checks a call as the user gave it; see ``rope`` for the errors."""
     q, k, cos, sin = call[:4]
-    checks.check_bool("interleaved", call.interleaved)
+    call = call._replace(interleaved=checks.check_bool("interleaved", call.interleaved))
     checks.check_tensor("q", q, ndim=(3, 4), dtypes=checks.FLOAT_DTYPES_AND_DOUBLE, layout=_LAYOUT)
     checks.check_last_dim_contiguous("q", q)
     if k is not None:
@@ -83,9 +85,8 @@ def check_rope(call: RopeCall) -> RopeCall:
     offsets = call.offset if call.sequence_offsets is None else call.sequence_offsets
     if call.positions is not None:
         _check_positions(q, cos.shape[0], call.positions, offsets)
-        return call._replace(cu_seqlens=None)
-    _check_offsets(q, cos.shape[0], offsets, call.cu_seqlens)
-    return call
+        return call._replace(cu_seqlens=None, offset=0)
+    return _check_offsets(call, offsets)
 
 
 def refusal(call: RopeCall) -> Apart:
@@ -133,19 +134,20 @@ def _check_positions(q: Tensor, length: int, positions: Any, offsets: Any) -> No
     checks.check_values("positions", positions, 0, length - 1, "rows of cos and sin")
 
 
-def _check_offsets(q: Tensor, length: int, offsets: Any, cu_seqlens: Tensor | None) -> None:
+def _check_offsets(call: RopeCall, offsets: Any) -> RopeCall:
+    q, length, cu_seqlens = call.q, call.cos.shape[0], call.cu_seqlens
     seqlen = q.shape[-3]
     if cu_seqlens is not None:
         # Lengths of packed sequences are values: known where they may be read, else at least not negative.
         known = checks.readable(cu_seqlens) and cu_seqlens.shape[0] > 1
         seqlen = int(cu_seqlens.diff().max()) if known else 0
     if not isinstance(offsets, Tensor):
-        checks.check_int("offsets", offsets, minimum=0)
+        offsets = checks.check_int("offsets", offsets, minimum=0)
         if offsets + seqlen > length:
             raise ValueError(
                 f"cos and sin must have a row for each position: {offsets} (offsets) + {seqlen} (tokens) rows, got {length}"
             )
-        return
+        return call._replace(offset=offsets)
     batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 1 if q.ndim == 3 else q.shape[0]
     checks.check_tensor("offsets", offsets, ndim=1, dtypes=INTEGERS, device=q.device, layout="(batch)")
     checks.check_shape("offsets", offsets, (batch,), "(batch,)")
@@ -159,3 +161,4 @@ def _check_offsets(q: Tensor, length: int, offsets: Any, cu_seqlens: Tensor | No
                 f"offsets must leave room in the {length} rows of cos and sin: sequence {sequence} ends at position "
                 f"{int(ends[sequence])} (offset {int(offsets[sequence])})"
             )
+    return call

@@ -62,19 +62,20 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _slope_gradient_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Backward passes that give slopes their gradient: those of each sequence of a packed call, which a kernel of its own sums."""
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, v, dout = (torch.empty(256, 2, 64, dtype=dtype) for _ in range(4))
+    """Backward passes that give slopes their gradient; of each sequence of a packed call a kernel of its own sums them."""
+    for dtype, shape in ((torch.float32, (2, 128)), (torch.bfloat16, (256,))):
+        q, k, v, dout = (torch.empty(*shape, 2, 64, dtype=dtype) for _ in range(4))
         arguments: dict[str, Any] = {
             "out": torch.empty_like(dout),
-            "lse": torch.empty(2, 256),
+            "lse": torch.empty(*shape[:-1], 2, shape[-1]),
             "dlse": None,
             "softmax_scale": 0.125,
             "causal": True,
             "alibi_slopes": torch.empty(2, 2),
             "want_dslopes": True,
         }
-        arguments["cu_seqlens_q"] = arguments["cu_seqlens_k"] = torch.tensor([0, 100, 256], dtype=torch.int32)
+        if len(shape) == 1:
+            arguments["cu_seqlens_q"] = arguments["cu_seqlens_k"] = torch.tensor([0, 100, 256], dtype=torch.int32)
         name = f"attention_slope_gradient-{str(dtype).removeprefix('torch.')}-d64"
         yield name, functools.partial(backward, dout, q, k, v, **arguments)
 
