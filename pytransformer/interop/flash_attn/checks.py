@@ -68,8 +68,8 @@ def check_alibi_slopes(alibi_slopes: Any, batch: int | None = None, num_heads: i
 def window_of(window_size: Any) -> tuple[int, int]:
     """(left, right) with -1 for anything negative, all of which means unlimited in flash_attn.
 
-    Any pair does, as there, where its two elements are only looked up: a tuple, a list, a tensor or array of two integers (read on the host),
-    or a pair of tensors or of numpy's integers.
+    Any pair does, as there, where its two elements are only looked up: a tuple, a list, a tensor or array of two integers (read on the
+    host), or a pair of tensors or of numpy's integers.
     """
     try:
         left, right = window_size.tolist() if _is_array(window_size) else window_size

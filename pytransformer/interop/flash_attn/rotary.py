@@ -31,8 +31,8 @@ def apply_rotary_emb(
         cos, sin: (length, rotary_dim / 2), any floating dtype; rotary_dim at most head_dim, the other features pass unchanged.
         interleaved: True rotates adjacent pairs (GPT-J), False pairs i with i + rotary_dim / 2 (Llama, GPT-NeoX).
         inplace: write into x and return it. Where a gradient is needed the result is computed aside and copied into x. Of a leaf that
-            requires grad, or a part of one, which torch lets nothing write to, the memory is written and a tensor over that memory returned:
-            it carries the gradient to the leaf as it was before, as in flash_attn; the leaf itself has no memory of having been rotated.
+            requires grad, or a part of one, which torch lets nothing write to, the memory is written and a tensor over it returned: it
+            carries the gradient to the leaf as it was before, as in flash_attn; autograd does not know that the leaf was rotated.
         seqlen_offsets: position of each sequence's first token: an int, or int32 or int64 (batch).
         cu_seqlens: int32 or int64 (batch + 1), starts of the packed sequences and the total.
         max_seqlen: length of the longest packed sequence; required with ``cu_seqlens``.
@@ -67,7 +67,7 @@ def apply_rotary_emb(
         return rotated
     # The op keeps x where a gradient is needed; here it must change, and autograd follows a copy.
     if _is_of_a_leaf(x) and torch.is_grad_enabled():
-        written: Tensor = _WrittenToLeaf.apply(rotated, x.detach())
+        written: Tensor = _WrittenToLeaf.apply(rotated, x.detach())  # type: ignore[no-untyped-call]
         return written
     return x.copy_(rotated)
 
