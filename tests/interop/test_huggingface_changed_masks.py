@@ -61,6 +61,10 @@ def test_generation_differs_where_layers_append_keys_or_choose_some(model_class,
     }
     expected, actual = (model.generate(ids, **inputs, **options) for model in (eager, ours))
     assert torch.equal(actual, expected)
+    if model_class is DeepseekV32ForCausalLM:  # unwritten slots may be among the chosen
+        options["cache_implementation"] = "static"
+        expected, actual = (model.generate(ids, **inputs, **options) for model in (eager, ours))
+        assert torch.equal(actual, expected)
 
 
 def test_a_bidirectional_encoder_without_is_causal_becomes_causal():
@@ -186,6 +190,11 @@ def test_indices_of_chosen_blocks_are_ignored():
     module = module_of(indexer=module_of(block_size=2))
     out, _ = attention_forward(module, query, key, value, None, is_causal=False, block_indices=blocks)
     torch.testing.assert_close(out, expected_of(query, key, value, mask=chosen[None, :, None].expand(1, 4, 5, 5)))
+    starts = torch.tensor([0, 3, 5], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="block_indices: blocks are counted from the start of a row"):
+        attention_forward(
+            module, query, key, value, None, block_indices=blocks, cu_seq_lens_q=starts, cu_seq_lens_k=starts
+        )
 
 
 def test_padding_and_chosen_keys_both_hold_where_the_op_for_decoding_serves(monkeypatch):

@@ -102,7 +102,7 @@ def attention_forward(
         a warning once, as "sdpa" does.
 
     Raises:
-        NotImplementedError: an argument that changes attention and is not served.
+        NotImplementedError: an argument that changes attention and is not served; ``block_indices`` with packed sequences.
         RuntimeError: a mask that is neither boolean nor floating, as "sdpa" raises.
         ValueError, TypeError: shapes, dtypes and values that do not fit; see ``pytransformer.attention``.
     """
@@ -245,6 +245,10 @@ def _with_chosen(
         among = _members(indices, num_keys)[:, None]
         chosen = among if chosen is None else chosen & among
     if block_indices is not None:
+        if visible.packing is not None:
+            raise NotImplementedError(
+                f"attn_implementation='{NAME}': block_indices: blocks are counted from the start of a row, not of a packed text: pad them"
+            )
         size = int(module.indexer.block_size)  # type: ignore[union-attr,arg-type]
         among = _members(block_indices, -(-num_keys // size)).repeat_interleave(size, -1)[..., :num_keys]
         among = among.repeat_interleave(q.shape[2] // among.shape[1], 1)
@@ -253,8 +257,8 @@ def _with_chosen(
 
 
 def _members(indices: Tensor, size: int) -> Tensor:
-    """Boolean (..., size), True at the indices that stand in (..., any number); negative ones stand for none."""
-    places = torch.where(indices < 0, size, indices).long()
+    """Boolean (..., size), True at the indices that stand in (..., any number); those outside (a cache's unwritten slots) for none."""
+    places = torch.where((indices < 0) | (indices >= size), size, indices).long()
     return torch.zeros(*indices.shape[:-1], size + 1, dtype=torch.bool, device=indices.device).scatter_(
         -1, places, True
     )[..., :size]
