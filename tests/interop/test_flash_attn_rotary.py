@@ -96,6 +96,36 @@ def test_inplace_writes_into_x_and_returns_it(requires_grad, backend, device):
             assert torch.equal(gradient[:, :, 1:], torch.ones_like(gradient[:, :, 1:]))
 
 
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_a_leaf_variable_that_requires_grad_is_being_used_in_an_in_place_operation(backend, part, device):
+    """flash_attn rotates a leaf, or a part of one, where it lies, and its own tests ask for the gradient of what it returns."""
+    x, cos, sin, options, _ = draw(CASES["partial, interleaved, offset"], torch.float32, 0, device)
+    leaf = (torch.stack((x, x), 2) if part else x.clone()).requires_grad_()
+    cotangent = torch.randn_like(x)
+    with use_backend(backend):
+        apart = x.clone().requires_grad_()
+        expected = apply_rotary_emb(apart, cos, sin, **options)
+        (expected_gradient,) = torch.autograd.grad(expected, apart, cotangent)
+        out = apply_rotary_emb(leaf[:, :, 1] if part else leaf, cos, sin, inplace=True, **options)
+        out.backward(cotangent)
+    memory, gradient = (leaf[:, :, 1], leaf.grad[:, :, 1]) if part else (leaf, leaf.grad)
+    assert torch.equal(out, expected) and torch.equal(memory, expected)
+    assert out.data_ptr() == memory.data_ptr()
+    assert torch.equal(gradient, expected_gradient)
+    if part:
+        assert torch.equal(leaf[:, :, 0], x) and not leaf.grad[:, :, 0].any()
+
+
+def test_what_saved_a_leaf_before_it_was_rotated_notices(device):
+    x, cos, sin, options, _ = draw(CASES["half"], torch.float32, 0, device)
+    leaf = x.requires_grad_()
+    square = leaf * leaf
+    apply_rotary_emb(leaf, cos, sin, inplace=True, **options)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
 def test_inplace_where_the_last_dimension_is_not_contiguous(device):
     x, cos, sin, options, _ = draw(CASES["half"], torch.float32, 0, device)
     scattered = x.transpose(2, 3).contiguous().transpose(2, 3)
@@ -153,9 +183,6 @@ def test_mistakes_raise_what_flash_attn_raises(device):
     ):
         with pytest.raises(error, match=words):
             apply_rotary_emb(*arguments)
-    leaf = x.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
-        apply_rotary_emb(leaf, cos, sin, inplace=True)
 
 
 def test_what_is_known_from_values_raises_on_a_cpu():

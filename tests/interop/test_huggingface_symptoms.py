@@ -170,6 +170,21 @@ def test_packed_sequences_attend_to_each_other(family, by, device):
     contract.check()
 
 
+def test_packed_sequences_of_a_model_that_leaves_position_ids_out_of_its_mask(device):
+    """GPT-OSS makes its masks without them: the texts see each other, as in "eager". cu_seq_lens keep them apart."""
+    lengths = (9, 1, 4)
+    plain, ours = build("gpt_oss", "eager", device), build("gpt_oss", NAME, device)
+    ids, positions, cu_seq_lens = packed_inputs(lengths, device)
+    packed = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        together, eager = ours(**packed).logits[0], plain(**packed).logits[0]
+        apart = ours(**packed, **cu_seq_lens).logits[0]
+        alone = torch.cat([plain(part, use_cache=False).logits[0] for part in ids.split(lengths, dim=1)])
+    for actual, expected in ((together, eager), (apart, alone)):
+        torch.testing.assert_close(actual / expected.abs().max(), expected / expected.abs().max())
+    assert (together - apart).abs().max() > 0.1 * apart.abs().max()
+
+
 def results_of_sequences(model, inputs, lengths):
     """Logits, and the gradient of the first key projection; each sequence by itself where lengths are given."""
     model.zero_grad()

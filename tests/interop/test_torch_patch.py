@@ -98,6 +98,62 @@ def test_torchs_own_layers_are_reached(served, training, device):
     assert len(served) == 2 * SEEDS
 
 
+def test_a_padded_batch_in_evaluation_takes_torchs_fast_path(served, device):
+    """It would go past the block, as nested tensors too, and leaves zeros where there is padding."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2).to(device).eval()
+    x, padding = torch.randn(2, 6, 16, device=device), torch.zeros(2, 6, dtype=torch.bool, device=device)
+    padding[1, 4:] = True
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=padding)
+        assert not served
+        with patch_sdpa():
+            actual = model(x, src_key_padding_mask=padding)
+    assert len(served) == 2
+    torch.testing.assert_close(actual[~padding], expected[~padding])
+    assert not expected[padding].any() and actual[padding].any()
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_nested_tensors_are_refused_as_the_guide_says(fallback, served, device):
+    module = torch.nn.MultiheadAttention(16, 2, batch_first=True).to(device).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], device=device)
+        heads = torch.nested.nested_tensor([torch.randn(3, 2, 8), torch.randn(5, 2, 8)], layout=torch.jagged)
+        heads = heads.to(device).transpose(1, 2)
+        with torch.no_grad():
+            module(nested, nested, nested, need_weights=False)
+            expected = F.scaled_dot_product_attention(heads, heads, heads)
+            with patch_sdpa(fallback=fallback):
+                with pytest.raises(AssertionError, match="outside of its fast path"):
+                    module(nested, nested, nested, need_weights=False)
+                if fallback:
+                    left = F.scaled_dot_product_attention(heads, heads, heads)
+                    for part, wanted in zip(left.unbind(), expected.unbind()):
+                        assert torch.equal(part, wanted)
+                else:
+                    with pytest.raises(NotImplementedError, match="nested"):
+                        F.scaled_dot_product_attention(heads, heads, heads)
+    assert not served
+
+
+def test_torchscript_is_reached_by_tracing_alone(served, device):
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, q, q)
+
+    q = torch.randn(1, 2, 5, 16, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(attend)
+        with patch_sdpa():
+            scripted(q)
+            assert not served
+            traced = torch.jit.trace(attend, (q,))
+    assert served
+    torch.testing.assert_close(traced(q), attend(q))
+
+
 def test_asking_for_weights_stays_with_torch(served, device):
     module = torch.nn.MultiheadAttention(16, 2).to(device)
     x = torch.randn(5, 1, 16, device=device)

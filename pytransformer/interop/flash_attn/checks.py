@@ -66,14 +66,29 @@ def check_alibi_slopes(alibi_slopes: Any, batch: int | None = None, num_heads: i
 
 
 def window_of(window_size: Any) -> tuple[int, int]:
-    """(left, right) with -1 for anything negative, all of which means unlimited in flash_attn."""
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise RuntimeError(f"window_size must be a pair (left, right) of ints, got {checks.describe(window_size)}")
+    """(left, right) with -1 for anything negative, all of which means unlimited in flash_attn.
+
+    Any pair does, as there, where its two elements are only looked up: a tuple, a list, a tensor or array of two integers (read on the
+    host), or a pair of tensors or of numpy's integers.
+    """
+    try:
+        left, right = window_size.tolist() if _is_array(window_size) else window_size
+    except (TypeError, ValueError):
+        raise RuntimeError(
+            f"window_size must be a pair (left, right) of ints, got {checks.describe(window_size)}"
+        ) from None
     left, right = (
-        checks.check_int(f"window_size[{place}] ({side})", window_size[place])
-        for place, side in enumerate(("left", "right"))
+        checks.check_int(f"window_size[{place}] ({side})", number.item() if _is_array(number) else number)
+        for place, (side, number) in enumerate((("left", left), ("right", right)))
     )
     return max(left, -1), max(right, -1)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a tensor, or an array or number of numpy's."""
+    if isinstance(value, (int, torch.SymInt, tuple, list)):  # the tracer asks a symbolic number nothing else
+        return False
+    return isinstance(value, Tensor) or (hasattr(value, "dtype") and hasattr(value, "tolist"))
 
 
 def softcap_of(softcap: Any) -> float:

@@ -76,7 +76,7 @@ def flash_attn_func(
         dropout_p: probability, at least 0 and below 1, that a weight is dropped; 0.0 in evaluation.
         softmax_scale: 1 / sqrt(head_dim) if None.
         causal: see above.
-        window_size: (left, right), inclusive; negative = unlimited.
+        window_size: (left, right), inclusive; negative = unlimited. Any pair of integers: a tuple, a list, a tensor of two.
         softcap: c > 0 replaces a scaled score s by c · tanh(s / c); anything else is off.
         alibi_slopes: float32 (num_heads) or (batch, num_heads): -slope · |d| is added to the scores.
         deterministic: gradients with the same bits each run. False leaves it to ``torch.use_deterministic_algorithms``.

@@ -30,8 +30,9 @@ def apply_rotary_emb(
         x: (batch, seqlen, num_heads, head_dim), or packed (total, num_heads, head_dim) with ``cu_seqlens``.
         cos, sin: (length, rotary_dim / 2), any floating dtype; rotary_dim at most head_dim, the other features pass unchanged.
         interleaved: True rotates adjacent pairs (GPT-J), False pairs i with i + rotary_dim / 2 (Llama, GPT-NeoX).
-        inplace: write into x and return it. Where a gradient is needed the result is computed aside and copied into x, which torch
-            refuses for a leaf that requires grad.
+        inplace: write into x and return it. Where a gradient is needed the result is computed aside and copied into x. Of a leaf that
+            requires grad, or a part of one, which torch lets nothing write to, the memory is written and a tensor over it returned: it
+            carries the gradient to the leaf as it was before, as in flash_attn; autograd does not know that the leaf was rotated.
         seqlen_offsets: position of each sequence's first token: an int, or int32 or int64 (batch).
         cu_seqlens: int32 or int64 (batch + 1), starts of the packed sequences and the total.
         max_seqlen: length of the longest packed sequence; required with ``cu_seqlens``.
@@ -65,7 +66,28 @@ def apply_rotary_emb(
     if not inplace or rotated is x:
         return rotated
     # The op keeps x where a gradient is needed; here it must change, and autograd follows a copy.
+    if _is_of_a_leaf(x) and torch.is_grad_enabled():
+        written: Tensor = _WrittenToLeaf.apply(rotated, x.detach())  # type: ignore[no-untyped-call]
+        return written
     return x.copy_(rotated)
+
+
+def _is_of_a_leaf(x: Tensor) -> bool:
+    """Whether x is a leaf that requires grad, or a view of one."""
+    base = x._base if x._base is not None else x
+    return base.requires_grad and base.is_leaf
+
+
+class _WrittenToLeaf(torch.autograd.Function):
+    """``memory``, after ``result`` was written there; a gradient goes to ``result`` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, memory: Tensor) -> Tensor:
+        return memory.copy_(result).view_as(memory)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def _table(table: Tensor) -> Tensor:

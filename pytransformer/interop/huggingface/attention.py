@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from pytransformer.interop.huggingface.masks import UNLIMITED, DeferredMask
+from pytransformer.interop.huggingface.models import takes_additive_masks
 from pytransformer.ops.attention import attention
 from pytransformer.ops.checks import readable
 from pytransformer.ops.decode_attention import decode_attention
@@ -60,6 +61,8 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
@@ -70,12 +73,14 @@ def attention_forward(
     """Attention function for ``AttentionInterface``.
 
     Args:
-        module: the attention module; its ``is_causal`` counts where ``is_causal`` and ``attention_mask`` are None, as with "sdpa".
+        module: the attention module. Its ``config`` says whether it is part of a model with this implementation. Elsewhere, and while a
+            compiler traces, its ``is_causal`` counts where ``is_causal`` and ``attention_mask`` are None, as with "sdpa".
         query: (batch, num_heads, query_length, head_dim). Any head_dim up to 256.
         key, value: (batch, num_kv_heads, kv_length, head_dim), not repeated.
         attention_mask: what :func:`attention_mask` returned; or a custom mask that broadcasts to (batch, num_heads, query_length,
             kv_length): boolean, True = attend, or floating, added to the scores. With a mask, ``is_causal`` and ``sliding_window`` say
-            nothing: all is in the mask. Longer masks are cut to kv_length.
+            nothing: all is in the mask. Longer masks are cut to kv_length. None in a model that was given this implementation hides
+            nothing, as with "eager".
         dropout: probability; the model passes 0 in evaluation.
         scaling: factor of the scores; 1 / sqrt(head_dim) if None.
         is_causal: see ``module``. A single query sees every key.
@@ -83,6 +88,10 @@ def attention_forward(
         softcap: c replaces a score s by c · tanh(s / c).
         s_aux: (num_heads), learnt sinks.
         position_bias: (1 or batch, num_heads, query_length, kv_length), added to the scores, differentiable.
+        indices: integers (batch, query_length, any number), the keys that each query is left with of those it may see (DeepSeek's sparse
+            attention); negative = none.
+        block_indices: integers (batch, groups, query_length, any number), the same for blocks of ``module.indexer.block_size`` keys and for
+            each group of heads (MiniMax M3).
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1), starts of the sequences packed in the rows of query and key, one row after another.
         max_length_q, max_length_k: length of the longest.
         deterministic: True asks for gradients of the same bits each run.
@@ -93,7 +102,7 @@ def attention_forward(
         a warning once, as "sdpa" does.
 
     Raises:
-        NotImplementedError: an argument that changes attention and is not served.
+        NotImplementedError: an argument that changes attention and is not served; ``block_indices`` with packed sequences.
         RuntimeError: a mask that is neither boolean nor floating, as "sdpa" raises.
         ValueError, TypeError: shapes, dtypes and values that do not fit; see ``pytransformer.attention``.
     """
@@ -106,6 +115,8 @@ def attention_forward(
     if visible.num_keys is not None and visible.num_keys < k.shape[1]:
         k, v = k[:, : visible.num_keys], v[:, : visible.num_keys]
     visible = _with_bias(visible, position_bias, k.shape[1])
+    if indices is not None or block_indices is not None:
+        visible = _with_chosen(visible, module, q, k.shape[1], indices, block_indices)
     options = {
         "softmax_scale": scaling if scaling is not None else query.shape[-1] ** -0.5,
         "softcap": 0.0 if softcap is None else softcap,
@@ -157,16 +168,27 @@ def _visible(
         mask = mask.dense()
     if mask is not None:
         return _of_custom_mask(mask, kv_length)
+    return _of_no_mask(module, query_length, kv_length, is_causal, sliding_window)
+
+
+def _of_no_mask(
+    module: torch.nn.Module, query_length: int, kv_length: int, is_causal: bool | None, sliding_window: int | None
+) -> _Visible:
+    config = getattr(module, "config", None)
+    is_of_a_model = getattr(config, "_attn_implementation", None) == NAME
+    # What our mask function left out hides nothing, and so does what a model leaves out itself: it treats every name but "sdpa" as "eager".
+    if is_of_a_model and (not torch.compiler.is_compiling() or takes_additive_masks(config)):
+        return _Visible()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = UNLIMITED if sliding_window is None else (int(sliding_window) - 1, int(sliding_window) - 1)
     if not causal or query_length == 1:
         return _Visible(window=window)
-    if query_length > kv_length:
+    if query_length > kv_length or (is_of_a_model and query_length < kv_length):
         raise ValueError(
             f"causal attention of {query_length} queries over {kv_length} keys without a mask does not say where the queries stand; "
             "pass an attention_mask or is_causal=False"
         )
-    # Without a mask transformers means an empty cache with room behind the prompt: query i stands at key i.
+    # Without a mask "sdpa" means an empty cache with room behind the prompt: query i stands at key i.
     return _Visible(True, window, query_length)
 
 
@@ -209,6 +231,39 @@ def _with_bias(visible: _Visible, position_bias: Tensor | None, num_keys: int) -
     return replace(visible, bias=position_bias if visible.bias is None else visible.bias + position_bias)
 
 
+def _with_chosen(
+    visible: _Visible,
+    module: torch.nn.Module,
+    q: Tensor,
+    num_keys: int,
+    indices: Tensor | None,
+    block_indices: Tensor | None,
+) -> _Visible:
+    """What of the visible keys is left where a layer has chosen some of them for each query."""
+    chosen = visible.mask
+    if indices is not None:
+        among = _members(indices, num_keys)[:, None]
+        chosen = among if chosen is None else chosen & among
+    if block_indices is not None:
+        if visible.packing is not None:
+            raise NotImplementedError(
+                f"attn_implementation='{NAME}': block_indices: blocks are counted from the start of a row, not of a packed text: pad them"
+            )
+        size = int(module.indexer.block_size)  # type: ignore[union-attr,arg-type]
+        among = _members(block_indices, -(-num_keys // size)).repeat_interleave(size, -1)[..., :num_keys]
+        among = among.repeat_interleave(q.shape[2] // among.shape[1], 1)
+        chosen = among if chosen is None else chosen & among
+    return replace(visible, mask=chosen)
+
+
+def _members(indices: Tensor, size: int) -> Tensor:
+    """Boolean (..., size), True at the indices that stand in (..., any number); those outside (a cache's unwritten slots) for none."""
+    places = torch.where((indices < 0) | (indices >= size), size, indices).long()
+    return torch.zeros(*indices.shape[:-1], size + 1, dtype=torch.bool, device=indices.device).scatter_(
+        -1, places, True
+    )[..., :size]
+
+
 def _pad_head_dim(tensor: Tensor) -> Tensor:
     """Zero features up to a multiple of 8 change no product; the last dimension contiguous."""
     missing = -tensor.shape[-1] % HEAD_DIM_MULTIPLE
@@ -231,7 +286,8 @@ def _attend(
     if _is_decoding(q, k, v, visible, options["sinks"], grad_options["dropout_p"]):
         mask = visible.mask
         if visible.key_padding_mask is not None:
-            mask = visible.key_padding_mask[:, None, None, :]
+            padding = visible.key_padding_mask[:, None, None, :]
+            mask = padding if mask is None else mask & padding
         cache_seqlens = torch.full((batch,), kv_length, dtype=torch.int32, device=q.device)
         out = decode_attention(q, k, v, cache_seqlens, mask=mask, **terms)
     else:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import masking_utils
 
+from pytransformer.interop.huggingface.models import takes_additive_masks
 from pytransformer.ops.checks import readable
 
 UNLIMITED = (-1, -1)
@@ -54,7 +55,8 @@ class _Contents:
 
 
 class DeferredMask(Tensor):
-    """A boolean mask (batch, 1, query_length, kv_length), True = attend, that is computed when an operation first reads it.
+    """A mask (batch, 1, query_length, kv_length) that is computed when an operation first reads it: boolean, True = attend, or floating,
+    added to the scores.
 
     ``attention_forward`` takes ``pattern`` instead as long as nothing has read it. Any torch operation sees an ordinary tensor, and may
     have changed it: from then on the tensor counts.
@@ -67,9 +69,9 @@ class DeferredMask(Tensor):
 
     @staticmethod
     def __new__(
-        cls, pattern: MaskPattern, contents: _Contents, shape: Sequence[int], device: torch.device
+        cls, pattern: MaskPattern, contents: _Contents, shape: Sequence[int], device: torch.device, dtype: torch.dtype
     ) -> DeferredMask:
-        mask: DeferredMask = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=torch.bool, device=device)
+        mask: DeferredMask = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         mask.pattern, mask._contents = pattern, contents
         return mask
 
@@ -85,9 +87,9 @@ class DeferredMask(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default) or _is_whole_slice(func, args):
             mask = args[0]
-            return cls(mask.pattern, mask._contents, mask.shape, mask.device)
+            return cls(mask.pattern, mask._contents, mask.shape, mask.device, mask.dtype)
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -96,6 +98,14 @@ class DeferredMask(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeferredMask(shape={tuple(self.shape)}, pattern={self.pattern})"
+
+
+def _is_whole_slice(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is a slice that leaves a deferred mask as it is: many models cut masks to the number of keys, which they have already."""
+    if func is not torch.ops.aten.slice.Tensor or not isinstance(args[0], DeferredMask):
+        return False
+    mask, dim, start, end, step = args + (0, None, None, 1)[len(args) - 1 :]
+    return not start and step == 1 and (end is None or end >= mask.shape[dim])
 
 
 def attention_mask(
@@ -123,21 +133,28 @@ def attention_mask(
         options: what transformers passes beside (``local_size``, ``dtype``, ``config``, ``use_vmap``).
 
     Returns:
-        None, where every key is visible that causality (of the module) leaves; a :class:`DeferredMask`; or a boolean tensor. Both of shape
-        (batch, 1, q_length, kv_length), True = attend.
+        (batch, 1, q_length, kv_length), a :class:`DeferredMask` or an ordinary tensor. Boolean, True = attend; for a ``config`` whose
+        models do not know boolean masks (:func:`takes_additive_masks`) of ``dtype``, 0 = attend and the least number elsewhere, as "eager"
+        has it. Or None: a full mask, a single query that sees every key (with boolean masks), and a causal mask that hides nothing else
+        where no ``config`` is given or a compiler traces. Elsewhere models treat a name that is not "sdpa" as "eager", whose causal masks
+        are always there: they cut off queries, or append keys, and extend the mask.
 
     Raises:
         ValueError: the mask is for a model that computes attention in code of its own, which expects masks of another kind.
     """
+    config = options.get("config")
+    is_additive = config is not None and takes_additive_masks(config)
     build = partial(
-        masking_utils.sdpa_mask,
+        masking_utils.eager_mask if is_additive else masking_utils.sdpa_mask,
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, device=device, **options,
     )  # fmt: skip
     if isinstance(q_offset, Tensor) or masking_utils.is_tracing(attention_mask):
         # A traced mask is ordinary tensors. So is that of a static cache being filled: it is made outside a compiled region and passed in.
         skips = {
-            "allow_is_causal_skip": allow_is_causal_skip and torch.compiler.is_compiling(),
+            "allow_is_causal_skip": allow_is_causal_skip
+            and torch.compiler.is_compiling()
+            and q_length in (1, kv_length),
             "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
         }
         traced: Tensor | None = build(**skips)
@@ -149,13 +166,22 @@ def attention_mask(
         dense: Tensor = build()
         return dense
     pattern = replace(pattern, padding=_padding(attention_mask, batch_size, kv_length, kv_offset))
-    may_skip = allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip
-    if may_skip and _says_nothing(pattern, q_length, kv_length):
+    says_nothing = _says_nothing(pattern, q_length, kv_length)
+    if says_nothing and not pattern.causal and allow_is_bidirectional_skip:
         return None
-    if q_length == 1:  # linear in the length as it is, and of one shape at every step
+    if (
+        says_nothing
+        and pattern.causal
+        and allow_is_causal_skip
+        and not is_additive
+        and (config is None or q_length == 1)
+    ):
+        return None
+    if q_length == 1 and not says_nothing:  # linear in the length as it is, and of one shape at every step
         row: Tensor = build()
         return row
-    return DeferredMask(pattern, _Contents(build), (batch_size, 1, q_length, kv_length), torch.device(device))
+    dtype = options.get("dtype", torch.float32) if is_additive else torch.bool
+    return DeferredMask(pattern, _Contents(build), (batch_size, 1, q_length, kv_length), torch.device(device), dtype)
 
 
 def _refuse_attention_of_its_own() -> None:
