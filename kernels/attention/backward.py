@@ -462,7 +462,7 @@ class BackwardLaunch:
         if dsinks is not None:
             assert call.sinks is not None
             dsinks = dsinks.view(self._sums_of_sinks).sum((0, 2)).to(call.sinks.dtype)
-        if self._sum_of_slopes is not None:
+        if self._sum_of_slopes is not None and dslopes is not None:
             dslopes = self._sum_of_slopes(call, dslopes)
         return dq, dk, dv, dbias, dsinks, dslopes
 

@@ -41,7 +41,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         call_forward(self)  # of files that older versions wrote
 
     def _reset_parameters(self) -> None:
@@ -86,7 +86,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             AssertionError, RuntimeError: as torch, for shapes and dtypes that do not fit.
             NotImplementedError: nested tensors.
         """
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._by_torch(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -137,7 +137,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 def call_forward(module: nn.MultiheadAttention) -> None:
     """Keeps torch's encoder layers from handing a module's weights to one fused function of torch's, in eval mode, past its forward: they
     do so where no module in them has a hook. ``out_proj`` is never called as a module, in torch either, so a hook there costs nothing."""
-    module.out_proj._forward_pre_hooks.setdefault(_HOOK, _never_called)  # type: ignore[call-overload]
+    module.out_proj._forward_pre_hooks.setdefault(_HOOK, _never_called)  # type: ignore[arg-type]
 
 
 def leave_forward(module: nn.MultiheadAttention) -> None:

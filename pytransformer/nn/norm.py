@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ class RMSNorm(nn.RMSNorm):
     ) -> None:
         self.weight_offset = weight_offset
         # As torch's: one of numpy's integers is a width too.
-        shape = int(normalized_shape) if isinstance(normalized_shape, numbers.Integral) else list(normalized_shape)  # type: ignore[call-overload]
+        is_width = isinstance(normalized_shape, numbers.Integral)
+        shape: Any = int(normalized_shape) if is_width else list(normalized_shape)  # type: ignore[arg-type]
         super().__init__(shape, eps=eps, elementwise_affine=elementwise_affine, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:

@@ -139,7 +139,7 @@ def check_int(name: str, value: Any, *, minimum: int | None = None, maximum: int
         value = _python_number(name, value, numbers.Integral, "an int")
     if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
         raise ValueError(f"{name} must be {_bounds(minimum, maximum)}, got {value}")
-    return value  # type: ignore[return-value]
+    return value  # type: ignore[no-any-return]
 
 
 def check_float(
@@ -161,10 +161,10 @@ def check_float(
     if low or high:
         bounds = _bounds(minimum, maximum) if below is None else f"at least {minimum} and below {below}"
         raise ValueError(f"{name} must be {bounds}, got {value}")
-    return value  # type: ignore[return-value]
+    return value  # type: ignore[no-any-return]
 
 
-def _python_number(name: str, value: Any, kind: type, wanted: str) -> int | float:
+def _python_number(name: str, value: Any, kind: type, wanted: str) -> Any:
     """A number of this kind as one of Python's; TypeError with what is wanted for anything else."""
     if isinstance(value, Tensor):
         integral = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
@@ -175,7 +175,7 @@ def _python_number(name: str, value: Any, kind: type, wanted: str) -> int | floa
         ):
             return value.item()
     elif isinstance(value, kind) and not isinstance(value, bool):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
+        return int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore[arg-type]
     raise TypeError(f"{name} must be {wanted}, got {describe(value)}")
 
 

@@ -132,10 +132,10 @@ def check_length_hint(side: str, hint: Any, cu_seqlens: Tensor | None, kind: str
     if hint is None:
         return None
     name = f"max_seqlen_{side}"
-    hint = checks.check_int(name, hint, minimum=0)
+    length = checks.check_int(name, hint, minimum=0)
     if cu_seqlens is None:
-        raise ValueError(f"{name} is for packed {kind}: pass cu_seqlens_{side} too, got {hint} without it")
+        raise ValueError(f"{name} is for packed {kind}: pass cu_seqlens_{side} too, got {length} without it")
     known = longest(cu_seqlens)
-    if known is not None and hint < known:
-        raise ValueError(f"{name} must be at least the longest sequence ({known}), got {hint}")
-    return hint
+    if known is not None and length < known:
+        raise ValueError(f"{name} must be at least the longest sequence ({known}), got {length}")
+    return length

@@ -203,3 +203,21 @@ def test_a_gradient_on_every_backend_or_a_refusal_on_every_backend(
         call({**tensors, argument: leaf}, backend).backward()
         assert leaf.grad is not None, backend
         torch.testing.assert_close(leaf.grad, golden.to(leaf.dtype))
+
+
+def test_cuda_leaves_slopes_that_train_to_others_and_never_forgets_them() -> None:
+    """Its kernels give them no gradient: the call is refused, and so is a backward pass that wants it all the same, as of torch.func."""
+    from pytransformer.ops.attention import by_cuda
+    from pytransformer.ops.attention.call import AttentionCall
+    from pytransformer.ops.attention.gradient import attention_backward
+
+    tensors = {name: tensor.bfloat16() for name, tensor in qkv().items()}
+    slopes = torch.rand(2, requires_grad=True)
+    call = AttentionCall(**tensors, alibi_slopes=slopes)
+    assert "no gradient of alibi_slopes" in (by_cuda.BACKEND.why_not(call) or "")
+    with torch.no_grad():
+        assert by_cuda.BACKEND.why_not(call) is None
+    assert by_cuda.BACKEND.why_not(call._replace(alibi_slopes=slopes.detach())) is None
+    out, lse = tensors["q"], torch.zeros(2, 2, 7)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="'cuda' gives no gradient of alibi_slopes"):
+        attention_backward(out, None, out, lse, *call, False, True, "cuda")

@@ -358,12 +358,18 @@ def _packed_gradients(given: Any, call: AttentionCall) -> tiled.Gradients:
 
 
 def _is_transparent(call: AttentionCall) -> bool:
-    """Whether scaled_dot_product_attention serves. Neither torch.compile's tracer nor torch.func can read cu_seqlens."""
+    """Whether scaled_dot_product_attention serves. Neither tracers nor torch.func can read cu_seqlens; on meta there is nothing to read."""
     if is_empty(call):
         return False
     if not is_packed(call):
         return serves_by_sdpa(call, call.q.shape[1], call.k.shape[1])
-    if torch.compiler.is_compiling() or functorch_level() is not None or type(call.cu_seqlens_q) not in PLAIN_TYPES:
+    starts = call.cu_seqlens_q
+    if (
+        torch.compiler.is_compiling()
+        or functorch_level() is not None
+        or type(starts) not in PLAIN_TYPES
+        or call.q.is_meta
+    ):
         return False
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()  # type: ignore[union-attr]
     lengths = zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k))
