@@ -17,7 +17,7 @@ EMULATED := tests/cuda tests/ops/test_norm.py tests/ops/test_norm_checks.py test
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
-.PHONY: help demo test test-all coverage cuda sanitize gate gate-figures lint types gpu gpu-bench bench peers readme-numbers clean venv
+.PHONY: help demo test test-all coverage cuda sanitize gate gate-figures lint types gpu gpu-bench bench peers readme-numbers huggingface-classes clean venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
@@ -73,6 +73,9 @@ lint: $(VENV)/.dev ## ruff (lint and format), and the import contract
 
 types: $(VENV)/.dev ## mypy --strict on pytransformer/
 	$(BIN)/mypy
+
+huggingface-classes: $(VENV)/.dev ## every model class of the installed transformers beside eager attention (20 minutes); writes tests/interop/huggingface_classes.json
+	$(TEST_ENV) $(BIN)/python -m tests.interop.huggingface_walk
 
 bench: $(VENV)/.dev ## every benchmark row on this machine, tables and pictures in runs/bench; on a CPU a smoke run at tiny sizes (≤ 2 minutes)
 	$(BIN)/pytransformer bench --peers --plot

@@ -73,8 +73,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 8},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "LongcatFlashConfig": {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "head_dim": 8},
-    "Mistral4Config": {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "head_dim": 8},
+    "LongcatFlashConfig": {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "head_dim": 8, "qk_head_dim": 16},
+    "Mistral4Config": {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "head_dim": 16, "qk_head_dim": 16},
+    "NemotronConfig": {"num_key_value_heads": 2},
+    "NeoMMEConfig": {"head_dim": 16},
     "MobileBertConfig": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "embedding_size": 32},
     "RecurrentGemmaConfig": {"num_hidden_layers": 3, "lru_width": 32},
 }  # fmt: skip
