@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.attention.scratch import Scratch
-from pytransformer.ops.attention.tiles import Problem, Tile, exp_, part
+from pytransformer.ops.attention.tiles import Problem, Tile, exp_, largest_of, part
 
 Keys = Callable[[slice, slice], tuple[Tensor, Tensor]]
 
@@ -24,25 +24,27 @@ def attend(call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor
     """(out, lse) of dense sequences: (batch, seqlen_q, num_heads, value head_dim), (batch, num_heads, seqlen_q)."""
     problem = Problem(call, *call.k.shape[1:3], first_sequence)
     k, v = problem.heads_first(call.k), problem.heads_first(call.v)
-    problem.trust(_largest(call.q), _largest(k))
+    largest = largest_of(k)
 
     def keys(sequences: slice, cols: slice) -> tuple[Tensor, Tensor]:
         which = problem.kv_heads(sequences)
         return k[which, cols], v[which, cols]
 
-    return attend_keys(problem, keys, call.v.shape[-1])
+    return attend_keys(problem, keys, call.v.shape[-1], largest)
 
 
-def attend_keys(problem: Problem, keys: Keys, value_dim: int) -> tuple[Tensor, Tensor]:
+def attend_keys(problem: Problem, keys: Keys, value_dim: int, largest_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same, of keys and values that come a slice of sequences and positions at a time, as ``Problem.heads_first`` gives them."""
     call, dtype = problem.call, problem.dtype
     out = call.q.new_empty((*call.q.shape[:-1], value_dim))
     lse = torch.empty((problem.batch, problem.num_heads, problem.seqlen_q), dtype=dtype, device=call.q.device)
     memory = Scratch(dtype, call.q.device)
     for sequences, rows in problem.row_blocks():
-        q = problem.block(call.q, sequences, rows)
+        q = problem.block("q", call.q, sequences, rows, memory).mul_(problem.factor)
+        if largest_k is not None:
+            problem.trust(q, largest_k)
         maximum, total = _start(problem, q, rows.stop - rows.start)
-        accumulator = torch.zeros((*q.shape[:2], value_dim), dtype=dtype, device=q.device)
+        accumulator = memory.take("accumulator", *problem.block_shape(sequences, rows, value_dim)).zero_()
         for tile in problem.tiles(sequences, rows):
             k, v = keys(sequences, tile.cols)
             weights, _ = problem.scores(q, k, tile, memory)
@@ -91,10 +93,6 @@ def _kept_scale(dropout_p: float) -> float:
     return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, math.inf, dtype=torch.promote_types(tensor.dtype, torch.float32))
-
-
 class Gradients(NamedTuple):
     """What the backward pass returns, in the dtype of the scores; None for what is not wanted or not there."""
 
@@ -128,7 +126,7 @@ class _Backward:
             given = given._replace(out=wide)
         self.given, self.call = given, call
         self.k, self.v = problem.heads_first(call.k), problem.heads_first(call.v)
-        problem.trust(_largest(call.q), _largest(self.k))
+        self.largest_k = largest_of(self.k)
         self.dk, self.dv = torch.zeros_like(self.k), torch.zeros_like(self.v)
         # One of a slope or a bias may be there without the other being wanted.
         self.dbias = _zeros(problem.bias if given.wants_bias else None, problem.dtype)
@@ -140,7 +138,9 @@ class _Backward:
         call, problem = self.call, self.problem
         dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
         for sequences, rows in problem.row_blocks():
-            q, dout = (problem.block(tensor, sequences, rows) for tensor in (call.q, self.given.dout))
+            q = problem.block("q", call.q, sequences, rows, self.memory).mul_(problem.factor)
+            dout = problem.block("dout", self.given.dout, sequences, rows, self.memory)
+            problem.trust(q, self.largest_k)
             delta = self._delta(dout, sequences, rows)
             lse = self.given.lse[sequences, :, rows].to(problem.dtype)
             if self.dsinks is not None:
@@ -148,19 +148,24 @@ class _Backward:
                 self.dsinks -= (torch.exp(logits - lse) * delta.view(lse.shape)).nan_to_num_(0.0).sum(dim=(0, 2))
             # A row that sees nothing has lse -inf: with +inf its weights are 0.
             lse = lse.masked_fill(lse == -math.inf, math.inf).view(*q.shape[:2], 1)
-            dq_block = torch.zeros_like(q)
+            dq_block = self.memory.take("dq", *q.shape).zero_()
             for tile in problem.tiles(sequences, rows):
                 self._add_tile(tile, q, dout, lse, delta, dq_block)
             dq[sequences, rows] = problem.unblock(dq_block.mul_(call.softmax_scale), sequences, rows)
-        self.dk.mul_(call.softmax_scale)
+        if call.softcap > 0:
+            self.dk.mul_(call.softcap)
         dslopes = None if self.dslopes is None else self.dslopes.view(call.alibi_slopes.shape)  # type: ignore[union-attr]
         dbias = None if self.dbias is None else self.dbias.view(call.bias.shape)  # type: ignore[union-attr]
         return Gradients(dq, self._heads_last(self.dk), self._heads_last(self.dv), dbias, self.dsinks, dslopes)
 
+    def _add_product(self, sum_: Tensor, a: Tensor, b: Tensor) -> None:
+        """sum += aᵀ b, into a part of a larger tensor, for which the fused form has no fast path."""
+        sum_.add_(torch.bmm(a.transpose(1, 2), b, out=self.memory.take("product", *sum_.shape)))
+
     def _delta(self, dout: Tensor, sequences: slice, rows: slice) -> Tensor:
         """Σ_j weight · its gradient, by row; what comes in through lse counts against it."""
-        out = self.problem.block(self.given.out, sequences, rows)
-        delta = (dout * out).sum(dim=-1, keepdim=True)
+        out = self.problem.block("out", self.given.out, sequences, rows, self.memory)
+        delta = out.mul_(dout).sum(dim=-1, keepdim=True)
         if self.given.dlse is not None:
             dlse = self.given.dlse[sequences, :, rows].to(delta.dtype)
             delta -= dlse.reshape(delta.shape)
@@ -176,20 +181,20 @@ class _Backward:
         dscores = torch.bmm(dout, v.transpose(1, 2), out=memory.take("dscores", *weights.shape))
         kept = problem.kept(tile, memory)
         if kept is None:
-            dv.baddbmm_(weights.transpose(1, 2), dout)
+            self._add_product(dv, weights, dout)
         else:
             scale = _kept_scale(self.call.dropout_p)
             problem.by_head(dscores, tile).mul_(kept)
             dscores.mul_(scale)
             remaining = memory.take("remaining", *weights.shape)
             torch.mul(problem.by_head(weights, tile), kept, out=problem.by_head(remaining, tile))
-            dv.baddbmm_(remaining.transpose(1, 2), dout, alpha=scale)
+            self._add_product(dv, remaining.mul_(scale), dout)
         dscores.sub_(delta).mul_(weights)
         self._add_terms(problem.by_head(dscores, tile), tile)
         if tanh is not None:
             # d tanh(x) = (1 - tanh²) dx
             dscores.addcmul_(tanh.square_(), dscores, value=-1)
-        dk.baddbmm_(dscores.transpose(1, 2), q)
+        self._add_product(dk, dscores, q)
         dq.baddbmm_(dscores, k)
 
     def _add_terms(self, dscores: Tensor, tile: Tile) -> None:

@@ -17,10 +17,10 @@ from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.attention.dropout import kept
 from pytransformer.ops.attention.scratch import Scratch
 
-# Scores in a tile, over all heads: as float32 a megabyte, which stays in a core's cache through the passes over it.
-TILE_SCORES = 2**18
+# Scores in a tile, over all heads: as float32 two megabytes, which stay in a core's cache through the passes over it.
+TILE_SCORES = 2**19
 # Products with fewer keys than this are slow on a CPU, ones with more leave fewer rows.
-FEWEST_COLS = 512
+FEWEST_COLS = 256
 _LOG2_E = math.log2(math.e)
 
 
@@ -56,6 +56,8 @@ class Problem:
         self.first_sequence = first_sequence
         self.group = self.num_heads // num_kv_heads
         self.dtype = torch.promote_types(call.q.dtype, torch.float32)
+        # What q is multiplied by before its product with k.
+        self.factor = call.softmax_scale / call.softcap if call.softcap > 0 else call.softmax_scale
         # The last query stands at the last key.
         self.offset = seqlen_k - self.seqlen_q
         self.left, self.right = call.window[0], 0 if call.causal else call.window[1]
@@ -64,21 +66,25 @@ class Problem:
             None if call.alibi_slopes is None else call.alibi_slopes.to(self.dtype).view(-1, self.num_heads, 1, 1)
         )
         self.rows_per_tile = max(1, min(self.seqlen_q, max(32, TILE_SCORES // (self.num_heads * FEWEST_COLS))))
+        if self.left >= 0 and self.right >= 0:
+            # Of short windows more rows would see fewer keys in common.
+            self.rows_per_tile = min(self.rows_per_tile, max(32, (self.left + self.right + 1) // 2))
         cols = TILE_SCORES // (self.num_heads * self.rows_per_tile) // 64 * 64
         self.cols_per_tile = max(FEWEST_COLS, cols)
         scores = self.num_heads * self.rows_per_tile * min(self.cols_per_tile, max(seqlen_k, 1))
         self.sequences_per_tile = max(1, min(self.batch, TILE_SCORES // scores))
         self.hide: Callable[..., Tensor] = torch.fmin
+        self._limit: tuple[tuple[int, int, int], Tensor] | None = None
 
     def heads_first(self, tensor: Tensor) -> Tensor:
         """(batch, seqlen, num_kv_heads, dim) as (batch · num_kv_heads, seqlen, dim), contiguous, in the dtype of the scores."""
         batch, seqlen, num_kv_heads, dim = tensor.shape
         return tensor.to(self.dtype).transpose(1, 2).reshape(batch * num_kv_heads, seqlen, dim)
 
-    def trust(self, largest_q: Tensor, largest_k: Tensor) -> None:
+    def trust(self, q: Tensor, largest_k: Tensor) -> None:
         """Hidden scores may be NaN or inf only if q or k hold such or huge numbers; without them a faster function hides as well."""
-        if bool(largest_q * largest_k * self.head_dim < torch.finfo(self.dtype).max):
-            self.hide = torch.minimum
+        largest = largest_of(q) * largest_k * self.head_dim
+        self.hide = torch.minimum if bool(largest < torch.finfo(self.dtype).max) else torch.fmin
 
     def row_blocks(self) -> Iterator[tuple[slice, slice]]:
         """(sequences, rows) of each block of queries."""
@@ -98,11 +104,19 @@ class Problem:
         for col in range(first, stop, self.cols_per_tile):
             yield Tile(sequences, rows, slice(col, min(stop, col + self.cols_per_tile)))
 
-    def block(self, tensor: Tensor, sequences: slice, rows: slice) -> Tensor:
-        """Rows of (batch, seqlen_q, num_heads, dim) as (sequences · num_kv_heads, group · rows, dim), contiguous."""
-        part = tensor[sequences, rows].to(self.dtype)
-        count, length, _, dim = part.shape
-        return part.transpose(1, 2).reshape(count * self.num_kv_heads, self.group * length, dim)
+    def block(self, name: str, tensor: Tensor, sequences: slice, rows: slice, memory: Scratch) -> Tensor:
+        """Rows of (batch, seqlen_q, num_heads, dim) in the shape of ``block_shape``, in memory of this name."""
+        part = tensor[sequences, rows]
+        # Twice: a large tensor is read in its own order, and what lies in the cache then is put in another.
+        near = memory.take("near", *part.shape).copy_(part)
+        block = memory.take(name, *self.block_shape(sequences, rows, part.shape[-1]))
+        block.view(part.shape[0], part.shape[2], part.shape[1], part.shape[3]).copy_(near.transpose(1, 2))
+        return block
+
+    def block_shape(self, sequences: slice, rows: slice, dim: int) -> tuple[int, int, int]:
+        """(sequences · num_kv_heads, group · rows, dim)."""
+        count, length = sequences.stop - sequences.start, rows.stop - rows.start
+        return count * self.num_kv_heads, self.group * length, dim
 
     def unblock(self, block: Tensor, sequences: slice, rows: slice) -> Tensor:
         """The inverse: (sequences, rows, num_heads, dim)."""
@@ -121,13 +135,12 @@ class Problem:
         """Scores of a tile, -inf where hidden, and tanh(score / softcap) if there is a softcap.
 
         Args:
-            q: (sequences · num_kv_heads, group · rows, head_dim).
+            q: (sequences · num_kv_heads, group · rows, head_dim), times ``factor``.
             k: (sequences · num_kv_heads, cols, head_dim).
         """
         call = self.call
         scores = memory.take("scores", q.shape[0], q.shape[1], k.shape[1])
-        scale = call.softmax_scale / call.softcap if call.softcap > 0 else call.softmax_scale
-        torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
+        torch.bmm(q, k.transpose(1, 2), out=scores)
         tanh = None
         if call.softcap > 0:
             tanh = scores.tanh_()
@@ -137,8 +150,8 @@ class Problem:
             heads.add_(part(self.bias, tile).to(self.dtype))
         if self.slopes is not None:
             heads.addcmul_(part(self.slopes, tile), self.distance(tile).abs_(), value=-1)
-        for visible in self.visible(tile):
-            self.hide(heads, visible.to(self.dtype).sub_(0.5).mul_(math.inf), out=heads)
+        for limit in self.limits(tile):
+            self.hide(heads, limit, out=heads)
         return scores, tanh
 
     def distance(self, tile: Tile) -> Tensor:
@@ -149,18 +162,32 @@ class Problem:
         )
         return positions[:, None] - torch.arange(tile.cols.start, tile.cols.stop, dtype=self.dtype, device=device)
 
-    def visible(self, tile: Tile) -> Iterator[Tensor]:
-        """What must all be True for a key to be seen, each broadcastable to (sequences, num_heads, rows, cols)."""
+    def limits(self, tile: Tile) -> Iterator[Tensor]:
+        """inf where a key is seen and -inf where not, by each thing that hides, broadcastable to (sequences, num_heads, rows, cols)."""
         nearest = tile.rows.start + self.offset - (tile.cols.stop - 1)
         farthest = tile.rows.stop - 1 + self.offset - tile.cols.start
-        if self.right >= 0 and nearest < -self.right:
-            yield self.distance(tile) >= -self.right
-        if self.left >= 0 and farthest > self.left:
-            yield self.distance(tile) <= self.left
+        if (self.right >= 0 and nearest < -self.right) or (self.left >= 0 and farthest > self.left):
+            # Tiles along the diagonal look alike.
+            where = nearest, tile.num_rows, tile.num_cols
+            if self._limit is None or self._limit[0] != where:
+                self._limit = where, self._limit_of_distance(tile)
+            yield self._limit[1]
         if self.mask is not None:
-            yield part(self.mask, tile)
+            yield self._as_limit(part(self.mask, tile))
         if self.call.key_padding_mask is not None:
-            yield self.call.key_padding_mask[tile.sequences, None, None, tile.cols]
+            yield self._as_limit(self.call.key_padding_mask[tile.sequences, None, None, tile.cols])
+
+    def _limit_of_distance(self, tile: Tile) -> Tensor:
+        distance = self.distance(tile)
+        visible = torch.ones_like(distance, dtype=torch.bool)
+        if self.right >= 0:
+            visible &= distance >= -self.right
+        if self.left >= 0:
+            visible &= distance <= self.left
+        return self._as_limit(visible)
+
+    def _as_limit(self, visible: Tensor) -> Tensor:
+        return visible.to(self.dtype).sub_(0.5).mul_(math.inf)
 
     def kept(self, tile: Tile, memory: Scratch) -> Tensor | None:
         """1 where dropout keeps a weight and 0 where not, (sequences, num_heads, rows, cols); None without dropout."""
@@ -180,6 +207,12 @@ def exp_(x: Tensor) -> Tensor:
     """
     x.mul_(_LOG2_E)
     return torch.threshold_(x, 0.8 * math.log2(torch.finfo(x.dtype).tiny), -math.inf).exp2_()
+
+
+def largest_of(tensor: Tensor) -> Tensor:
+    """The largest magnitude, NaN if there is one."""
+    lowest, highest = torch.aminmax(tensor)
+    return torch.maximum(lowest.abs(), highest.abs())
 
 
 def part(tensor: Tensor, tile: Tile) -> Tensor:
