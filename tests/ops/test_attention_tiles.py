@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytransformer import attention, reference
 from pytransformer.ops.attention import tiles
+from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.attention.dropout import kept
 from pytransformer.ops.attention.scratch import Scratch
 from pytransformer.reference.philox import dropout_keep
@@ -120,7 +121,9 @@ def test_the_lowest_finite_bias_is_a_number_and_not_minus_infinity():
 
 def test_weights_are_never_denormal():
     """A denormal number slows down every product that it enters; ALiBi leaves a band of them in each row."""
-    weights = tiles.exp_(torch.linspace(-200, 0, 10_001))
+    q = torch.zeros(1, 1, 1, 8)
+    problem = tiles.Problem(AttentionCall(q, q, q, bias=q), 1, 1)
+    weights = problem.exp_(torch.linspace(-200, 0, 10_001))
     assert not ((weights > 0) & (weights < torch.finfo(torch.float32).tiny)).any()
     torch.testing.assert_close(weights, torch.linspace(-200, 0, 10_001, dtype=torch.float64).exp().float())
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.attention.scratch import Scratch
-from pytransformer.ops.attention.tiles import Problem, Tile, exp_, largest_of, part
+from pytransformer.ops.attention.tiles import Problem, Tile, largest_of, part
 
 Keys = Callable[[slice, slice], tuple[Tensor, Tensor]]
 
@@ -50,8 +50,8 @@ def attend_keys(problem: Problem, keys: Keys, value_dim: int, largest_k: Tensor 
             weights, _ = problem.scores(q, k, tile, memory)
             before = maximum
             maximum = torch.maximum(before, weights.amax(dim=-1, keepdim=True))
-            exp_(weights.sub_(maximum))
-            rescale = exp_(before - maximum)
+            problem.exp_(weights.sub_(maximum))
+            rescale = problem.exp_(before - maximum)
             total = total.mul_(rescale).add_(weights.sum(dim=-1, keepdim=True))
             kept = problem.kept(tile, memory)
             if kept is not None:
@@ -62,7 +62,7 @@ def attend_keys(problem: Problem, keys: Keys, value_dim: int, largest_k: Tensor 
         if call.dropout_p > 0:
             accumulator.mul_(_kept_scale(call.dropout_p))
         out[sequences, rows] = problem.unblock(accumulator, sequences, rows)
-        total.log_().add_(maximum).masked_fill_(empty, -math.inf)
+        total.log_().add_(maximum.div_(problem.unit)).masked_fill_(empty, -math.inf)
         lse[sequences, :, rows] = total.view(-1, problem.num_heads, rows.stop - rows.start)
     return out, lse
 
@@ -74,9 +74,9 @@ def _start(problem: Problem, q: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:2], 1)
     if sinks is None:
         return q.new_full(shape, lowest), q.new_zeros(shape)
-    logits = _by_row(sinks.to(problem.dtype), problem, num_rows, shape)
+    logits = _by_row(sinks.to(problem.dtype) * problem.unit, problem, num_rows, shape)
     maximum = logits.clamp(min=lowest)
-    return maximum, exp_(logits - maximum)
+    return maximum, problem.exp_(logits - maximum)
 
 
 def _by_row(per_head: Tensor, problem: Problem, num_rows: int, shape: Any) -> Tensor:
@@ -142,18 +142,21 @@ class _Backward:
             dout = problem.block("dout", self.given.dout, sequences, rows, self.memory)
             problem.trust(q, self.largest_k)
             delta = self._delta(dout, sequences, rows)
+            if call.dropout_p > 0:
+                # What is kept is multiplied by this, and meets dout in either product.
+                dout.mul_(_kept_scale(call.dropout_p))
             lse = self.given.lse[sequences, :, rows].to(problem.dtype)
             if self.dsinks is not None:
                 logits = call.sinks.to(problem.dtype)[:, None]  # type: ignore[union-attr]
                 self.dsinks -= (torch.exp(logits - lse) * delta.view(lse.shape)).nan_to_num_(0.0).sum(dim=(0, 2))
             # A row that sees nothing has lse -inf: with +inf its weights are 0.
-            lse = lse.masked_fill(lse == -math.inf, math.inf).view(*q.shape[:2], 1)
+            lse = lse.masked_fill(lse == -math.inf, math.inf).mul_(problem.unit).view(*q.shape[:2], 1)
             dq_block = self.memory.take("dq", *q.shape).zero_()
             for tile in problem.tiles(sequences, rows):
                 self._add_tile(tile, q, dout, lse, delta, dq_block)
             dq[sequences, rows] = problem.unblock(dq_block.mul_(call.softmax_scale), sequences, rows)
-        if call.softcap > 0:
-            self.dk.mul_(call.softcap)
+        if call.softmax_scale != 0:
+            self.dk.mul_(call.softmax_scale / problem.factor)
         dslopes = None if self.dslopes is None else self.dslopes.view(call.alibi_slopes.shape)  # type: ignore[union-attr]
         dbias = None if self.dbias is None else self.dbias.view(call.bias.shape)  # type: ignore[union-attr]
         return Gradients(dq, self._heads_last(self.dk), self._heads_last(self.dv), dbias, self.dsinks, dslopes)
@@ -177,18 +180,16 @@ class _Backward:
         k, v = self.k[which, tile.cols], self.v[which, tile.cols]
         dk, dv = self.dk[which, tile.cols], self.dv[which, tile.cols]
         weights, tanh = problem.scores(q, k, tile, memory)
-        exp_(weights.sub_(lse))
+        problem.exp_(weights.sub_(lse))
         dscores = torch.bmm(dout, v.transpose(1, 2), out=memory.take("dscores", *weights.shape))
         kept = problem.kept(tile, memory)
         if kept is None:
             self._add_product(dv, weights, dout)
         else:
-            scale = _kept_scale(self.call.dropout_p)
             problem.by_head(dscores, tile).mul_(kept)
-            dscores.mul_(scale)
             remaining = memory.take("remaining", *weights.shape)
             torch.mul(problem.by_head(weights, tile), kept, out=problem.by_head(remaining, tile))
-            self._add_product(dv, remaining.mul_(scale), dout)
+            self._add_product(dv, remaining, dout)
         dscores.sub_(delta).mul_(weights)
         self._add_terms(problem.by_head(dscores, tile), tile)
         if tanh is not None:

@@ -56,8 +56,10 @@ class Problem:
         self.first_sequence = first_sequence
         self.group = self.num_heads // num_kv_heads
         self.dtype = torch.promote_types(call.q.dtype, torch.float32)
+        # Scores are in units of log 2, where exp2 needs no factor; beside a bias, which may be as low as numbers go, they are as they are.
+        self.unit = _LOG2_E if call.bias is None else 1.0
         # What q is multiplied by before its product with k.
-        self.factor = call.softmax_scale / call.softcap if call.softcap > 0 else call.softmax_scale
+        self.factor = call.softmax_scale * (1 / call.softcap if call.softcap > 0 else self.unit)
         # The last query stands at the last key.
         self.offset = seqlen_k - self.seqlen_q
         self.left, self.right = call.window[0], 0 if call.causal else call.window[1]
@@ -132,7 +134,7 @@ class Problem:
         return tile_of_scores.view(-1, self.num_heads, tile.num_rows, tile.num_cols)
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile, memory: Scratch) -> tuple[Tensor, Tensor | None]:
-        """Scores of a tile, -inf where hidden, and tanh(score / softcap) if there is a softcap.
+        """Scores of a tile, times ``unit``, -inf where hidden, and tanh(score / softcap) if there is a softcap.
 
         Args:
             q: (sequences · num_kv_heads, group · rows, head_dim), times ``factor``.
@@ -144,15 +146,25 @@ class Problem:
         tanh = None
         if call.softcap > 0:
             tanh = scores.tanh_()
-            scores = torch.mul(tanh, call.softcap, out=memory.take("capped", *scores.shape))
+            scores = torch.mul(tanh, call.softcap * self.unit, out=memory.take("capped", *scores.shape))
         heads = self.by_head(scores, tile)
         if self.bias is not None:
             heads.add_(part(self.bias, tile).to(self.dtype))
         if self.slopes is not None:
-            heads.addcmul_(part(self.slopes, tile), self.distance(tile).abs_(), value=-1)
+            heads.addcmul_(part(self.slopes, tile), self.distance(tile).abs_(), value=-self.unit)
         for limit in self.limits(tile):
             self.hide(heads, limit, out=heads)
         return scores, tanh
+
+    def exp_(self, x: Tensor) -> Tensor:
+        """exp of differences of scores, in place, and 0 where that is next to nothing beside 1.
+
+        By exp2: on a CPU torch.exp takes up to a hundred times as long where its result is near the end of the range. Denormal results
+        would slow down each product that they enter.
+        """
+        if self.unit != _LOG2_E:
+            x.mul_(_LOG2_E / self.unit)
+        return torch.threshold_(x, 0.8 * math.log2(torch.finfo(x.dtype).tiny), -math.inf).exp2_()
 
     def distance(self, tile: Tile) -> Tensor:
         """How far each key lies behind each query: (rows, cols)."""
@@ -197,16 +209,6 @@ class Problem:
         heads = range(first * self.num_heads, stop * self.num_heads)
         found = kept(self.call.dropout_p, self.call.dropout_seed, heads, tile.rows, tile.cols, memory)
         return found.unflatten(0, (-1, self.num_heads))
-
-
-def exp_(x: Tensor) -> Tensor:
-    """In place, and 0 where that is next to nothing beside 1.
-
-    By exp2: on a CPU torch.exp takes up to a hundred times as long where its result is near the end of the range. Denormal results would
-    slow down each product that they enter.
-    """
-    x.mul_(_LOG2_E)
-    return torch.threshold_(x, 0.8 * math.log2(torch.finfo(x.dtype).tiny), -math.inf).exp2_()
 
 
 def largest_of(tensor: Tensor) -> Tensor:
