@@ -56,7 +56,7 @@ Run = Callable[[bool], None]
 
 def options(name: str, seqlen: int) -> dict[str, Any]:
     """What the call of a variant has beside causality."""
-    return {
+    made: dict[str, Callable[[], dict[str, Any]]] = {
         "softcap": lambda: {"softcap": 20.0},
         "sinks": lambda: {"sinks": torch.randn(HEADS, requires_grad=True)},
         "lse": lambda: {"return_lse": True},
@@ -66,7 +66,8 @@ def options(name: str, seqlen: int) -> dict[str, Any]:
         "mask": lambda: {"mask": torch.rand(1, 1, seqlen, seqlen) > 0.1},
         "dropout": lambda: {"dropout_p": 0.1, "dropout_seed": 1},
         "window 256": lambda: {"window": (255, 0)},
-    }[name]()
+    }
+    return made[name]()
 
 
 def main() -> int:
@@ -110,7 +111,7 @@ def measure(result: dict[str, Any], seqlen: int, rounds: int, *, peers: bool) ->
                 samples[name].append(seconds(run, True))
     for name, run in runs.items():
         elapsed, extra = time_and_extra_bytes(run, not name.startswith("FlexAttention"), tensors)
-        row = {
+        row: dict[str, Any] = {
             "variant": name,
             "seqlen": seqlen,
             "forward_seconds": forward[name],
@@ -119,7 +120,7 @@ def measure(result: dict[str, Any], seqlen: int, rounds: int, *, peers: bool) ->
         }
         result["rows"].append(row)
         times = " ".join(f"{1e3 * statistics.median(of):9.1f} ms" for of in (forward[name], samples[name]) if of)
-        print(f"{seqlen:6} {name:24} {times}  {row['extra_bytes'] / 2**20:8.1f} MB", flush=True)
+        print(f"{seqlen:6} {name:24} {times}  {extra / 2**20:8.1f} MB", flush=True)
 
 
 def torch_run(tensors: Tensors) -> Run:

@@ -235,6 +235,6 @@ def test_kvcache_values_are_checked_where_reading_is_free():
 
 
 def test_a_backend_that_cannot_serve_is_refused_by_a_runtime_error(device):
-    q, k, v = tensors(device, 1, 3, 2, 16)
-    with use_backend("torch"), pytest.raises(RuntimeError, match="softcap"):
-        flash_attn_func(q, k, v, softcap=3.0)
+    q, k, v = tensors(device, 1, 3, 2, 16, dtype=torch.float64)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve this call: float64"):
+        flash_attn_func(q, k, v)

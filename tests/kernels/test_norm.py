@@ -350,8 +350,8 @@ FORWARD_FAULTS = {
     "wrong row stride": [("offsets = rows * stride_row", "offsets = rows * (stride_row - 1)")],
     "one-pass variance": [
         (
-            "rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / NUM_COLS + eps)",
-            "rstd = 1.0 / tl.sqrt(tl.sum(s * s, axis=1) / NUM_COLS - mean * mean + eps)",
+            "rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / NUM_COLS + eps)",
+            "rstd = 1.0 / tl.sqrt_rn(tl.sum(s * s, axis=1) / NUM_COLS - mean * mean + eps)",
         )
     ],
     "divides by the block": [("mean = tl.sum(s, axis=1) / NUM_COLS", "mean = tl.sum(s, axis=1) / BLOCK_COLS")],

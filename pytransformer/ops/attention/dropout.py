@@ -55,7 +55,8 @@ def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, memory
         c0, c1 = ((product_2 >> 32) ^ c1 ^ k0) & _LOW, product_2 & _LOW
         c2, c3 = ((product_0 >> 32) ^ c3 ^ k1) & _LOW, product_0 & _LOW
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    # Of matrices, positions and groups.
+    shape = (counter[2].shape[0], counter[1].shape[0], counter[0].shape[0])
     c0, c1, c2, c3 = (memory.take(f"c{n}", *shape, dtype=torch.int64).copy_(c) for n, c in enumerate((c0, c1, c2, c3)))
     product_0, product_2 = (memory.take(f"product_{n}", *shape, dtype=torch.int64) for n in (0, 2))
     for _ in range(_ROUNDS - 2):

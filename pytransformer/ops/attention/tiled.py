@@ -22,7 +22,7 @@ Keys = Callable[[slice, slice], tuple[Tensor, Tensor]]
 
 def attend(call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) of dense sequences: (batch, seqlen_q, num_heads, value head_dim), (batch, num_heads, seqlen_q)."""
-    problem = Problem(call, *call.k.shape[1:3], first_sequence)
+    problem = Problem(call, call.k.shape[1], call.k.shape[2], first_sequence)
     k, v = problem.heads_first(call.k), problem.heads_first(call.v)
     largest = largest_of(k)
 
@@ -119,7 +119,7 @@ def backward(given: Any, call: AttentionCall, first_sequence: int = 0) -> Gradie
 
 class _Backward:
     def __init__(self, given: Any, call: AttentionCall, first_sequence: int) -> None:
-        problem = self.problem = Problem(call, *call.k.shape[1:3], first_sequence)
+        problem = self.problem = Problem(call, call.k.shape[1], call.k.shape[2], first_sequence)
         if given.wants_slopes and call.q.dtype != problem.dtype:
             # Distances would multiply what the rounding of out leaves in delta.
             wide, _ = attend(call._replace(q=call.q.to(problem.dtype)), first_sequence)
@@ -210,7 +210,7 @@ class _Backward:
 
     def _heads_last(self, tensor: Tensor) -> Tensor:
         """(batch · num_kv_heads, seqlen, dim) as (batch, seqlen, num_kv_heads, dim)."""
-        return tensor.unflatten(0, (-1, self.problem.num_kv_heads)).transpose(1, 2)
+        return tensor.view(-1, self.problem.num_kv_heads, *tensor.shape[1:]).transpose(1, 2)
 
 
 def _zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -208,7 +208,7 @@ class Problem:
         first, stop = (self.first_sequence + sequence for sequence in (tile.sequences.start, tile.sequences.stop))
         heads = range(first * self.num_heads, stop * self.num_heads)
         found = kept(self.call.dropout_p, self.call.dropout_seed, heads, tile.rows, tile.cols, memory)
-        return found.unflatten(0, (-1, self.num_heads))
+        return found.view(-1, self.num_heads, tile.num_rows, tile.num_cols)
 
 
 def largest_of(tensor: Tensor) -> Tensor:
