@@ -177,7 +177,9 @@ def run_kernels(
     out, lse = forward(q, k, v, **options, config=case.forward_tiles)
     # What flows into the lse of a row that sees nothing must not matter; a merge of two partial results sends NaN.
     dlse = torch.where(lse == -math.inf, math.nan, inputs.dlse)
-    options["want_dslopes"] = "alibi_slopes" in case.differentiable
+    if "alibi_slopes" in case.differentiable:
+        # The CUDA kernels, which know no such gradient, are not asked for it.
+        options["want_dslopes"] = True
     gradients = backward(inputs.dout, q, k, v, out, lse, dlse, **options, config=case.backward_tiles)
     names = ("dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes")
     return {"out": out, "lse": lse}, {name: grad for name, grad in zip(names, gradients) if grad is not None}
