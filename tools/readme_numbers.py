@@ -87,6 +87,31 @@ def host_table(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def attention_table(result: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Attention's options on a CPU, now and before they went over tiles, beside torch's causal attention."""
+    from pytransformer.benchmarks.programs.cpu_attention import BASE, LONGEST_IN_TURNS, TARGETS, summary
+
+    where, at = result["environment"], LONGEST_IN_TURNS
+    now, then = summary(result), summary(before)
+    shape = ", ".join(f"{name} {value}" for name, value in result["shape"].items())
+    lines = [
+        f"**Attention's options on a CPU**, causal, {at:,} tokens, forward and backward, and the memory beyond inputs, outputs and "
+        f"gradients ({shape}; {where['device']}, {result['threads']} threads, torch {where['torch']}). Before, a matrix of scores or of "
+        "masks was in memory for each:",
+        "",
+        "| option | time | of torch's causal | MB | before: time | MB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    base = now[BASE][at][0]
+    for name in (BASE, *TARGETS, "transformers eager"):
+        seconds, extra = now[name][at]
+        cells = f"{1e3 * seconds:,.0f} ms | {seconds / base:.2f}× | {extra / 2**20:,.0f}"
+        old = then.get(name, {}).get(at) if name in TARGETS else None
+        cells += f" | {1e3 * old[0]:,.0f} ms | {old[1] / 2**20:,.0f}" if old else " | | "
+        lines.append(f"| {name} | {cells} |")
+    return [*lines, "", "![Time and memory of attention's options on a CPU against length](docs/img/cpu-attention.png)", ""]
+
+
 def gpu_results() -> dict[Path, dict[str, Any]]:
     """The newest result of each GPU, by its file. Raises ValueError if a file there is not a valid result."""
     from pytransformer.benchmarks.harness import record, schema
@@ -190,6 +215,9 @@ def numbers() -> str:
     host = load(RESULTS / "cpu" / "host_cost.json")
     if host is not None:
         lines += host_table(host)
+    attention, before = load(RESULTS / "cpu" / "attention.json"), load(RESULTS / "cpu" / "attention_before.json")
+    if attention is not None and before is not None:
+        lines += attention_table(attention, before)
     for title, name in (("**Decoding on a CPU**", "decode"), ("**Training on a CPU**", "training")):
         result = load(RESULTS / "cpu" / f"{name}.json")
         if result is not None:
