@@ -109,7 +109,12 @@ def attention_table(result: dict[str, Any], before: dict[str, Any]) -> list[str]
         old = then.get(name, {}).get(at) if name in TARGETS else None
         cells += f" | {1e3 * old[0]:,.0f} ms | {old[1] / 2**20:,.0f}" if old else " | | "
         lines.append(f"| {name} | {cells} |")
-    return [*lines, "", "![Time and memory of attention's options on a CPU against length](docs/img/cpu-attention.png)", ""]
+    return [
+        *lines,
+        "",
+        "![Time and memory of attention's options on a CPU against length](docs/img/cpu-attention.png)",
+        "",
+    ]
 
 
 def gpu_results() -> dict[Path, dict[str, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,8 @@ from pytransformer.benchmarks.harness.paths import RESULTS
 from pytransformer.benchmarks.programs import cpu
 
 RESULT = RESULTS / "cpu/attention.json"
+# A run of its own over all lengths, of which those beyond LONGEST_IN_TURNS are shown, and one of the package before this way of computing.
+LONG = RESULTS / "cpu/attention_long.json"
 BEFORE = RESULTS / "cpu/attention_before.json"
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -78,7 +81,9 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="draws the committed results into this file, and measures nothing")
     arguments = parser.parse_args()
     if arguments.plot:
-        plot(json.loads(RESULT.read_text()), json.loads(BEFORE.read_text()), arguments.plot)
+        after, long, before = (json.loads(path.read_text()) for path in (RESULT, LONG, BEFORE))
+        after["rows"] += [row for row in long["rows"] if row["seqlen"] > LONGEST_IN_TURNS]
+        plot(after, before, arguments.plot)
         return 0
     shape = {"heads": HEADS, "key heads": KV_HEADS, "head dim": HEAD_DIM, "dtype": "float32", "batch": 1}
     result = cpu.new_result(shape, arguments.threads)
@@ -238,10 +243,11 @@ def judge(result: Mapping[str, Any]) -> int:
     for name, target in TARGETS.items():
         found = rows[name]
         ratio = found[at][0] / rows[BASE][at][0]
-        growth = [found[2 * n][1] / max(found[n][1], 2**20) for n in found if n >= at and 2 * n in found]
-        met = ratio <= target and found[at][1] <= MOST_BYTES
-        met = met and all(factor <= MOST_GROWTH for factor in growth)
-        doubling = f", a doubling of the length at most {max(growth):.2f}×" if growth else ""
+        longest = max(found)
+        # A few megabytes of resident memory are uncertain by as much, so growth is taken over all lengths from here on.
+        growth = (found[longest][1] / max(found[at][1], 2**20)) ** (1 / max(1, math.log2(longest / at)))
+        met = ratio <= target and found[at][1] <= MOST_BYTES and growth <= MOST_GROWTH
+        doubling = f", {growth:.2f}× for each doubling of the length" if longest > at else ""
         print(
             f"{name:12} {ratio:5.2f}× {BASE} (target {target}), {found[at][1] / 2**20:.0f} MB{doubling}"
             f"{'' if met else '  MISSED'}"
