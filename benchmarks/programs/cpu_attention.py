@@ -286,7 +286,7 @@ def plot(after: Mapping[str, Any], before: Mapping[str, Any], path: Path) -> Non
         axes.set_xticks(LENGTHS, [f"{n // 1024}k" for n in LENGTHS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8, title="solid: now, dashed: before")
+    left.legend(fontsize=7, ncols=2, loc="lower right", title="solid: now, dashed: before")
     left.set_title("Causal attention on a CPU, 8 heads of 64, float32")
     save_figure(figure, path)
 
