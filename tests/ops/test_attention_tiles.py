@@ -90,6 +90,24 @@ def test_every_option_is_the_reference(name, tile_scores, monkeypatch):
         torch.testing.assert_close(actual, expected[what], msg=lambda text, what=what: f"{what}: {text}")
 
 
+@pytest.mark.parametrize("name", ["softcap", "sinks", "dropout"])
+def test_a_packed_sequence_without_keys_or_queries_crashes_nothing(name):
+    options = {
+        "softcap": {"softcap": 2.0},
+        "sinks": {"sinks": torch.randn(4)},
+        "dropout": {"dropout_p": 0.3, "dropout_seed": SEED},
+    }
+    starts_q, starts_k = (torch.tensor(starts, dtype=torch.int32) for starts in ([0, 5, 9, 9], [0, 6, 6, 8]))
+    packed = {
+        name: torch.randn(tokens, heads, 16).double() for name, tokens, heads in (("q", 9, 4), ("k", 8, 2), ("v", 8, 2))
+    }
+    call = {**packed, **{term: value.double() if term in TERMS else value for term, value in options[name].items()}}
+    call |= {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k}
+    expected = results(call, reference.attention)
+    for what, actual in results(call, attention, backend="torch").items():
+        torch.testing.assert_close(actual, expected[what], msg=lambda text, what=what: f"{what}: {text}")
+
+
 def test_dropout_drops_what_the_reference_drops():
     memory = Scratch(torch.float32, torch.device("cpu"))
     for seed in (SEED, torch.tensor([-1, -(2**40)])):

@@ -210,7 +210,7 @@ class _Backward:
 
     def _heads_last(self, tensor: Tensor) -> Tensor:
         """(batch · num_kv_heads, seqlen, dim) as (batch, seqlen, num_kv_heads, dim)."""
-        return tensor.view(-1, self.problem.num_kv_heads, *tensor.shape[1:]).transpose(1, 2)
+        return tensor.view(self.problem.batch, self.problem.num_kv_heads, *tensor.shape[1:]).transpose(1, 2)
 
 
 def _zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -212,7 +212,9 @@ class Problem:
 
 
 def largest_of(tensor: Tensor) -> Tensor:
-    """The largest magnitude, NaN if there is one."""
+    """The largest magnitude, NaN if there is one; 0 of nothing, as a packed sequence may have no keys."""
+    if tensor.numel() == 0:
+        return tensor.new_zeros(())
     lowest, highest = torch.aminmax(tensor)
     return torch.maximum(lowest.abs(), highest.abs())
 
