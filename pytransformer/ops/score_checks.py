@@ -103,6 +103,11 @@ def four_sizes(tensor: Tensor) -> tuple[int, ...]:
     return (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
 
 
+def four_dims(tensor: Tensor) -> Tensor:
+    """A mask or bias in the shape of ``four_sizes``."""
+    return tensor.reshape(four_sizes(tensor))
+
+
 def _fits(size: int, extent: Extent) -> bool:
     if size == 1 or extent.size is None:
         return True

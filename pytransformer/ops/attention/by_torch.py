@@ -23,6 +23,7 @@ from pytransformer.ops.attention.call import AttentionCall, batch_size, is_empty
 from pytransformer.ops.backend import PLAIN_TYPES, Backend, Outputs, functorch_level
 from pytransformer.ops.checks import readable
 from pytransformer.ops.registered import autograd_inside_an_op
+from pytransformer.ops.score_checks import four_dims
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 # Up to so many entries an attn_mask for scaled_dot_product_attention is built: 16 MB of float32, 2048 queries and keys.
@@ -42,7 +43,7 @@ def serves_by_sdpa(call: AttentionCall, seqlen_q: int, seqlen_k: int) -> bool:
     if seqlen_q > 1 and left >= 0 and right >= 0 and max(512, 2 * (left + right + 1)) < seqlen_k:
         # It computes what the window hides; tiles skip that.
         return False
-    return _mask_size(call, seqlen_q, seqlen_k) <= _LARGEST_MASK
+    return _is_causal_alone(call, seqlen_q, seqlen_k) or _mask_size(call, seqlen_q, seqlen_k) <= _LARGEST_MASK
 
 
 def _needs_tiles(call: AttentionCall) -> bool:
@@ -69,16 +70,9 @@ def _serves_on_a_gpu(call: AttentionCall) -> bool:
 def _mask_size(call: AttentionCall, seqlen_q: int, seqlen_k: int) -> int:
     """Entries of the attn_mask, which broadcasts."""
     left, right = _effective_window(call, seqlen_q, seqlen_k)
-    parts = [_four_dims(part) for part in (call.mask, call.bias) if part is not None]
+    parts = [four_dims(part) for part in (call.mask, call.bias) if part is not None]
     sizes = [max([1] + [part.shape[axis] for part in parts]) for axis in range(4)]
     if left >= 0 or right >= 0 or call.alibi_slopes is not None:
-        if (
-            not parts
-            and call.key_padding_mask is None
-            and call.alibi_slopes is None
-            and _is_causal_alone(call, seqlen_q, seqlen_k)
-        ):
-            return 0
         sizes[2:] = seqlen_q, seqlen_k
     if call.alibi_slopes is not None:
         sizes[1] = call.q.shape[-2]
@@ -154,17 +148,13 @@ def _part(tensor: Tensor | None, sequence: int, seqlen_q: int, seqlen_k: int) ->
     """One sequence's part of a mask or bias in local indices, (1, heads or 1, rows or 1, columns or 1)."""
     if tensor is None:
         return None
-    tensor = _four_dims(tensor)
+    tensor = four_dims(tensor)
     index = sequence if tensor.shape[0] > 1 else 0
     return tensor[index, None, :, :seqlen_q, :seqlen_k]
 
 
 def _slopes_of(alibi_slopes: Tensor | None, sequence: int) -> Tensor | None:
     return alibi_slopes[sequence] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
-
-
-def _four_dims(tensor: Tensor) -> Tensor:
-    return tensor.reshape((1,) * (4 - tensor.ndim) + tuple(tensor.shape))
 
 
 def attend_by_sdpa(call: AttentionCall) -> Tensor:
@@ -210,13 +200,13 @@ def _visible(call: AttentionCall, left: int, right: int) -> Tensor | None:
         if left >= 0:
             parts.append(distance <= left)
     if call.mask is not None:
-        parts.append(_four_dims(call.mask))
+        parts.append(four_dims(call.mask))
     if call.key_padding_mask is not None:
         parts.append(call.key_padding_mask[:, None, None, :])
     visible = None
     for part in parts:
         visible = part if visible is None else visible & part
-    return visible if visible is None else _four_dims(visible)
+    return visible if visible is None else four_dims(visible)
 
 
 def _distance(call: AttentionCall) -> Tensor:
@@ -227,7 +217,7 @@ def _distance(call: AttentionCall) -> Tensor:
 
 def _added_scores(call: AttentionCall, visible: Tensor | None) -> Tensor:
     """bias + ALiBi, -inf where hidden, in the dtype scaled_dot_product_attention takes beside q: q's or float32."""
-    added = None if call.bias is None else _four_dims(call.bias)
+    added = None if call.bias is None else four_dims(call.bias)
     if call.alibi_slopes is not None:
         slopes = call.alibi_slopes.to(torch.promote_types(call.q.dtype, torch.float32))
         alibi = -slopes.reshape(-1, call.q.shape[2], 1, 1) * _distance(call).abs()

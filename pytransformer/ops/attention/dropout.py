@@ -7,11 +7,12 @@ broadcasting leaves them small; the other eight work in place, in memory that th
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from pytransformer.reference.philox import dropout_threshold
 
 if TYPE_CHECKING:
     from pytransformer.ops.attention.scratch import Scratch
@@ -38,8 +39,7 @@ def kept(p: float, seed: Tensor, heads: range, rows: slice, cols: slice, memory:
     positions = torch.arange(rows.start, rows.stop, device=device)[:, None]
     matrices = torch.arange(heads.start, heads.stop, device=device)[:, None, None]
     words = _philox((groups, positions, matrices, seed[1]), seed[0], memory)
-    # A weight is kept where word >= p · 2^32; for p = 1 nothing is.
-    threshold = math.ceil(p * 2**32)
+    threshold = dropout_threshold(p)
     result = memory.take("kept", *words[0].shape, 4)
     for word, values in enumerate(words):
         torch.ge(values, threshold, out=result[..., word])

@@ -94,7 +94,7 @@ def _kept_scale(dropout_p: float) -> float:
 
 
 class Gradients(NamedTuple):
-    """What the backward pass returns, in the dtype of the scores; None for what is not wanted or not there."""
+    """What the backward pass returns: of k, v and what is added up in the dtype of the scores; None for what is not wanted or not there."""
 
     q: Tensor
     k: Tensor
@@ -128,7 +128,6 @@ class _Backward:
         self.k, self.v = problem.heads_first(call.k), problem.heads_first(call.v)
         self.largest_k = largest_of(self.k)
         self.dk, self.dv = torch.zeros_like(self.k), torch.zeros_like(self.v)
-        # One of a slope or a bias may be there without the other being wanted.
         self.dbias = _zeros(problem.bias if given.wants_bias else None, problem.dtype)
         self.dslopes = _zeros(problem.slopes if given.wants_slopes else None, problem.dtype)
         self.dsinks = _zeros(call.sinks, problem.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.attention.dropout import kept
 from pytransformer.ops.attention.scratch import Scratch
+from pytransformer.ops.score_checks import four_dims
 
 # Scores in a tile, over all heads: as float32 two megabytes, which stay in a core's cache through the passes over it.
 TILE_SCORES = 2**19
@@ -63,7 +64,7 @@ class Problem:
         # The last query stands at the last key.
         self.offset = seqlen_k - self.seqlen_q
         self.left, self.right = call.window[0], 0 if call.causal else call.window[1]
-        self.mask, self.bias = _four_dims(call.mask), _four_dims(call.bias)
+        self.mask, self.bias = (None if term is None else four_dims(term) for term in (call.mask, call.bias))
         self.slopes = (
             None if call.alibi_slopes is None else call.alibi_slopes.to(self.dtype).view(-1, self.num_heads, 1, 1)
         )
@@ -228,7 +229,3 @@ def part(tensor: Tensor, tile: Tile) -> Tensor:
         tile.rows if rows else slice(None),
         tile.cols if cols else slice(None),
     ]
-
-
-def _four_dims(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.reshape((1,) * (4 - tensor.ndim) + tuple(tensor.shape))

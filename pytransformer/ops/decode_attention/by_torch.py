@@ -34,17 +34,11 @@ def attend(call: DecodeCall) -> tuple[Tensor, Tensor | None]:
     out, lse = _outputs(call)
     starts = None if call.cu_seqlens_q is None else call.cu_seqlens_q.tolist()
     for sequence, length in enumerate(lengths):
-        if starts is None:
-            out_one, lse_one = _attend_one(call, call.q[sequence : sequence + 1], sequence, length)
-            out[sequence] = out_one[0]
-            if lse is not None and lse_one is not None:
-                lse[sequence] = lse_one[0]
-        else:
-            rows = slice(starts[sequence], starts[sequence + 1])
-            out_one, lse_one = _attend_one(call, call.q[rows][None], sequence, length)
-            out[rows] = out_one[0]
-            if lse is not None and lse_one is not None:
-                lse[:, rows] = lse_one[0]
+        where = sequence if starts is None else slice(starts[sequence], starts[sequence + 1])
+        out_one, lse_one = _attend_one(call, call.q[where][None], sequence, length)
+        out[where] = out_one[0]
+        if lse is not None and lse_one is not None:
+            lse[where if starts is None else (slice(None), where)] = lse_one[0]
     return out, lse
 
 

@@ -26,7 +26,7 @@ from pytransformer.ops.score_checks import (
     check_length_hint,
     check_score_terms,
     check_softmax_scale,
-    four_sizes,
+    four_dims,
     longest,
 )
 
@@ -145,7 +145,7 @@ def _check_score_terms(call: DecodeCall) -> DecodeCall:
     for name, slopes in (("alibi_slopes", call.alibi_slopes), ("sinks", call.sinks)):
         if slopes is not None:
             checks.check_last_dim_contiguous(name, slopes)
-    mask, bias = (None if tensor is None else tensor.reshape(four_sizes(tensor)) for tensor in (call.mask, call.bias))
+    mask, bias = (None if tensor is None else four_dims(tensor) for tensor in (call.mask, call.bias))
     return call._replace(mask=mask, bias=bias)
 
 
