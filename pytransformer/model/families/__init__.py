@@ -1,0 +1,1 @@
+"""Public families of checkpoints (Hugging Face layout): one declarative, reversible mapping each."""
