@@ -52,7 +52,7 @@ class Attention(nn.Module):
     Args:
         hidden_size: width of the input and output.
         num_heads, num_kv_heads, head_dim: ``num_kv_heads`` divides ``num_heads`` (``None`` = equal); ``head_dim`` ``None`` =
-            ``hidden_size / num_heads``; a multiple of 8 up to 256.
+            ``hidden_size / num_heads``.
         bias: on both projections.
         causal, window, softmax_scale, softcap: see :func:`pytransformer.attention`.
         rotary: tables shared by the layers, or ``None``. Self-attention only.
