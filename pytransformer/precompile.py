@@ -292,12 +292,15 @@ def _attention(shapes: Shapes, training: bool) -> Calls:
     if shapes.head_dim > WIDEST_HEAD:  # torch serves
         return
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return attention(q, k, v, causal=True, window=shapes.window, softcap=shapes.attention_softcap, backend="triton")
+    def call(window: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Any:
+        options: dict[str, Any] = {"causal": shapes.causal, "window": window, "softcap": shapes.attention_softcap}
+        return attention(q, k, v, **options, backend="triton")
 
-    for seqlen in (1, 16):
-        inputs = _heads(shapes, 2, seqlen, grad=training)
-        yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
+    for window in dict.fromkeys(map(shapes.window, range(shapes.num_layers))):
+        for seqlen in (1, 16):
+            attend = functools.partial(call, window)
+            inputs = _heads(shapes, 2, seqlen, grad=training)
+            yield _with_backward(attend, *inputs) if training else functools.partial(attend, *inputs)
 
 
 def _decode_attention(shapes: Shapes, training: bool) -> Calls:
@@ -305,7 +308,7 @@ def _decode_attention(shapes: Shapes, training: bool) -> Calls:
 
     if shapes.head_dim > WIDEST_HEAD:
         return
-    options: dict[str, Any] = {"window": shapes.window, "softcap": shapes.attention_softcap, "backend": "triton"}
+    options: dict[str, Any] = {"window": shapes.window(0), "softcap": shapes.attention_softcap, "backend": "triton"}
     for capacity, seqlen in itertools.product((64, _LONG_CACHE), (1, 48)):
         q, _, _ = _heads(shapes, 2, seqlen)
         k_cache, v_cache, table = _cache(shapes, capacity)
