@@ -32,7 +32,6 @@ from pytransformer.verification.contract import SEEDS, Contract
 
 # The issue's bound: largest error of float32 logits as a part of their largest magnitude.
 LOGITS_ERROR = 2e-5
-BATCH = 2
 NEW_TOKENS = 6
 # Ids below are left to special tokens, so that no padding stands in a row by chance.
 FIRST_ID = 3
@@ -53,6 +52,7 @@ class Case:
         prompt: tokens that a generation begins with; ``None`` = ``seqlen``.
         values: what ``config.json`` holds instead of what the configuration object says, where an older file is meant; applied last.
         without: fields that ``config.json`` lacks.
+        batch: rows of the inputs; a classifier has few numbers a row, and the contract's means need many.
         generates: whether greedy tokens are compared, where the class can generate.
     """
 
@@ -65,6 +65,7 @@ class Case:
     prompt: int | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    batch: int = 2
     generates: bool = True
 
 
@@ -148,10 +149,10 @@ class Pair:
             disk = on_disk(carrier)
         return mapping.state_of(self.family, self.config, self.state, disk)
 
-    def inputs(self, seed: int = 0, batch: int = BATCH, seqlen: int | None = None) -> dict[str, Tensor]:
+    def inputs(self, seed: int = 0, batch: int | None = None, seqlen: int | None = None) -> dict[str, Tensor]:
         """Ids (batch, seqlen): "src" as well for an encoder–decoder, "types" for a model with token types."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (batch, self.case.seqlen if seqlen is None else seqlen)
+        shape = (self.case.batch if batch is None else batch, self.case.seqlen if seqlen is None else seqlen)
 
         def ids(vocab_size: int) -> Tensor:
             return torch.randint(FIRST_ID, vocab_size, shape, generator=generator)

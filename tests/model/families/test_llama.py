@@ -23,8 +23,8 @@ LONGROPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def llama(name: str, model: str = "LlamaForCausalLM", **fields: Any) -> Case:
-    return Case(name, "LlamaConfig", model, {**TINY, **fields})
+def llama(name: str, model: str = "LlamaForCausalLM", batch: int = 2, **fields: Any) -> Case:
+    return Case(name, "LlamaConfig", model, {**TINY, **fields}, batch=batch)
 
 
 def scaled(name: str, parameters: dict[str, Any], **fields: Any) -> Case:
@@ -48,7 +48,7 @@ LLAMA = [
     ),
     scaled("longrope-within", {**LONGROPE, "original_max_position_embeddings": 32}),
     scaled("longrope-beyond", {**LONGROPE, "original_max_position_embeddings": 4, "factor": 8.0}),
-    llama("classifier", "LlamaForSequenceClassification", pad_token_id=0, num_labels=3),
+    llama("classifier", "LlamaForSequenceClassification", batch=64, pad_token_id=0, num_labels=3),
     llama("base", "LlamaModel"),
 ]  # fmt: skip
 MISTRAL = [
@@ -59,7 +59,7 @@ MISTRAL = [
         "MistralConfig",
         "MistralForCausalLM",
         {
-            **TINY, "sliding_window": 3, "head_dim": 12, "num_key_value_heads": 1,
+            **TINY, "sliding_window": 3, "head_dim": 16, "num_key_value_heads": 1,
             "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0},
         },
     ),
