@@ -17,6 +17,7 @@ from .loss import linear_cross_entropy
 from .norm import layer_norm, rms_norm
 from .positions import alibi_bias_of_keys, relative_bucket, sinusoidal_positions
 from .rope import rope, rope_frequencies, rope_tables
+from .teaching_weights import convert_teaching
 from .transformer import Transformer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Transformer",
     "alibi_bias_of_keys",
     "attention",
+    "convert_teaching",
     "decode_attention",
     "geglu",
     "gelu",
