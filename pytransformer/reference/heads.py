@@ -125,10 +125,10 @@ def label_loss(logits: Tensor, labels: Tensor, problem: str) -> Tensor:
     """
     if problem == "multi_class":
         return (torch.logsumexp(logits, dim=-1) - logits.gather(-1, labels[:, None])[:, 0]).mean()
+    if problem not in ("multi_label", "binary", "regression"):
+        raise ValueError(f'problem must be "multi_class", "multi_label", "binary" or "regression", got {problem!r}')
     labels = labels.reshape(logits.shape).to(logits.dtype)
     if problem in ("multi_label", "binary"):
         # log p = -softplus(-s) and log(1 - p) = -softplus(s) for p = σ(s), which do not overflow
         return (labels * F.softplus(-logits) + (1 - labels) * F.softplus(logits)).mean()
-    if problem == "regression":
-        return ((logits - labels) ** 2).mean()
-    raise ValueError(f'problem must be "multi_class", "multi_label", "binary" or "regression", got {problem!r}')
+    return ((logits - labels) ** 2).mean()
