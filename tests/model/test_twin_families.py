@@ -13,9 +13,9 @@ from tests.model.configs import EXPERT_CONFIGS, FAMILY_CONFIGS, make_model, make
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reference.*:RuntimeWarning")
 
 ALL_CONFIGS = {**FAMILY_CONFIGS, **EXPERT_CONFIGS}
-STEPS, ALLOWED_RATIO = 20, 2.0
-# Fewer seeds than the contract's, so that all configurations cost less than the first ones do.
-FEW_SEEDS = 4
+STEPS = 20
+# Fewer seeds than the contract's: with so many configurations what is wrong is wrong for every seed, and all of them cost as one file does.
+FEW_SEEDS = 2
 
 
 def batch_of(config, seed, device):
@@ -66,41 +66,42 @@ def test_results_and_gradients_are_those_of_the_twin(name, device):
     contract.check()
 
 
-GENERATING = [name for name, config in ALL_CONFIGS.items() if config.architecture != "encoder" and name != "odd-ones"]
+GENERATING = [name for name, config in ALL_CONFIGS.items() if config.architecture != "encoder"]
 
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_generated_tokens_are_those_of_the_twin(name, device):
-    """With a cache and without, across the length at which RoPE's frequencies change."""
+    """Past the length at which RoPE's frequencies change, too."""
     model = make_model(ALL_CONFIGS[name], 0, device)
-    twin = make_twin(model, torch.float64)
-    if model.config.is_encoder_decoder:
-        prompts = random_ids(model.config.encoder, (2, 7), 0, device)
-    else:
-        prompts = random_ids(model.config, (2, 5), 0, device)
+    config, twin = model.config, make_twin(model, torch.float64)
+    prompts = random_ids(config.encoder if config.is_encoder_decoder else config, (2, 5), 0, device)
     expected = twin.generate(prompts, max_new_tokens=8)
     for options in ({}, {"use_cache": False}):
         assert torch.equal(model.generate(prompts, 8, **options), expected)
 
 
-def losses(model, config, batches):
-    """The loss of each training step, in float64, with the router's losses where there are experts."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+def losses(model, call, labels):
+    """The loss of each training step, in float64, with the router's losses where there are experts.
+
+    Gradient descent with momentum: AdamW makes a full step of a gradient that is nothing but rounding (a bias of k, a unit of ReLU that
+    wakes up), and two runs part that are the same.
+    """
+    config = model.config
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     values = []
-    for call, labels in batches:
-        router_logits = []
-        if not config.num_experts:
-            logits = model(**call)
-        elif isinstance(model, reference.Transformer | reference.EncoderDecoder):
+    for _ in range(STEPS):
+        router_logits: list[torch.Tensor] = []
+        if isinstance(model, reference.Transformer | reference.EncoderDecoder):
             logits = model(**call, router_logits=router_logits)
-        else:
+        elif config.num_experts:
             output = model(**call, return_router_logits=True)
             logits, router_logits = output.logits, output.router_logits
+        else:
+            logits = model(**call)
         loss = F.cross_entropy(real_part(config, logits, call).double().flatten(0, -2), labels.flatten())
         if router_logits:
-            k = config.experts_per_token
             mask = call.get("attention_mask")
-            loss = loss + 0.1 * reference.load_balancing_loss(router_logits, k, mask)
+            loss = loss + 0.1 * reference.load_balancing_loss(router_logits, config.experts_per_token, mask)
             loss = loss + 0.01 * reference.router_z_loss(router_logits, mask)
         optimizer.zero_grad()
         loss.backward()
@@ -109,23 +110,21 @@ def losses(model, config, batches):
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "bert", "bert-classes", "original", "t5", "mixtral"])
-def test_twenty_training_losses_are_as_near_as_the_plain_ones(name, device):
-    """Largest deviation from the golden run, mean over seeds, at most twice that of the twin in float32 (see test_training_drift)."""
-    config, drift = ALL_CONFIGS[name], {"fused": 0.0, "plain": 0.0}
-    golden = torch.empty(0)
+@pytest.mark.parametrize("name", ["gemma2", "bert-classes", "original", "t5", "mixtral"])
+def test_twenty_training_losses_are_those_of_the_twin(name, device):
+    config, contract = ALL_CONFIGS[name], Contract(torch.float32)
     for seed in range(FEW_SEEDS):
-        batches = []
-        for step in range(STEPS):
-            call = batch_of(config, 100 * seed + step, device)
-            shape = real_part(
-                config, torch.empty(2, 6 if config.is_encoder_decoder else 11, 1, device=device), call
-            ).shape[:-1]
-            labels = torch.arange(shape.numel() if config.pooling is None else 2, device=device) % 3
-            batches.append((call, labels))
+        call = batch_of(config, seed, device)
+        tokens = (
+            torch.Size([2])
+            if config.pooling is not None
+            else call["tgt" if config.is_encoder_decoder else "input_ids"].shape
+        )
+        labels = real_part(config, torch.arange(tokens.numel(), device=device).view(tokens) % 3, call)
         model = make_model(config, seed, device)
-        golden = losses(make_twin(model, torch.float64), config, batches)
-        for kind, each in (("plain", make_twin(model)), ("fused", model)):
-            drift[kind] += float((losses(each, config, batches) - golden).abs().max())
-    assert drift["plain"] > 0.0 and golden[-1] < golden[0]
-    assert drift["fused"] <= ALLOWED_RATIO * drift["plain"], drift
+        golden = losses(make_twin(model, torch.float64), call, labels)
+        contract.add(
+            "losses", actual=losses(model, call, labels), plain=losses(make_twin(model), call, labels), golden=golden
+        )
+        assert golden[-1] < 0.8 * golden[0]
+    contract.check()
