@@ -75,7 +75,7 @@ def test_generated_tokens_are_those_of_the_twin(name, device):
     model = make_model(ALL_CONFIGS[name], 0, device)
     config, twin = model.config, make_twin(model, torch.float64)
     prompts = random_ids(config.encoder if config.is_encoder_decoder else config, (2, 5), 0, device)
-    expected = twin.generate(prompts, max_new_tokens=8)
+    expected = twin.generate(prompts, max_new_tokens=8, eos_token_id=config.eos_token_id)
     for options in ({}, {"use_cache": False}):
         assert torch.equal(model.generate(prompts, 8, **options), expected)
 
