@@ -110,7 +110,7 @@ def losses(model, call, labels):
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "bert-classes", "original", "t5", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma2", "bert-classes", "original", "mixtral"])
 def test_twenty_training_losses_are_those_of_the_twin(name, device):
     config, contract = ALL_CONFIGS[name], Contract(torch.float32)
     for seed in range(FEW_SEEDS):
