@@ -83,11 +83,11 @@ def run_attention(arguments: argparse.Namespace) -> int:
     """Draws the attention probabilities of a prompt."""
     import torch
 
-    from pytransformer.cli.model_folder import load_model
+    from pytransformer.cli.model_folder import encode, load_model
     from pytransformer.cli.pictures import plot_attention
 
     model, tokenizer = load_model(arguments.model, arguments.device)
-    ids = tokenizer.encode(_prompt(arguments, DEFAULT_PROMPT))
+    ids = encode(model, tokenizer, _prompt(arguments, DEFAULT_PROMPT))
     if not ids:
         raise ValueError("--prompt is empty: there is no token to look at")
     if len(ids) > model.config.max_seqlen:
@@ -127,12 +127,12 @@ def run_cache(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, but is {arguments.repeats}")
 
-    from pytransformer.cli.model_folder import load_model
+    from pytransformer.cli.model_folder import encode, load_model
     from pytransformer.cli.pictures import plot_cache
     from pytransformer.training.run import parameters
 
     model, tokenizer = load_model(arguments.model, arguments.device)
-    ids = tokenizer.encode(_prompt(arguments, "def"))
+    ids = encode(model, tokenizer, _prompt(arguments, "def"))
     if not ids:
         raise ValueError("--prompt is empty: generation needs a token to start from")
     room = model.config.max_seqlen - len(ids)
