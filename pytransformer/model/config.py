@@ -1,7 +1,7 @@
 """One configuration class for every model: the families differ by its fields only.
 
-Sources of the choices: Vaswani et al. 2017 (encoder–decoder, sinusoidal positions, post-norm), Devlin et al. 2019 (BERT), Radford et al. 2019
-(GPT-2), Raffel et al. 2020 (T5), Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral). What each public family chooses: families/.
+Sources of the choices: Vaswani et al. 2017 (encoder–decoder, sinusoidal positions, post-norm), Devlin et al. 2019 (BERT), Radford et al.
+2019 (GPT-2), Raffel et al. 2020 (T5), Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral). What each public family chooses: families/.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class TransformerConfig:
         head_bias: of the head's output.
         head_transform: activation of a linear layer between hidden states and head, or ``None``; before "masked_lm" a norm follows it.
         num_labels, problem: of "classification": "multi_class" (softmax), "multi_label", "binary" (sigmoid) or "regression".
-        pooling: the token that stands for a sequence: "first", "last" (that is not padding) or "mean"; ``None`` = "first" for classification.
+        pooling: the token that stands for a sequence: "first", "last" (that is not padding) or "mean"; ``None`` = "first" to classify.
         pooler: a linear layer and tanh over the pooled vector (BERT).
         logit_scale: multiplier of the hidden states before the head (T5: hidden_size^-½).
 
@@ -206,7 +206,7 @@ class TransformerConfig:
     family_fields: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        # Numbers of numpy's, as arithmetic with sizes gives them, become Python's, and JSON's lists tuples: JSON and torch.compile know those.
+        # Numbers of numpy's, as arithmetic with sizes gives them, become Python's, and JSON's lists tuples.
         for field in dataclasses.fields(self):
             _set(self, field.name, _pythons(getattr(self, field.name)))
         config_checks.check_sizes(self)

@@ -1,8 +1,8 @@
 """A public family of checkpoints: how its configuration and its weights become ours, and back.
 
-A family is data: the fields of its configuration with what each means here, two functions that translate them, and a table of tensors. All of
-it can be read backwards, so what is loaded can be saved: :func:`write_config` reads what it wrote again and refuses a configuration that the
-family cannot express.
+A family is data: the fields of its configuration with what each means here, two functions that translate them, and a table of tensors. All
+of it can be read backwards, so what is loaded can be saved: :func:`write_config` reads what it wrote again and refuses a configuration that
+the family cannot express.
 """
 
 from __future__ import annotations

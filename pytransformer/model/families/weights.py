@@ -1,7 +1,7 @@
 """The table of a family's tensors: what ours is made of, and how it is taken apart again.
 
-A form is a pair of inverse functions between tensors; nothing else is known of it. What a file must hold is found by taking a tensor without
-memory (on the meta device) apart.
+A form is a pair of inverse functions between tensors; nothing else is known of it. What a file must hold is found by taking a tensor
+without memory (on the meta device) apart.
 """
 
 from __future__ import annotations
