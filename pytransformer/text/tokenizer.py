@@ -34,7 +34,8 @@ class Tokenizer(Vocabulary):
     """Byte-level BPE, BPE with byte fallback, WordPiece, Unigram: whatever a tokenizer.json holds.
 
     Special tokens that stand in a text literally (``</s>``, ``<|im_start|>``) are read as those tokens by default, as transformers does it.
-    For text of strangers say ``split_special_tokens=True``, in a call or as the attribute: then they are text like any other.
+    For text of strangers say ``split_special_tokens=True``, in a call or as the attribute: then they are text like any other, or refused
+    where they are words of the vocabulary as well (Unigram).
 
     Cutting and ``split_special_tokens`` are switched on in the library for the time of a call: give each thread a tokenizer of its own.
 
@@ -223,13 +224,33 @@ class Tokenizer(Vocabulary):
                 )
             self.backend.enable_truncation(shape.max_length, strategy=shape.truncation, direction=self.truncation_side)
         try:
-            return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
+            encodings = list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(
                 f"the texts cannot be cut to max_length {shape.max_length} by truncation={shape.truncation!r}: {error}"
             ) from error
         finally:
             self.backend.no_truncation()
+        if split and not self._is_bpe:
+            self._check_split(inputs, encodings)
+        return encodings
+
+    def _check_split(self, inputs: list[Any], encodings: list[Any]) -> None:
+        """Refuses special tokens which are words of the vocabulary too, as in Unigram ones: the library then splits nothing."""
+        for entry, encoding in zip(inputs, encodings):
+            text = entry if isinstance(entry, str) else "\n".join(entry)
+            for token_id, is_around in zip(encoding.ids, encoding.special_tokens_mask):
+                token = self.token(token_id)
+                if (
+                    token_id in self.special_ids
+                    and token_id != self.unk_token_id
+                    and not is_around
+                    and str(token) in text
+                ):
+                    raise ValueError(
+                        f"split_special_tokens: {token!r} is a word of the vocabulary as well, and would be read as the special token; "
+                        "take it out of the text"
+                    )
 
     # Ids to text
 
@@ -298,10 +319,12 @@ class Tokenizer(Vocabulary):
         truncation: bool | str | None = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
-        split_special_tokens: bool | None = None,
         **variables: Any,
     ) -> Any:
         """A conversation in the form that the model was tuned on.
+
+        Special tokens that stand in a message literally are read as those tokens, like the template's own: whoever writes a message can end
+        it. :meth:`special_tokens_in` finds them.
 
         Args:
             conversation: messages, mappings with "role" and "content"; or a list of conversations.
@@ -312,7 +335,7 @@ class Tokenizer(Vocabulary):
             continue_final_message: end inside the last message, which the model then goes on with.
             tokenize: ids; ``False`` for text.
             return_dict: ``input_ids`` and ``attention_mask`` by name; ``False`` for the ids alone.
-            padding, truncation, max_length, return_tensors, split_special_tokens: as in calling the tokenizer.
+            padding, truncation, max_length, return_tensors: as in calling the tokenizer.
             variables: whatever else the template asks for, such as ``enable_thinking``.
 
         Raises:
@@ -342,7 +365,7 @@ class Tokenizer(Vocabulary):
             truncation=truncation,
             max_length=max_length,
             return_tensors=return_tensors,
-            split_special_tokens=split_special_tokens,
+            split_special_tokens=False,
         )
         return encoded if return_dict else encoded["input_ids"]
 

@@ -130,6 +130,10 @@ class Vocabulary:
         """The ids that ``skip_special_tokens`` leaves out."""
         return frozenset(index for index, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
+    def special_tokens_in(self, text: str) -> list[str]:
+        """The special tokens that a text holds literally, and that would be read as such."""
+        return [token for token in map(self.token, sorted(self.special_ids)) if token and token in text]
+
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Ids of tokens as they stand in the vocabulary, of one or of several; the unknown token's id, or ``None``, for others."""
         if not isinstance(tokens, str):

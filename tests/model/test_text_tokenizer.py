@@ -43,6 +43,13 @@ def test_ids_and_text_are_those_of_transformers(both):
     ours, theirs = both
     for text in TEXTS:
         for options in ({}, {"add_special_tokens": False}, {"split_special_tokens": True}):
+            if (
+                options.get("split_special_tokens")
+                and "</s>" in text
+                and ours.unk_token == "<unk>"
+                and not ours.bos_token
+            ):
+                continue  # refused for Unigram, see below
             ids = ours.encode(text, **options)
             assert ids == theirs.encode(text, **options), (text, options)
             for skip in (False, True):
@@ -84,7 +91,7 @@ def test_vocabulary_and_special_tokens_are_those_of_transformers(both):
 )  # fmt: skip
 def test_batches_are_those_of_transformers(both, options):
     ours, theirs = both
-    texts = TEXTS[1:]
+    texts = [text for text in TEXTS[1:] if "</s>" not in text]
     for given in ((texts,), (TEXTS[5],), tuple(zip(*PAIRS)), PAIRS[0]):
         given = tuple(list(value) if isinstance(value, tuple) else value for value in given)
         if options.get("truncation") == "only_first" and len(given) == 2:
@@ -258,6 +265,22 @@ def test_a_special_token_in_the_text_is_one_unless_it_is_said_otherwise(folders)
         == tokenizer.encode_batch(["<|im_end|>"])[0]
         == ids
     )
+
+
+def test_a_special_token_that_is_a_word_too_cannot_be_split(folders):
+    """The library, and transformers with it, read it as the token whatever is said."""
+    tokenizer = Tokenizer.load(folders["Unigram"])
+    theirs = AutoTokenizer.from_pretrained(folders["Unigram"])
+    assert (
+        theirs.encode("a</s>b", split_special_tokens=True, add_special_tokens=False).count(tokenizer.eos_token_id) == 1
+    )
+    with pytest.raises(ValueError, match="'</s>' is a word of the vocabulary as well"):
+        tokenizer.encode("a</s>b", split_special_tokens=True)
+    with pytest.raises(ValueError, match="'</s>' is a word of the vocabulary as well"):
+        tokenizer(["a", "b"], ["c", "</s>"], split_special_tokens=True)
+    assert tokenizer.encode("a <unk> Ω", split_special_tokens=True)[-1] == tokenizer.eos_token_id
+    words = Tokenizer.load(folders["WordPiece"])
+    assert words.encode("[SEP] [UNK]", split_special_tokens=True).count(words.sep_token_id) == 1
 
 
 def test_copies_and_pickles_go_on_working(tokenizer):
