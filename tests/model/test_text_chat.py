@@ -56,7 +56,7 @@ HEADED = """{{- 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}
     {%- if message.role == 'debug' %}{% continue %}{% endif %}
     {%- if message.content is string %}{% set text = message.content %}
     {%- else %}{% set text = message.content | map(attribute='text') | join('') %}{% endif %}
-    {{- '[' ~ message.role ~ ':' ~ ns.last ~ ']' }}
+    {{- '[' ~ message.role ~ ':' ~ ns.last ~ (message.name is defined) ~ ']' }}
     {%- if message.reasoning_content is defined and loop.index0 > ns.last %}
         {{- '<think>' + message.reasoning_content + '</think>' }}
     {%- endif %}
@@ -72,7 +72,7 @@ HEADED = """{{- 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}
 TRACKED = """{% set kept = 'outside' %}
 {% for message in messages %}
 {% if message['role'] == 'assistant' %}
-A: {% generation %}{% set kept = 'inside' %}{{ message['content'] }}{{ kept }}{{ loop.index }}{% endgeneration %}
+A: {% generation %}{% set kept = 'inside' %}{{ message['content'] }}{{ kept }}{{ loop.index }}{% endgeneration %}{{ kept }}
 
 {% else %}
 Q: {{ message['content'] }}

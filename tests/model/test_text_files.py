@@ -124,6 +124,14 @@ def test_classes_of_transformers(tmp_path, name):
         _agree(ours, theirs)
 
 
+def test_a_class_of_another_kind_than_the_file(tmp_path):
+    """As folders of Llama 3 name Llama 2's: whose padding is on the left, and whose special tokens are not there."""
+    _write_json(write("byte BPE", tmp_path) / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.padding_side == theirs.padding_side == "right"
+    _agree(ours, theirs)
+
+
 def test_special_tokens_in_files_of_their_own(tmp_path):
     """As folders had them before tokenizer_config.json listed all tokens."""
     byte_bpe().save(str(tmp_path / "tokenizer.json"))
