@@ -86,11 +86,13 @@ def encode(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         ValueError: a token that the model has no embedding for.
     """
+    config = model.config
+    vocab_size = config.src_vocab_size if config.is_encoder_decoder else config.vocab_size
     ids = tokenizer.encode(prompt)
     for token_id in ids:
-        if token_id >= model.config.vocab_size:
+        if token_id >= vocab_size:
             raise ValueError(
                 f"--prompt has the token {tokenizer.label(token_id)!r} of id {token_id}, but the model's vocabulary is "
-                f"{model.config.vocab_size}"
+                f"{vocab_size}"
             )
     return ids
