@@ -127,6 +127,8 @@ def _check_layers(config: TransformerConfig) -> None:
 def _check_combinations(config: TransformerConfig) -> None:
     if config.positions == "sinusoidal" and config.hidden_size % 2:
         raise ValueError(f"hidden_size must be even for sinusoidal positions, got {config.hidden_size}")
+    if config.positions == "t5":
+        _check_buckets(config)
     if config.norm_weight_offset and config.norm == "layer_norm":
         raise ValueError(
             f"norm_weight_offset is for norm='rms_norm', got {config.norm_weight_offset} with 'layer_norm'"
@@ -134,6 +136,8 @@ def _check_combinations(config: TransformerConfig) -> None:
     for name in ("parallel", "residual_from_norm"):
         if getattr(config, name) and config.norm_placement != "pre":
             raise ValueError(f"{name} is for norm_placement='pre', got {config.norm_placement!r}")
+    if config.parallel and config.residual_from_norm:
+        raise ValueError("residual_from_norm is for sublayers one after the other, got parallel=True")
     if config.parallel and config.is_encoder_decoder:
         raise ValueError("parallel is for models without cross-attention, got architecture 'encoder-decoder'")
     if config.qk_norm_whole and not config.qk_norm:
@@ -148,6 +152,23 @@ def _check_combinations(config: TransformerConfig) -> None:
         raise ValueError(f"head must be 'lm' or 'none' for an encoder-decoder, got {config.head!r}")
     if config.tie_embeddings and config.head not in ("lm", "masked_lm"):
         raise ValueError(f"tie_embeddings is for heads that predict tokens, got head={config.head!r}")
+
+
+def _check_buckets(config: TransformerConfig) -> None:
+    """T5's buckets: the first half of a direction's holds one distance each, the rest those up to the largest, which must lie beyond."""
+    both = config.is_encoder_decoder or not config.causal
+    directions = 2 if both else 1
+    if config.relative_buckets < 2 * directions:
+        raise ValueError(
+            f"relative_buckets must be at least {2 * directions}, two for each direction, got {config.relative_buckets}"
+        )
+    # A decoder spends all of them on one direction.
+    exact = config.relative_buckets // (2 if config.causal else 4)
+    if config.relative_max_distance <= exact:
+        raise ValueError(
+            f"relative_max_distance must be above {exact}, the distances that have one of the {config.relative_buckets} buckets each, "
+            f"got {config.relative_max_distance}"
+        )
 
 
 def _check_tokens(config: TransformerConfig) -> None:
