@@ -262,6 +262,8 @@ class TransformerConfig:
             num_layers=self.num_encoder_layers,
             num_heads=self.encoder_num_heads,
             num_kv_heads=self.encoder_num_heads if self.num_kv_heads == self.num_heads else self.num_kv_heads,
+            head_dim=self._encoder_head_dim,
+            rotary_dim=self._encoder_head_dim if self.rotary_dim == self.head_dim else self.rotary_dim,
             intermediate_size=self.encoder_intermediate_size,
             layer_types=None,
             head="none",
@@ -273,6 +275,12 @@ class TransformerConfig:
             else self.pad_token_id,
             decoder_start_token_id=None,
         )
+
+    @property
+    def _encoder_head_dim(self) -> int:
+        """As the decoder's, unless its heads share out the hidden size and the encoder has another number of them."""
+        shared_out = self.head_dim * self.num_heads == self.hidden_size
+        return self.hidden_size // self.encoder_num_heads if shared_out else self.head_dim
 
     def window(self, layer: int = 0) -> tuple[int, int]:
         """The (left, right) of :func:`pytransformer.attention` in a layer: W keys including itself are left = W - 1."""

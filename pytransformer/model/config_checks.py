@@ -143,6 +143,13 @@ def _check_combinations(config: TransformerConfig) -> None:
         raise ValueError(
             f"share_embeddings needs src_vocab_size = vocab_size, got {config.src_vocab_size} and {config.vocab_size}"
         )
+    heads = config.encoder_num_heads
+    if (
+        config.is_encoder_decoder
+        and config.head_dim * config.num_heads == config.hidden_size
+        and config.hidden_size % heads
+    ):
+        raise ValueError(f"hidden_size must be a multiple of encoder_num_heads, got {config.hidden_size} and {heads}")
     if config.is_encoder_decoder and config.head not in ("lm", "none"):
         raise ValueError(f"head must be 'lm' or 'none' for an encoder-decoder, got {config.head!r}")
     if config.tie_embeddings and config.head not in ("lm", "masked_lm"):
