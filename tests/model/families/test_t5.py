@@ -7,7 +7,7 @@ from pytransformer.model.families import FAMILIES
 from .support import Case, check_fields, every_check
 
 _TINY = {
-    "vocab_size": 37, "d_model": 24, "d_kv": 5, "d_ff": 40, "num_layers": 2, "num_heads": 3, "decoder_start_token_id": 0,
+    "vocab_size": 37, "d_model": 16, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3, "decoder_start_token_id": 0,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6,
 }  # fmt: skip
 CASES = [
