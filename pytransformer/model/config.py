@@ -44,7 +44,8 @@ class TransformerConfig:
         share_embeddings: source and target use one embedding.
         decoder_start_token_id: the token that generation of an encoder–decoder begins with.
 
-        positions: "learned" table, "sinusoidal", "rope", "alibi", "t5" (a learned bias for each distance, in buckets) or "none".
+        positions: "learned" table, "sinusoidal", "rope", "alibi", "t5" (a learned bias for each distance, in buckets), "relative_key" (a
+            learned vector for each distance, times q), "relative_key_query" (times k too) or "none".
         position_offset: row of the table at which position 0 stands (BART: 2).
         positions_skip_padding: positions count the tokens that are not ``pad_token_id`` (RoBERTa); padding has position -1.
         sinusoidal_halves: [sin ‖ cos] instead of interleaved pairs (Marian).

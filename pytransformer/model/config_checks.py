@@ -13,7 +13,7 @@ GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped")
 PLAIN_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 CHOICES = {
     "architecture": ("decoder", "encoder", "encoder-decoder"),
-    "positions": ("learned", "sinusoidal", "rope", "alibi", "t5", "none"),
+    "positions": ("learned", "sinusoidal", "rope", "alibi", "t5", "relative_key", "relative_key_query", "none"),
     "norm": ("layer_norm", "rms_norm"),
     "norm_placement": ("pre", "post", "both", "output"),
     "activation": (*PLAIN_ACTIVATIONS, *GATED_ACTIVATIONS),
@@ -127,6 +127,12 @@ def _check_layers(config: TransformerConfig) -> None:
 def _check_combinations(config: TransformerConfig) -> None:
     if config.positions == "sinusoidal" and config.hidden_size % 2:
         raise ValueError(f"hidden_size must be even for sinusoidal positions, got {config.hidden_size}")
+    whole = config.architecture == "encoder" and config.num_kv_heads == config.num_heads
+    if config.positions.startswith("relative_key") and not whole:
+        raise ValueError(
+            f"positions={config.positions!r} is for encoders with num_kv_heads = num_heads, got architecture "
+            f"{config.architecture!r}, {config.num_kv_heads} and {config.num_heads}"
+        )
     if config.norm_weight_offset and config.norm == "layer_norm":
         raise ValueError(
             f"norm_weight_offset is for norm='rms_norm', got {config.norm_weight_offset} with 'layer_norm'"
