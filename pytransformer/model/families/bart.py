@@ -49,6 +49,8 @@ FIELDS: dict[str, Field] = {
     "is_encoder_decoder": Harmless(True),
     "decoder_start_token_id": Used(2),
     "forced_eos_token_id": Harmless(2),
+    # Ours: false where the embeddings are one and the head is another matrix, which transformers sees by the tensors alone.
+    "tie_head": Used(True),
     "id2label": Harmless(),
     "num_labels": Harmless(),
     "problem_type": Harmless(),
@@ -121,6 +123,8 @@ def write_stacks(config: TransformerConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         "decoder_start_token_id": config.decoder_start_token_id,
     }
+    if config.share_embeddings and not config.tie_embeddings and config.head != "none":
+        values["tie_head"] = False
     return values if config.causal else {**values, "is_causal": False}
 
 
@@ -130,12 +134,13 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
     One flag ties the head to the embedding and the embeddings of both sides to each other.
     """
     headless = str((values["architectures"] or [""])[0]) == "BartModel"
+    tied = values["tie_word_embeddings"] and values["tie_head"]
     return {
         **read_stacks(values),
         "positions": "learned",
         "position_offset": 2,
         "embedding_norm": True,
-        "tie_embeddings": values["tie_word_embeddings"] and not headless,
+        "tie_embeddings": tied and not headless,
     }
 
 

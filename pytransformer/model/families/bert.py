@@ -40,7 +40,9 @@ FIELDS: dict[str, Field] = {
     "id2label": Harmless(),  # read, but kept too, for the labels' names
     "is_causal": Harmless(),  # an encoder's mask is the same with it
     "position_embedding_type": Used("absolute"),
-    "add_pooling_layer": Used(True),  # ours: transformers says it in code
+    # Ours, for models without a head: in transformers both are said in code.
+    "add_pooling_layer": Used(True),
+    "pooling": Used(),
     "gradient_checkpointing": Harmless(False),
     # What the first releases wrote down of the pooler and never read.
     "directionality": Harmless(),
@@ -52,8 +54,16 @@ FIELDS: dict[str, Field] = {
 }
 
 
-# The buffer of earlier releases, and what a model with another head or none leaves alone.
-IGNORED = (r"\.position_ids$", r"^(\w+\.)?pooler\.", r"^cls\.", r"^classifier\.", r"^lm_head\.")
+# The buffer of earlier releases; the table of a model with relative positions, which has it and never reads it; and what a model with
+# another head or none leaves alone.
+IGNORED = (
+    r"\.position_ids$",
+    r"\.position_embeddings\.weight$",
+    r"^(\w+\.)?pooler\.",
+    r"^cls\.",
+    r"^classifier\.",
+    r"^lm_head\.",
+)
 
 
 def read_encoder(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,6 +90,7 @@ def read_encoder(values: Mapping[str, Any]) -> dict[str, Any]:
         "head_dropout": dropout if classifier_dropout is None else classifier_dropout,
         "head_bias": True,
         "pooler": values["add_pooling_layer"],
+        "pooling": values["pooling"],
         "tie_embeddings": values["tie_word_embeddings"],
         "initializer_range": values["initializer_range"],
         "bos_token_id": values["bos_token_id"],
@@ -115,6 +126,8 @@ def write_encoder(config: TransformerConfig) -> dict[str, Any]:
         values["position_embedding_type"] = config.positions
     if config.head == "none" and not config.pooler:
         values["add_pooling_layer"] = False
+    if config.head == "none" and config.pooling is not None:
+        values["pooling"] = config.pooling
     return values
 
 
@@ -137,6 +150,7 @@ def encoder_weights(prefix: str) -> tuple[Weight, ...]:
             Weight(f"{ours}.attention.qkv_proj.{name}", tuple(f"{part}.{name}" for part in (query, key, value)), QKV())
             for name in ("weight", "bias")
         ),
+        same(f"{ours}.attention.relative_keys.weight", f"{layer}.attention.self.distance_embedding.weight"),
         *affine(f"{ours}.attention.out_proj", f"{layer}.attention.output.dense"),
         *old_norm(f"{ours}.attention_norm", f"{layer}.attention.output.LayerNorm"),
         *affine(f"{ours}.feed_forward.up_proj", f"{layer}.intermediate.dense"),

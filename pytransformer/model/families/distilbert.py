@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import TransformerConfig
 from .bert import IGNORED
-from .family import Family, Harmless, Used
+from .family import Family, Field, Harmless, Used
 from .parts import old_norm, read_activation, read_labels, with_aliases, write_activation, write_labels
 from .weights import QKV, Weight, affine, same
 
@@ -23,7 +23,7 @@ CLASSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 _ALIASES = {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}
-FIELDS = {
+FIELDS: dict[str, Field] = {
     "vocab_size": Used(30522),
     "max_position_embeddings": Used(512),
     "sinusoidal_pos_embds": Harmless(False),  # what the table starts with; it is in the file and learned either way

@@ -34,7 +34,7 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": values["vocab_size"] if shared else values["decoder_vocab_size"] or values["vocab_size"],
         "src_vocab_size": values["vocab_size"],
         "share_embeddings": shared and tied,
-        "tie_embeddings": tied,
+        "tie_embeddings": tied and values["tie_head"],
         "positions": "sinusoidal",
         "sinusoidal_halves": True,
     }
@@ -47,7 +47,7 @@ def write(config: TransformerConfig) -> dict[str, Any]:
         "vocab_size": config.src_vocab_size,
         "decoder_vocab_size": config.vocab_size,
         "share_encoder_decoder_embeddings": config.share_embeddings,
-        "tie_word_embeddings": config.tie_embeddings,
+        "tie_word_embeddings": config.tie_embeddings or config.share_embeddings,
     }
 
 
