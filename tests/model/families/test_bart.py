@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytransformer.model.families import FAMILIES
+from pytransformer.model.families import FAMILIES, parts
 
 from .support import Case, check_fields, every_check
 
@@ -48,3 +48,14 @@ CASES = [
 @every_check(CASES)
 def test_bart_and_marian(case, check):
     check(case)
+
+
+def test_fields():
+    older = (
+        "hidden_size", "num_attention_heads", "num_hidden_layers", "tie_head", "classif_dropout", "gradient_checkpointing",
+        "force_bos_token_to_be_generated", "output_past", "normalize_before", "add_final_layer_norm", "add_bias_logits",
+        "normalize_embedding", "static_position_embeddings", "extra_pos_embeddings",
+    )  # fmt: skip
+    older = (*older, *(set(parts.GENERATION) - {"forced_eos_token_id"}))
+    check_fields(FAMILIES["bart"], "BartConfig", older=older)
+    check_fields(FAMILIES["marian"], "MarianConfig", older=older)

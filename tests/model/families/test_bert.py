@@ -28,6 +28,7 @@ CASES = [
         "BertConfig",
         "BertForSequenceClassification",
         {**_TINY, "num_attention_heads": 1, "num_labels": 5, "hidden_act": "silu"},
+        batch=64,
         sides=_RIGHT,
     ),
     Case(
@@ -35,9 +36,12 @@ CASES = [
         "BertConfig",
         "BertForSequenceClassification",
         {**_TINY, "num_labels": 3, "problem_type": "multi_label_classification"},
+        batch=64,
         sides=_RIGHT,
     ),
-    Case("regression", "BertConfig", "BertForSequenceClassification", {**_TINY, "num_labels": 1}, sides=_RIGHT),
+    Case(
+        "regression", "BertConfig", "BertForSequenceClassification", {**_TINY, "num_labels": 1}, batch=64, sides=_RIGHT
+    ),
 ]
 
 
@@ -51,7 +55,7 @@ def test_fields():
         FAMILIES["bert"],
         "BertConfig",
         older=(
-            "position_embedding_type", "add_pooling_layer", "gradient_checkpointing", "directionality", "pooler_fc_size",
+            "position_embedding_type", "add_pooling_layer", "pooling", "gradient_checkpointing", "directionality", "pooler_fc_size",
             "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
         ),
     )  # fmt: skip

@@ -23,8 +23,8 @@ LONGROPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def llama(name: str, model: str = "LlamaForCausalLM", **fields: Any) -> Case:
-    return Case(name, "LlamaConfig", model, {**TINY, **fields})
+def llama(name: str, model: str = "LlamaForCausalLM", batch: int = 2, **fields: Any) -> Case:
+    return Case(name, "LlamaConfig", model, {**TINY, **fields}, batch=batch)
 
 
 def scaled(name: str, parameters: dict[str, Any], **fields: Any) -> Case:
@@ -48,7 +48,7 @@ LLAMA = [
     ),
     scaled("longrope-within", {**LONGROPE, "original_max_position_embeddings": 32}),
     scaled("longrope-beyond", {**LONGROPE, "original_max_position_embeddings": 4, "factor": 8.0}),
-    llama("classifier", "LlamaForSequenceClassification", pad_token_id=0, num_labels=3),
+    llama("classifier", "LlamaForSequenceClassification", batch=64, pad_token_id=0, num_labels=3),
     llama("base", "LlamaModel"),
 ]  # fmt: skip
 MISTRAL = [
@@ -59,7 +59,7 @@ MISTRAL = [
         "MistralConfig",
         "MistralForCausalLM",
         {
-            **TINY, "sliding_window": 3, "head_dim": 12, "num_key_value_heads": 1,
+            **TINY, "sliding_window": 3, "head_dim": 16, "num_key_value_heads": 1,
             "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0},
         },
     ),
@@ -259,19 +259,29 @@ def test_longrope_original_length_inside_and_outside() -> None:
 
 
 @torch.no_grad()
-def test_longrope_choice_depends_on_each_row_alone() -> None:
-    # Theirs goes by the longest row for all; ours gives each row what it gets alone.
-    case = scaled("rows", {**LONGROPE, "original_max_position_embeddings": 8})
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("method", ["longrope", "dynamic"])
+@pytest.mark.parametrize("lengths", [(10, 6), (9, 10), (7, 6)])
+def test_frequencies_depend_on_the_length_of_each_row_alone(method: str, side: str, lengths: tuple[int, int]) -> None:
+    # Theirs goes by the longest row, padding included, for all; ours gives each row what it gets alone. They change after 8 tokens.
+    if method == "longrope":
+        case = scaled("rows", {**LONGROPE, "original_max_position_embeddings": 8})
+    else:
+        case = scaled("rows", {"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=8)
     both = pair(case)
-    long, short = both.inputs(0, batch=1, seqlen=10)["ids"], both.inputs(1, batch=1, seqlen=6)["ids"]
-    ids = torch.cat([long, torch.nn.functional.pad(short, (0, 4))])
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, 6:] = False
+    rows = [both.inputs(seed, batch=1, seqlen=length)["ids"] for seed, length in enumerate(lengths)]
+    width = 11
+    ids, mask = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        place = slice(width - row.shape[1], width) if side == "left" else slice(0, row.shape[1])
+        ids[index, place], mask[index, place] = row[0], True
     ours = call_ours(both.ours(), {"ids": ids}, mask)
-    assert_logits(ours[:1], call_theirs(both.theirs(), {"ids": long}), "beyond the original length")
-    assert_logits(ours[1:, :6], call_theirs(both.theirs(), {"ids": short}), "within it")
-    together = both.theirs()(input_ids=ids, attention_mask=mask).logits[1:, :6]
-    assert float((together - ours[1:, :6]).abs().max()) > 0.01, "their short row would be the same"
+    theirs = both.theirs()(input_ids=ids, attention_mask=mask).logits
+    for index, row in enumerate(rows):
+        alone = call_theirs(both.theirs(), {"ids": row})
+        assert_logits(ours[index : index + 1, mask[index]], alone, f"row {index}")
+        if row.shape[1] < width - 1 and (method == "dynamic" or row.shape[1] <= 8):
+            assert float((theirs[index, mask[index]] - alone[0]).abs().max()) > 0.01, "their batch would do the same"
 
 
 @torch.no_grad()

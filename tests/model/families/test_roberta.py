@@ -30,6 +30,7 @@ CASES = [
         "RobertaConfig",
         "RobertaForSequenceClassification",
         {**_ROBERTA, "num_attention_heads": 1, "num_labels": 4},
+        batch=64,
         sides=_RIGHT,
     ),
     Case("distilbert-masked-lm", "DistilBertConfig", "DistilBertForMaskedLM", _DISTILBERT, sides=_RIGHT),
@@ -52,6 +53,7 @@ CASES = [
         "DistilBertConfig",
         "DistilBertForSequenceClassification",
         {**_DISTILBERT, "num_labels": 3, "activation": "silu"},
+        batch=64,
         sides=_RIGHT,
     ),
 ]
@@ -69,7 +71,7 @@ def test_fields():
         FAMILIES["roberta"],
         "RobertaConfig",
         older=(
-            "position_embedding_type", "add_pooling_layer", "gradient_checkpointing", "directionality", "pooler_fc_size",
+            "position_embedding_type", "add_pooling_layer", "pooling", "gradient_checkpointing", "directionality", "pooler_fc_size",
             "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
         ),
     )  # fmt: skip
