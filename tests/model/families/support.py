@@ -256,10 +256,11 @@ def gradients(case: Case) -> None:
     both = pair(case)
     contract = Contract(torch.float32)
     ours, theirs = both.ours(), both.theirs()
-    names = {name for name, _ in ours.named_parameters()} - set(case.untrained)
+    first = ours.tied_names()
+    names = {first.get(name, name) for name, _ in ours.named_parameters()} - set(case.untrained)
     for seed in range(SEEDS):
         inputs = both.inputs(seed)
-        actual = backward(ours, call_ours(ours, inputs))
+        actual = {first.get(name, name): grad for name, grad in backward(ours, call_ours(ours, inputs)).items()}
         plain = both.through_table(theirs, backward(theirs, call_theirs(theirs, inputs)))
         assert names <= set(plain), f"not compared: {sorted(names - set(plain))}"
         contract.add_all({name: actual[name] for name in names}, plain, both.golden(seed)[1], kind="gradient")
