@@ -306,9 +306,14 @@ def generation(case: Case) -> None:
         output_scores=True,
         return_dict_in_generate=True,
         decoder_start_token_id=both.config.decoder_start_token_id,
+        # Their cache has as many layers as the encoder, and breaks where the decoder has more.
+        use_cache=both.config.num_layers <= both.config.num_encoder_layers,
     )
     prompt = inputs.get("src", inputs["ids"])
-    result = both.theirs().generate(prompt, generation_config=settings)
+    theirs = both.theirs()
+    # What the settings leave open (end tokens, tokens that are forced) is not taken from the model.
+    theirs.generation_config = transformers.GenerationConfig()
+    result = theirs.generate(prompt, generation_config=settings)
     ours = generate(both.ours(), prompt, NEW_TOKENS, eos_token_id=()).token_ids
     assert isinstance(ours, Tensor)
     for row in range(len(prompt)):
