@@ -82,7 +82,9 @@ def test_gamma_and_beta_are_weight_and_bias():
     theirs = made(MASKED_LM)
 
     def old(tensors):
-        return renamed(renamed(tensors, r"LayerNorm\.weight$", "LayerNorm.gamma"), r"LayerNorm\.bias$", "LayerNorm.beta")
+        return renamed(
+            renamed(tensors, r"LayerNorm\.weight$", "LayerNorm.gamma"), r"LayerNorm\.bias$", "LayerNorm.beta"
+        )
 
     assert_same(loaded(theirs, tensors=old), theirs)
 
@@ -205,7 +207,12 @@ def test_relative_positions_are_not_ignored(kind, monkeypatch):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("is_decoder", True), ("add_cross_attention", True), ("hidden_act", "quick_gelu"), ("position_embedding_type", "rotary")],
+    [
+        ("is_decoder", True),
+        ("add_cross_attention", True),
+        ("hidden_act", "quick_gelu"),
+        ("position_embedding_type", "rotary"),
+    ],
 )
 def test_what_is_not_served_is_refused_by_name(field, value):
     with pytest.raises(CheckpointError, match=field.replace("position_embedding_type", "positions")):

@@ -179,7 +179,12 @@ def test_distilberts_other_names_count_before_its_own():
 def test_labels_are_read_and_written(labels, problem):
     family = find_family("roberta")
     names = {str(number): f"kind {number}" for number in range(labels)}
-    values = {"architectures": ["RobertaForSequenceClassification"], **_ROBERTA, "id2label": names, "problem_type": problem}
+    values = {
+        "architectures": ["RobertaForSequenceClassification"],
+        **_ROBERTA,
+        "id2label": names,
+        "problem_type": problem,
+    }
     if labels == 1 and problem == "single_label_classification":
         with pytest.raises(CheckpointError, match="problem_type"):
             read_config(family, values)
