@@ -7,6 +7,7 @@ Sources of the choices: Vaswani et al. 2017 (encoder–decoder, sinusoidal posit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -252,7 +253,7 @@ class TransformerConfig:
         """Whether a decoder attends to an encoder's memory."""
         return self.architecture == "encoder-decoder"
 
-    @property
+    @functools.cached_property  # a table of tensors asks for it once for each
     def encoder(self) -> TransformerConfig:
         """The encoder of an encoder–decoder as a configuration of its own."""
         return dataclasses.replace(
