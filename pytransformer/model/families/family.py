@@ -179,7 +179,10 @@ def write_config(family: Family, config: TransformerConfig) -> dict[str, Any]:
     values = {**kept, "model_type": family.name, **family.write(config)}
     if fitting:
         values["architectures"] = fitting[:1]
-    again = read_config(family, values)
+    try:
+        again = read_config(family, values)
+    except CheckpointError as error:
+        raise ValueError(f"the family {family.name} cannot express this model: {error}") from error
     lost = [
         f"{entry.name} = {getattr(config, entry.name)!r}"
         for entry in dataclasses.fields(config)

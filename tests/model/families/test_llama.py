@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from pytransformer import TransformerConfig
 from pytransformer.model.families import CheckpointError, find_family, mapping, read_config, write_config
 
-from .support import Case, assert_logits, call_ours, call_theirs, check_fields, every_check, logits, pair
+from .support import Case, assert_logits, call_ours, call_theirs, check_fields, every_check, generation, logits, pair
 
 TINY: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -38,6 +39,7 @@ LLAMA = [
     llama("gelu-wide-eps", hidden_act="gelu", rms_norm_eps=0.1, rope_scaling={"type": "linear", "factor": 2.0}),
     scaled("linear", {"rope_type": "linear", "factor": 3.0}, tie_word_embeddings=True),
     scaled("dynamic-within", {"rope_type": "dynamic", "factor": 2.0}),
+    scaled("dynamic-beyond", {"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=8),
     scaled("yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}),
     scaled(
         "llama3",
@@ -297,6 +299,11 @@ def test_dynamic_equals_a_fresh_model_at_every_length(seqlen: int) -> None:
     assert_logits(call_ours(ours, inputs), call_theirs(both.theirs(), inputs))
 
 
+def test_phi3_generation_computes_its_keys_again_where_the_factors_change() -> None:
+    fields = {**TINY, "rope_scaling": LONGROPE, "original_max_position_embeddings": 12}
+    generation(Case("crossing", "Phi3Config", "Phi3ForCausalLM", fields, prompt=10))
+
+
 def test_phi3_su_and_yarn_mean_longrope() -> None:
     fields = {**TINY, "rope_scaling": LONGROPE, "original_max_position_embeddings": 4}
     for name in ("su", "yarn"):
@@ -358,3 +365,23 @@ def test_names_of_labels_survive() -> None:
     written = write_config(family, config)
     assert {name: written[name] for name in values} == {**values, **{name: written[name] for name in TINY}}
     assert written["id2label"] == values["id2label"] and written["architectures"] == values["architectures"]
+
+
+def test_a_model_made_here_can_be_saved_as_a_llama() -> None:
+    import transformers
+
+    config = TransformerConfig.llama(
+        vocab_size=67, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, max_seqlen=64
+    )
+    written = write_config(find_family("llama"), config)
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    theirs = transformers.LlamaConfig(**written)
+    assert (theirs.num_key_value_heads, theirs.intermediate_size) == (2, config.intermediate_size)
+    with pytest.raises(ValueError, match=r"the family qwen2 cannot express this model: attention_bias = False"):
+        write_config(find_family("qwen2"), config)
+    with pytest.raises(
+        ValueError, match=r"the family llama cannot express this model: .*hidden_act .* got 'gelu_tanh'"
+    ):
+        write_config(
+            find_family("llama"), TransformerConfig.gpt2(vocab_size=67, hidden_size=32, num_layers=2, num_heads=4)
+        )
