@@ -13,7 +13,7 @@ GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped")
 PLAIN_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 CHOICES = {
     "architecture": ("decoder", "encoder", "encoder-decoder"),
-    "positions": ("learned", "sinusoidal", "rope", "alibi", "t5", "none"),
+    "positions": ("learned", "sinusoidal", "rope", "alibi", "t5", "relative_key", "relative_key_query", "none"),
     "norm": ("layer_norm", "rms_norm"),
     "norm_placement": ("pre", "post", "both", "output"),
     "activation": (*PLAIN_ACTIVATIONS, *GATED_ACTIVATIONS),
@@ -129,6 +129,12 @@ def _check_combinations(config: TransformerConfig) -> None:
         raise ValueError(f"hidden_size must be even for sinusoidal positions, got {config.hidden_size}")
     if config.positions == "t5":
         _check_buckets(config)
+    whole = config.architecture == "encoder" and config.num_kv_heads == config.num_heads
+    if config.positions.startswith("relative_key") and not whole:
+        raise ValueError(
+            f"positions={config.positions!r} is for encoders with num_kv_heads = num_heads, got architecture "
+            f"{config.architecture!r}, {config.num_kv_heads} and {config.num_heads}"
+        )
     if config.norm_weight_offset and config.norm == "layer_norm":
         raise ValueError(
             f"norm_weight_offset is for norm='rms_norm', got {config.norm_weight_offset} with 'layer_norm'"
@@ -144,10 +150,24 @@ def _check_combinations(config: TransformerConfig) -> None:
         raise ValueError("qk_norm_whole needs qk_norm=True")
     if config.positions_skip_padding and config.pad_token_id is None:
         raise ValueError("positions_skip_padding needs a pad_token_id, got None")
+    if config.positions_skip_padding and config.positions not in (
+        "learned",
+        "sinusoidal",
+        "relative_key",
+        "relative_key_query",
+    ):
+        raise ValueError(f"positions_skip_padding is for positions in a table, got positions={config.positions!r}")
     if config.share_embeddings and config.src_vocab_size != config.vocab_size:
         raise ValueError(
             f"share_embeddings needs src_vocab_size = vocab_size, got {config.src_vocab_size} and {config.vocab_size}"
         )
+    heads = config.encoder_num_heads
+    if (
+        config.is_encoder_decoder
+        and config.head_dim * config.num_heads == config.hidden_size
+        and config.hidden_size % heads
+    ):
+        raise ValueError(f"hidden_size must be a multiple of encoder_num_heads, got {config.hidden_size} and {heads}")
     if config.is_encoder_decoder and config.head not in ("lm", "none"):
         raise ValueError(f"head must be 'lm' or 'none' for an encoder-decoder, got {config.head!r}")
     if config.tie_embeddings and config.head not in ("lm", "masked_lm"):
