@@ -299,6 +299,18 @@ SURFACES: dict[str, Surface] = {
         "Modules", qkv, lambda **numbers: ptnn.AlibiSlopes(**{"num_heads": 4, **numbers}),
         lambda target, tensors: pytransformer.attention(**tensors, alibi_slopes=target.slopes), numbers={"num_heads": 4},
     ),
+    "nn.AlibiBias": Surface(
+        "Modules", lambda batch, seqlen: {"places": torch.arange(seqlen).repeat(batch, 1)},
+        ptnn.AlibiBias, positional, numbers={"num_heads": 4, "scale": 0.5}, differentiable=False,
+    ),
+    "nn.RelativeBias": Surface(
+        "Modules", lambda batch, seqlen: {"distance": torch.arange(seqlen).repeat(batch, seqlen, 1)},
+        ptnn.RelativeBias, positional, numbers={"num_buckets": 8, "num_heads": 4, "max_distance": 16}, differentiable=False,
+    ),
+    "nn.RelativeKeys": Surface(
+        "Modules", qkv, ptnn.RelativeKeys, lambda target, tensors: target.scores(tensors["q"], tensors["q"]),
+        numbers={"max_seqlen": 16, "head_dim": 16},
+    ),
     "nn.SinusoidalPositions": Surface(
         "Modules", lambda batch, seqlen: {"positions": torch.arange(seqlen).repeat(batch, 1)},
         ptnn.SinusoidalPositions, positional, numbers={"max_seqlen": 16, "hidden_size": 16},
