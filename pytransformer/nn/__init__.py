@@ -1,6 +1,7 @@
-"""Modules over the ops: attention, norms, positions, feed-forward. torch's constructor names and state_dict keys."""
+"""Modules over the ops: attention, norms, positions, feed-forward, mixtures of experts. torch's constructor names and state_dict keys."""
 
 from .attention import Attention, LayerCache
+from .experts import Experts, MixtureOfExperts
 from .feed_forward import FeedForward
 from .linear import Linear
 from .multihead_attention import MultiheadAttention
@@ -12,10 +13,12 @@ __all__ = [
     "AlibiBias",
     "AlibiSlopes",
     "Attention",
+    "Experts",
     "FeedForward",
     "LayerCache",
     "LayerNorm",
     "Linear",
+    "MixtureOfExperts",
     "MultiheadAttention",
     "PatchReport",
     "RMSNorm",
