@@ -30,7 +30,14 @@ CASES = [
         **_COMMON,
     ),
     Case("bart-base", "BartConfig", "BartModel", {**_TINY, "encoder_attention_heads": 1, "decoder_attention_heads": 2}, sides=("right",)),
-    Case("marian", "MarianConfig", "MarianMTModel", {**_MARIAN, "scale_embedding": True}, **_COMMON),
+    Case(
+        "marian",
+        "MarianConfig",
+        "MarianMTModel",
+        {**_MARIAN, "scale_embedding": True},
+        quiet=("shared.weight", 48**-0.5),  # as embeddings that are scaled start
+        **_COMMON,
+    ),
     Case(
         "marian-two-vocabularies",
         "MarianConfig",
