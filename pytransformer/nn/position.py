@@ -167,10 +167,10 @@ class AlibiBias(_Tables):
     def _compute(self, device: torch.device | str | None) -> dict[str, Tensor]:
         return {"slopes": standard_alibi_slopes(self.num_heads).to(_resolved(device))}
 
-    def forward(self, num_keys: int) -> Tensor:
-        """float32 (1, num_heads, 1, num_keys)."""
-        places = torch.arange(num_keys, device=self.slopes.device)
-        return (self.slopes.bfloat16()[:, None] * places).float()[None, :, None, :] * self.scale
+    def forward(self, places: Tensor) -> Tensor:
+        """Positions of the keys, integers (batch, num_keys) -> float32 (batch, num_heads, 1, num_keys)."""
+        rounded = self.slopes.bfloat16()[:, None] * places[:, None, :]
+        return rounded.float()[:, :, None, :] * self.scale
 
 
 class RelativeBias(nn.Embedding):
