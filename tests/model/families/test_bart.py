@@ -19,7 +19,7 @@ _TINY = {
     "vocab_size": 37, "d_model": 48, "max_position_embeddings": 24, "encoder_layers": 2, "decoder_layers": 1,
     "encoder_attention_heads": 6, "decoder_attention_heads": 3, "encoder_ffn_dim": 40, "decoder_ffn_dim": 32,
 }  # fmt: skip
-_MARIAN = {**_TINY, "pad_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 0, "activation_function": "gelu"}
+_MARIAN = {**_TINY, "pad_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 0, "activation_function": "swish"}
 CASES = [
     Case("bart", "BartConfig", "BartForConditionalGeneration", _TINY, **_COMMON),
     Case(
@@ -30,12 +30,22 @@ CASES = [
         **_COMMON,
     ),
     Case("bart-base", "BartConfig", "BartModel", {**_TINY, "encoder_attention_heads": 1, "decoder_attention_heads": 2}, sides=("right",)),
-    Case("marian", "MarianConfig", "MarianMTModel", {**_MARIAN, "scale_embedding": True}, **_COMMON),
+    Case(
+        "marian",
+        "MarianConfig",
+        "MarianMTModel",
+        {**_MARIAN, "scale_embedding": True},
+        quiet=("shared.weight", 48**-0.5),  # as embeddings that are scaled start
+        **_COMMON,
+    ),
     Case(
         "marian-two-vocabularies",
         "MarianConfig",
         "MarianMTModel",
-        {**_MARIAN, "decoder_vocab_size": 29, "share_encoder_decoder_embeddings": False},
+        {
+            **_MARIAN, "decoder_vocab_size": 29, "share_encoder_decoder_embeddings": False, "d_model": 24,
+            "encoder_attention_heads": 2, "decoder_attention_heads": 4,
+        },
         **_COMMON,
     ),
     Case(

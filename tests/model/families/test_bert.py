@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 
-from pytransformer import Transformer, TransformerConfig
 from pytransformer.model.families import FAMILIES, CheckpointError
 
 from .support import Case, assert_logits, check_fields, every_check
@@ -217,12 +216,3 @@ def test_relative_positions_are_not_ignored(kind, monkeypatch):
 def test_what_is_not_served_is_refused_by_name(field, value):
     with pytest.raises(CheckpointError, match=field.replace("position_embedding_type", "positions")):
         loaded(made(MASKED_LM), **{field: value})
-
-
-def test_relative_keys_have_no_cache():
-    config = TransformerConfig.bert(
-        vocab_size=31, hidden_size=16, num_layers=1, num_heads=2, max_seqlen=8, positions="relative_key"
-    )
-    attention = Transformer(config).model.layers[0].attention
-    with pytest.raises(ValueError, match="relative_keys"):
-        attention(torch.zeros(1, 2, 16), cache=object())

@@ -25,7 +25,10 @@ CASES = [
         "gated-gelu-unscaled-deeper-decoder",
         "T5Config",
         "T5ForConditionalGeneration",
-        {**_TINY, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_layers": 1, "num_decoder_layers": 3},
+        {
+            **_TINY, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "d_kv": 5, "num_layers": 1,
+            "num_decoder_layers": 3,
+        },
         **_COMMON,
     ),
     Case(
