@@ -2,7 +2,7 @@
 
 from .attention import Attention, LayerCache
 from .feed_forward import FeedForward
-from .linear import Linear
+from .linear import Linear, RowBlocks
 from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchReport, patch, unpatch
@@ -19,6 +19,7 @@ __all__ = [
     "PatchReport",
     "RMSNorm",
     "RotaryEmbedding",
+    "RowBlocks",
     "SinusoidalPositions",
     "patch",
     "unpatch",

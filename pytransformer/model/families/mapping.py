@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ..config import TransformerConfig
 from .family import Family
-from .weights import Weight
+from .weights import ROW_FORMS, Weight
+
+# What a floating tensor may be stored as, in the words of the format.
+FLOATING = ("F64", "F32", "F16", "BF16")
+_OTHER_DTYPES = {
+    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,15 @@ class Plan:
     """Which tensors of a file make which of ours.
 
     Attributes:
-        weights: without placeholders, each with the names as this file has them.
-        faults: what is missing, unexpected or of another shape; empty if everything fits.
+        weights: without placeholders, each with the names as this file has them. Of tied ones one stands for all.
+        repeated: pairs of what makes tied tensors and is in the file twice; whoever reads it must see that they are equal.
+        absent: those of ours that the file may lack and does.
+        faults: what is missing, unexpected, of another shape or dtype; empty if everything fits.
     """
 
     weights: tuple[Weight, ...]
+    repeated: tuple[tuple[Weight, Weight], ...]
+    absent: tuple[str, ...]
     faults: tuple[str, ...]
 
 
@@ -33,35 +43,92 @@ def table(family: Family, config: TransformerConfig, ours: Iterable[str]) -> lis
     return [weight for template in family.weights for weight in template.expand(config) if weight.ours in names]
 
 
+def tied(ours: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of a state_dict (may be on the meta device), those of one tensor together, in its order."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in ours.items():
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
 def plan(
-    family: Family, config: TransformerConfig, ours: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    family: Family,
+    config: TransformerConfig,
+    ours: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str] | None = None,
 ) -> Plan:
-    """How a file with tensors of these names and shapes becomes the model whose state_dict is ``ours`` (may be on the meta device).
+    """How a file with tensors of these names, shapes and dtypes becomes the model whose state_dict is ``ours`` (may be on the meta device).
 
     A family may list several weights for one of ours (the experts' tensors apart, or all in one): the first whose names are there counts.
     """
-    present = _known_names(family, shapes)
-    candidates: dict[str, list[Weight]] = {}
+    present = known_names(family, shapes)
+    options: dict[str, list[Weight]] = {}
     for weight in table(family, config, ours):
-        candidates.setdefault(weight.ours, []).append(weight)
-    chosen, faults, used = [], [], set[str]()
-    for name, tensor in ours.items():
-        options = candidates.get(name, [])
-        weight = next((option for option in options if set(option.theirs) <= set(present)), None)
-        if weight is None:
-            if not options:
-                faults.append(f"the table of {family.name} has nothing for {name}")
-            elif not options[0].optional:
-                faults += [f"missing: {missing}" for missing in options[0].theirs if missing not in present]
+        options.setdefault(weight.ours, []).append(weight)
+    chosen: list[Weight] = []
+    repeated: list[tuple[Weight, Weight]] = []
+    absent: list[str] = []
+    faults: list[str] = []
+    used = set[str]()
+    for names in tied(ours):
+        there = [
+            weight
+            for name in names
+            if (weight := next((w for w in options.get(name, ()) if all(n in present for n in w.theirs)), None))
+        ]
+        if not there:
+            _explain(family, names, options, present, absent, faults)
             continue
-        used.update(weight.theirs)
-        expected = weight.form.split(tensor.to("meta"), weight.side(config))
-        for theirs, part in zip(weight.theirs, expected):
-            if shapes[present[theirs]] != tuple(part.shape):
-                faults.append(f"{present[theirs]}: shape {shapes[present[theirs]]}, expected {tuple(part.shape)}")
-        chosen.append(Weight(weight.ours, tuple(present[theirs] for theirs in weight.theirs), weight.form))
+        for weight in there:
+            faults += [] if used.issuperset(weight.theirs) else _misfits(weight, config, ours, present, shapes, dtypes)
+            used.update(weight.theirs)
+        actual = [
+            Weight(weight.ours, tuple(present[name] for name in weight.theirs), weight.form, weight.optional)
+            for weight in there
+        ]
+        chosen.append(actual[0])
+        repeated += [(actual[0], other) for other in actual[1:] if other.theirs != actual[0].theirs]
     faults += [f"unexpected: {name}" for known, name in present.items() if known not in used]
-    return Plan(tuple(chosen), tuple(faults))
+    return Plan(tuple(chosen), tuple(repeated), tuple(absent), tuple(faults))
+
+
+def _explain(
+    family: Family,
+    names: Sequence[str],
+    options: Mapping[str, Sequence[Weight]],
+    present: Mapping[str, str],
+    absent: list[str],
+    faults: list[str],
+) -> None:
+    """Says of a tensor that cannot be made what is missing, in the way of making it that comes nearest."""
+    ways = [weight for name in names for weight in options.get(name, ())]
+    if not ways:
+        faults.append(f"the table of {family.name} has nothing for {names[0]}")
+    elif any(way.optional for way in ways):
+        absent.append(names[0])
+    else:
+        lacking = min(([name for name in way.theirs if name not in present] for way in ways), key=len)
+        faults += [f"missing: {name}" for name in lacking]
+
+
+def _misfits(
+    weight: Weight,
+    config: TransformerConfig,
+    ours: Mapping[str, Tensor],
+    present: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str] | None,
+) -> Iterator[str]:
+    for theirs, part in zip(weight.theirs, weight.form.split(ours[weight.ours].to("meta"), weight.side(config))):
+        name = present[theirs]
+        if shapes[name] != tuple(part.shape):
+            yield f"{name}: shape {shapes[name]}, expected {tuple(part.shape)}"
+        if dtypes is not None:
+            allowed = FLOATING if part.dtype.is_floating_point else (_OTHER_DTYPES[part.dtype],)
+            if dtypes[name] not in allowed:
+                yield f"{name}: dtype {dtypes[name]}, expected {' or '.join(allowed).replace(' or ', ', ', len(allowed) - 2)}"
 
 
 def join(weight: Weight, config: TransformerConfig, get: Callable[[str], Tensor]) -> Tensor:
@@ -69,39 +136,57 @@ def join(weight: Weight, config: TransformerConfig, get: Callable[[str], Tensor]
     return weight.form.join([get(name) for name in weight.theirs], weight.side(config))
 
 
-def theirs_of(family: Family, config: TransformerConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file, of a model's state_dict. Of several weights for one of ours the first is written.
+def to_write(family: Family, config: TransformerConfig, ours: Mapping[str, Tensor]) -> list[Weight]:
+    """The weights of a file, of a model's state_dict (may be on the meta device). Of several for one of ours the first; tied ones once.
 
     Raises:
         ValueError: the family's table has no place for one of ours.
     """
-    tensors: dict[str, Tensor] = {}
-    done = set[str]()
+    names = {name: group[0] for group in tied(ours) for name in group}
+    chosen: dict[str, Weight] = {}
     for weight in table(family, config, ours):
-        if weight.ours not in done:
-            done.add(weight.ours)
-            tensors.update(zip(weight.theirs, weight.form.split(ours[weight.ours], weight.side(config))))
-    if left := sorted(set(ours) - done):
+        chosen.setdefault(names[weight.ours], weight)
+    if left := sorted(set(names.values()) - set(chosen)):
         raise ValueError(f"the family {family.name} has no place for {', '.join(left)}")
+    return list(chosen.values())
+
+
+def split(weight: Weight, config: TransformerConfig, ours: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Their tensors, of ours or of the row blocks that ours is a pile of."""
+    if isinstance(ours, Tensor):
+        return weight.form.split(ours, weight.side(config))
+    rows = sum(block.shape[0] for block in ours)
+    outline = torch.empty(rows, *ours[0].shape[1:], device="meta")
+    expected = [part.shape for part in weight.form.split(outline, weight.side(config))]
+    if isinstance(weight.form, ROW_FORMS) and expected == [block.shape for block in ours]:
+        return list(ours)
+    return weight.form.split(torch.cat(list(ours)), weight.side(config))
+
+
+def theirs_of(family: Family, config: TransformerConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, of a model's state_dict; see :func:`to_write`."""
+    tensors: dict[str, Tensor] = {}
+    for weight in to_write(family, config, ours):
+        tensors.update(zip(weight.theirs, split(weight, config, ours[weight.ours])))
     return tensors
 
 
-def _known_names(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def known_names(family: Family, names: Iterable[str]) -> dict[str, str]:
     """Name as the family's table has it -> name in the file, without what is ignored.
 
     The table's names carry the family's usual prefix. A file has it before all, or has another one or none (a base model saved alone), and
     may have the head beside, which never carries one.
     """
     ignored = [re.compile(pattern) for pattern in family.ignored]
-    names = [name for name in shapes if not any(pattern.search(name) for pattern in ignored)]
+    names = [name for name in names if not any(pattern.search(name) for pattern in ignored)]
     usual, others = family.prefixes[0], family.prefixes[1:]
     if not usual or any(name.startswith(usual) for name in names):
         return {name: name for name in names}
-    expected = {name.replace("{i}", "0").replace("{e}", "0") for weight in family.weights for name in weight.theirs}
+    expected = set(templates(family))
     found = {}
     for name in names:
         for prefix in others:
-            if name.startswith(prefix) and _zeroed(usual + name[len(prefix) :]) in expected:
+            if name.startswith(prefix) and numberless(usual + name[len(prefix) :]) in expected:
                 found[usual + name[len(prefix) :]] = name
                 break
         else:
@@ -109,8 +194,26 @@ def _known_names(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     return found
 
 
-def _zeroed(name: str) -> str:
+def templates(family: Family) -> dict[str, Weight]:
+    """Every name of the family's table with 0 for the number of a layer or an expert -> the first weight that is made of it."""
+    names: dict[str, Weight] = {}
+    for weight in family.weights:
+        for name in weight.theirs:
+            names.setdefault(name.replace("{i}", "0").replace("{e}", "0"), weight)
+    return names
+
+
+def numberless(name: str) -> str:
+    """A tensor's name with 0 for every number that stands alone in it."""
     return re.sub(r"\.\d+(?=\.|$)", ".0", name)
+
+
+def resemblance(family: Family, names: Iterable[str]) -> tuple[float, float]:
+    """How much a file with these names looks like the family's: the share of its names that the family has, and the reverse."""
+    there = {numberless(name) for name in known_names(family, names)}
+    own = {numberless(name) for name in templates(family)}
+    common = len(there & own)
+    return common / max(1, len(there)), common / max(1, len(own))
 
 
 def state_of(
@@ -124,5 +227,11 @@ def state_of(
     found = plan(family, config, ours, {name: tuple(tensor.shape) for name, tensor in theirs.items()})
     if found.faults:
         raise ValueError(f"the tensors do not fit a {family.name} model: " + "; ".join(found.faults))
+    names = {name: group for group in tied(ours) for name in group}
     with torch.no_grad():
-        return {weight.ours: join(weight, config, theirs.__getitem__) for weight in found.weights}
+        return {
+            name: tensor
+            for weight in found.weights
+            for tensor in (join(weight, config, theirs.__getitem__),)
+            for name in names[weight.ours]
+        }
