@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytransformer.nn import RowBlocks
+
 from . import generator
 from .block import Block, Trace
 from .config import TransformerConfig
@@ -124,6 +126,11 @@ class Transformer(nn.Module):
             elif isinstance(module, nn.Linear):
                 if not (module is self.lm_head and self.config.tie_embeddings):
                     nn.init.normal_(module.weight, std=spread)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RowBlocks):
+                for block in module.blocks:
+                    nn.init.normal_(block, std=spread)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

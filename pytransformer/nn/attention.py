@@ -12,7 +12,7 @@ from pytransformer.ops.attention import attention
 from pytransformer.ops.rope import rope
 from pytransformer.reference import attention as reference_attention
 
-from .linear import Linear
+from .linear import Linear, RowBlocks
 from .norm import RMSNorm
 from .position import AlibiSlopes, RotaryEmbedding
 
@@ -305,6 +305,9 @@ class Attention(nn.Module):
             qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
             q, k, v = qkv.split(heads, dim=-2)
             return q, k, v
+        elif type(self.qkv_proj) is RowBlocks and len(self.qkv_proj.rows) == 3:
+            q = self.qkv_proj.some_rows(x, 0, 1)
+            projected = q, *self.qkv_proj.some_rows(memory, 1, 3).chunk(2, dim=-1)
         elif type(self.qkv_proj) in (Linear, nn.Linear):
             weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
             bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
@@ -318,6 +321,8 @@ class Attention(nn.Module):
     def _queries(self, x: Tensor) -> Tensor:
         if self.memory_size is not None:
             q = self.q_proj(x)
+        elif type(self.qkv_proj) is RowBlocks and len(self.qkv_proj.rows) == 3:
+            q = self.qkv_proj.some_rows(x, 0, 1)
         elif type(self.qkv_proj) in (Linear, nn.Linear):
             width, bias = self.head_dim * self.num_heads, self.qkv_proj.bias
             q = F.linear(x, self.qkv_proj.weight[:width], None if bias is None else bias[:width])

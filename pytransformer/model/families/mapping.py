@@ -44,12 +44,12 @@ def table(family: Family, config: TransformerConfig, ours: Iterable[str]) -> lis
 
 
 def tied(ours: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of a state_dict (may be on the meta device), those of one tensor together, in its order."""
+    """The names of a state_dict (may be on the meta device), those of one tensor together, its name in ``model`` first."""
     groups: dict[object, list[str]] = {}
     for name, tensor in ours.items():
         key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
         groups.setdefault(key, []).append(name)
-    return list(groups.values())
+    return [sorted(names, key=lambda name: not name.startswith("model.")) for names in groups.values()]
 
 
 def plan(
