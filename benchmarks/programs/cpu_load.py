@@ -2,21 +2,23 @@
 
     python -m pytransformer.benchmarks.programs.cpu_load              # writes benchmarks/results/cpu/load.json
 
-The checkpoint has Llama 2 7B's shapes in bfloat16, in several files, which are holes: valid headers, and zeros that take no place on the disk.
-Each load is a process of its own that has imported everything first; memory is the most of RssAnon (/proc/self/status: what is in memory
-and not of a file) that a thread saw meanwhile, the interpreter and its libraries included. A copying load (``mmap=False``) is made once.
+The checkpoint has Llama 2 7B's shapes in bfloat16, in several files, which are holes: valid headers, and zeros that take no place on the
+disk. Each load is a process of its own that has imported everything first; memory is the most of RssAnon (/proc/self/status: what is in
+memory and not of a file) that a thread saw meanwhile, the interpreter and its libraries included. A copying load (``mmap=False``) is made
+once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,13 @@ from pytransformer.benchmarks.harness.timing import Timing
 from pytransformer.benchmarks.programs import cpu
 
 RESULT = RESULTS / "cpu/load.json"
-SHAPE = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 SHARD_BYTES = 5 * 10**9
 LEAST_SPEEDUP = 3.0
 # The most of RssAnon, in sizes of the checkpoint.
@@ -53,21 +61,21 @@ def main() -> int:
     return code
 
 
-def make_checkpoint(folder: Path) -> int:
+def make_checkpoint(folder: Path, shape: Mapping[str, int] = SHAPE, shard_bytes: int = SHARD_BYTES) -> int:
     """A checkpoint of holes in transformers' layout; the bytes of its weights."""
-    hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    shapes = {"model.embed_tokens.weight": [SHAPE["vocab_size"], hidden]}
-    for layer in range(SHAPE["num_hidden_layers"]):
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    shapes = {"model.embed_tokens.weight": [shape["vocab_size"], hidden]}
+    for layer in range(shape["num_hidden_layers"]):
         place = f"model.layers.{layer}"
         shapes |= {f"{place}.self_attn.{name}_proj.weight": [hidden, hidden] for name in "qkvo"}
         shapes |= {f"{place}.mlp.{name}_proj.weight": [inner, hidden] for name in ("gate", "up")}
         shapes[f"{place}.mlp.down_proj.weight"] = [hidden, inner]
         shapes |= {f"{place}.{name}_layernorm.weight": [hidden] for name in ("input", "post_attention")}
-    shapes |= {"model.norm.weight": [hidden], "lm_head.weight": [SHAPE["vocab_size"], hidden]}
-    sizes = {name: 2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for name, shape in shapes.items()}
+    shapes |= {"model.norm.weight": [hidden], "lm_head.weight": [shape["vocab_size"], hidden]}
+    sizes = {name: 2 * math.prod(sides) for name, sides in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in shapes:
-        if sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES:
+        if sum(sizes[other] for other in shards[-1]) + sizes[name] > shard_bytes:
             shards.append([])
         shards[-1].append(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,8 +87,9 @@ def make_checkpoint(folder: Path) -> int:
     total = sum(sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     config = {
-        **SHAPE, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "num_key_value_heads": 32,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "dtype": "bfloat16",
+        **shape, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "num_key_value_heads": shape["num_attention_heads"], "max_position_embeddings": 4096, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
@@ -104,7 +113,15 @@ def run_all(folder: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
     loads: dict[str, list[dict[str, float]]] = {name: [] for name in (*VARIANTS, COPYING)}
     order = [*VARIANTS] * rounds + [COPYING]
     for done, name in enumerate(order, 1):
-        command = [sys.executable, "-m", "pytransformer.benchmarks.programs.cpu_load", "--child", name, "--folder", str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytransformer.benchmarks.programs.cpu_load",
+            "--child",
+            name,
+            "--folder",
+            str(folder),
+        ]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         loads[name].append(json.loads(output.splitlines()[-1]))
         cpu.show_progress("load", done, len(order))
@@ -176,7 +193,9 @@ def report(result: dict[str, Any], loads: dict[str, list[dict[str, float]]], siz
         }
         result["rows"].append(row)
         target = "" if limit is None else f" (target {limit})"
-        print(f"{name:28} {timing.median:7.3f} s   RssAnon {most / 2**20:8.0f} MiB, {most / size:.3f} × the size{target}")
+        print(
+            f"{name:28} {timing.median:7.3f} s   RssAnon {most / 2**20:8.0f} MiB, {most / size:.3f} × the size{target}"
+        )
     code = cpu.judge(result, {name: timings[name] for name in VARIANTS}, LEAST_SPEEDUP)
     return code if within else 1
 

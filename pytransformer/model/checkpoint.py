@@ -6,26 +6,23 @@ the configuration's fields. Which a folder has is seen from the fields.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import json
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from pytransformer.nn import Linear, RowBlocks
+from pytransformer.nn import RowBlocks
 
 from .config import TransformerConfig
 from .families import FAMILIES, CheckpointError, Family, find_family, mapping, write_config
 from .families import read_config as read_family_config
-from .families.weights import ROW_FORMS, Weight, same
+from .families.weights import Weight
+from .filling import OWN, fill, fit, own_family, without_collector
 from .tensor_files import WEIGHTS_FILE, TensorFiles
 from .transformer import Transformer
 from .writing import CONFIG_FILE, Piece, write_model
@@ -33,12 +30,9 @@ from .writing import CONFIG_FILE, Piece, write_model
 __all__ = ["CONFIG_FILE", "OWN", "WEIGHTS_FILE", "CheckpointError", "load", "read_config", "read_folder", "save"]
 
 GENERATION_FILE = "generation_config.json"
-OWN = "pytransformer"
-_HEAD = "lm_head.weight"
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # Fields that no configuration of ours has and every one of a public family has.
 _PUBLIC_FIELDS = {"model_type", "architectures", "transformers_version"}
-_DRAWING = ("normal_", "uniform_")
 
 
 def save(
@@ -76,9 +70,10 @@ def save(
         raise ValueError(f"parameters on the meta device have no values to save: {', '.join(meta)}")
     outline = {name: _outline(value) for name, value in values.items()}
     target = _target(model.config.family if family is None else family)
-    weights = mapping.to_write(target or _own_family(outline), model.config, outline)
+    written = None if target is None else write_config(target, model.config)
+    weights = mapping.to_write(target or own_family(outline), model.config, outline)
     pieces = [piece for weight in weights for piece in _Taken(weight, model.config, values, dtype).pieces()]
-    texts = {CONFIG_FILE: _config_text(model.config, target, pieces)}
+    texts = {CONFIG_FILE: _config_text(model.config, written, pieces)}
     if model.generation_config is not None:
         texts[GENERATION_FILE] = json.dumps(model.generation_config, indent=2) + "\n"
     write_model(Path(folder), pieces, texts, max_shard_bytes, progress)
@@ -104,23 +99,25 @@ def load(
 
     Raises:
         FileNotFoundError: the folder or one of the files is missing.
-        CheckpointError: a file is truncated or not what its name says; names, shapes or dtypes do not fit the configuration, all of which are
-            listed; or the configuration asks for what is not served. Nothing is loaded then.
+        CheckpointError: a file is truncated or not what its name says; names, shapes or dtypes do not fit the configuration, all of which
+            are listed; or the configuration asks for what is not served. Nothing is loaded then.
         ValueError: ``mmap=True`` for another device than the CPU.
     """
     place = Path(folder)
     device = torch.get_default_device() if device is None else torch.device(device)
     if mmap and device.type != "cpu":
         raise ValueError(f"mmap=True is for weights on a CPU, got device={str(device)!r}")
-    with _without_collector():
+    with without_collector():
         config, family = read_folder(place)
         files = TensorFiles.of_folder(place)
-        model, found = _fit(place, config, family, files)
+        model, found = fit(place, config, family, files)
         for module in model.modules():  # tables of positions are computed; the parameters come next
             if any(table is not None and table.is_meta for table in module._buffers.values()):
                 # Not to_empty(): empty_like of a tensor on the meta device imports sympy, which takes seconds.
-                module._apply(lambda old: torch.empty(old.shape, dtype=old.dtype, device=device), recurse=False)
-        _fill(model, found, files, device, dtype, mapped=device.type == "cpu" and mmap is not False)
+                module._apply(  # type: ignore[no-untyped-call]
+                    lambda old: torch.empty(old.shape, dtype=old.dtype, device=device), recurse=False
+                )
+        fill(model, found, files, device, dtype, mapped=device.type == "cpu" and mmap is not False)
         model.generation_config = read_generation(place)
         return model.eval()
 
@@ -192,142 +189,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _own_family(ours: Mapping[str, Tensor]) -> Family:
-    """Our own layout as a family: every tensor as it is, tied ones once."""
-    names = [group[0] for group in mapping.tied(ours)]
-    return Family(OWN, {}, {}, dict, lambda config: {}, tuple(same(name, name) for name in names))
-
-
-def _fit(
-    place: Path, config: TransformerConfig, family: Family | None, files: TensorFiles
-) -> tuple[Transformer, mapping.Plan]:
-    """A model without memory and how the files fill it.
-
-    Head and embedding that are to be tied but differ in the files are two matrices in the model: so does transformers.
-    """
-    with _WithoutInitialValues():
-        model = Transformer(config, device="meta")
-    ours = model.state_dict()
-    shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
-    dtypes = {name: tensor.dtype for name, tensor in files.tensors.items()}
-    found = mapping.plan(family or _own_family(ours), config, ours, shapes, dtypes)
-    faults = list(found.faults)
-    if not faults:
-        for first, second in found.repeated:
-            one, other = (mapping.join(weight, config, files.tensor) for weight in (first, second))
-            if torch.equal(one, other):
-                continue
-            if _HEAD in (first.ours, second.ours) and config.tie_embeddings:
-                return _fit(place, dataclasses.replace(config, tie_embeddings=False), family, files)
-            faults.append(f"{', '.join(second.theirs)} must equal {', '.join(first.theirs)}")
-    if faults:
-        order = ("missing", "unexpected")
-        faults.sort(key=lambda fault: (order.index(kind) if (kind := fault.split(":")[0]) in order else 2, fault))
-        likeness = "" if family is None else _likeness(family, files)
-        raise CheckpointError(f"{place} does not fit its {CONFIG_FILE}: " + "; ".join(faults) + likeness)
-    return model, found
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """The garbage collector rests: it would walk all that torch has made, time and again, for thousands of modules that are to stay."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
-
-
-class _WithoutInitialValues(TorchFunctionMode):
-    """Modules are made as they are, and nothing is drawn: on the meta device that would be for nothing, and takes seconds.
-
-    (A normal distribution has no kernel there; torch takes it apart in Python, for which it imports its compiler.)
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__ or getattr(func, "__name__", None) in _DRAWING:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def _likeness(family: Family, files: TensorFiles) -> str:
-    """What family the tensors seem to be of, where that is another one."""
-    scores = {name: mapping.resemblance(other, files.tensors) for name, other in FAMILIES.items()}
-    best = max(share for share, _ in scores.values())
-    if scores.get(family.name, (0.0, 0.0))[0] >= best:
-        return ""
-    alike = sorted((name for name in scores if scores[name][0] == best), key=lambda name: -scores[name][1])
-    return f". By their names the tensors are not of {family.name} but of {' or '.join(alike[:4])}"
-
-
-def _fill(
-    model: Transformer,
-    found: mapping.Plan,
-    files: TensorFiles,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    mapped: bool,
-) -> None:
-    """Puts the files' tensors into a model on the meta device."""
-    names = {name: group for group in mapping.tied(model.state_dict()) for name in group}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    dtypes = []
-    for weight in found.weights:
-        stored = [files.tensor(name) for name in weight.theirs]
-        parts = [part.to(device, dtype if part.is_floating_point() else None) for part in stored]
-        in_place = mapped and all(part.data_ptr() == before.data_ptr() for part, before in zip(parts, stored))
-        if in_place and isinstance(weight.form, ROW_FORMS) and _put_blocks(modules, weight.ours, parts):
-            continue
-        tensor = weight.form.join(parts, weight.side(model.config))
-        if dtype is not None:
-            tensor = tensor.to(dtype)
-        if not in_place:
-            shared = any(tensor.untyped_storage()._cdata == part.untyped_storage()._cdata for part in stored)
-            tensor = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-        parameter = nn.Parameter(tensor)
-        dtypes.append(parameter.dtype)
-        for name in names[weight.ours]:
-            place, _, kind = name.rpartition(".")
-            setattr(modules[place], kind, parameter)
-    _start(model, device, dtypes[0] if dtype is None else dtype)
-
-
-def _put_blocks(modules: dict[str, nn.Module], name: str, blocks: list[Tensor]) -> bool:
-    """Puts row blocks in the place of a linear layer, where ``name`` is the weight of one."""
-    place, _, kind = name.rpartition(".")
-    parent, _, leaf = place.rpartition(".")
-    layer = modules[place]
-    if type(layer) is not Linear or kind != "weight" or len({block.dtype for block in blocks}) > 1:
-        return False
-    modules[place] = RowBlocks(blocks, layer.bias)
-    setattr(modules[parent], leaf, modules[place])
-    return True
-
-
-@torch.no_grad()
-def _start(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives what the files may lack and do lack its initial value, and warns where that is a random one."""
-    drawn = []
-    for place, module in model.named_modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            if not parameter.is_meta:
-                continue
-            fresh = torch.zeros(parameter.shape, device=device, dtype=dtype)
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and kind == "weight":
-                fresh += 1.0 - getattr(module, "weight_offset", 0.0)
-            elif parameter.ndim > 1:
-                nn.init.normal_(fresh, std=model.config.initializer_range)
-                drawn.append(f"{place}.{kind}")
-            setattr(module, kind, nn.Parameter(fresh))
-    if drawn:
-        warnings.warn(f"the files have nothing for {', '.join(drawn)}: started with random values", stacklevel=3)
-
-
 def _target(name: str | None) -> Family | None:
     if name is None or name == OWN:
         return None
@@ -336,11 +197,11 @@ def _target(name: str | None) -> Family | None:
     return FAMILIES[name]
 
 
-def _config_text(config: TransformerConfig, family: Family | None, pieces: list[Piece]) -> str:
-    if family is None:
+def _config_text(config: TransformerConfig, written: dict[str, Any] | None, pieces: list[Piece]) -> str:
+    """Our own configuration, or a family's with the dtype of the weights."""
+    if written is None:
         return dataclasses.replace(config, family=None, family_fields=None).to_json()
-    values = write_config(family, config)
-    values.pop("torch_dtype", None)  # the older name
+    values = {name: value for name, value in written.items() if name != "torch_dtype"}  # the older name
     sizes: dict[torch.dtype, int] = {}
     for piece in pieces:
         sizes[piece.dtype] = sizes.get(piece.dtype, 0) + piece.numel
@@ -349,9 +210,9 @@ def _config_text(config: TransformerConfig, family: Family | None, pieces: list[
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def _values(model: Transformer) -> dict[str, Tensor | list[nn.Parameter]]:
+def _values(model: Transformer) -> dict[str, Tensor | Sequence[nn.Parameter]]:
     """Name in the state_dict -> tensor, or the row blocks that it is a pile of: a state_dict would put those together in memory."""
-    values: dict[str, Tensor | list[nn.Parameter]] = {}
+    values: dict[str, Tensor | Sequence[nn.Parameter]] = {}
     for place, module in model.named_modules(remove_duplicate=False):
         prefix = f"{place}." if place else ""
         if isinstance(module, RowBlocks):
@@ -362,7 +223,7 @@ def _values(model: Transformer) -> dict[str, Tensor | list[nn.Parameter]]:
     return values
 
 
-def _outline(value: Tensor | list[nn.Parameter]) -> Tensor:
+def _outline(value: Tensor | Sequence[nn.Parameter]) -> Tensor:
     if isinstance(value, Tensor):
         return value
     rows = sum(block.shape[0] for block in value)
@@ -376,7 +237,7 @@ class _Taken:
         self,
         weight: Weight,
         config: TransformerConfig,
-        values: Mapping[str, Tensor | list[nn.Parameter]],
+        values: Mapping[str, Tensor | Sequence[nn.Parameter]],
         dtype: torch.dtype | None,
     ) -> None:
         self._weight, self._config, self._value, self._dtype = weight, config, values[weight.ours], dtype

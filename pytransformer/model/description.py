@@ -65,6 +65,8 @@ def describe(folder: str | os.PathLike[str]) -> Description:
     place = Path(folder)
     config, family = read_folder(place)
     files = TensorFiles.of_folder(place)
+    if family is not None:
+        config = family.settle(config, mapping.known_names(family, files.tensors).keys())
     values = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
     stored = _by_our_names(files, config, family)
     experts = sum(_elements(tensor) for name, tensor in stored if ".experts." in name)
@@ -120,16 +122,19 @@ def _by_our_names(
     found = []
     for known, name in mapping.known_names(family, files.tensors).items():
         weight = own.get(mapping.numberless(known))
-        ours = "" if weight is None else weight.ours
-        if not _repeats(ours, config):
-            found.append((ours, files.tensors[name]))
+        if weight is not None and name not in weight.copies and _stands(weight.ours, config):
+            found.append((weight.ours, files.tensors[name]))
     return found
 
 
-def _repeats(ours: str, config: TransformerConfig) -> bool:
-    return (ours == "lm_head.weight" and config.tie_embeddings) or (
-        ours == "encoder.embed_tokens.weight" and config.share_embeddings
-    )
+def _stands(ours: str, config: TransformerConfig) -> bool:
+    """Whether the model has the tensor, and not as the second name of another."""
+    if ours == "lm_head.weight" and config.tie_embeddings:
+        return False
+    if ours == "encoder.embed_tokens.weight" and config.share_embeddings:
+        return False
+    heads = {"lm_head": config.head in ("lm", "masked_lm"), "classifier": config.head == "classification"}
+    return {**heads, "pooler": config.pooler}.get(ours.partition(".")[0], True)
 
 
 def _elements(tensor: StoredTensor) -> int:
@@ -166,7 +171,9 @@ def _decisions(place: Path, values: Mapping[str, Any], family: Family | None, fi
     generation = read_generation(place) or {}
     for name in ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"):
         if generation.get(name) is not None and generation[name] != values.get(name):
-            told.append(f"{name} {generation[name]} of {GENERATION_FILE} counts, not {values.get(name)} of {CONFIG_FILE}")
+            told.append(
+                f"{name} {generation[name]} of {GENERATION_FILE} counts, not {values.get(name)} of {CONFIG_FILE}"
+            )
     unknown = sorted(name for name in values if family.field(name) is None and not name.startswith("_"))
     if unknown:
         told.append(f"fields that {family.name} does not know are ignored: {', '.join(unknown)}")

@@ -158,7 +158,7 @@ def _write_tensors(write: Callable[[bytes | memoryview], object], pieces: Sequen
         if tuple(tensor.shape) != piece.shape:
             raise ValueError(f"{piece.name} was to have shape {piece.shape} and has {tuple(tensor.shape)}")
         if tensor.numel():
-            write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         yield piece.nbytes
 
 

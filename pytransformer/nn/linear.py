@@ -70,9 +70,9 @@ class Linear(nn.Linear):
 class RowBlocks(nn.Module):
     """A :class:`Linear` whose weight is a pile of row blocks, each a parameter of its own.
 
-    The projections to q, k and v (or to gate and up) of a public checkpoint are tensors apart, and one product here. Where a file is mapped,
-    putting them together would copy all of it; so each block stays where it is, and the results are put together instead. To everything that
-    names a weight (a state_dict, a file) this is one ``weight`` (out_features, in_features) and one ``bias``, as before.
+    The projections to q, k and v (or to gate and up) of a public checkpoint are tensors apart, and one product here. Where a file is
+    mapped, putting them together would copy all of it; so each block stays where it is, and the results are put together instead. To
+    everything that names a weight (a state_dict, a file) this is one ``weight`` (out_features, in_features) and one ``bias``, as before.
 
     Args:
         blocks: (rows, in_features) each, of one dtype and device; they become the parameters ``weight_0``, ``weight_1``, …
@@ -99,14 +99,14 @@ class RowBlocks(nn.Module):
         self._packed: list[PackedWeight] = []
 
     @property
-    def blocks(self) -> list[nn.Parameter]:
+    def blocks(self) -> Sequence[nn.Parameter]:
         """The parameters that the weight is a pile of."""
         return [getattr(self, f"weight_{index}") for index in range(len(self.rows))]
 
     @property
     def weight(self) -> Tensor:
         """The whole weight, a copy."""
-        return torch.cat(self.blocks)
+        return torch.cat(list(self.blocks))
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
@@ -121,7 +121,9 @@ class RowBlocks(nn.Module):
     def pack(self, rows: int = 1) -> bool:
         """Packs each block: see :meth:`Linear.pack`. A block too small to be packed leaves all as they are."""
         blocks = self.blocks
-        if self._packed and all(packed.serves(rows) and packed.is_of(block) for packed, block in zip(self._packed, blocks)):
+        if self._packed and all(
+            packed.serves(rows) and packed.is_of(block) for packed, block in zip(self._packed, blocks)
+        ):
             return True
         self._packed = []
         if all(why_not_packed(block, rows) is None for block in blocks):
@@ -141,13 +143,15 @@ class RowBlocks(nn.Module):
         """x (…, in_features) -> x Wᵀ + bias, without autograd: see :meth:`Linear.product`."""
         biases = self._biases()
         if self._packed:
-            products = [packed.product(*each) for packed, *each in zip(self._packed, self.blocks, biases)]
+            products = [packed.product(block, bias) for packed, block, bias in zip(self._packed, self.blocks, biases)]
         else:
-            products = [functools.partial(F.linear, weight=block, bias=bias) for block, bias in zip(self.blocks, biases)]
+            products = [
+                functools.partial(F.linear, weight=block, bias=bias) for block, bias in zip(self.blocks, biases)
+            ]
         return lambda x: torch.cat([product(x) for product in products], dim=-1)
 
     def _biases(self) -> Sequence[Tensor | None]:
-        return [None] * len(self.rows) if self.bias is None else self.bias.split(self.rows)
+        return [None] * len(self.rows) if self.bias is None else torch.split(self.bias, self.rows)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
@@ -173,7 +177,7 @@ class RowBlocks(nn.Module):
             expected = (self.out_features, self.in_features)
             error_msgs.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)}, expected {expected}")
         else:
-            parts.update((f"{prefix}weight_{index}", rows) for index, rows in enumerate(weight.split(self.rows)))
+            parts.update((f"{prefix}weight_{index}", rows) for index, rows in enumerate(torch.split(weight, self.rows)))
         super()._load_from_state_dict(parts, prefix, local_metadata, strict, theirs, unexpected_keys, error_msgs)
         missing_keys += [name for name in theirs if name == f"{prefix}bias"]
 

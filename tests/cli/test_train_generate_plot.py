@@ -15,7 +15,7 @@ from pytransformer.cli import pictures, plot
 from pytransformer.cli.main import main
 from pytransformer.cli.model_folder import find_model, load_model
 from pytransformer.cli.plot import chosen_layers
-from pytransformer.model.checkpoint import load, save
+from pytransformer.model.checkpoint import save
 from pytransformer.model.transformer import Transformer
 from pytransformer.training.config import RunConfig
 from pytransformer.training.run import saved_config

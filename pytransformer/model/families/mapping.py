@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,33 +66,44 @@ def plan(
     """
     present = known_names(family, shapes)
     options: dict[str, list[Weight]] = {}
-    for weight in table(family, config, ours):
-        options.setdefault(weight.ours, []).append(weight)
+    for way in table(family, config, ours):
+        options.setdefault(way.ours, []).append(way)
     chosen: list[Weight] = []
     repeated: list[tuple[Weight, Weight]] = []
     absent: list[str] = []
     faults: list[str] = []
     used = set[str]()
     for names in tied(ours):
-        there = [
-            weight
-            for name in names
-            if (weight := next((w for w in options.get(name, ()) if all(n in present for n in w.theirs)), None))
-        ]
+        there: list[Weight] = []
+        for name in names:
+            found = (
+                [way for way in _names_of(weight) if present.keys() >= set(way.theirs)]
+                for weight in options.get(name, ())
+            )
+            there += next(filter(None, found), [])
         if not there:
-            _explain(family, names, options, present, absent, faults)
+            _explain(family, names, options, present, absent, faults, used)
             continue
         for weight in there:
             faults += [] if used.issuperset(weight.theirs) else _misfits(weight, config, ours, present, shapes, dtypes)
             used.update(weight.theirs)
         actual = [
-            Weight(weight.ours, tuple(present[name] for name in weight.theirs), weight.form, weight.optional)
-            for weight in there
+            dataclasses.replace(weight, theirs=tuple(present[name] for name in weight.theirs)) for weight in there
         ]
         chosen.append(actual[0])
         repeated += [(actual[0], other) for other in actual[1:] if other.theirs != actual[0].theirs]
-    faults += [f"unexpected: {name}" for known, name in present.items() if known not in used]
+    ignored = [re.compile(pattern) for pattern in family.ignored]
+    faults += [
+        f"unexpected: {name}"
+        for known, name in present.items()
+        if known not in used and not any(pattern.search(name) for pattern in ignored)
+    ]
     return Plan(tuple(chosen), tuple(repeated), tuple(absent), tuple(faults))
+
+
+def _names_of(weight: Weight) -> list[Weight]:
+    """The weight under its own names and under those of its copies."""
+    return [weight, *(dataclasses.replace(weight, theirs=(copy,)) for copy in weight.copies)]
 
 
 def _explain(
@@ -101,6 +113,7 @@ def _explain(
     present: Mapping[str, str],
     absent: list[str],
     faults: list[str],
+    used: set[str],
 ) -> None:
     """Says of a tensor that cannot be made what is missing, in the way of making it that comes nearest."""
     ways = [weight for name in names for weight in options.get(name, ())]
@@ -109,8 +122,9 @@ def _explain(
     elif any(way.optional for way in ways):
         absent.append(names[0])
     else:
-        lacking = min(([name for name in way.theirs if name not in present] for way in ways), key=len)
-        faults += [f"missing: {name}" for name in lacking]
+        nearest = min(ways, key=lambda way: sum(name not in present for name in way.theirs))
+        faults += [f"missing: {name}" for name in nearest.theirs if name not in present]
+        used.update(nearest.theirs)
 
 
 def _misfits(
@@ -139,6 +153,8 @@ def join(weight: Weight, config: TransformerConfig, get: Callable[[str], Tensor]
 def to_write(family: Family, config: TransformerConfig, ours: Mapping[str, Tensor]) -> list[Weight]:
     """The weights of a file, of a model's state_dict (may be on the meta device). Of several for one of ours the first; tied ones once.
 
+    A model without a head is a base model, which transformers saves without the prefix where files may lack it.
+
     Raises:
         ValueError: the family's table has no place for one of ours.
     """
@@ -148,7 +164,11 @@ def to_write(family: Family, config: TransformerConfig, ours: Mapping[str, Tenso
         chosen.setdefault(names[weight.ours], weight)
     if left := sorted(set(names.values()) - set(chosen)):
         raise ValueError(f"the family {family.name} has no place for {', '.join(left)}")
-    return list(chosen.values())
+    prefix = family.prefixes[0] if config.head == "none" and "" in family.prefixes else ""
+    return [
+        dataclasses.replace(weight, theirs=tuple(name.removeprefix(prefix) for name in weight.theirs))
+        for weight in chosen.values()
+    ]
 
 
 def split(weight: Weight, config: TransformerConfig, ours: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -172,13 +192,12 @@ def theirs_of(family: Family, config: TransformerConfig, ours: Mapping[str, Tens
 
 
 def known_names(family: Family, names: Iterable[str]) -> dict[str, str]:
-    """Name as the family's table has it -> name in the file, without what is ignored.
+    """Name as the family's table has it -> name in the file.
 
     The table's names carry the family's usual prefix. A file has it before all, or has another one or none (a base model saved alone), and
     may have the head beside, which never carries one.
     """
-    ignored = [re.compile(pattern) for pattern in family.ignored]
-    names = [name for name in names if not any(pattern.search(name) for pattern in ignored)]
+    names = list(names)
     usual, others = family.prefixes[0], family.prefixes[1:]
     if not usual or any(name.startswith(usual) for name in names):
         return {name: name for name in names}
@@ -198,7 +217,7 @@ def templates(family: Family) -> dict[str, Weight]:
     """Every name of the family's table with 0 for the number of a layer or an expert -> the first weight that is made of it."""
     names: dict[str, Weight] = {}
     for weight in family.weights:
-        for name in weight.theirs:
+        for name in (*weight.theirs, *weight.copies):
             names.setdefault(name.replace("{i}", "0").replace("{e}", "0"), weight)
     return names
 
@@ -210,8 +229,13 @@ def numberless(name: str) -> str:
 
 def resemblance(family: Family, names: Iterable[str]) -> tuple[float, float]:
     """How much a file with these names looks like the family's: the share of its names that the family has, and the reverse."""
-    there = {numberless(name) for name in known_names(family, names)}
+    ignored = [re.compile(pattern) for pattern in family.ignored]
     own = {numberless(name) for name in templates(family)}
+    there = {
+        plain
+        for known, name in known_names(family, names).items()
+        if (plain := numberless(known)) in own or not any(pattern.search(name) for pattern in ignored)
+    }
     common = len(there & own)
     return common / max(1, len(there)), common / max(1, len(own))
 

@@ -6,7 +6,7 @@ without memory (on the meta device) apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,6 +78,33 @@ ROW_FORMS = (QKV, Halves)
 
 
 @dataclass(frozen=True)
+class First:
+    """A tensor that stands under several names, of which the first is what the model computes with; all are written."""
+
+    count: int = 2
+
+    def join(self, theirs: list[Tensor], config: TransformerConfig) -> Tensor:
+        return theirs[0]
+
+    def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
+        return [
+            ours,
+            *(ours.clone() for _ in range(self.count - 1)),
+        ]  # a file of safetensors refuses to hold one memory twice
+
+
+@dataclass(frozen=True)
+class Row:
+    """A vector stored as a matrix of one row."""
+
+    def join(self, theirs: list[Tensor], config: TransformerConfig) -> Tensor:
+        return theirs[0][0]
+
+    def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
+        return [ours[None]]
+
+
+@dataclass(frozen=True)
 class PerHead:
     """q, k and v of a key head together: (num_kv_heads, group + 2, head_dim) rows (GPT-NeoX, BLOOM, Falcon)."""
 
@@ -95,6 +122,11 @@ class PerHead:
         return [together.reshape(-1, *rest)]
 
 
+def always(config: TransformerConfig) -> bool:
+    """What a weight without a condition asks of the configuration."""
+    return True
+
+
 @dataclass(frozen=True)
 class Weight:
     """One of our tensors.
@@ -105,31 +137,47 @@ class Weight:
             many tensors as there are experts, experts outermost: all names of expert 0, then those of expert 1, …).
         form: how.
         optional: a file may lack it; the model then keeps what it starts with.
+        when: whether the tensor stands under these names in a model of this configuration (Falcon names its norms by their number).
+        copies: other names under which a file may hold the same tensor, beside or instead (of one name in ``theirs`` only). They are not
+            written, and a file in which they differ is refused.
     """
 
     ours: str
     theirs: tuple[str, ...]
     form: Form = Same()
     optional: bool = False
+    when: Callable[[TransformerConfig], bool] = always
+    copies: tuple[str, ...] = ()
 
     def side(self, config: TransformerConfig) -> TransformerConfig:
         """The configuration of the side of an encoder–decoder that the tensor belongs to."""
         return config.encoder if config.is_encoder_decoder and self.ours.startswith("encoder.") else config
 
     def expand(self, config: TransformerConfig) -> Iterator[Weight]:
-        """The same for each layer, without placeholders."""
+        """The same for each layer, without placeholders; nothing if the configuration names it otherwise."""
+        if not self.when(config):
+            return
         for layer in range(self.side(config).num_layers) if "{i}" in self.ours else (0,):
             names = [name.replace("{i}", str(layer)) for name in self.theirs]
             if any("{e}" in name for name in names):
                 names = [name.replace("{e}", str(expert)) for expert in range(config.num_experts) for name in names]
-            yield Weight(self.ours.replace("{i}", str(layer)), tuple(names), self.form, self.optional)
+            ours, copies = (
+                self.ours.replace("{i}", str(layer)),
+                tuple(copy.replace("{i}", str(layer)) for copy in self.copies),
+            )
+            yield Weight(ours, tuple(names), self.form, self.optional, copies=copies)
 
 
-def same(ours: str, theirs: str, *, optional: bool = False) -> Weight:
+def same(
+    ours: str, theirs: str, *, optional: bool = False, when: Callable[[TransformerConfig], bool] = always
+) -> Weight:
     """A tensor that is the same on both sides."""
-    return Weight(ours, (theirs,), Same(), optional)
+    return Weight(ours, (theirs,), Same(), optional, when)
 
 
-def affine(ours: str, theirs: str) -> tuple[Weight, Weight]:
-    """The weight and the bias of a linear layer or a norm that is the same on both sides."""
-    return same(f"{ours}.weight", f"{theirs}.weight"), same(f"{ours}.bias", f"{theirs}.bias")
+def affine(
+    ours: str, theirs: str, form: Form = Same(), *, when: Callable[[TransformerConfig], bool] = always
+) -> tuple[Weight, Weight]:
+    """The weight and the bias of a linear layer or a norm, each one tensor on both sides."""
+    weight, bias = (Weight(f"{ours}.{name}", (f"{theirs}.{name}",), form, when=when) for name in ("weight", "bias"))
+    return weight, bias
