@@ -67,7 +67,7 @@ def test_what_cannot_be_converted_is_one_line(own, tmp_path, capsys):
     assert "--max-shard-size must be a size" in error_of(capsys, "convert", own, target, "--max-shard-size", "much")
     save(make_model(CONFIGS["gpt2"], 0, torch.device("cpu")), tmp_path / "gpt2")
     message = error_of(capsys, "convert", tmp_path / "gpt2", target, "--to", "llama")
-    assert "the family llama cannot express this model" in message and "positions = 'learned'" in message
+    assert "the family llama cannot express this model: " in message
     assert not target.exists()
 
 

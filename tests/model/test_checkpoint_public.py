@@ -243,7 +243,7 @@ def test_generation_config_is_read_kept_and_written(folder, tmp_path):
 def test_what_cannot_be_saved_so_is_refused_before_anything_is_written(tmp_path):
     model = make_model(CONFIGS["gpt2"], 0, torch.device("cpu"))
     for options, message in (
-        ({"family": "llama"}, "the family llama cannot express this model: .*positions = 'learned'"),
+        ({"family": "llama"}, "the family llama cannot express this model: "),
         ({"family": "gpt-17"}, "family must be one of pytransformer, .*llama.*, got 'gpt-17'"),
         ({"max_shard_bytes": 0}, "max_shard_bytes must be a positive int, got 0"),
     ):
