@@ -38,7 +38,7 @@ _EXPORTS = {
 _MODULES = frozenset(
     {
         "benchmarks", "cli", "extension", "flops", "generation", "interop", "kernels", "model", "nn", "ops", "precompile", "reference",
-        "training", "triton_interpreter", "verification",
+        "text", "training", "triton_interpreter", "verification",
     }
 )  # fmt: skip
 
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from pytransformer import ops as ops
     from pytransformer import precompile as precompile
     from pytransformer import reference as reference
+    from pytransformer import text as text
     from pytransformer import training as training
     from pytransformer import triton_interpreter as triton_interpreter
     from pytransformer import verification as verification

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pytransformer.model.config import TransformerConfig
+from pytransformer.ops.backend import WIDEST_HEAD
 from pytransformer.ops.op import triton_compiles_for_cpu_tensors
 
 _MANY_TOKENS = 1024  # a prefill: more than a few for each SM, from where on kv_append takes larger tiles
@@ -288,6 +289,9 @@ def _kv_append(shapes: Shapes, training: bool) -> Calls:
 def _attention(shapes: Shapes, training: bool) -> Calls:
     from pytransformer.ops.attention import attention
 
+    if shapes.head_dim > WIDEST_HEAD:  # torch serves
+        return
+
     def call(window: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Any:
         options: dict[str, Any] = {"causal": shapes.causal, "window": window, "softcap": shapes.attention_softcap}
         return attention(q, k, v, **options, backend="triton")
@@ -302,6 +306,8 @@ def _attention(shapes: Shapes, training: bool) -> Calls:
 def _decode_attention(shapes: Shapes, training: bool) -> Calls:
     from pytransformer.ops.decode_attention import decode_attention
 
+    if shapes.head_dim > WIDEST_HEAD:
+        return
     options: dict[str, Any] = {"window": shapes.window(0), "softcap": shapes.attention_softcap, "backend": "triton"}
     for capacity, seqlen in itertools.product((64, _LONG_CACHE), (1, 48)):
         q, _, _ = _heads(shapes, 2, seqlen)

@@ -152,7 +152,7 @@ def test_a_models_shapes_and_backward_passes(tmp_path: Path) -> None:
         ),
         (["--model", "here", *SIZES], "--model says all shapes, so --hidden-size, --num-heads"),
         (["--model", "nowhere"], "no model folder nowhere"),
-        (["--num-heads", "4", "--head-dim", "20"], "head_dim must be a multiple of 8 from 8 to 256, got 20"),
+        (["--num-heads", "4", "--head-dim", "7"], "rotary_dim must be even and at most head_dim (7), got 7"),
         (
             ["--num-heads", "4", "--num-kv-heads", "3", "--head-dim", "16"],
             "num_heads must be a multiple of num_kv_heads",

@@ -79,6 +79,8 @@ COMMON: dict[str, Field] = {
     "add_cross_attention": Refused((False,), "cross-attention of a decoder-only family is not served"),
     "is_causal": Used(),
     "pruned_heads": Refused(({}, None), "pruned heads are not served"),
+    "per_layer_config": Refused((None, {}), "layers of different shapes are not served"),
+    "tie_last_hidden_states": Harmless(),
     "quantization_config": Refused((None,), "quantised weights are not served"),
     "name_or_path": Harmless(),
     "task_specific_params": Harmless(),
@@ -154,7 +156,10 @@ def read_config(family: Family, values: Mapping[str, Any]) -> TransformerConfig:
     kept = {name: value for name, value in values.items() if not isinstance(family.field(name), Used)}
     assert chosen is not None
     try:
-        return TransformerConfig(**{**family.read(filled), **chosen}, family=family.name, family_fields=kept)
+        # A family may read what is saved as another one: a part of a model with several.
+        return TransformerConfig(
+            **{"family": family.name, "family_fields": kept, **family.read(filled), **chosen},
+        )
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"config.json is no {family.name} configuration: {error}") from error
 
@@ -174,7 +179,10 @@ def write_config(family: Family, config: TransformerConfig) -> dict[str, Any]:
     values = {**kept, "model_type": family.name, **family.write(config)}
     if fitting:
         values["architectures"] = fitting[:1]
-    again = read_config(family, values)
+    try:
+        again = read_config(family, values)
+    except CheckpointError as error:
+        raise ValueError(f"the family {family.name} cannot express this model: {error}") from error
     lost = [
         f"{entry.name} = {getattr(config, entry.name)!r}"
         for entry in dataclasses.fields(config)
