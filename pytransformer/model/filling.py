@@ -111,7 +111,7 @@ def fill(
     mapped: bool,
 ) -> None:
     """Puts the files' tensors into a model on the meta device."""
-    names = {name: group for group in mapping.tied(model.state_dict()) for name in group}
+    names = {group[0]: group for group in found.tied}
     modules = dict(model.named_modules(remove_duplicate=False))
     dtypes = []
     for weight in found.weights:
@@ -130,7 +130,7 @@ def fill(
         dtypes.append(parameter.dtype)
         for name in names[weight.ours]:
             place, _, kind = name.rpartition(".")
-            setattr(modules[place], kind, parameter)
+            modules[place]._parameters[kind] = parameter  # nothing that setattr checks can be wrong here
     _start(model, device, dtypes[0] if dtype is None else dtype)
 
 

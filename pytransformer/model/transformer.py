@@ -118,6 +118,8 @@ class Transformer(nn.Module):
 
         Embeddings that are multiplied by sqrt(hidden_size) start with hidden_size^-½: beside larger ones positions drown.
         """
+        if self.model.embed_tokens.weight.is_meta:  # nothing to fill, and on the meta device torch takes seconds for it
+            return
         spread = self.config.initializer_range
         into_residual = spread / math.sqrt(2 * self.config.num_layers)
         for module in self.modules():

@@ -28,12 +28,14 @@ class Plan:
     Attributes:
         weights: without placeholders, each with the names as this file has them. Of tied ones one stands for all.
         repeated: pairs of what makes tied tensors and is in the file twice; whoever reads it must see that they are equal.
+        tied: names of ours that stand for one tensor; the one that is in ``weights`` first.
         absent: those of ours that the file may lack and does.
         faults: what is missing, unexpected, of another shape or dtype; empty if everything fits.
     """
 
     weights: tuple[Weight, ...]
     repeated: tuple[tuple[Weight, Weight], ...]
+    tied: tuple[tuple[str, ...], ...]
     absent: tuple[str, ...]
     faults: tuple[str, ...]
 
@@ -70,6 +72,7 @@ def plan(
         options.setdefault(way.ours, []).append(way)
     chosen: list[Weight] = []
     repeated: list[tuple[Weight, Weight]] = []
+    groups: list[tuple[str, ...]] = []
     absent: list[str] = []
     faults: list[str] = []
     used = set[str]()
@@ -91,6 +94,7 @@ def plan(
             dataclasses.replace(weight, theirs=tuple(present[name] for name in weight.theirs)) for weight in there
         ]
         chosen.append(actual[0])
+        groups.append((actual[0].ours, *(name for name in names if name != actual[0].ours)))
         repeated += [(actual[0], other) for other in actual[1:] if other.theirs != actual[0].theirs]
     ignored = [re.compile(pattern) for pattern in family.ignored]
     faults += [
@@ -98,7 +102,7 @@ def plan(
         for known, name in present.items()
         if known not in used and not any(pattern.search(name) for pattern in ignored)
     ]
-    return Plan(tuple(chosen), tuple(repeated), tuple(absent), tuple(faults))
+    return Plan(tuple(chosen), tuple(repeated), tuple(groups), tuple(absent), tuple(faults))
 
 
 def _names_of(weight: Weight) -> list[Weight]:
@@ -135,7 +139,9 @@ def _misfits(
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str] | None,
 ) -> Iterator[str]:
-    for theirs, part in zip(weight.theirs, weight.form.split(ours[weight.ours].to("meta"), weight.side(config))):
+    outline = ours[weight.ours]
+    outline = outline if outline.is_meta else outline.to("meta")
+    for theirs, part in zip(weight.theirs, weight.form.split(outline, weight.side(config))):
         name = present[theirs]
         if shapes[name] != tuple(part.shape):
             yield f"{name}: shape {shapes[name]}, expected {tuple(part.shape)}"
@@ -251,7 +257,7 @@ def state_of(
     found = plan(family, config, ours, {name: tuple(tensor.shape) for name, tensor in theirs.items()})
     if found.faults:
         raise ValueError(f"the tensors do not fit a {family.name} model: " + "; ".join(found.faults))
-    names = {name: group for group in tied(ours) for name in group}
+    names = {group[0]: group for group in found.tied}
     with torch.no_grad():
         return {
             name: tensor
