@@ -210,7 +210,12 @@ class Stack(nn.Module):
         seqlen = hidden.shape[1]
         before = 0 if cache is None else cache.max_length
         if self.alibi_bias is not None:
-            shared.bias = self.alibi_bias(before + seqlen)
+            places = torch.arange(before + seqlen, device=hidden.device)[None]
+            if cache is None and attention_mask is not None and attention_mask.ndim == 2:
+                # Padding in front moves nothing: the rounding depends on the place.
+                real = attention_mask != 0
+                places = (real.cumsum(dim=1) - 1) * real
+            shared.bias = self.alibi_bias(places)
         if self.relative_bias is not None:
             keys = torch.arange(before + seqlen, device=hidden.device)
             queries = keys[None] if cache is None else cache.positions(seqlen)

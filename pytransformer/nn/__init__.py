@@ -6,7 +6,7 @@ from .linear import Linear, RowBlocks
 from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchReport, patch, unpatch
-from .position import AlibiBias, AlibiSlopes, RelativeBias, RotaryEmbedding, SinusoidalPositions
+from .position import AlibiBias, AlibiSlopes, RelativeBias, RelativeKeys, RotaryEmbedding, SinusoidalPositions
 
 __all__ = [
     "AlibiBias",
@@ -20,6 +20,7 @@ __all__ = [
     "PatchReport",
     "RMSNorm",
     "RelativeBias",
+    "RelativeKeys",
     "RotaryEmbedding",
     "RowBlocks",
     "SinusoidalPositions",

@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
     Parameters: qkv_proj (q rows + 2 · kv rows, hidden), its rows in the order [q; k; v]; out_proj (hidden, q rows);
     with qk_norm q_norm and k_norm, an RMSNorm before RoPE of every head (head_dim), or of all heads together (q rows, kv rows);
-    sinks (num_heads).
+    relative_keys (2 · rows of positions - 1, head_dim); sinks (num_heads).
     """
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -97,6 +97,8 @@ class Attention(nn.Module):
             offset = config.norm_weight_offset
             self.q_norm = Norm("rms_norm", widths[0], eps=config.norm_eps, weight_offset=offset)
             self.k_norm = Norm("rms_norm", widths[1], eps=config.norm_eps, weight_offset=offset)
+        if config.positions in ("relative_key", "relative_key_query"):
+            self.relative_keys = nn.Embedding(2 * (config.max_seqlen + config.position_offset) - 1, config.head_dim)
         if config.sinks:
             self.sinks = nn.Parameter(torch.zeros(config.num_heads))
 
@@ -121,7 +123,7 @@ class Attention(nn.Module):
             window=self.window(),
             softmax_scale=self.scale(),
             softcap=config.attention_softcap,
-            bias=self.bias(inputs),
+            bias=self.bias(q, k, inputs),
             alibi_slopes=self.slopes() if config.positions == "alibi" and not config.alibi_bfloat16 else None,
             sinks=self.sinks if config.sinks else None,
             dropout_p=config.attention_dropout if self.training else 0.0,
@@ -189,13 +191,29 @@ class Attention(nn.Module):
         scale: float = self.config.alibi_scale
         return standard_alibi_slopes(self.config.num_heads).to(self.qkv_proj.weight.device) * scale
 
-    def bias(self, inputs: Inputs) -> Tensor | None:
-        """What is added to the scores: T5's relative bias, or Falcon's form of ALiBi."""
+    def bias(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor | None:
+        """What is added to the scores: T5's relative bias, Falcon's form of ALiBi, or the products with vectors of the distances."""
         config = self.config
+        if config.positions in ("relative_key", "relative_key_query"):
+            return self.scale() * self.products_with_distances(q, k)
         if config.positions == "alibi" and config.alibi_bfloat16:
             slopes = standard_alibi_slopes(config.num_heads).to(inputs.positions.device)
             return alibi_bias_of_keys(slopes, inputs.positions, config.alibi_scale)
         return inputs.relative_bias
+
+    def products_with_distances(self, q: Tensor, k: Tensor) -> Tensor:
+        """q · a[i - j] for query i and key j, with "relative_key_query" also k · a[i - j]: (batch, num_heads, seqlen, seqlen).
+
+        a holds a learned vector for each distance, the most negative one first (Shaw et al. 2018; Huang et al. 2020).
+        """
+        index = torch.arange(q.shape[1], device=q.device)
+        vectors = self.relative_keys(
+            index[:, None] - index + len(self.relative_keys.weight) // 2
+        )  # (queries, keys, head_dim)
+        products = torch.einsum("bihd,ijd->bhij", q, vectors)
+        if self.config.positions == "relative_key_query":
+            products = products + torch.einsum("bjhd,ijd->bhij", k, vectors)
+        return products
 
 
 class CrossAttention(nn.Module):
@@ -296,8 +314,7 @@ class Block(nn.Module):
         """x + attention(norm(x)) + feed_forward(norm(x))."""
         normed = self.norm("attention", x)
         normed_too = normed if self.config.parallel_norms == 1 else self.norm("feed_forward", x)
-        residual = normed if self.config.residual_from_norm else x
-        return residual + self.drop(self.attention(normed, inputs)) + self.drop(self.feed(normed_too, inputs))
+        return x + self.drop(self.attention(normed, inputs)) + self.drop(self.feed(normed_too, inputs))
 
     def feed(self, x: Tensor, inputs: Inputs) -> Tensor:
         """The feed-forward network, or the mixture of experts in its place."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pytransformer import reference
+from pytransformer import Transformer, TransformerConfig, reference
+from pytransformer.reference.teaching import TeachingTransformer
 from pytransformer.verification import Contract
 from tests.model.configs import EXPERT_CONFIGS, FAMILY_CONFIGS, make_model, make_twin, random_ids
 
@@ -128,3 +131,27 @@ def test_twenty_training_losses_are_those_of_the_twin(name, device):
         )
         assert golden[-1] < 0.8 * golden[0]
     contract.check()
+
+
+@pytest.mark.parametrize(("width", "num_heads"), [(16, 4), (512, 1)])
+def test_a_teaching_model_becomes_a_fused_one(width, num_heads, device):
+    """Many courses have one head of 512. The eps of the norms moves into the root: 4e-6 (see tests/reference/test_teaching)."""
+    theirs = TeachingTransformer(
+        29, 31, d_model=width, num_heads=num_heads, d_ff=24, num_layers=1, max_seqlen=12, pre_norm=width == 16
+    )
+    theirs = theirs.to(device).eval()
+    fields, weights = reference.convert_teaching(theirs.state_dict(), num_heads=num_heads)
+    model = Transformer(TransformerConfig(**fields), device=device).eval()
+    model.load_state_dict(weights)
+    src, tgt = torch.randint(29, (2, 7), device=device), torch.randint(31, (2, 5), device=device)
+    src_mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3], device=device)[:, None, None]
+    tgt_mask = torch.ones(5, 5, dtype=torch.int64, device=device).tril()[None, None]
+    with torch.no_grad():
+        memory = model.encode(src, src_mask)
+        actual = model.generator(model.decode(memory, src_mask, tgt, tgt_mask))
+        plain, golden = (
+            each.project(each.decode(each.encode(src, src_mask), src_mask, tgt, tgt_mask))
+            for each in (theirs, copy.deepcopy(theirs).double())
+        )
+    allowed = 4 * float((plain - golden).abs().max()) + 4e-6 * float(golden.abs().max())
+    assert float((actual - golden).abs().max()) <= allowed

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from pytransformer import TransformerConfig
 from pytransformer.reference import Transformer, rope_tables
-from pytransformer.reference.blocks import Block, Inputs
+from pytransformer.reference.blocks import Attention, Block, Inputs
 from tests.reference.test_transformer import GPT2, HEAD_DIM, HIDDEN, MAX_SEQLEN, make_config, make_ids, randomise
 
 LONG = {
@@ -82,6 +84,32 @@ def test_scores_are_divided_by_the_number_of_the_layer(device):
     assert scales == [HEAD_DIM**-0.5, HEAD_DIM**-0.5 / 2]
     scaled = TransformerConfig.from_dict({**config.to_dict(), "softmax_scale": 0.3})
     assert [layer.attention.scale() for layer in Transformer(scaled).model.layers] == [0.3, 0.15]
+
+
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
+def test_vectors_of_distances_join_the_scores(kind, device):
+    """Softmax of (q·k + q·a[i - j] (+ k·a[i - j])) / sqrt(head_dim), pair by pair; a has the distance 1 - max_seqlen in its first row."""
+    encoder = {**make_config(**GPT2, norm_placement="post").to_dict(), "architecture": "encoder", "causal": False}
+    config = SimpleNamespace(**vars(TransformerConfig.from_dict(encoder)) | {"positions": kind})
+    attention = randomise(Attention(config, 0)).double().to(device)
+    x = torch.randn(1, 5, HIDDEN, dtype=torch.float64, device=device)
+    q, k, v = attention.project(x)
+    vectors = attention.relative_keys.weight
+    assert vectors.shape == (2 * MAX_SEQLEN - 1, HEAD_DIM)
+    heads = []
+    for head in range(config.num_heads):
+        scores = torch.empty(5, 5, dtype=torch.float64, device=device)
+        for i in range(5):
+            for j in range(5):
+                of_distance = vectors[MAX_SEQLEN - 1 + i - j]
+                product = q[0, i, head] @ (k[0, j, head] + of_distance)
+                if kind == "relative_key_query":
+                    product = product + k[0, j, head] @ of_distance
+                scores[i, j] = product / HEAD_DIM**0.5
+        heads.append(scores.softmax(-1) @ v[0, :, head])
+    expected = attention.out_proj(torch.stack(heads, dim=1).flatten(1))
+    inputs = Inputs(torch.arange(5, device=device)[None], lengths=[5])
+    assert_close(attention(x, inputs)[0], expected)
 
 
 @pytest.mark.parametrize("norms", [1, 2])

@@ -385,3 +385,17 @@ def test_a_model_made_here_can_be_saved_as_a_llama() -> None:
         write_config(
             find_family("llama"), TransformerConfig.gpt2(vocab_size=67, hidden_size=32, num_layers=2, num_heads=4)
         )
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma", "gemma2", "gemma3_text"]
+)
+def test_rates_of_dropout_survive(name: str) -> None:
+    family = find_family(name)
+    rates = {"attention_dropout": 0.1, **({"resid_pdrop": 0.2, "embd_pdrop": 0.3} if name == "phi3" else {})}
+    config = read_config(family, {**TINY, **rates})
+    assert config.attention_dropout == 0.1
+    # transformers 5.x has Phi-3's dropout of embeddings in its configuration, and applies it nowhere.
+    assert (config.residual_dropout, config.embedding_dropout) == (0.2 if name == "phi3" else 0.0, 0.0)
+    written = write_config(family, config)
+    assert {rate: written[rate] for rate in rates} == rates
