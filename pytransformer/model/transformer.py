@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytransformer.nn import RowBlocks
 from pytransformer.nn.experts import load_balancing_loss, router_z_loss
 
 from . import generator
@@ -118,6 +119,8 @@ class Transformer(nn.Module):
 
         Embeddings that are multiplied by sqrt(hidden_size) start with hidden_size^-½: beside larger ones positions drown.
         """
+        if self.model.embed_tokens.weight.is_meta:  # nothing to fill, and on the meta device torch takes seconds for it
+            return
         spread = self.config.initializer_range
         into_residual = spread / math.sqrt(2 * self.config.num_layers)
         for module in self.modules():
@@ -126,6 +129,11 @@ class Transformer(nn.Module):
             elif isinstance(module, nn.Linear):
                 if not (module is self.lm_head and self.config.tie_embeddings):
                     nn.init.normal_(module.weight, std=spread)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RowBlocks):
+                for block in module.blocks:
+                    nn.init.normal_(block, std=spread)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

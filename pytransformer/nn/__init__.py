@@ -3,7 +3,7 @@
 from .attention import Attention, LayerCache
 from .experts import Experts, MixtureOfExperts
 from .feed_forward import FeedForward
-from .linear import Linear
+from .linear import Linear, RowBlocks
 from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchReport, patch, unpatch
@@ -25,6 +25,7 @@ __all__ = [
     "RelativeBias",
     "RelativeKeys",
     "RotaryEmbedding",
+    "RowBlocks",
     "SinusoidalPositions",
     "patch",
     "unpatch",
