@@ -114,9 +114,10 @@ class Pair:
         self._results: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def theirs(self, dtype: torch.dtype = torch.float32) -> Any:
-        """A fresh model of theirs: one with a dynamic RoPE remembers the longest call."""
+        """Their model; a fresh one where it has RoPE, because a dynamic one remembers the longest call."""
         if dtype == torch.float32:
-            return copy.deepcopy(self._model)
+            rotates = getattr(self._model.config, "rope_parameters", None) is not None
+            return copy.deepcopy(self._model) if rotates else self._model
         config = copy.deepcopy(self._model.config)
         if dtype == torch.float64:
             with Doubles():
