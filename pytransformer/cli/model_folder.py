@@ -15,9 +15,9 @@ def find_model(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no model, with what is missing.
-        ValueError: the newest checkpoint is damaged, or the folder is a model of Hugging Face transformers.
+        ValueError: the newest checkpoint is damaged.
     """
-    from pytransformer.model.checkpoint import CONFIG_FILE, describe_foreign
+    from pytransformer.model.checkpoint import CONFIG_FILE
     from pytransformer.training.checkpoint import CheckpointStore
     from pytransformer.training.run import CHECKPOINTS, has_run
 
@@ -29,8 +29,6 @@ def find_model(folder: Path) -> Path:
             return checkpoint
         if not (folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
-    elif foreign := describe_foreign(folder):
-        raise ValueError(foreign)
     elif not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds neither a training run (run.json) nor a model (config.json)")
     return folder

@@ -15,6 +15,7 @@ from pytransformer.nn import (
     FeedForward,
     LayerCache,
     LayerNorm,
+    MixtureOfExperts,
     RelativeKeys,
     RMSNorm,
     RotaryEmbedding,
@@ -247,8 +248,6 @@ def make_feed_forward(config: TransformerConfig, index: int, **place: Any) -> nn
         common |= {"activation_limit": config.activation_limit, "activation_alpha": config.activation_alpha}
     if not config.is_sparse(index):
         return FeedForward(config.hidden_size, config.intermediate_size, **common)
-    from pytransformer.nn import MixtureOfExperts
-
     return MixtureOfExperts(
         config.hidden_size,
         config.expert_size,

@@ -267,7 +267,7 @@ class TransformerConfig:
             head_dim=self._encoder_head_dim,
             rotary_dim=self._encoder_head_dim if self.rotary_dim == self.head_dim else self.rotary_dim,
             intermediate_size=self.encoder_intermediate_size,
-            layer_types=None,
+            layer_types=None,  # type: ignore[arg-type]  # filled in
             head="none",
             tie_embeddings=False,
             bos_token_id=None,

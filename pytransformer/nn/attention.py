@@ -12,7 +12,7 @@ from pytransformer.ops.attention import attention
 from pytransformer.ops.rope import rope
 from pytransformer.reference import attention as reference_attention
 
-from .linear import Linear
+from .linear import Linear, RowBlocks
 from .norm import RMSNorm
 from .position import AlibiSlopes, RelativeKeys, RotaryEmbedding
 
@@ -121,7 +121,9 @@ class Attention(nn.Module):
         width = self.head_dim * num_heads
         kv_width = 2 * self.head_dim * self.num_kv_heads
         if memory_size is None:
-            self.qkv_proj = Linear(hidden_size, width + kv_width, bias=bias, device=device, dtype=dtype)
+            self.qkv_proj: Linear | RowBlocks = Linear(
+                hidden_size, width + kv_width, bias=bias, device=device, dtype=dtype
+            )
         else:
             if rotary is not None:
                 raise ValueError("rotary is for self-attention: give rotary=None with memory_size")
@@ -320,6 +322,9 @@ class Attention(nn.Module):
             qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
             q, k, v = qkv.split(heads, dim=-2)
             return q, k, v
+        elif isinstance(self.qkv_proj, RowBlocks) and len(self.qkv_proj.rows) == 3:
+            q = self.qkv_proj.some_rows(x, 0, 1)
+            projected = q, *self.qkv_proj.some_rows(memory, 1, 3).chunk(2, dim=-1)
         elif type(self.qkv_proj) in (Linear, nn.Linear):
             weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
             bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
@@ -333,6 +338,8 @@ class Attention(nn.Module):
     def _queries(self, x: Tensor) -> Tensor:
         if self.memory_size is not None:
             q = self.q_proj(x)
+        elif isinstance(self.qkv_proj, RowBlocks) and len(self.qkv_proj.rows) == 3:
+            q = self.qkv_proj.some_rows(x, 0, 1)
         elif type(self.qkv_proj) in (Linear, nn.Linear):
             width, bias = self.head_dim * self.num_heads, self.qkv_proj.bias
             q = F.linear(x, self.qkv_proj.weight[:width], None if bias is None else bias[:width])

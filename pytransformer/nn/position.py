@@ -96,6 +96,8 @@ class RotaryEmbedding(_Tables):
             # What longrope's attention factor falls back to is the whole context, for short sequences too.
             scaling = {"max_position_embeddings": self.max_seqlen, **scaling}
         tables = [self._table(length, scaling, _resolved(device)) for length in lengths]
+        if len(tables) == 1:  # also because torch.cat on the meta device imports torch's compiler, which takes seconds
+            return dict(zip(("cos", "sin"), tables[0]))
         return {name: torch.cat(parts) for name, parts in zip(("cos", "sin"), zip(*tables))}
 
     def _table(

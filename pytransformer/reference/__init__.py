@@ -10,6 +10,7 @@ from .activation import geglu, gelu, swiglu
 from .attention import attention, decode_attention, standard_alibi_slopes
 from .encoder_decoder import EncoderDecoder
 from .experts import load_balancing_loss, router_z_loss
+from .grouped_linear import grouped_linear
 from .heads import label_loss, label_probabilities
 from .kv_cache import kv_append
 from .linear_attention import linear_attention
@@ -29,6 +30,7 @@ __all__ = [
     "decode_attention",
     "geglu",
     "gelu",
+    "grouped_linear",
     "kv_append",
     "label_loss",
     "label_probabilities",

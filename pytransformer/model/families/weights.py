@@ -59,7 +59,7 @@ class QKV:
 
     def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
         kv_rows = config.num_kv_heads * config.head_dim
-        return list(ours.split([ours.shape[0] - 2 * kv_rows, kv_rows, kv_rows]))
+        return list(torch.split(ours, [ours.shape[0] - 2 * kv_rows, kv_rows, kv_rows]))
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class PerHead:
         group = config.num_heads // config.num_kv_heads
         rest = theirs[0].shape[1:]
         together = theirs[0].reshape(config.num_kv_heads, group + 2, config.head_dim, *rest)
-        q, k, v = together.split([group, 1, 1], dim=1)
+        q, k, v = torch.split(together, [group, 1, 1], dim=1)
         return torch.cat([part.reshape(-1, *rest) for part in (q, k, v)])
 
     def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:

@@ -52,7 +52,7 @@ CASES = [
         "3", "both-ways-odd-window", sliding_window=5, layer_types=["sliding_attention", "full_attention"],
         use_bidirectional_attention=True, final_logit_softcapping=2.0, num_key_value_heads=4, generates=False,
     ),
-    gemma("3", "classifier", "Gemma3TextForSequenceClassification", batch=64, num_labels=3, tie_word_embeddings=False),
+    gemma("3", "classifier", "Gemma3TextForSequenceClassification", batch=16, num_labels=3, tie_word_embeddings=False),
 ]  # fmt: skip
 
 

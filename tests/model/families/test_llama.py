@@ -50,7 +50,7 @@ LLAMA = [
     ),
     scaled("longrope-within", {**LONGROPE, "original_max_position_embeddings": 32}),
     scaled("longrope-beyond", {**LONGROPE, "original_max_position_embeddings": 4, "factor": 8.0}),
-    llama("classifier", "LlamaForSequenceClassification", batch=64, pad_token_id=0, num_labels=3),
+    llama("classifier", "LlamaForSequenceClassification", batch=16, pad_token_id=0, num_labels=3),
     llama("base", "LlamaModel"),
 ]  # fmt: skip
 MISTRAL = [
