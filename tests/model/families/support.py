@@ -317,8 +317,8 @@ def generation(case: Case) -> None:
         output_scores=True,
         return_dict_in_generate=True,
         decoder_start_token_id=both.config.decoder_start_token_id,
-        # Their cache has as many layers as the encoder, and breaks where the decoder has more.
-        use_cache=both.config.num_layers <= both.config.num_encoder_layers,
+        # The cache of their T5 has as many layers as the encoder, and breaks where the decoder has more.
+        use_cache=both.config.positions != "t5" or both.config.num_layers <= both.config.num_encoder_layers,
     )
     prompt = inputs.get("src", inputs["ids"])
     theirs = both.theirs()
