@@ -116,9 +116,10 @@ class Pair:
         self._results: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def theirs(self, dtype: torch.dtype = torch.float32) -> Any:
-        """A fresh model of theirs: one with a dynamic RoPE remembers the longest call."""
+        """Their model; a fresh one where it has RoPE, because a dynamic one remembers the longest call."""
         if dtype == torch.float32:
-            return copy.deepcopy(self._model)
+            rotates = getattr(self._model.config, "rope_parameters", None) is not None
+            return copy.deepcopy(self._model) if rotates else self._model
         config = copy.deepcopy(self._model.config)
         if dtype == torch.float64:
             with Doubles():
@@ -316,8 +317,8 @@ def generation(case: Case) -> None:
         output_scores=True,
         return_dict_in_generate=True,
         decoder_start_token_id=both.config.decoder_start_token_id,
-        # Their cache has as many layers as the encoder, and breaks where the decoder has more.
-        use_cache=both.config.num_layers <= both.config.num_encoder_layers,
+        # The cache of their T5 has as many layers as the encoder, and breaks where the decoder has more.
+        use_cache=both.config.positions != "t5" or both.config.num_layers <= both.config.num_encoder_layers,
     )
     prompt = inputs.get("src", inputs["ids"])
     theirs = both.theirs()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pytransformer import Transformer, load, save
 from pytransformer.generation import generate
-from pytransformer.model.families import find_family, mapping, read_config
 
 from .support import LOGITS_ERROR, NEW_TOKENS, Case, assert_logits, call_ours, call_theirs, on_disk, pair, perturb
 
@@ -114,12 +113,3 @@ def padded_sources(case: Case) -> None:
                 gap, scale = float(scores[row, expected] - scores[row, actual]), float(scores[row].abs().max())
                 assert gap <= 2 * LOGITS_ERROR * scale, f"row {row}, step {step}: {actual}, theirs {expected}"
                 break
-
-
-def fitted(model: Any, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> mapping.Plan:
-    """How tensors fit a model of the configuration."""
-    fields = {**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__], **values}
-    family = find_family(fields["model_type"])
-    config = read_config(family, fields)
-    ours = Transformer(config, device="meta").state_dict()
-    return mapping.plan(family, config, ours, {name: tuple(tensor.shape) for name, tensor in tensors.items()})

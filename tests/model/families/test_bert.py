@@ -46,9 +46,6 @@ CASES = [
         batch=64,
         sides=_RIGHT,
     ),
-    Case(
-        "regression", "BertConfig", "BertForSequenceClassification", {**_TINY, "num_labels": 1}, batch=64, sides=_RIGHT
-    ),
 ]
 
 
@@ -216,3 +213,11 @@ def test_relative_positions_are_not_ignored(kind, monkeypatch):
 def test_what_is_not_served_is_refused_by_name(field, value):
     with pytest.raises(CheckpointError, match=field.replace("position_embedding_type", "positions")):
         loaded(made(MASKED_LM), **{field: value})
+
+
+def test_one_label_is_a_regression():
+    theirs = made(Case("", "BertConfig", "BertForSequenceClassification", {**_TINY, "num_labels": 1}))
+    ours = loaded(theirs)
+    assert ours.config.problem == "regression"
+    assert_same(ours, theirs)
+    assert_saved(ours, theirs)

@@ -41,7 +41,6 @@ CASES = [
         },
         **_COMMON,
     ),
-    Case("plain-gelu", "T5Config", "T5ForConditionalGeneration", {**_TINY, "feed_forward_proj": "gelu"}, **_COMMON),
     Case("encoder", "T5Config", "T5EncoderModel", {**_TINY, "feed_forward_proj": "gated-relu"}, **_COMMON),
     Case("mt5", "MT5Config", "MT5ForConditionalGeneration", _TINY, **_COMMON),
     Case(
