@@ -6,7 +6,7 @@ without memory (on the meta device) apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,13 +41,13 @@ class Same:
 
 @dataclass(frozen=True)
 class Transposed:
-    """A matrix stored (in, out), as GPT-2's Conv1D has it."""
+    """A matrix stored (in, out), as GPT-2's Conv1D has it, or one for each expert; a vector stays as it is."""
 
     def join(self, theirs: list[Tensor], config: TransformerConfig) -> Tensor:
-        return theirs[0].t()
+        return theirs[0].transpose(-2, -1) if theirs[0].ndim > 1 else theirs[0]
 
     def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
-        return [ours.t()]
+        return [self.join([ours], config)]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,26 @@ class PerHead:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The matrices of all experts, ``parts`` of one shape for each (gate and up, or down alone), in one (experts, rows, columns)."""
+
+    parts: int = 1
+
+    def join(self, theirs: list[Tensor], config: TransformerConfig) -> Tensor:
+        rows, columns = theirs[0].shape
+        return torch.cat(theirs).reshape(-1, self.parts * rows, columns)
+
+    def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
+        experts, rows, columns = ours.shape
+        return list(ours.reshape(experts * self.parts, rows // self.parts, columns).unbind())
+
+
+def always(config: TransformerConfig) -> bool:
+    """What a weight without a condition asks of the configuration."""
+    return True
+
+
+@dataclass(frozen=True)
 class Weight:
     """One of our tensors.
 
@@ -105,19 +125,23 @@ class Weight:
             many tensors as there are experts, experts outermost: all names of expert 0, then those of expert 1, …).
         form: how.
         optional: a file may lack it; the model then keeps what it starts with.
+        when: whether the tensor stands under these names in a model of this configuration (Falcon names its norms by their number).
     """
 
     ours: str
     theirs: tuple[str, ...]
     form: Form = Same()
     optional: bool = False
+    when: Callable[[TransformerConfig], bool] = always
 
     def side(self, config: TransformerConfig) -> TransformerConfig:
         """The configuration of the side of an encoder–decoder that the tensor belongs to."""
         return config.encoder if config.is_encoder_decoder and self.ours.startswith("encoder.") else config
 
     def expand(self, config: TransformerConfig) -> Iterator[Weight]:
-        """The same for each layer, without placeholders."""
+        """The same for each layer, without placeholders; nothing if the configuration names it otherwise."""
+        if not self.when(config):
+            return
         for layer in range(self.side(config).num_layers) if "{i}" in self.ours else (0,):
             names = [name.replace("{i}", str(layer)) for name in self.theirs]
             if any("{e}" in name for name in names):
@@ -130,6 +154,9 @@ def same(ours: str, theirs: str, *, optional: bool = False) -> Weight:
     return Weight(ours, (theirs,), Same(), optional)
 
 
-def affine(ours: str, theirs: str) -> tuple[Weight, Weight]:
-    """The weight and the bias of a linear layer or a norm that is the same on both sides."""
-    return same(f"{ours}.weight", f"{theirs}.weight"), same(f"{ours}.bias", f"{theirs}.bias")
+def affine(
+    ours: str, theirs: str, form: Form = Same(), *, when: Callable[[TransformerConfig], bool] = always
+) -> tuple[Weight, Weight]:
+    """The weight and the bias of a linear layer or a norm, each one tensor on both sides."""
+    weight, bias = (Weight(f"{ours}.{name}", (f"{theirs}.{name}",), form, when=when) for name in ("weight", "bias"))
+    return weight, bias
