@@ -53,6 +53,7 @@ class Case:
         prompt: tokens that a generation begins with; ``None`` = ``seqlen``.
         values: what ``config.json`` holds instead of what the configuration object says, where an older file is meant; applied last.
         without: fields that ``config.json`` lacks.
+        attention: their implementation of it (where eager is the one that is wrong).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Case:
     prompt: int | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    attention: str = "eager"
 
 
 class Doubles(TorchFunctionMode):
@@ -89,7 +91,9 @@ class Pair:
         self.case = case
         self.model_class = getattr(transformers, case.model)
         # A configuration keeps and edits the dictionaries that it is given.
-        config = getattr(transformers, case.config)(**copy.deepcopy(dict(case.fields)), attn_implementation="eager")
+        config = getattr(transformers, case.config)(
+            **copy.deepcopy(dict(case.fields)), attn_implementation=case.attention
+        )
         torch.manual_seed(0)
         self._model = self.model_class(config).eval()
         perturb(self._model)
@@ -108,9 +112,9 @@ class Pair:
         config = copy.deepcopy(self._model.config)
         if dtype == torch.float64:
             with Doubles():
-                model = self.model_class._from_config(config, dtype=dtype, attn_implementation="eager")
+                model = self.model_class._from_config(config, dtype=dtype, attn_implementation=self.case.attention)
         else:
-            model = self.model_class._from_config(config, dtype=dtype, attn_implementation="eager")
+            model = self.model_class._from_config(config, dtype=dtype, attn_implementation=self.case.attention)
         model.load_state_dict(self._model.state_dict())
         return model.eval()
 
@@ -364,7 +368,7 @@ def round_trip(case: Case) -> None:
 def load_theirs(both: Pair, folder: str) -> tuple[Any, dict[str, Any]]:
     """The folder as transformers loads it, and its report."""
     loaded = both.model_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation=both.case.attention, output_loading_info=True
     )
     return loaded[0].eval(), loaded[1]
 
