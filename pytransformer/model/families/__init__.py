@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from . import bloom, falcon, gemma, glm, gpt2, gpt_neox, llama, mistral, olmo2, phi3, qwen
+from . import bloom, falcon, gemma, glm, gpt2, gpt_neox, gpt_oss, llama, mistral, mixtral, olmo2, phi3, qwen, qwen_moe
 from .family import CheckpointError, Family, read_config, write_config
 
 # Each module holds one or several families in FAMILIES.
 _MODULES: tuple[object, ...] = (
-    llama, mistral, qwen, phi3, gemma, olmo2, gpt2, gpt_neox, falcon, bloom, glm,
+    llama, mistral, qwen, phi3, gemma, olmo2, gpt2, gpt_neox, falcon, bloom, glm, mixtral, qwen_moe, gpt_oss,
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}  # type: ignore[attr-defined]
