@@ -7,14 +7,14 @@ from typing import Any
 
 from ..config import TransformerConfig
 from .common import read_shared, with_aliases, write_shared
-from .family import Family, Harmless, Refused, Used
+from .family import Family, Field, Harmless, Refused, Used
 from .llama import classes
 from .weights import PerHead, affine, same
 
 # Other names that transformers takes.
 _ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
-_FIELDS = {
+_FIELDS: dict[str, Field] = {
     "vocab_size": Used(250880),
     "hidden_size": Used(64),
     "n_layer": Used(2),

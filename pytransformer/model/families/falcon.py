@@ -12,12 +12,12 @@ from typing import Any
 
 from ..config import TransformerConfig
 from .common import read_activation, read_shared, with_aliases, write_activation, write_shared
-from .family import Family, Harmless, Refused, Used
+from .family import Family, Field, Harmless, Refused, Used
 from .llama import classes
 from .rope import read_rope, write_rope
 from .weights import PerHead, affine, same
 
-_FIELDS = {
+_FIELDS: dict[str, Field] = {
     "vocab_size": Used(65024),
     "hidden_size": Used(4544),
     "n_embed": Used(),  # the older name

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import TransformerConfig
 from .common import read_activation, read_shared, with_aliases, write_activation, write_shared
-from .family import Family, Harmless, Used
+from .family import Family, Field, Harmless, Used
 from .weights import Transposed, affine, same
 
 # Other names that transformers takes for four of them.
@@ -15,7 +15,7 @@ _ALIASES = {
     "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
 }  # fmt: skip
 
-_FIELDS = {
+_FIELDS: dict[str, Field] = {
     "vocab_size": Used(50257),
     "n_positions": Used(1024),
     "n_embd": Used(768),

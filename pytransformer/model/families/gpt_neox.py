@@ -7,12 +7,12 @@ from typing import Any
 
 from ..config import TransformerConfig
 from .common import read_activation, read_shared, write_activation, write_shared
-from .family import Family, Harmless, Used
+from .family import Family, Field, Harmless, Used
 from .llama import classes
 from .rope import read_rope, write_rope
 from .weights import PerHead, affine, same
 
-_FIELDS = {
+_FIELDS: dict[str, Field] = {
     "vocab_size": Used(50432),
     "hidden_size": Used(6144),
     "num_hidden_layers": Used(44),
