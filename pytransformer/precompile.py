@@ -288,18 +288,21 @@ def _kv_append(shapes: Shapes, training: bool) -> Calls:
 def _attention(shapes: Shapes, training: bool) -> Calls:
     from pytransformer.ops.attention import attention
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return attention(q, k, v, causal=True, window=shapes.window, softcap=shapes.attention_softcap, backend="triton")
+    def call(window: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Any:
+        options: dict[str, Any] = {"causal": shapes.causal, "window": window, "softcap": shapes.attention_softcap}
+        return attention(q, k, v, **options, backend="triton")
 
-    for seqlen in (1, 16):
-        inputs = _heads(shapes, 2, seqlen, grad=training)
-        yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
+    for window in dict.fromkeys(map(shapes.window, range(shapes.num_layers))):
+        for seqlen in (1, 16):
+            attend = functools.partial(call, window)
+            inputs = _heads(shapes, 2, seqlen, grad=training)
+            yield _with_backward(attend, *inputs) if training else functools.partial(attend, *inputs)
 
 
 def _decode_attention(shapes: Shapes, training: bool) -> Calls:
     from pytransformer.ops.decode_attention import decode_attention
 
-    options: dict[str, Any] = {"window": shapes.window, "softcap": shapes.attention_softcap, "backend": "triton"}
+    options: dict[str, Any] = {"window": shapes.window(0), "softcap": shapes.attention_softcap, "backend": "triton"}
     for capacity, seqlen in itertools.product((64, _LONG_CACHE), (1, 48)):
         q, _, _ = _heads(shapes, 2, seqlen)
         k_cache, v_cache, table = _cache(shapes, capacity)

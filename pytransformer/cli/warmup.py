@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytransformer.model.config import NORMS, TransformerConfig
+from pytransformer.model.config import TransformerConfig
+from pytransformer.model.config_checks import CHOICES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model or training run whose shapes to take")
     for name, text in _FIELDS.items():
-        kind: dict[str, Any] = {"choices": NORMS} if name == "norm" else {"type": int}
+        kind: dict[str, Any] = {"choices": CHOICES["norm"]} if name == "norm" else {"type": int}
         parser.add_argument(_option(name), help=text, **kind)
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)"

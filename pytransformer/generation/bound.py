@@ -19,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytransformer.model.transformer import Block, Decoder, LMHead, Transformer
+from pytransformer.model.block import Block
+from pytransformer.model.heads import LMHead
+from pytransformer.model.stack import Stack
+from pytransformer.model.transformer import Transformer
 from pytransformer.nn import Attention, FeedForward, LayerNorm, Linear, RMSNorm
 from pytransformer.ops.backend import requested_backend
 
 # Modules whose forward code may run over a stand-in; a subclass may do anything, so exactly these.
-_STAND_INS: tuple[type[nn.Module], ...] = (Decoder, Block, Attention, FeedForward)
+_STAND_INS: tuple[type[nn.Module], ...] = (Stack, Block, Attention, FeedForward)
 
 
 def bind(model: Transformer) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
@@ -75,6 +78,8 @@ def _bound(module: nn.Module) -> Any:
         setattr(stand_in, name, child if keep else _bound(child))
     for name in (name for name, child in module._modules.items() if child is None):
         setattr(stand_in, name, None)
+    for name, parameter in module._parameters.items():
+        setattr(stand_in, name, parameter)
     return stand_in
 
 
@@ -86,7 +91,9 @@ def _stand_in_class(kind: type[nn.Module]) -> type:
 
 def _bound_head(module: LMHead) -> Callable[[Tensor], Tensor]:
     product, softcap = module.product(), module.softcap
-    return product if softcap == 0.0 else lambda x: softcap * torch.tanh(product(x) / softcap)
+    if module.transform is None and module.scale == 1.0:
+        return product if softcap == 0.0 else lambda x: softcap * torch.tanh(product(x) / softcap)
+    return module
 
 
 def _bound_norm(module: LayerNorm | RMSNorm) -> Callable[..., Any]:

@@ -53,6 +53,8 @@ class KVCache:
         self.k_cache = torch.empty(shape, device=device, dtype=dtype)
         self.v_cache = torch.empty(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.k_cache.device)
+        # Of an encoder–decoder: what each layer's cross-attention made of the memory, once for all steps.
+        self.memory_kv: list[tuple[Tensor, Tensor]] | None = None
         # Whether a step may write and read by plain slices: see choose_path.
         self.is_direct = False
         self._attended: tuple[int, Tensor] | None = None  # the same for every layer of a step
@@ -145,6 +147,7 @@ class _LayerCache:
         v: Tensor,
         *,
         rotary: RotaryEmbedding | None,
+        positions: Tensor | None,
         q_norm: RMSNorm | None,
         k_norm: RMSNorm | None,
     ) -> Tensor:
@@ -155,7 +158,8 @@ class _LayerCache:
             if q_norm is not None and k_norm is not None:
                 q, k = q_norm(q), k_norm(k)
             if rotary is not None:
-                q, k = rotary(q, k, offsets=cache.max_length)
+                offsets = cache.max_length if positions is None else 0
+                q, k = rotary(q, k, positions=positions, offsets=offsets)
             places = slice(cache.max_length, cache.max_length + k.shape[1])
             self.k_cache[:, places] = k
             self.v_cache[:, places] = v
@@ -167,6 +171,7 @@ class _LayerCache:
             self.k_cache,
             self.v_cache,
             cache_seqlens=cache.lengths,
+            positions=positions if rotary is not None else None,
             q=q if changes_q else None,
             cos=None if rotary is None else rotary.cos,
             sin=None if rotary is None else rotary.sin,
@@ -186,10 +191,13 @@ class _LayerCache:
         window: tuple[int, int],
         softcap: float,
         alibi_slopes: Tensor | None,
+        bias: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
         cache, seqlen = self._cache, q.shape[1]
-        if cache.is_direct and seqlen == 1 and alibi_slopes is None and softcap == 0.0:
+        plain = alibi_slopes is None and bias is None and sinks is None and softcap == 0.0
+        if cache.is_direct and seqlen == 1 and plain:
             end = cache.max_length + 1
             return self._attend_to(q, slice(0 if window[0] < 0 else max(end - 1 - window[0], 0), end), softmax_scale)
         if cache.max_length == 0:
@@ -203,6 +211,8 @@ class _LayerCache:
                 softmax_scale=softmax_scale,
                 softcap=softcap,
                 alibi_slopes=alibi_slopes,
+                bias=bias,
+                sinks=sinks,
             )
         else:
             result = decode_attention(
@@ -215,6 +225,8 @@ class _LayerCache:
                 softmax_scale=softmax_scale,
                 softcap=softcap,
                 alibi_slopes=alibi_slopes,
+                bias=bias,
+                sinks=sinks,
             )
         assert isinstance(result, Tensor)
         return result

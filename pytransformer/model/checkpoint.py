@@ -24,8 +24,6 @@ from .transformer import Transformer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_HEAD = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 class CheckpointError(ValueError):
@@ -97,8 +95,7 @@ def load(
     if dtype is not None:
         stored = {name: tensor.to(dtype) for name, tensor in stored.items()}
     model.to_empty(device=device)  # makes the tables of positions; the parameters are replaced next
-    if config.tie_embeddings:
-        stored[_HEAD] = stored[_EMBEDDING]
+    stored |= {name: stored[first] for name, first in model.tied_names().items()}
     model.load_state_dict(stored, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -145,11 +142,9 @@ def _flush(folder: Path) -> None:
 
 
 def _stored(model: Transformer) -> dict[str, Tensor]:
-    """Name -> tensor as in the file: the state_dict without the head's second name for the embedding."""
-    tensors = model.state_dict()
-    if model.config.tie_embeddings:
-        del tensors[_HEAD]
-    return tensors
+    """Name -> tensor as in the file: the state_dict without second names."""
+    second_names = model.tied_names()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in second_names}
 
 
 def describe_foreign(folder: Path) -> str | None:

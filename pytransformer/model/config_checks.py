@@ -77,7 +77,8 @@ def _check_heads(config: TransformerConfig) -> None:
         )
     _check_int("head_dim", config.head_dim, minimum=1)
     _check_int("rotary_dim", config.rotary_dim, minimum=1)
-    if config.positions == "rope" and (config.rotary_dim % 2 or config.rotary_dim > config.head_dim):
+    rotates = config.positions == "rope" or config.rotary_dim != config.head_dim
+    if rotates and (config.rotary_dim % 2 or config.rotary_dim > config.head_dim):
         raise ValueError(f"rotary_dim must be even and at most head_dim ({config.head_dim}), got {config.rotary_dim}")
     for name in ("rope_scaling", "local_rope_scaling", "family_fields"):
         value = getattr(config, name)

@@ -1,230 +1,60 @@
-"""The decoder-only transformer. GPT-2, Llama and their relatives are configurations of it, not classes.
+"""The model: token ids to logits, for every configuration.
 
-Reading order: :class:`Transformer` (token ids to logits), :class:`Decoder` (token ids to hidden states), :class:`Block`.
-Its twin for reading, without any fused op, is ``pytransformer.reference.Transformer``; both take the same weights.
+Two stacks of the same blocks at most: ``model``, which is a decoder or an encoder alone, and for an encoder–decoder ``encoder``. On top of
+them a head. What the layers do: block.py; embeddings and positions: stack.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytransformer.nn import (
-    AlibiSlopes,
-    Attention,
-    FeedForward,
-    LayerCache,
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    RotaryEmbedding,
-    SinusoidalPositions,
-)
-from pytransformer.ops.checks import check_values
-
 from . import generator
+from .block import Block, Trace
 from .config import TransformerConfig
+from .heads import Classifier, LMHead, pool
+from .stack import ModelCache, Stack
 
 
-class ModelCache(Protocol):
-    """What :class:`Decoder` asks of a cache: the layers' parts of it, and where each sequence stands."""
+@dataclass(frozen=True)
+class Output:
+    """What a model returns where more than its result is asked for.
 
-    def layer(self, index: int) -> LayerCache:
-        """The part that layer ``index`` appends to and attends to."""
-        ...
-
-    def positions(self, seqlen: int) -> Tensor:
-        """Positions of the next ``seqlen`` tokens of each sequence: int64 (batch, seqlen), all below the model's max_seqlen."""
-        ...
-
-
-class Block(nn.Module):
-    """Attention, then feed-forward, each with its norm and residual addition.
-
-    The addition is done inside the norm that follows it (one pass over memory instead of two), so a block passes on two tensors: the
-    residual stream, and ``delta``, what is still to be added to it.
+    Attributes:
+        logits: the result: (batch, seqlen, vocab_size), scores (batch, num_labels), or without a head the hidden states.
+        hidden_states: the residual stream before each layer, and after the last (num_layers + 1).
+        attentions, cross_attentions: of each layer, (batch, num_heads, query, key).
+        router_logits: of each layer with experts, (tokens, num_experts).
+        encoder_hidden_states, encoder_attentions: of the encoder of an encoder–decoder.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        rotary: RotaryEmbedding | None,
-        alibi: AlibiSlopes | None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.post_norm = config.norm_placement == "post"
-        self.residual_dropout = config.residual_dropout
-        self.attention_norm = make_norm(config, device=device, dtype=dtype)
-        self.attention = Attention(
-            config.hidden_size,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            bias=config.attention_bias,
-            window=config.window,
-            softmax_scale=config.softmax_scale,
-            softcap=config.attention_softcap,
-            rotary=rotary,
-            alibi=alibi,
-            qk_norm_eps=config.norm_eps if config.qk_norm else None,
-            qk_norm_weight_offset=config.norm_weight_offset,
-            dropout=config.attention_dropout,
-            device=device,
-            dtype=dtype,
-        )
-        self.feed_forward_norm = make_norm(config, device=device, dtype=dtype)
-        self.feed_forward = FeedForward(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.activation,
-            bias=config.mlp_bias,
-            dropout=config.feed_forward_dropout,
-            device=device,
-            dtype=dtype,
-        )
-
-    def forward(
-        self,
-        delta: Tensor,
-        residual: Tensor | None,
-        *,
-        cache: LayerCache | None = None,
-        weights: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The next (delta, residual), each (batch, seqlen, hidden). The first block's residual is ``None``: delta is the whole stream.
-
-        Pre-norm adds ``delta`` to the residual in the first norm. Post-norm leaves nothing to be added: its residual is always ``None``.
-        Args:
-            cache: this layer's part of a cache, or ``None``.
-            weights: a list to which the attention probabilities are appended, or ``None``.
-        """
-        if self.post_norm:
-            normalised = stream = delta
-        else:
-            normalised, stream = _add_and_norm(self.attention_norm, delta, residual)
-        if weights is not None:
-            weights.append(self.attention.weights(normalised))
-        attended = self._drop(self.attention(normalised, cache=cache))
-        if self.post_norm:
-            normalised, _ = _add_and_norm(self.attention_norm, attended, stream)
-            fed = self._drop(self.feed_forward(normalised))
-            return _add_and_norm(self.feed_forward_norm, fed, normalised)[0], None
-        normalised, stream = _add_and_norm(self.feed_forward_norm, attended, stream)
-        return self._drop(self.feed_forward(normalised)), stream
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.residual_dropout) if self.training and self.residual_dropout > 0.0 else x
-
-
-class Decoder(nn.Module):
-    """Embeddings, blocks, and for pre-norm a final norm: token ids to hidden states."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
-        self.embed_positions: nn.Module | None = None
-        if config.positions == "learned":
-            self.embed_positions = nn.Embedding(config.max_seqlen, config.hidden_size, device=device, dtype=dtype)
-        elif config.positions == "sinusoidal":
-            self.embed_positions = SinusoidalPositions(config.max_seqlen, config.hidden_size, device=device)
-        self.rotary: RotaryEmbedding | None = None
-        if config.positions == "rope":
-            self.rotary = RotaryEmbedding(
-                config.rotary_dim,
-                config.max_seqlen,
-                base=config.rope_base,
-                scaling=config.rope_scaling,
-                interleaved=config.rope_interleaved,
-                device=device,
-            )
-        alibi = AlibiSlopes(config.num_heads, device=device) if config.positions == "alibi" else None
-        self.layers = nn.ModuleList(
-            Block(config, self.rotary, alibi, device=device, dtype=dtype) for _ in range(config.num_layers)
-        )
-        self.norm = make_norm(config, device=device, dtype=dtype) if config.norm_placement == "pre" else None
-
-    def forward(
-        self, input_ids: Tensor, *, cache: ModelCache | None = None, weights: list[Tensor] | None = None
-    ) -> Tensor:
-        """(batch, seqlen) integers -> (batch, seqlen, hidden).
-
-        Args:
-            input_ids: token ids, the whole sequences, or with a cache those that follow what it holds.
-            cache: keys and values of the tokens before, appended to; ``None`` = none before.
-            weights: a list to which each layer's attention probabilities are appended, or ``None``.
-
-        Raises:
-            TypeError, ValueError: ids of a wrong dtype or shape, ids outside the vocabulary (checked on a CPU), or more tokens
-                than max_seqlen.
-        """
-        check_input_ids(input_ids, self.config)
-        delta = self._embed(input_ids, cache)
-        residual: Tensor | None = None
-        for index, block in enumerate(self.layers):
-            delta, residual = block(
-                delta, residual, cache=None if cache is None else cache.layer(index), weights=weights
-            )
-        return delta if self.norm is None else _add_and_norm(self.norm, delta, residual)[0]
-
-    def _embed(self, input_ids: Tensor, cache: ModelCache | None) -> Tensor:
-        hidden: Tensor = self.embed_tokens(input_ids)
-        if self.config.scale_embeddings:
-            hidden = hidden * math.sqrt(self.config.hidden_size)
-        if self.embed_positions is not None:
-            seqlen = input_ids.shape[1]
-            if cache is None:
-                positions = torch.arange(seqlen, device=input_ids.device)
-            else:
-                positions = cache.positions(seqlen)
-            hidden = hidden + self.embed_positions(positions).to(hidden.dtype)
-        if self.training and self.config.embedding_dropout > 0.0:
-            hidden = F.dropout(hidden, self.config.embedding_dropout)
-        return hidden
-
-
-class LMHead(Linear):
-    """Hidden states to logits (…, vocab_size), with the configuration's softcap."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
-        self.softcap = config.logit_softcap
-
-    def forward(self, input: Tensor) -> Tensor:
-        logits = super().forward(input)
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap > 0.0 else logits
+    logits: Tensor
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+    cross_attentions: list[Tensor] | None = None
+    router_logits: list[Tensor] | None = None
+    encoder_hidden_states: list[Tensor] | None = None
+    encoder_attentions: list[Tensor] | None = None
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model.
+    """A transformer; with ``architecture="encoder-decoder"`` an :class:`EncoderDecoder`.
 
     Args:
         config: its shape and choices.
         device, dtype: where and as what the parameters are made; tables of positions stay float32.
 
     Attributes:
-        model: :class:`Decoder`, token ids to hidden states.
-        lm_head: :class:`LMHead`, hidden states to logits. With ``tie_embeddings`` its weight *is* ``model.embed_tokens.weight``.
+        model: :class:`Stack`, token ids to hidden states.
+        lm_head: :class:`LMHead`, hidden states to logits, where the configuration's head is one. With ``tie_embeddings`` its weight *is*
+            ``model.embed_tokens.weight``.
+        pooler, classifier: for ``head="classification"`` and pooled embeddings.
+        generation_config: what the checkpoint says of generation, or ``None``.
 
     Example::
 
@@ -233,6 +63,10 @@ class Transformer(nn.Module):
         next_token = model.lm_head(model.model(ids))[0, -1].argmax(-1)
         text = model.generate(ids, max_new_tokens=20)           # prompt included
     """
+
+    def __new__(cls, config: TransformerConfig | None = None, **place: Any) -> Transformer:
+        is_pair = cls is Transformer and isinstance(config, TransformerConfig) and config.is_encoder_decoder
+        return super().__new__(EncoderDecoder if is_pair else cls)
 
     def __init__(
         self,
@@ -245,16 +79,31 @@ class Transformer(nn.Module):
         if not isinstance(config, TransformerConfig):
             raise TypeError(f"config must be a TransformerConfig, got {type(config).__name__}")
         self.config = config
-        self.model = Decoder(config, device=device, dtype=dtype)
-        self.lm_head = LMHead(config, device="meta" if config.tie_embeddings else device, dtype=dtype)
+        self.generation_config: dict[str, Any] | None = None
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._make_stacks(**place)
+        self.lm_head: LMHead = None  # type: ignore[assignment]  # where nothing predicts tokens
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size, **place) if config.pooler else None
+        self.classifier: Classifier | None = None
+        if config.head in ("lm", "masked_lm"):
+            self.lm_head = LMHead(config, **place, weight_device="meta" if config.tie_embeddings else None)
+        elif config.head == "classification":
+            self.classifier = Classifier(config, **place)
         self.tie_weights()
         self.register_load_state_dict_post_hook(_tie_after_load)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
+    def _make_stacks(self, **place: Any) -> None:
+        self.model = Stack(self.config, **place)
+
     def tie_weights(self) -> None:
         """Makes the head's weight the embedding's, if the configuration says so. Moving and loading do it by themselves."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def tied_names(self) -> dict[str, str]:
+        """Names of the state_dict that are second names, and what for."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_embeddings else {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -263,44 +112,130 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """GPT-2's initial values: normal weights, those of projections into the residual stream smaller by sqrt(2 · layers), no biases."""
+        """GPT-2's initial values: normal weights, those of projections into the residual stream smaller by sqrt(2 · layers), no biases.
+
+        Embeddings that are multiplied by sqrt(hidden_size) start with hidden_size^-½: beside larger ones positions drown.
+        """
         spread = self.config.initializer_range
         into_residual = spread / math.sqrt(2 * self.config.num_layers)
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=spread)
-            elif isinstance(module, nn.Linear) and not (module is self.lm_head and self.config.tie_embeddings):
-                nn.init.normal_(module.weight, std=spread)
+            elif isinstance(module, nn.Linear):
+                if not (module is self.lm_head and self.config.tie_embeddings):
+                    nn.init.normal_(module.weight, std=spread)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
-        for block in self.model.layers:
-            assert isinstance(block, Block)
-            nn.init.normal_(block.attention.out_proj.weight, std=into_residual)
-            nn.init.normal_(block.feed_forward.down_proj.weight, std=into_residual)
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim == 3:  # experts
+                    nn.init.normal_(parameter, std=spread)
+        for module in self.modules():
+            if isinstance(module, Block):
+                for name, parameter in module.named_parameters():
+                    if "out_proj.weight" in name or name.endswith(("down_proj", "down_proj.weight")):
+                        nn.init.normal_(parameter, std=into_residual)
+            elif isinstance(module, Stack) and self.config.scale_embeddings:
+                nn.init.normal_(module.embed_tokens.weight, std=self.config.hidden_size**-0.5)
 
-    def forward(self, input_ids: Tensor, *, cache: ModelCache | None = None) -> Tensor:
-        """(batch, seqlen) token ids -> (batch, seqlen, vocab_size) logits; arguments and errors as of :meth:`Decoder.forward`."""
-        return self.lm_head(self.model(input_ids, cache=cache))  # type: ignore[no-any-return]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        return_attention: bool = False,
+        return_hidden_states: bool = False,
+        return_router_logits: bool = False,
+        **options: Any,
+    ) -> Any:
+        """(batch, seqlen) token ids -> (batch, seqlen, vocab_size) logits, or what the configuration's head makes of the sequence.
+
+        Args:
+            input_ids, attention_mask, options: as of :meth:`Stack.forward`.
+            return_attention, return_hidden_states, return_router_logits: return an :class:`Output` that has them.
+
+        Raises:
+            TypeError, ValueError: as of :meth:`Stack.forward`.
+        """
+        trace = new_trace(return_attention, return_hidden_states, return_router_logits)
+        hidden = self.model(input_ids, attention_mask, trace=trace, **options)
+        result = self._result(hidden, attention_mask)
+        if not (return_attention or return_hidden_states or return_router_logits):
+            return result
+        return Output(result, trace.hidden_states, trace.attentions, router_logits=trace.router_logits)
+
+    def _result(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        if self.config.pooling is None:
+            return hidden
+        pooled = pool(hidden, attention_mask, self.config.pooling)
+        if self.pooler is not None:
+            pooled = torch.tanh(self.pooler(pooled))
+        return pooled if self.classifier is None else self.classifier(pooled)  # type: ignore[no-any-return]
+
+    def generator(self, hidden: Tensor) -> Tensor:
+        """Hidden states to log-probabilities (…, vocab_size), float32."""
+        return torch.log_softmax(self.lm_head(hidden), dim=-1, dtype=torch.float32)
 
     @torch.no_grad()
-    def attention_weights(self, input_ids: Tensor) -> list[Tensor]:
+    def predict(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Probabilities of the labels (batch, num_labels), of a regression its numbers; for ``head="classification"``."""
+        if self.classifier is None:
+            raise ValueError(f"predict is for head='classification', this model has head={self.config.head!r}")
+        return self.classifier.probabilities(self(input_ids, attention_mask, **options))
+
+    @torch.no_grad()
+    def attention_weights(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> list[Tensor]:
         """For each layer the attention probabilities (batch, num_heads, query, key), computed plainly, for inspection."""
-        weights: list[Tensor] = []
-        self.model(input_ids, weights=weights)
-        return weights
+        trace = new_trace(True, False, False)
+        self.model(input_ids, attention_mask, trace=trace, **options)
+        assert trace.attentions is not None
+        return trace.attentions
+
+    @torch.no_grad()
+    def logit_lens(self, *inputs: Any, **options: Any) -> list[Tensor]:
+        """What each layer would predict: final norm and head over the residual stream before each layer and after the last.
+
+        Arguments as of :meth:`forward`; num_layers + 1 tensors (batch, seqlen, vocab_size), the last one the model's logits (nostalgebraist
+        2020).
+        """
+        if self.lm_head is None:
+            raise ValueError(
+                f"a logit lens needs a head that predicts tokens, this model has head={self.config.head!r}"
+            )
+        streams = self(*inputs, return_hidden_states=True, **options).hidden_states
+        norm = self.model.norm
+        return [self.lm_head(stream if norm is None else norm(stream)) for stream in streams]
+
+    def router_loss(self, router_logits: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """What training adds for balanced experts: router_aux_coef · balancing loss + router_z_coef · z-loss, means over the layers.
+
+        Args:
+            router_logits: of :class:`Output`.
+            mask: (batch, seqlen), nonzero = a token that counts; ``None`` = all.
+        """
+        from pytransformer.nn.experts import load_balancing_loss, router_z_loss
+
+        config = self.config
+        loss: Tensor = config.router_aux_coef * load_balancing_loss(router_logits, config.experts_per_token, mask)
+        return loss + config.router_z_coef * router_z_loss(router_logits, mask)
 
     def generate(self, input_ids: Tensor | Sequence[Any], max_new_tokens: int, **options: Any) -> Any:
         """Continues the prompts: :func:`pytransformer.generation.generate`, of which this returns the token ids alone.
 
         Args:
             input_ids: ids (batch, seqlen) or (seqlen) in a tensor or numpy array, or one list of ints; or a list of prompts of any lengths.
+                Of an encoder–decoder: the sources.
             max_new_tokens: at most so many tokens are added to each prompt.
             options: temperature, top_k, top_p, seed, eos_token_id, use_cache, callback, … as of that function.
 
         Returns:
-            Prompt and new tokens: a tensor of the prompts' rank (sequences that ended early are filled up), or a list for several.
+            Prompt and new tokens (of an encoder–decoder the target, its start token included): a tensor of the prompts' rank (sequences
+            that ended early are filled up), or a list for several.
         """
         generate = generator.find_generate()
         return generate(self, input_ids, max_new_tokens, **options).token_ids
@@ -309,39 +244,113 @@ class Transformer(nn.Module):
         """Number of weights, those that are tied counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def num_active_parameters(self) -> int:
+        """Number of weights that one token meets: of the experts those that it goes to."""
+        config = self.config
+        experts = sum(
+            parameter.numel() for name, parameter in self.named_parameters() if ".feed_forward.experts." in name
+        )
+        idle = 0 if not config.num_experts else experts * (config.num_experts - config.experts_per_token)
+        return self.num_parameters() - (idle // config.num_experts if idle else 0)
 
-def _tie_after_load(model: Transformer, incompatible_keys: object) -> None:
-    model.tie_weights()
+
+class EncoderDecoder(Transformer):
+    """An encoder and a decoder that attends to its output: ``Transformer(config)`` with ``architecture="encoder-decoder"`` is one.
+
+    Attributes:
+        encoder: :class:`Stack`; its embedding is the decoder's with ``share_embeddings``.
+        model: :class:`Stack`, the decoder.
+        lm_head: as of :class:`Transformer`.
+
+    Example::
+
+        memory = model.encode(src, src_mask)                    # (batch, src_len, hidden)
+        hidden = model.decode(memory, src_mask, tgt, tgt_mask)  # (batch, tgt_len, hidden)
+        log_probabilities = model.generator(hidden)
+    """
+
+    def _make_stacks(self, **place: Any) -> None:
+        config = self.config
+        self.encoder = Stack(config.encoder, **place)
+        self.model = Stack(config, embed_tokens=self.encoder.embed_tokens if config.share_embeddings else None, **place)
+
+    def tied_names(self) -> dict[str, str]:
+        shared = {"encoder.embed_tokens.weight": "model.embed_tokens.weight"} if self.config.share_embeddings else {}
+        return {**shared, **super().tied_names()}
+
+    def encode(self, src: Tensor | None, src_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """(batch, src_len) token ids -> memory (batch, src_len, hidden); arguments as of :meth:`Stack.forward`."""
+        return self.encoder(src, src_mask, **options)  # type: ignore[no-any-return]
+
+    def decode(
+        self,
+        memory: Tensor | None,
+        src_mask: Tensor | None,
+        tgt: Tensor | None,
+        tgt_mask: Tensor | None = None,
+        *,
+        cache: ModelCache | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """(batch, tgt_len) token ids -> hidden states (batch, tgt_len, hidden).
+
+        Args:
+            memory: what :meth:`encode` gave; ``None`` with a cache that holds its keys and values.
+            src_mask, tgt_mask: True (or nonzero) = attend, as ``attention_mask`` of :meth:`Stack.forward`; (batch, 1, 1, src_len) and
+                (batch, 1, tgt_len, tgt_len) as in the textbook will do. That a token does not see those after it need not be said.
+            tgt, cache, options: as of :meth:`Stack.forward`.
+        """
+        return self.model(tgt, tgt_mask, memory=memory, memory_mask=src_mask, cache=cache, **options)  # type: ignore[no-any-return]
+
+    def forward(  # type: ignore[override]
+        self,
+        src: Tensor | None = None,
+        tgt: Tensor | None = None,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        *,
+        return_attention: bool = False,
+        return_hidden_states: bool = False,
+        return_router_logits: bool = False,
+        **options: Any,
+    ) -> Any:
+        """(batch, src_len) and (batch, tgt_len) token ids -> (batch, tgt_len, vocab_size) logits.
+
+        Args:
+            src, src_mask, tgt, tgt_mask: as of :meth:`encode` and :meth:`decode`; ``src_embeds=``, ``tgt_embeds=`` stand for the ids.
+            return_attention, return_hidden_states, return_router_logits: return an :class:`Output` that has them.
+        """
+        wanted = return_attention, return_hidden_states, return_router_logits
+        encoder_trace, trace = new_trace(*wanted), new_trace(*wanted)
+        src_embeds, tgt_embeds = options.pop("src_embeds", None), options.pop("tgt_embeds", None)
+        memory = self.encode(src, src_mask, inputs_embeds=src_embeds, trace=encoder_trace)
+        hidden = self.decode(memory, src_mask, tgt, tgt_mask, inputs_embeds=tgt_embeds, trace=trace, **options)
+        result = hidden if self.lm_head is None else self.lm_head(hidden)
+        if not any(wanted):
+            return result
+        routed = None
+        if trace.router_logits is not None and encoder_trace.router_logits is not None:
+            routed = encoder_trace.router_logits + trace.router_logits
+        return Output(
+            result,
+            trace.hidden_states,
+            trace.attentions,
+            trace.cross_attentions,
+            routed,
+            encoder_trace.hidden_states,
+            encoder_trace.attentions,
+        )
 
 
-def make_norm(
-    config: TransformerConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> LayerNorm | RMSNorm:
-    """The configuration's norm over the hidden dimension."""
-    if config.norm == "layer_norm":
-        return LayerNorm(config.hidden_size, config.norm_eps, bias=config.norm_bias, device=device, dtype=dtype)
-    return RMSNorm(
-        config.hidden_size, config.norm_eps, weight_offset=config.norm_weight_offset, device=device, dtype=dtype
+def new_trace(attention: bool, hidden_states: bool, router_logits: bool) -> Trace:
+    """A trace that keeps what is asked for."""
+    return Trace(
+        [] if hidden_states else None,
+        [] if attention else None,
+        [] if attention else None,
+        [] if router_logits else None,
     )
 
 
-def _add_and_norm(norm: nn.Module, delta: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(norm(stream), stream) with stream = delta + residual, or delta where there is no residual."""
-    if residual is None:
-        return norm(delta), delta
-    return norm(delta, residual)  # type: ignore[no-any-return]
-
-
-def check_input_ids(input_ids: object, config: TransformerConfig) -> None:
-    """TypeError or ValueError unless (batch, seqlen) integer ids of at most max_seqlen tokens, on a CPU within the vocabulary."""
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a torch.Tensor of shape (batch, seqlen), got {type(input_ids).__name__}")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have shape (batch, seqlen), got {tuple(input_ids.shape)}")
-    if input_ids.shape[1] > config.max_seqlen:
-        raise ValueError(
-            f"input_ids must have at most max_seqlen = {config.max_seqlen} tokens, got {input_ids.shape[1]}"
-        )
-    check_values("input_ids", input_ids, 0, config.vocab_size - 1, "token ids")
+def _tie_after_load(model: Transformer, incompatible_keys: object) -> None:
+    model.tie_weights()

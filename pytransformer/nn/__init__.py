@@ -6,9 +6,10 @@ from .linear import Linear
 from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchReport, patch, unpatch
-from .position import AlibiSlopes, RotaryEmbedding, SinusoidalPositions
+from .position import AlibiBias, AlibiSlopes, RelativeBias, RotaryEmbedding, SinusoidalPositions
 
 __all__ = [
+    "AlibiBias",
     "AlibiSlopes",
     "Attention",
     "FeedForward",
@@ -18,6 +19,7 @@ __all__ = [
     "MultiheadAttention",
     "PatchReport",
     "RMSNorm",
+    "RelativeBias",
     "RotaryEmbedding",
     "SinusoidalPositions",
     "patch",

@@ -27,10 +27,14 @@ class LayerCache(Protocol):
         v: Tensor,
         *,
         rotary: RotaryEmbedding | None,
+        positions: Tensor | None,
         q_norm: RMSNorm | None,
         k_norm: RMSNorm | None,
     ) -> Tensor:
-        """Writes k and v behind what is there, k normalised and rotated; returns q normalised and rotated likewise."""
+        """Writes k and v behind what is there, k normalised and rotated; returns q normalised and rotated likewise.
+
+        ``positions``: rows of the tables of ``rotary``, where they are not the places in the sequence.
+        """
         ...
 
     def attend(
@@ -41,6 +45,8 @@ class LayerCache(Protocol):
         window: tuple[int, int],
         softcap: float,
         alibi_slopes: Tensor | None,
+        bias: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Causal attention of the appended tokens' q to everything in the cache: (batch, seqlen, num_heads, head_dim)."""
         ...
@@ -52,19 +58,22 @@ class Attention(nn.Module):
     Args:
         hidden_size: width of the input and output.
         num_heads, num_kv_heads, head_dim: ``num_kv_heads`` divides ``num_heads`` (``None`` = equal); ``head_dim`` ``None`` =
-            ``hidden_size / num_heads``; a multiple of 8 up to 256.
-        bias: on both projections.
+            ``hidden_size / num_heads``.
+        bias: on the projections to q, k and v, and unless ``output_bias`` says otherwise on the one back.
+        output_bias: on the projection back; ``None`` = ``bias``.
         causal, window, softmax_scale, softcap: see :func:`pytransformer.attention`.
         rotary: tables shared by the layers, or ``None``. Self-attention only.
         alibi: ALiBi slopes shared by the layers, or ``None``.
         qk_norm_eps: RMSNorm over each head of q and k before RoPE, with this epsilon; ``None`` = no norm.
         qk_norm_weight_offset: as of :class:`pytransformer.nn.RMSNorm`.
+        qk_norm_whole: the norm is over all heads together instead.
+        sinks: a learned logit for each head joins the denominators.
         dropout: rate on the attention probabilities, in training.
         memory_size: width of the memory, if it has one of its own: the module is then for cross-attention alone.
 
     Weights: ``qkv_proj`` ((num_heads + 2 · num_kv_heads) · head_dim, hidden) with rows [q; k; v], with ``memory_size`` instead ``q_proj``
     (num_heads · head_dim, hidden) and ``kv_proj`` (2 · num_kv_heads · head_dim, memory_size); ``out_proj`` (hidden,
-    num_heads · head_dim); ``q_norm``, ``k_norm`` (head_dim).
+    num_heads · head_dim); ``q_norm``, ``k_norm`` (head_dim, or with ``qk_norm_whole`` that of all heads); ``sinks`` (num_heads).
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = True,
+        output_bias: bool | None = None,
         causal: bool = True,
         window: tuple[int, int] = (-1, -1),
         softmax_scale: float | None = None,
@@ -83,6 +93,8 @@ class Attention(nn.Module):
         alibi: AlibiSlopes | None = None,
         qk_norm_eps: float | None = None,
         qk_norm_weight_offset: float = 0.0,
+        qk_norm_whole: bool = False,
+        sinks: bool = False,
         dropout: float = 0.0,
         memory_size: int | None = None,
         device: torch.device | str | None = None,
@@ -113,14 +125,18 @@ class Attention(nn.Module):
                 raise ValueError("rotary is for self-attention: give rotary=None with memory_size")
             self.q_proj = Linear(hidden_size, width, bias=bias, device=device, dtype=dtype)
             self.kv_proj = Linear(memory_size, kv_width, bias=bias, device=device, dtype=dtype)
-        self.out_proj = Linear(width, hidden_size, bias=bias, device=device, dtype=dtype)
+        has_output_bias = bias if output_bias is None else output_bias
+        self.out_proj = Linear(width, hidden_size, bias=has_output_bias, device=device, dtype=dtype)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
+        self.qk_norm_whole = qk_norm_whole
         if qk_norm_eps is not None:
+            widths = (width, kv_width // 2) if qk_norm_whole else (self.head_dim, self.head_dim)
             self.q_norm, self.k_norm = (
-                RMSNorm(self.head_dim, qk_norm_eps, weight_offset=qk_norm_weight_offset, device=device, dtype=dtype)
-                for _ in range(2)
+                RMSNorm(norm_width, qk_norm_eps, weight_offset=qk_norm_weight_offset, device=device, dtype=dtype)
+                for norm_width in widths
             )
+        self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sinks else None
         self.rotary = rotary
         self.alibi = alibi
 
@@ -143,6 +159,7 @@ class Attention(nn.Module):
         max_seqlen: int | None = None,
         memory_cu_seqlens: Tensor | None = None,
         memory_max_seqlen: int | None = None,
+        keys_and_values: tuple[Tensor, Tensor] | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """(batch, seqlen, hidden), or packed (total, hidden) with ``cu_seqlens`` -> the same shape.
@@ -154,8 +171,9 @@ class Attention(nn.Module):
                 the last tokens of the memory (bottom-right alignment).
             mask, bias, key_padding_mask: see :func:`pytransformer.attention`; True = attend. The keys are those of the memory, if any.
             positions: int32 or int64 (seqlen) or (batch, seqlen), packed (total): for RoPE, where they do not simply count from 0
-                (left padding).
+                (left padding), or with a cache from its length.
             cu_seqlens, memory_cu_seqlens, max_seqlen, memory_max_seqlen: packed sequences; see :func:`pytransformer.attention`.
+            keys_and_values: what :meth:`keys_and_values` made of a memory before, instead of the memory: it serves many calls.
             cache: the tokens before x, to which x is appended; not differentiable. ``None`` = x is the whole sequence.
 
         Raises:
@@ -163,14 +181,14 @@ class Attention(nn.Module):
             Others: see :func:`pytransformer.attention`.
         """
         given: dict[str, Any] = {
-            "memory": memory, "causal": causal, "mask": mask, "bias": bias, "key_padding_mask": key_padding_mask,
-            "positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "memory_cu_seqlens": memory_cu_seqlens,
-            "memory_max_seqlen": memory_max_seqlen,
+            "memory": memory, "causal": causal, "mask": mask, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens,
+            "max_seqlen": max_seqlen, "memory_cu_seqlens": memory_cu_seqlens, "memory_max_seqlen": memory_max_seqlen,
+            "keys_and_values": keys_and_values,
         }  # fmt: skip
         if cache is not None:
-            attended = self._attend_in_cache(x, cache, given)
+            attended = self._attend_in_cache(x, cache, positions, bias, given)
         else:
-            q, k, v, options = self._prepare(x, **given)
+            q, k, v, options = self._prepare(x, **given, bias=bias, positions=positions)
             attended = attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, **options)  # type: ignore[assignment]
         return self.out_proj(attended.flatten(-2))  # type: ignore[no-any-return]
 
@@ -193,19 +211,40 @@ class Attention(nn.Module):
         assert isinstance(probabilities, Tensor)
         return probabilities.transpose(1, 2)
 
-    def _attend_in_cache(self, x: Tensor, cache: LayerCache, given: dict[str, Any]) -> Tensor:
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of a memory, each (batch, memory_seqlen, num_kv_heads, head_dim), for many calls that attend to it."""
+        if self.memory_size is not None:
+            k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.kv_proj(memory).chunk(2, dim=-1))
+        else:
+            _, k, v = self._project(memory[..., :0, :] if memory.ndim > 2 else memory[:0], memory)
+        return (k if self.k_norm is None else self._norm(self.k_norm, k)), v
+
+    def _attend_in_cache(
+        self, x: Tensor, cache: LayerCache, positions: Tensor | None, bias: Tensor | None, given: dict[str, Any]
+    ) -> Tensor:
         refused = [name for name, value in given.items() if value is not None]
         if refused:
             raise ValueError(f"a cache knows the sequence and its positions: leave {', '.join(refused)} out")
         q, k, v = self._project(x, None)
-        q = cache.append(q, k, v, rotary=self.rotary, q_norm=self.q_norm, k_norm=self.k_norm)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if self.qk_norm_whole and q_norm is not None and k_norm is not None:
+            q, k = self._norm(q_norm, q), self._norm(k_norm, k)
+            q_norm = k_norm = None
+        q = cache.append(q, k, v, rotary=self.rotary, positions=positions, q_norm=q_norm, k_norm=k_norm)
         return cache.attend(
             q,
             softmax_scale=self.softmax_scale,
             window=self.window,
             softcap=self.softcap,
             alibi_slopes=self.alibi_slopes,
+            bias=bias,
+            sinks=self.sinks,
         )
+
+    def _norm(self, norm: RMSNorm, heads: Tensor) -> Tensor:
+        """The norm of q or k: over each head, or over all of them together."""
+        normalised: Tensor = norm(heads.flatten(-2) if self.qk_norm_whole else heads)
+        return normalised.view(heads.shape)
 
     def _prepare(
         self,
@@ -221,9 +260,13 @@ class Attention(nn.Module):
         max_seqlen: int | None = None,
         memory_cu_seqlens: Tensor | None = None,
         memory_max_seqlen: int | None = None,
+        keys_and_values: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k, v, normalised and rotated, and the options with which they attend."""
-        if memory is None:
+        if memory is not None and keys_and_values is not None:
+            raise ValueError("keys_and_values stand for a memory: give one of the two")
+        is_cross = memory is not None or keys_and_values is not None
+        if not is_cross:
             if memory_cu_seqlens is not None or memory_max_seqlen is not None:
                 raise ValueError("memory_cu_seqlens and memory_max_seqlen describe a memory, and there is none")
             memory_cu_seqlens, memory_max_seqlen = cu_seqlens, max_seqlen
@@ -232,18 +275,21 @@ class Attention(nn.Module):
                 "this module is causal: to attend to a memory say causal=False (all of it) or causal=True (x are its last tokens), "
                 "or make the module with causal=False"
             )
-        if memory is not None and self.rotary is not None:
+        if is_cross and self.rotary is not None:
             raise ValueError("RoPE needs positions that q and k share: a module with rotary attends to no memory")
         if positions is not None and self.rotary is None:
             raise ValueError("positions are for RoPE, and this module has rotary=None")
-        q, k, v = self._project(x, memory)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if keys_and_values is None:
+            q, k, v = self._project(x, memory)
+            k = k if self.k_norm is None else self._norm(self.k_norm, k)
+        else:
+            q, (k, v) = self._queries(x), keys_and_values
+        q = q if self.q_norm is None else self._norm(self.q_norm, q)
         if self.rotary is not None:
             q, k = self._rotate(q, k, positions, cu_seqlens)
         options = {
             "causal": self.causal if causal is None else causal, "window": self.window, "softmax_scale": self.softmax_scale,
-            "softcap": self.softcap, "alibi_slopes": self.alibi_slopes, "mask": mask, "bias": bias,
+            "softcap": self.softcap, "alibi_slopes": self.alibi_slopes, "sinks": self.sinks, "mask": mask, "bias": bias,
             "key_padding_mask": key_padding_mask, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": memory_cu_seqlens,
             "max_seqlen_q": max_seqlen, "max_seqlen_k": memory_max_seqlen,
         }  # fmt: skip
@@ -268,6 +314,17 @@ class Attention(nn.Module):
             projected = self.qkv_proj(x)[..., :width], *self.qkv_proj(memory)[..., width:].chunk(2, dim=-1)
         q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
         return q, k, v
+
+    def _queries(self, x: Tensor) -> Tensor:
+        if self.memory_size is not None:
+            q = self.q_proj(x)
+        elif type(self.qkv_proj) in (Linear, nn.Linear):
+            width, bias = self.head_dim * self.num_heads, self.qkv_proj.bias
+            q = F.linear(x, self.qkv_proj.weight[:width], None if bias is None else bias[:width])
+        else:
+            q = self.qkv_proj(x)[..., : self.head_dim * self.num_heads]
+        heads: Tensor = q.unflatten(-1, (-1, self.head_dim))
+        return heads
 
     def _rotate(
         self, q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None

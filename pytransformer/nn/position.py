@@ -6,6 +6,7 @@ than stored: they are buffers outside the state_dict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,9 @@ class RotaryEmbedding(_Tables):
         max_seqlen: positions in the tables.
         base, scaling: see :func:`pytransformer.rope_tables`.
         interleaved: pairs of adjacent features instead of (i, i + rotary_dim / 2).
+
+    With "longrope" and "dynamic" the frequencies depend on the length of a sequence. The tables of several lengths then lie one below the
+    other, and :meth:`rows` says where the positions of each sequence are, so each rotates as it does alone, whatever it is batched with.
     """
 
     cos: Tensor
@@ -70,13 +74,52 @@ class RotaryEmbedding(_Tables):
         self.base = base
         self.scaling = scaling
         self.interleaved = interleaved
+        method = None if scaling is None else scaling.get("rope_type", scaling.get("type"))
+        self.depends_on_length = method in ("longrope", "dynamic")
+        # Up to here one set of frequencies holds.
+        self.original_length = (
+            int(scaling["original_max_position_embeddings"])
+            if scaling is not None and self.depends_on_length
+            else max_seqlen
+        )
+        self._is_dynamic = method == "dynamic"
+        # Of which lengths the tables are that follow the first ones.
+        self._longer: tuple[int, ...] = () if self._is_dynamic else (max_seqlen,)
         self._install(device)
 
     def _compute(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        cos, sin = rope_tables(
-            self.rotary_dim, self.max_seqlen, base=self.base, scaling=self.scaling, device=_resolved(device)
-        )
-        return {"cos": cos, "sin": sin}
+        lengths: tuple[int, ...] = (self.max_seqlen,)
+        if self.depends_on_length:
+            lengths = (min(self.original_length, self.max_seqlen), *self._longer)
+        scaling = self.scaling
+        if scaling is not None and self.depends_on_length:
+            # What longrope's attention factor falls back to is the whole context, for short sequences too.
+            scaling = {"max_position_embeddings": self.max_seqlen, **scaling}
+        tables = [self._table(length, scaling, _resolved(device)) for length in lengths]
+        return {name: torch.cat(parts) for name, parts in zip(("cos", "sin"), zip(*tables))}
+
+    def _table(
+        self, length: int, scaling: Mapping[str, Any] | None, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        return rope_tables(self.rotary_dim, length, base=self.base, scaling=scaling, device=device)
+
+    def rows(self, positions: Tensor, lengths: list[int]) -> Tensor:
+        """Rows of the tables for ``positions`` (batch, seqlen) in sequences of these lengths: int64 (batch, seqlen).
+
+        For "dynamic" tables of lengths beyond the original one are made here; they stay until a call needs others.
+        """
+        longer = sorted({length for length in lengths if length > self.original_length})
+        if self._is_dynamic and tuple(longer) != self._longer and longer:
+            self._longer = tuple(longer)
+            self._install(self.cos.device)
+        starts, start = {}, min(self.original_length, self.max_seqlen)
+        for length in self._longer:
+            starts[length], start = start, start + length
+        firsts = [
+            0 if length <= self.original_length else starts[length if self._is_dynamic else self.max_seqlen]
+            for length in lengths
+        ]
+        return positions + torch.tensor(firsts, device=positions.device)[:, None]
 
     def forward(
         self, q: Tensor, k: Tensor, *, positions: Tensor | None = None, offsets: int | Tensor = 0
@@ -97,31 +140,107 @@ class AlibiSlopes(_Tables):
 
     slopes: Tensor
 
-    def __init__(self, num_heads: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, num_heads: int, *, scale: float = 1.0, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.scale = scale
+        self._install(device)
+
+    def _compute(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        return {"slopes": standard_alibi_slopes(self.num_heads).to(_resolved(device)) * self.scale}
+
+
+class AlibiBias(_Tables):
+    """ALiBi as Falcon computes it: bfloat16(slope · position of the key), times ``scale``, added to the scores.
+
+    Without the rounding it would differ from :class:`AlibiSlopes` by a number for each row, which a softmax does not see.
+    """
+
+    slopes: Tensor
+
+    def __init__(self, num_heads: int, *, scale: float = 1.0, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = scale
         self._install(device)
 
     def _compute(self, device: torch.device | str | None) -> dict[str, Tensor]:
         return {"slopes": standard_alibi_slopes(self.num_heads).to(_resolved(device))}
 
+    def forward(self, num_keys: int) -> Tensor:
+        """float32 (1, num_heads, 1, num_keys)."""
+        places = torch.arange(num_keys, device=self.slopes.device)
+        return (self.slopes.bfloat16()[:, None] * places).float()[None, :, None, :] * self.scale
+
+
+class RelativeBias(nn.Embedding):
+    """T5's learned bias of each head for each distance, far ones sharing a bucket: ``weight`` (num_buckets, num_heads).
+
+    Args:
+        num_buckets: half for each direction if ``bidirectional``; of those half for a distance each, the rest on a logarithmic scale.
+        max_distance: from here on all share the last bucket.
+        bidirectional: keys behind the query are told apart from those before; else they are not seen.
+
+    Source: Raffel et al. 2020.
+    """
+
+    def __init__(
+        self,
+        num_buckets: int,
+        num_heads: int,
+        *,
+        max_distance: int = 128,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_buckets, num_heads, device=device, dtype=dtype)
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Key position - query position, integers (…, queries, keys) -> (…, num_heads, queries, keys)."""
+        return super().forward(self.buckets(input)).movedim(-1, -3)
+
+    def buckets(self, distance: Tensor) -> Tensor:
+        """int64 of the same shape."""
+        count = self.num_embeddings
+        first = torch.zeros_like(distance)
+        if self.bidirectional:
+            count //= 2
+            first = (distance > 0) * count
+            distance = distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
+        exact = count // 2
+        # The base of the logarithm is such that max_distance is the last bucket; in float32, as the published weights were trained.
+        scaled = (
+            torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact) * (count - exact)
+        )
+        far = (exact + scaled.long()).clamp(max=count - 1)
+        return first + torch.where(distance < exact, distance, far)
+
 
 class SinusoidalPositions(_Tables):
     """PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(…) (Vaswani et al. 2017): ``weight`` (max_seqlen, hidden_size).
 
-    Called like an embedding, with positions of any shape.
+    Called like an embedding, with positions of any shape. ``halves``: all sines, then all cosines (Marian), instead of pairs.
     """
 
     weight: Tensor
 
-    def __init__(self, max_seqlen: int, hidden_size: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, max_seqlen: int, hidden_size: int, *, halves: bool = False, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.max_seqlen = max_seqlen
         self.hidden_size = hidden_size
+        self.halves = halves
         self._install(device)
 
     def _compute(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        return {"weight": sinusoidal_positions(self.max_seqlen, self.hidden_size, device=_resolved(device))}
+        table = sinusoidal_positions(self.max_seqlen, self.hidden_size, device=_resolved(device))
+        return {"weight": torch.cat([table[:, 0::2], table[:, 1::2]], dim=1) if self.halves else table}
 
     def forward(self, positions: Tensor) -> Tensor:
         return self.weight[positions]

@@ -25,7 +25,13 @@ def summed_loss(model: Transformer, inputs: torch.Tensor, targets: torch.Tensor)
     """
     head = model.lm_head
     return linear_cross_entropy(
-        model.model(inputs), head.weight, targets, softcap=head.softcap, ignore_index=IGNORE_INDEX, reduction="sum"
+        head.features(model.model(inputs)),
+        head.weight,
+        targets,
+        bias=head.bias,
+        softcap=head.softcap,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
     )
 
 

@@ -34,8 +34,8 @@ def test_derived_fields():
     assert TransformerConfig(**SHAPE, head_dim=32).rotary_dim == 32
     # 8/3 of 64 is 170.7, the next multiple of 64 is 192.
     assert TransformerConfig(**SHAPE, activation="swiglu").intermediate_size == 192
-    assert TransformerConfig(**SHAPE, sliding_window=5).window == (4, -1)
-    assert TransformerConfig(**SHAPE).window == (-1, -1)
+    assert TransformerConfig(**SHAPE, sliding_window=5).window(1) == (4, -1)
+    assert TransformerConfig(**SHAPE).window(0) == (-1, -1)
 
 
 def test_the_two_styles_are_the_published_shapes():
@@ -73,16 +73,19 @@ REFUSED = [
     ),
     ({"num_kv_heads": 3}, ValueError, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
     ({"num_kv_heads": 0}, ValueError, "num_kv_heads must be at least 1, got 0"),
-    ({"head_dim": 12}, ValueError, "head_dim must be a multiple of 8 from 8 to 256, got 12"),
-    ({"head_dim": 264}, ValueError, "head_dim must be a multiple of 8 from 8 to 256, got 264"),
+    ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
+    ({"head_dim": 11, "positions": "rope"}, ValueError, r"rotary_dim must be even and at most head_dim \(11\), got 11"),
     ({"rotary_dim": 7}, ValueError, r"rotary_dim must be even and at most head_dim \(16\), got 7"),
     ({"rotary_dim": 18}, ValueError, r"rotary_dim must be even and at most head_dim \(16\), got 18"),
     ({"rope_scaling": "linear"}, TypeError, "rope_scaling must be a mapping or None, got 'linear'"),
     ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, got 0"),
     ({"positions": "absolute"}, ValueError, "positions must be one of 'learned', .*got 'absolute'"),
-    ({"positions": "t5"}, NotImplementedError, "positions='t5' .* not served yet"),
     ({"norm": "batch_norm"}, ValueError, "norm must be one of 'layer_norm', 'rms_norm', got 'batch_norm'"),
-    ({"norm_placement": "sandwich"}, ValueError, "norm_placement must be one of 'pre', 'post', got 'sandwich'"),
+    (
+        {"norm_placement": "sandwich"},
+        ValueError,
+        "norm_placement must be one of 'pre', 'post', 'both', 'output', got 'sandwich'",
+    ),
     ({"activation": "selu"}, ValueError, "activation must be one of .*got 'selu'"),
     ({"tie_embeddings": 1}, TypeError, "tie_embeddings must be True or False, got 1"),
     ({"norm_weight_offset": 1.0}, ValueError, "norm_weight_offset is for norm='rms_norm'"),
@@ -92,6 +95,15 @@ REFUSED = [
     ({"rope_base": float("nan")}, ValueError, "rope_base must be finite, got nan"),
     ({"logit_softcap": -1.0}, ValueError, r"logit_softcap must be at least 0 \(0 = none\), got -1.0"),
     ({"softmax_scale": float("inf")}, ValueError, "softmax_scale must be finite, got inf"),
+    ({"architecture": "lstm"}, ValueError, "architecture must be one of 'decoder', .*got 'lstm'"),
+    ({"layer_types": ("full",)}, ValueError, "layer_types must be 'full' or 'sliding' for each of the 2 layers"),
+    ({"layer_types": ("full", "sliding")}, ValueError, "sliding_window must be given, got None"),
+    ({"parallel": True, "norm_placement": "post"}, ValueError, "parallel is for norm_placement='pre', got 'post'"),
+    ({"qk_norm_whole": True}, ValueError, "qk_norm_whole needs qk_norm=True"),
+    ({"num_experts": 4, "experts_per_token": 5}, ValueError, r"experts_per_token must be at most num_experts \(4\)"),
+    ({"positions_skip_padding": True}, ValueError, "positions_skip_padding needs a pad_token_id, got None"),
+    ({"src_vocab_size": 5, "share_embeddings": True}, ValueError, "needs src_vocab_size = vocab_size, got 5 and 100"),
+    ({"head": "classification", "tie_embeddings": True}, ValueError, "got head='classification'"),
     ({"intermediate_size": 0}, ValueError, "intermediate_size must be at least 1, got 0"),
     ({"eos_token_id": 100}, ValueError, r"eos_token_id must be below vocab_size \(100\), got 100"),
     ({"eos_token_id": (5, -1)}, ValueError, "eos_token_id must be at least 0, got -1"),

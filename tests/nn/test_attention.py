@@ -220,7 +220,7 @@ def test_arguments_that_do_not_go_together():
         ValueError, match="memory_cu_seqlens and memory_max_seqlen describe a memory, and there is none"
     ):
         causal(x[0], memory_cu_seqlens=starts)
-    with pytest.raises(ValueError, match="a cache knows the sequence and its positions: leave mask, positions out"):
-        rotary(x, cache=object(), positions=torch.arange(4), mask=torch.ones(4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="a cache knows the sequence and its positions: leave mask out"):
+        rotary(x, cache=object(), mask=torch.ones(4, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="leave cu_seqlens out"):
         causal.weights(x, cu_seqlens=starts)

@@ -30,6 +30,7 @@ class _Model(nn.Module):
         self.model: nn.Module = nn.Sequential(nn.Embedding(VOCAB, 8), nn.Dropout(dropout))
         self.lm_head = nn.Linear(8, VOCAB, bias=False)
         self.lm_head.softcap = 0.0
+        self.lm_head.features = nn.Identity()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.lm_head(self.model(ids))

@@ -42,9 +42,11 @@ def plan(
     """
     present = _known_names(family, shapes)
     candidates: dict[str, list[Weight]] = {}
-    for weight in table(family, config, ours):
-        candidates.setdefault(weight.ours, []).append(weight)
-    chosen, faults, used = [], [], set[str]()
+    for candidate in table(family, config, ours):
+        candidates.setdefault(candidate.ours, []).append(candidate)
+    chosen: list[Weight] = []
+    faults: list[str] = []
+    used = set[str]()
     for name, tensor in ours.items():
         options = candidates.get(name, [])
         weight = next((option for option in options if set(option.theirs) <= set(present)), None)
