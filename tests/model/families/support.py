@@ -97,10 +97,11 @@ class Pair:
         torch.manual_seed(0)
         self._model = self.model_class(config).eval()
         perturb(self._model)
+        # Before the configuration, in which save_pretrained writes down the model's class.
+        self.disk = on_disk(self._model)
         self.values = {**json.loads(self._model.config.to_json_string()), **case.values}
         for name in case.without:
             self.values.pop(name, None)
-        self.disk = on_disk(self._model)
         self.family: Family = find_family(self.values["model_type"])
         self.config: TransformerConfig = read_config(self.family, self.values)
         self.state = mapping.state_of(self.family, self.config, tensors_of(Transformer(self.config)), self.disk)
@@ -373,15 +374,23 @@ def load_theirs(both: Pair, folder: str) -> tuple[Any, dict[str, Any]]:
     return loaded[0].eval(), loaded[1]
 
 
-def every_check(cases: list[Case] | tuple[Case, ...]) -> pytest.MarkDecorator:
-    """Parametrises a test by ``case`` and ``check``, each check that fits its case."""
-    checks: list[Callable[[Case], None]] = [logits, gradients, bfloat16, padding, round_trip]
+def every_check(cases: list[Case] | tuple[Case, ...], brief: list[Case] | tuple[Case, ...] = ()) -> pytest.MarkDecorator:
+    """Parametrises a test by ``case`` and ``check``: each check that fits its case, and of ``brief`` cases those that take no time."""
+    checks: list[Callable[[Case], None]] = [logits, padding, round_trip]
+    long: list[Callable[[Case], None]] = [gradients, bfloat16]
     chosen = [
-        pytest.param(case, check, id=f"{case.name}-{check.__name__}")
-        for case in cases
-        for check in [*checks, *([generation] if case.model.endswith(_GENERATES) else [])]
+        (case, check)
+        for case in (*cases, *brief)
+        for check in (
+            *checks,
+            *(long if case not in brief else ()),
+            *([generation] if case not in brief and case.model.endswith(_GENERATES) else ()),
+        )
     ]
-    return pytest.mark.parametrize(("case", "check"), chosen)
+    return pytest.mark.parametrize(
+        ("case", "check"),
+        [pytest.param(case, check, id=f"{case.name}-{check.__name__}") for case, check in chosen],
+    )
 
 
 def check_fields(family: Family, config_class: str, older: tuple[str, ...] = ()) -> None:
