@@ -1,7 +1,8 @@
 """The generation loop: the prompts in parallel (prefill), then one token per step and sequence (decode).
 
 Prompts of different lengths run side by side, right-padded: each sequence has its own length in the cache and sees its own tokens only,
-so every prompt gets the continuation it gets alone.
+so every prompt gets the continuation it gets alone. An encoder–decoder reads the prompts with its encoder, once, and what is continued is
+the target.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytransformer.model.transformer import Transformer
+from pytransformer.model.transformer import EncoderDecoder, Transformer
 
 from .bound import bind
 from .cache import KVCache
 from .prepare import prepare
-from .prompts import end_tokens, is_int, prompt_rows
+from .prompts import end_tokens, is_int, prompt_rows, start_tokens
 from .sampling import Sampler
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ class Generation:
     Attributes:
         token_ids: prompts and new tokens, in the form of the prompts: a tensor (seqlen), or (batch, seqlen) filled up with the padding
             token where a sequence ended early; for a list of prompts a list of 1-D tensors. An end token that was produced is included.
+            Of an encoder–decoder: the targets, from their first token on.
         stop_reasons: per sequence "eos" (an end token was produced), "length" (max_new_tokens) or "context" (the model's max_seqlen).
-        prompt_lengths, new_tokens: per sequence, in tokens.
+        prompt_lengths, new_tokens: per sequence, in tokens; of an encoder–decoder those of the target.
     """
 
     token_ids: Tensor | list[Tensor]
@@ -73,6 +75,7 @@ def generate(
     pad_token_id: int | None = None,
     use_cache: bool = True,
     pack_weights: bool | None = None,
+    decoder_start_token_id: int | Sequence[int] | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> Generation:
     """Continues each prompt until an end token, ``max_new_tokens``, or the model's context limit.
@@ -89,6 +92,7 @@ def generate(
         use_cache: ``False`` computes the whole sequence again for every token: slow, for comparison.
         pack_weights: on a CPU, decode from packed copies of the linear layers' weights (see :func:`prepare_for_decoding`), which are kept
             for later calls; ``False`` frees them; ``None`` = if they are there already, or so many tokens are asked for that it pays.
+        decoder_start_token_id: of an encoder–decoder: the token that each target starts with, or several; ``None`` = the configuration's.
         callback: called after each step; what it raises ends the generation.
 
     Raises:
@@ -102,13 +106,23 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if pad_token_id is not None and not is_int(pad_token_id):
         raise TypeError(f"pad_token_id must be an int or None, got {pad_token_id!r}")
-    rows, form = prompt_rows(prompts, model.config)
+    source: Source | None = None
+    if isinstance(model, EncoderDecoder):
+        sources, form = prompt_rows(prompts, model.config.encoder)
+        source = Source(model, sources)
+        rows = [start_tokens(decoder_start_token_id, model.config)] * len(sources)
+    elif decoder_start_token_id is not None:
+        raise ValueError("decoder_start_token_id is for an encoder-decoder, this model has no encoder")
+    else:
+        rows, form = prompt_rows(prompts, model.config)
     eos_token_ids = end_tokens(eos_token_id, model.config)
     sampler = Sampler(len(rows), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    run = _Run(model, rows, max_new_tokens, eos_token_ids, callback)
+    run = _Run(model, rows, source, max_new_tokens, eos_token_ids, callback)
     training = model.training
     model.eval()
     try:
+        if source is not None:
+            source.encode()
         if use_cache and not run.finished:
             prepare(model, len(rows), max_new_tokens, pack_weights)
         (run.with_cache if use_cache else run.without_cache)(sampler)
@@ -118,6 +132,32 @@ def generate(
     return run.result(form, padding if padding is not None else (eos_token_ids or (0,))[0])
 
 
+class Source:
+    """What an encoder–decoder reads, padded on the right, and what its encoder made of it."""
+
+    def __init__(self, model: EncoderDecoder, rows: list[Tensor]) -> None:
+        self.model = model
+        device = model.model.embed_tokens.weight.device
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        self.ids = torch.nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True)
+        self.mask = torch.arange(self.ids.shape[1], device=device) < lengths[:, None]
+        self.is_ragged = len(set(map(len, rows))) > 1
+        self.memory: Tensor | None = None
+
+    def encode(self) -> None:
+        self.memory = self.model.encode(self.ids, self.mask if self.is_ragged else None)
+
+    def options(self, cache: KVCache | None) -> dict[str, Tensor | None]:
+        """For the decoder: the memory, or with a cache its keys and values, which are made once and lie there."""
+        assert self.memory is not None
+        mask = self.mask if self.is_ragged else None
+        if cache is None:
+            return {"memory": self.memory, "memory_mask": mask}
+        if cache.memory_kv is None:
+            cache.memory_kv = self.model.model.keys_and_values(self.memory)
+        return {"memory_mask": mask}
+
+
 class _Run:
     """The state of one call: each sequence's new tokens and why it stopped, on the host."""
 
@@ -125,6 +165,7 @@ class _Run:
         self,
         model: Transformer,
         rows: list[Tensor],
+        source: Source | None,
         max_new_tokens: int,
         eos_token_ids: tuple[int, ...],
         callback: Callable[[Step], object] | None,
@@ -132,6 +173,7 @@ class _Run:
         self.model = model
         self.device = model.model.embed_tokens.weight.device
         self.rows = [row.to(self.device) for row in rows]
+        self.source = source
         self.prompt_lengths = [len(row) for row in rows]
         self.eos_token_ids = frozenset(eos_token_ids)
         self.callback = callback
@@ -159,11 +201,9 @@ class _Run:
         capacity = max(capacity - 1, *self.prompt_lengths)
         weight = model.model.embed_tokens.weight
         cache = KVCache(model.config, batch, capacity, device=self.device, dtype=weight.dtype)
-        ids, lengths = self._padded([row.tolist() for row in self.rows])
-        hidden = model.model(ids, cache=cache)
-        cache.advance(lengths, max(self.prompt_lengths))
-        # Logits of the last position of each prompt only: the head is the largest layer of a small model.
-        logits = model.lm_head(hidden[torch.arange(batch, device=self.device), lengths - 1])
+        options = {} if self.source is None else self.source.options(cache)
+        logits = self._prefill(cache, options)
+        rotary = model.model.rotary
         dropped = [False] * batch
         decoder, head = bind(model)
         while True:
@@ -174,15 +214,40 @@ class _Run:
             if ended != dropped:
                 cache.drop(torch.tensor(ended, device=self.device), self._longest() - 1)  # the newest is not in yet
                 dropped = ended
+            if rotary is not None and rotary.depends_on_length and self._crosses(rotary.original_length):
+                # Other frequencies from here on, for the tokens before too.
+                cache.reset()
+                logits = self._prefill(cache, options)
+                continue
             cache.choose_path(bound=decoder is not model.model)
-            hidden = decoder(tokens[:, None], cache=cache)
+            hidden = decoder(tokens[:, None], cache=cache, **options)
             cache.advance(1, self._longest())
             logits = head(hidden[:, 0])
+
+    def _prefill(self, cache: KVCache, options: dict[str, Any]) -> Tensor:
+        """Logits after everything that there is so far, which fills the cache; rows of ended sequences mean nothing."""
+        rows = [row.tolist() + new for row, new in zip(self.rows, self.new_tokens)]
+        rows = [row if reason is None else row[:1] for row, reason in zip(rows, self.stop_reasons)]
+        ids, lengths = self._padded(rows)
+        real = None
+        if self.model.model.rotary is not None and self.model.model.rotary.depends_on_length:
+            real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+        hidden = self.model.model(ids, real, cache=cache, **options)
+        cache.advance(lengths, max(map(len, rows)))
+        # Logits of the last position of each prompt only: the head is the largest layer of a small model.
+        return self.model.lm_head(hidden[torch.arange(len(rows), device=self.device), lengths - 1])  # type: ignore[no-any-return]
+
+    def _crosses(self, length: int) -> bool:
+        """Whether some sequence that goes on has its newest token, not fed yet, as the first one behind ``length``."""
+        totals = (len(row) + len(new) for row, new in zip(self.rows, self.new_tokens))
+        return any(total == length + 1 for total, reason in zip(totals, self.stop_reasons) if reason is None)
 
     def without_cache(self, sampler: Sampler) -> None:
         while not self.finished:
             ids, lengths = self._padded([row.tolist() + new for row, new in zip(self.rows, self.new_tokens)])
-            hidden = self.model.model(ids)
+            options: dict[str, Any] = {} if self.source is None else self.source.options(None)
+            real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+            hidden = self.model.model(ids, real, **options)
             logits = self.model.lm_head(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
             self._choose(sampler, logits)
 

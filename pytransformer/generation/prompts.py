@@ -55,6 +55,23 @@ def end_tokens(eos_token_id: Any, config: TransformerConfig) -> tuple[int, ...]:
     return tuple(int(token) for token in tokens)
 
 
+def start_tokens(decoder_start_token_id: Any, config: TransformerConfig) -> Tensor:
+    """What the targets of an encoder–decoder start with, given or the configuration's: int64 (seqlen).
+
+    Raises:
+        TypeError, ValueError: there is none, or it is no token of the model.
+    """
+    given = config.decoder_start_token_id if decoder_start_token_id is None else decoder_start_token_id
+    if given is None:
+        given = config.bos_token_id
+    if given is None:
+        raise ValueError("decoder_start_token_id must be given: the configuration has none, and no bos_token_id")
+    row, _ = prompt_rows([given] if is_int(given) else given, config)
+    if len(row) != 1:
+        raise ValueError("decoder_start_token_id must be one token or one list of tokens")
+    return row[0]
+
+
 def _row(row: Any, index: int, config: TransformerConfig) -> Tensor:
     if not _is_array(row) and not _is_list(row):
         raise TypeError(f"prompts must be {_PROMPTS}, got {_described(row)} as prompt {index}")

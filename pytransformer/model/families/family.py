@@ -79,6 +79,8 @@ COMMON: dict[str, Field] = {
     "add_cross_attention": Refused((False,), "cross-attention of a decoder-only family is not served"),
     "is_causal": Used(),
     "pruned_heads": Refused(({}, None), "pruned heads are not served"),
+    "per_layer_config": Refused((None, {}), "layers of different shapes are not served"),
+    "tie_last_hidden_states": Harmless(),
     "quantization_config": Refused((None,), "quantised weights are not served"),
     "name_or_path": Harmless(),
     "task_specific_params": Harmless(),
@@ -146,7 +148,10 @@ def read_config(family: Family, values: Mapping[str, Any]) -> TransformerConfig:
     kept = {name: value for name, value in values.items() if not isinstance(family.field(name), Used)}
     assert chosen is not None
     try:
-        return TransformerConfig(**{**family.read(filled), **chosen}, family=family.name, family_fields=kept)
+        # A family may read what is saved as another one: a part of a model with several.
+        return TransformerConfig(
+            **{"family": family.name, "family_fields": kept, **family.read(filled), **chosen},
+        )
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"config.json is no {family.name} configuration: {error}") from error
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from ..config import TransformerConfig
-from .family import Family, Field, Harmless, Refused, Used
+from .family import Family, Field, Harmless, Refused, Used, read_config
 from .llama import (
     COMMON_FIELDS,
     IGNORED,
@@ -20,6 +22,7 @@ from .llama import (
     write_window,
 )
 from .rope import FULL, SLIDING, read_layered_rope, read_rope, write_layered_rope, write_rope
+from .weights import Weight, same
 
 _CHOICES = {"norm_weight_offset": 1.0, "scale_embeddings": True}
 _NORMS = {
@@ -113,6 +116,27 @@ def write_gemma3(config: TransformerConfig) -> dict[str, Any]:
     return written
 
 
+def read_gemma3_text_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model of a Gemma 3 that also sees pictures. It is a model of ``gemma3_text`` and is saved as one."""
+    text = values["text_config"]
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config must be a mapping, got {text!r}")
+    warnings.warn("only the text part of this gemma3 model is loaded, without its vision tower", stacklevel=4)
+    outside = {name: values[name] for name in ("eos_token_id", "tie_word_embeddings") if values[name] is not None}
+    config = read_config(GEMMA3_TEXT, {**text, **outside, "architectures": None})
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def write_gemma3_text_part(config: TransformerConfig) -> dict[str, Any]:
+    """Never: see :func:`read_gemma3_text_part`."""
+    raise ValueError("the family gemma3 cannot express a model without vision; save it as gemma3_text")
+
+
+def _language_model(weight: Weight) -> Weight:
+    """The same weight of ours in a file that also holds a vision tower."""
+    return dataclasses.replace(weight, theirs=tuple(f"language_model.{name}" for name in weight.theirs))
+
+
 def _read_later(values: Mapping[str, Any], pattern: int) -> dict[str, Any]:
     """What Gemma 2 and 3 share. Without ``layer_types`` every ``pattern``-th layer sees everything."""
     shape = read_shape(values, activation="hidden_activation")
@@ -202,4 +226,22 @@ GEMMA3_TEXT = Family(
     ignored=IGNORED,
 )
 
-FAMILIES = (GEMMA, GEMMA2, GEMMA3_TEXT)
+GEMMA3 = Family(
+    name="gemma3",
+    classes={"Gemma3ForConditionalGeneration": {"head": "lm"}},
+    fields={
+        "text_config": Used(),
+        "vision_config": Harmless(),
+        "mm_tokens_per_image": Harmless(256),
+        "boi_token_index": Harmless(255_999),
+        "eoi_token_index": Harmless(256_000),
+        "image_token_index": Harmless(262_144),
+    },
+    read=read_gemma3_text_part,
+    write=write_gemma3_text_part,
+    weights=(*map(_language_model, GEMMA3_TEXT.weights), same("lm_head.weight", "lm_head.weight")),
+    prefixes=("language_model.model.", "model.language_model."),
+    ignored=(*IGNORED, r"^(model\.)?(vision_tower|multi_modal_projector)\."),
+)
+
+FAMILIES = (GEMMA, GEMMA2, GEMMA3_TEXT, GEMMA3)

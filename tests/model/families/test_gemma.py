@@ -9,7 +9,7 @@ import torch
 
 from pytransformer.model.families import CheckpointError, find_family, read_config, write_config
 
-from .support import Case, call_ours, check_fields, every_check, logits, pair
+from .support import Case, assert_logits, call_ours, call_theirs, check_fields, every_check, logits, pair
 
 TINY: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -18,13 +18,14 @@ TINY: dict[str, Any] = {
 OLDER = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
 
 
-def gemma(version: str, name: str, model: str = "", **fields: Any) -> Case:
+def gemma(version: str, name: str, model: str = "", generates: bool = True, **fields: Any) -> Case:
     config, family = {
         "1": ("GemmaConfig", "Gemma"),
         "2": ("Gemma2Config", "Gemma2"),
         "3": ("Gemma3TextConfig", "Gemma3"),
     }[version]
-    return Case(f"gemma{version}-{name}", config, model or f"{family}ForCausalLM", {**TINY, **fields})
+    fields = {**TINY, **fields}
+    return Case(f"gemma{version}-{name}", config, model or f"{family}ForCausalLM", fields, generates=generates)
 
 
 CASES = [
@@ -47,7 +48,7 @@ CASES = [
     ),
     gemma(
         "3", "both-ways-odd-window", sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-        use_bidirectional_attention=True, final_logit_softcapping=2.0, num_key_value_heads=4,
+        use_bidirectional_attention=True, final_logit_softcapping=2.0, num_key_value_heads=4, generates=False,
     ),
     gemma("3", "classifier", "Gemma3TextForSequenceClassification", num_labels=3, tie_word_embeddings=False),
 ]  # fmt: skip
@@ -64,6 +65,7 @@ def test_equals_transformers(case: Case, check: Any) -> None:
         ("gemma", "GemmaConfig", (*OLDER, "hidden_activation")),
         ("gemma2", "Gemma2Config", (*OLDER, "hidden_act")),
         ("gemma3_text", "Gemma3TextConfig", (*OLDER, "hidden_act", "rope_local_base_freq", "sliding_window_pattern")),
+        ("gemma3", "Gemma3Config", ()),
     ],
 )
 def test_every_field_of_the_configuration_class_is_listed(
@@ -168,6 +170,30 @@ def test_gemma3_flat_rope_parameters_are_refused() -> None:
     # transformers would take its defaults in silence.
     with pytest.raises(CheckpointError, match="rope_parameters must be given for each type of layer"):
         read_config(find_family("gemma3_text"), {**TINY, "rope_parameters": {"rope_type": "linear", "factor": 8.0}})
+
+
+@torch.no_grad()
+def test_gemma3_with_vision_gives_its_text_part() -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**TINY, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    fields = {
+        "text_config": text, "vision_config": {**vision, "image_size": 8, "patch_size": 4}, "mm_tokens_per_image": 4,
+        "image_token_index": 66, "eos_token_id": [1, 6],
+    }  # fmt: skip
+    case = Case("vision", "Gemma3Config", "Gemma3ForConditionalGeneration", fields)
+    with pytest.warns(UserWarning, match="only the text part of this gemma3 model is loaded"):
+        both = pair(case)
+    assert any(name.startswith("vision_tower") for name in both.disk)
+    assert both.config.eos_token_id == (1, 6)
+    inputs = both.inputs()
+    inputs["ids"].clamp_(max=65)  # the last is a picture's
+    assert_logits(call_ours(both.ours(), inputs), call_theirs(both.theirs(), inputs))
+    # It is saved as what it is now, a gemma3_text.
+    assert both.config.family == "gemma3_text"
+    family = find_family(both.config.family)
+    assert read_config(family, write_config(family, both.config)) == both.config
+    with pytest.raises(ValueError, match="save it as gemma3_text"):
+        write_config(both.family, both.config)
 
 
 def test_gemma3_causal_and_not_differ() -> None:
