@@ -74,19 +74,15 @@ def join(weight: Weight, config: TransformerConfig, get: Callable[[str], Tensor]
 def theirs_of(family: Family, config: TransformerConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file, of a model's state_dict. Of several weights for one of ours the first is written.
 
-    A model without a head is a base model, which transformers saves without the prefix where files may lack it.
-
     Raises:
         ValueError: the family's table has no place for one of ours.
     """
     tensors: dict[str, Tensor] = {}
     done = set[str]()
-    prefix = family.prefixes[0] if config.head == "none" and "" in family.prefixes else ""
     for weight in table(family, config, ours):
         if weight.ours not in done:
             done.add(weight.ours)
-            names = [name.removeprefix(prefix) for name in weight.theirs]
-            tensors.update(zip(names, weight.form.split(ours[weight.ours], weight.side(config))))
+            tensors.update(zip(weight.theirs, weight.form.split(ours[weight.ours], weight.side(config))))
     if left := sorted(set(ours) - done):
         raise ValueError(f"the family {family.name} has no place for {', '.join(left)}")
     return tensors
