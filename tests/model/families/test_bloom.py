@@ -69,3 +69,8 @@ def test_names_of_other_families_for_its_sizes():
     values = {renamed.get(name, name): value for name, value in pair(TIED).values.items()}
     read = read_config(find_family("bloom"), values)
     assert dataclasses.replace(read, family_fields=None) == dataclasses.replace(pair(TIED).config, family_fields=None)
+
+
+def test_a_model_that_sees_both_ways_would_have_another_bias_and_is_refused():
+    with pytest.raises(CheckpointError, match="is_causal must be None or True, got False"):
+        read_config(find_family("bloom"), {**pair(TIED).values, "is_causal": False})

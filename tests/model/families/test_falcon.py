@@ -104,3 +104,8 @@ def test_the_older_name_of_the_width():
     values = dict(pair(SEVEN).values)
     values["n_embed"] = values.pop("hidden_size")
     assert read_config(find_family("falcon"), values) == pair(SEVEN).config
+
+
+@pytest.mark.parametrize("case", [SEVEN, RW], ids=["7b", "rw"])
+def test_is_causal_false_sees_both_ways(case):
+    assert_honoured(Pair(dataclasses.replace(case, fields={**case.fields, "is_causal": False})), causal=True)

@@ -1,5 +1,7 @@
 """GLM-4 of 2024 and 2025 against transformers."""
 
+import dataclasses
+
 import pytest
 
 from pytransformer.model.families import CheckpointError, find_family, read_config
@@ -105,3 +107,8 @@ def test_glm4_has_four_norms_in_a_layer():
 def test_q_k_and_v_have_biases_and_the_way_back_has_none():
     names = {name for name in pair(GLM).state if name.endswith("bias")}
     assert names == {f"model.layers.{layer}.attention.qkv_proj.bias" for layer in range(2)}
+
+
+@pytest.mark.parametrize("case", [GLM, GLM4], ids=["glm", "glm4"])
+def test_is_causal_false_sees_both_ways(case):
+    assert_honoured(Pair(dataclasses.replace(case, fields={**case.fields, "is_causal": False})), causal=True)

@@ -86,3 +86,7 @@ def test_cross_attention_is_refused():
 
 def test_reorder_and_upcast_attn_changes_no_number_of_float32():
     logits(_case("upcast", reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True))
+
+
+def test_is_causal_false_sees_both_ways():
+    assert_honoured(Pair(dataclasses.replace(TIED, fields={**TIED.fields, "is_causal": False})), causal=True)

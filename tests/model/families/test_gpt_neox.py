@@ -99,3 +99,7 @@ def test_both_spellings_of_the_rotation_mean_the_same():
     )
     assert older.rope_base == 300.0
     assert dataclasses.asdict(read)["positions"] == "rope"
+
+
+def test_is_causal_false_sees_both_ways():
+    assert_honoured(Pair(dataclasses.replace(PARALLEL, fields={**PARALLEL.fields, "is_causal": False})), causal=True)
