@@ -16,29 +16,36 @@ CACHE_COLOR, NO_CACHE_COLOR = "#2171b5", "#d94801"
 
 
 def plot_attention(
-    weights: Sequence[np.ndarray[Any, np.dtype[Any]]], layers: Sequence[int], labels: Sequence[str], path: Path
+    weights: Sequence[np.ndarray[Any, np.dtype[Any]]],
+    layers: Sequence[int],
+    labels: Sequence[str],
+    path: Path,
+    key_labels: Sequence[str] | None = None,
 ) -> None:
     """A grid of attention maps: a row for each layer, a column for each head; in a map, row = query, column = key.
 
     Args:
-        weights: for each of ``layers`` the probabilities (num_heads, seqlen, seqlen).
+        weights: for each of ``layers`` the probabilities (num_heads, queries, keys).
         layers: their numbers.
-        labels: the tokens.
+        labels: the tokens that attend.
         path: the picture to write.
+        key_labels: the tokens attended to, if they are others (cross-attention).
     """
     from matplotlib.colors import PowerNorm  # the square root of the probability: small ones are seen too
 
     columns = max(len(layer) for layer in weights)
-    labelled = len(labels) <= _MAX_LABELLED_TOKENS
-    side = min(5.0, max(1.9, 0.17 * len(labels))) if labelled else 2.6
-    figure = new_figure(side * columns + 2.0, (side + 0.25) * len(weights) + 0.9, layout="constrained")
+    key_labels = labels if key_labels is None else key_labels
+    labelled = max(len(labels), len(key_labels)) <= _MAX_LABELLED_TOKENS
+    width, height = ((_side(side) if labelled else 2.6) for side in (key_labels, labels))
+    figure = new_figure(width * columns + 2.0, (height + 0.25) * len(weights) + 0.9, layout="constrained")
     grid = figure.subplots(len(weights), columns, squeeze=False)
     image = None
     for row, (layer, heads) in enumerate(zip(layers, weights)):
         for column, axes in enumerate(grid[row]):
             image = axes.imshow(heads[column], cmap="viridis", norm=PowerNorm(0.5, 0.0, 1.0), interpolation="nearest")
             axes.set_title(f"layer {layer}, head {column}", fontsize=9)
-            _label(axes, labels if labelled else None, left=column == 0, bottom=row == len(weights) - 1)
+            sides = (labels, key_labels) if labelled else None
+            _label(axes, sides, left=column == 0, bottom=row == len(weights) - 1)
     figure.colorbar(
         image, ax=grid, label="attention probability", shrink=min(1.0, 4.0 / figure.get_figheight()), aspect=25
     )
@@ -47,15 +54,49 @@ def plot_attention(
     save_figure(figure, path)
 
 
-def _label(axes: Any, labels: Sequence[str] | None, *, left: bool, bottom: bool) -> None:
-    """Tokens along the outer edges of the grid; positions if there are too many to read."""
+def _side(labels: Sequence[str]) -> float:
+    """Inches that so many labels want."""
+    return min(5.0, max(1.9, 0.17 * len(labels)))
+
+
+def _label(axes: Any, labels: tuple[Sequence[str], Sequence[str]] | None, *, left: bool, bottom: bool) -> None:
+    """Tokens (queries, keys) along the outer edges of the grid; positions if there are too many to read."""
     if labels is None:
         axes.tick_params(labelsize=7, labelleft=left, labelbottom=bottom)
         return
     # A dollar sign would start a formula in matplotlib.
-    texts = [_shorten(label).replace("$", r"\$") for label in labels]
-    axes.set_xticks(range(len(texts)), texts if bottom else [], rotation=90, fontsize=7, family="monospace")
-    axes.set_yticks(range(len(texts)), texts if left else [], fontsize=7, family="monospace")
+    queries, keys = ([_shorten(label).replace("$", r"\$") for label in side] for side in labels)
+    axes.set_xticks(range(len(keys)), keys if bottom else [], rotation=90, fontsize=7, family="monospace")
+    axes.set_yticks(range(len(queries)), queries if left else [], fontsize=7, family="monospace")
+
+
+def plot_experts(loads: np.ndarray[Any, np.dtype[Any]], layers: Sequence[int], path: Path, title: str) -> None:
+    """How many tokens each expert of each layer got, as a share of an even spread.
+
+    Args:
+        loads: (layers, num_experts), tokens; a token counts once for each expert that it goes to.
+        layers: their numbers.
+        path: the picture to write.
+        title: what was routed.
+    """
+    shares = loads / loads.mean(axis=1, keepdims=True)
+    rows, columns = shares.shape
+    figure = new_figure(
+        min(16.0, max(5.0, 0.28 * columns + 2.5)), min(12.0, max(3.2, 0.42 * rows + 2.0)), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="RdBu_r", vmin=0.0, vmax=2.0, aspect="auto", interpolation="nearest")
+    if columns <= 32:
+        for row, column in np.ndindex(rows, columns):
+            shade = "white" if abs(shares[row, column] - 1.0) > 0.7 else "black"
+            axes.text(column, row, f"{shares[row, column]:.1f}", ha="center", va="center", fontsize=7, color=shade)
+        axes.set_xticks(range(columns), [str(expert) for expert in range(columns)], fontsize=7)
+    axes.set_yticks(range(rows), [str(layer) for layer in layers], fontsize=7)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, label="tokens (1 = an even spread, 2 = twice that or more)", aspect=25)
+    save_figure(figure, path)
 
 
 def _shorten(label: str) -> str:

@@ -1,4 +1,4 @@
-"""``pytransformer plot``: the loss of a run, the attention of a prompt, the use of a cache, each as a picture."""
+"""``pytransformer plot``: the loss of a run, the attention and the experts of a prompt, the use of a cache, each as a picture."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING
 from pytransformer.cli.train import DEFAULT_FOLDER
 
 if TYPE_CHECKING:
+    import torch
+
     from pytransformer.model.transformer import Transformer
+    from pytransformer.training.tokenizer import TextTokenizer
 
 DEFAULT_PROMPT = "def read(self, path):\n    return open(path).read()\n"
 _MAX_LAYERS_SHOWN = 4
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Registers the subcommand and its three pictures."""
+    """Registers the subcommand and its pictures."""
     parser = subparsers.add_parser(
-        "plot", help="draw the loss of a run, attention maps, or speed with and without a cache"
+        "plot", help="draw the loss of a run, attention maps, the load of experts, or speed with and without a cache"
     )
     pictures = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
     loss = pictures.add_parser("loss", help="training and validation loss with the baselines")
@@ -35,13 +38,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help=f"layers to draw, from 0 (default: up to {_MAX_LAYERS_SHOWN}, first to last)",
     )
+    attention.add_argument(
+        "--of",
+        choices=("self", "cross", "encoder"),
+        help="of an encoder-decoder: the decoder's self-attention, its attention to the source (the default), or the encoder's",
+    )
+    attention.add_argument("--target", help="of an encoder-decoder: the target (default: what it generates)")
+    experts = pictures.add_parser("experts", help="how many tokens of a prompt each expert gets")
+    experts.add_argument("--prompt", help="the text to route (default: words of the run's text, or a line of Python)")
     cache = pictures.add_parser("cache", help="tokens per second against length, with and without a KV cache")
     cache.add_argument("--prompt", help="where generation starts (default: words of the run's text, or 'def')")
     cache.add_argument("--max-new-tokens", type=int, metavar="N", help="how far to go (default: to the context limit)")
     cache.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="measurements; the fastest counts (default 3)"
     )
-    for picture, name in ((loss, "loss"), (attention, "attention"), (cache, "cache")):
+    named = ((loss, "loss"), (attention, "attention"), (experts, "experts"), (cache, "cache"))
+    for picture, name in named:
         picture.add_argument(
             "model",
             type=Path,
@@ -62,6 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             picture.add_argument("--device", help='"cuda" or "cpu" (default: a GPU if there is one)')
     loss.set_defaults(run=run_loss)
     attention.set_defaults(run=run_attention)
+    experts.set_defaults(run=run_experts)
     cache.set_defaults(run=run_cache)
 
 
@@ -85,19 +98,79 @@ def run_attention(arguments: argparse.Namespace) -> int:
 
     from pytransformer.cli.model_folder import load_model
     from pytransformer.cli.pictures import plot_attention
+    from pytransformer.model.transformer import EncoderDecoder
 
     model, tokenizer = load_model(arguments.model, arguments.device)
+    prompt = _prompt_ids(arguments, model, tokenizer)
+    queries = keys = prompt
+    if isinstance(model, EncoderDecoder):
+        target = _target(arguments, model, tokenizer, prompt)
+        with torch.no_grad():
+            output = model(prompt, target, return_attention=True)
+        weights = {"self": output.attentions, "encoder": output.encoder_attentions}.get(
+            arguments.of, output.cross_attentions
+        )
+        queries = prompt if arguments.of == "encoder" else target
+        keys = target if arguments.of == "self" else prompt
+    elif arguments.of is not None or arguments.target is not None:
+        raise ValueError("--of and --target are for an encoder-decoder, and this model is none")
+    else:
+        weights = model.attention_weights(prompt)
+    layers = chosen_layers(arguments.layers, len(weights))
+    maps = [weights[layer][0].float().cpu().numpy() for layer in layers]
+    labels, key_labels = ([tokenizer.label(token) for token in side[0].tolist()] for side in (queries, keys))
+    plot_attention(maps, layers, labels, arguments.output, key_labels)
+    print(arguments.output)
+    return 0
+
+
+def run_experts(arguments: argparse.Namespace) -> int:
+    """Draws how a prompt's tokens are spread over the experts of each layer."""
+    import torch
+
+    from pytransformer.cli.model_folder import load_model
+    from pytransformer.cli.pictures import plot_experts
+
+    model, tokenizer = load_model(arguments.model, arguments.device)
+    config = model.config
+    if not config.num_experts:
+        raise ValueError(f"{arguments.model} is a model without experts")
+    prompt = _prompt_ids(arguments, model, tokenizer)
+    with torch.no_grad():
+        routed = model(prompt, return_router_logits=True).router_logits
+    chosen = torch.stack([logits.topk(config.experts_per_token).indices.flatten() for logits in routed]).cpu()
+    loads = torch.stack([layer.bincount(minlength=config.num_experts) for layer in chosen])
+    layers = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
+    title = f"{prompt.shape[1]} tokens, {config.experts_per_token} of {config.num_experts} experts each"
+    plot_experts(loads.double().numpy(), layers, arguments.output, title)
+    print(arguments.output)
+    return 0
+
+
+def _prompt_ids(arguments: argparse.Namespace, model: Transformer, tokenizer: TextTokenizer) -> torch.Tensor:
+    """The prompt's tokens (1, seqlen), on the model's device."""
+    import torch
+
     ids = tokenizer.encode(_prompt(arguments, DEFAULT_PROMPT))
     if not ids:
         raise ValueError("--prompt is empty: there is no token to look at")
     if len(ids) > model.config.max_seqlen:
         raise ValueError(f"--prompt has {len(ids)} tokens, but the model's context is {model.config.max_seqlen}")
-    layers = chosen_layers(arguments.layers, model.config.num_layers)
-    weights = model.attention_weights(torch.tensor([ids], device=model.lm_head.weight.device))
-    maps = [weights[layer][0].float().cpu().numpy() for layer in layers]
-    plot_attention(maps, layers, [tokenizer.label(token) for token in ids], arguments.output)
-    print(arguments.output)
-    return 0
+    return torch.tensor([ids], device=model.model.embed_tokens.weight.device)
+
+
+def _target(
+    arguments: argparse.Namespace, model: Transformer, tokenizer: TextTokenizer, prompt: torch.Tensor
+) -> torch.Tensor:
+    """What the decoder reads (1, seqlen): the start token and the target that was given or is generated."""
+    import torch
+
+    if arguments.target is None:
+        ids: torch.Tensor = model.generate(prompt, max_new_tokens=24)
+        return ids
+    start = model.config.decoder_start_token_id
+    ids = torch.tensor([[*([] if start is None else [start]), *tokenizer.encode(arguments.target)]])
+    return ids.to(prompt.device)
 
 
 def _prompt(arguments: argparse.Namespace, of_python: str) -> str:
