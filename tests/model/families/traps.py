@@ -24,8 +24,8 @@ def assert_honoured(both: Pair, **without: object) -> None:
     for name, value in without.items():
         assert getattr(both.config, name) != value
     other = Transformer(dataclasses.replace(both.config, **without)).eval()  # type: ignore[arg-type]
-    tied = {"lm_head.weight": both.state["model.embed_tokens.weight"]} if both.config.tie_embeddings else {}
-    other.load_state_dict({**both.state, **tied}, strict=False)
+    second_names = {name: both.state[first] for name, first in other.tied_names().items()}
+    other.load_state_dict({**both.state, **second_names}, strict=False)
     changed = call_ours(other, inputs)
     assert float((changed - expected).abs().max()) > _VISIBLE * LOGITS_ERROR * float(expected.abs().max())
 
