@@ -22,6 +22,7 @@ _EXPORTS = {
     "rms_norm": "pytransformer.ops.norm",
     "kv_append": "pytransformer.ops.kv_append",
     "linear_cross_entropy": "pytransformer.ops.linear_cross_entropy",
+    "grouped_linear": "pytransformer.ops.grouped_linear",
     "swiglu": "pytransformer.ops.activation",
     "geglu": "pytransformer.ops.activation",
     "gelu": "pytransformer.ops.activation",
@@ -38,7 +39,7 @@ _EXPORTS = {
 _MODULES = frozenset(
     {
         "benchmarks", "cli", "extension", "flops", "generation", "interop", "kernels", "model", "nn", "ops", "precompile", "reference",
-        "training", "triton_interpreter", "verification",
+        "text", "training", "triton_interpreter", "verification",
     }
 )  # fmt: skip
 
@@ -51,6 +52,7 @@ __all__ = [
     "decode_attention",
     "geglu",
     "gelu",
+    "grouped_linear",
     "kv_append",
     "layer_norm",
     "linear_attention",
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from pytransformer import ops as ops
     from pytransformer import precompile as precompile
     from pytransformer import reference as reference
+    from pytransformer import text as text
     from pytransformer import training as training
     from pytransformer import triton_interpreter as triton_interpreter
     from pytransformer import verification as verification
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
     from pytransformer.ops.attention import attention
     from pytransformer.ops.backend import use_backend
     from pytransformer.ops.decode_attention import decode_attention
+    from pytransformer.ops.grouped_linear import grouped_linear
     from pytransformer.ops.kv_append import kv_append
     from pytransformer.ops.linear_attention import linear_attention
     from pytransformer.ops.linear_cross_entropy import linear_cross_entropy

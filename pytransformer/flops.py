@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # The modules that define the ops.
-from pytransformer.ops import attention, decode_attention, linear_cross_entropy  # noqa: F401
+from pytransformer.ops import attention, decode_attention, grouped_linear, linear_cross_entropy  # noqa: F401
 from pytransformer.ops.registered import REGISTERED, RegisteredOp
 
 
@@ -68,11 +68,22 @@ def _head_with_gradients(call: Any) -> int:
     return _head(call) * (1 + int(call.want_dx) + int(call.want_dweight))
 
 
+def _grouped_linear(call: Any) -> int:
+    """Each row of x (total, in) times one group's weight (out, in)."""
+    return int(2 * call.x.numel() * call.weight.shape[1])
+
+
+def _grouped_linear_backward(call: Any) -> int:
+    return _grouped_linear(call) * (int(call.want_dx) + int(call.want_dweight))
+
+
 # By the name of a registered op, of its call.
 _FORMULAS: dict[str, Callable[[Any], int]] = {
     "attention_forward": _attention,
     "attention_backward": _attention_backward,
     "decode_attention": _decode_attention,
+    "grouped_linear_forward": _grouped_linear,
+    "grouped_linear_backward": _grouped_linear_backward,
     "linear_cross_entropy_total": _head_with_gradients,
     "linear_cross_entropy_losses": _head,
     "linear_cross_entropy_backward": _head_with_gradients,

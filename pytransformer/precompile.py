@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pytransformer.model.config import TransformerConfig
+from pytransformer.ops.backend import WIDEST_HEAD
 from pytransformer.ops.op import triton_compiles_for_cpu_tensors
 
 _MANY_TOKENS = 1024  # a prefill: more than a few for each SM, from where on kv_append takes larger tiles
@@ -288,6 +289,9 @@ def _kv_append(shapes: Shapes, training: bool) -> Calls:
 def _attention(shapes: Shapes, training: bool) -> Calls:
     from pytransformer.ops.attention import attention
 
+    if shapes.head_dim > WIDEST_HEAD:  # torch serves
+        return
+
     def call(window: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Any:
         options: dict[str, Any] = {"causal": shapes.causal, "window": window, "softcap": shapes.attention_softcap}
         return attention(q, k, v, **options, backend="triton")
@@ -302,6 +306,8 @@ def _attention(shapes: Shapes, training: bool) -> Calls:
 def _decode_attention(shapes: Shapes, training: bool) -> Calls:
     from pytransformer.ops.decode_attention import decode_attention
 
+    if shapes.head_dim > WIDEST_HEAD:
+        return
     options: dict[str, Any] = {"window": shapes.window(0), "softcap": shapes.attention_softcap, "backend": "triton"}
     for capacity, seqlen in itertools.product((64, _LONG_CACHE), (1, 48)):
         q, _, _ = _heads(shapes, 2, seqlen)
@@ -352,6 +358,30 @@ def _linear_cross_entropy(shapes: Shapes, training: bool) -> Calls:
         )
 
 
+def _grouped_linear(shapes: Shapes, training: bool) -> Calls:
+    """Both products of the experts, for a few tokens and for many: each of the tiles that the mean size of a group chooses from."""
+    from pytransformer.ops.grouped_linear import grouped_linear
+
+    if shapes.num_experts == 0:
+        return
+    groups, hidden, inner = shapes.num_experts, shapes.hidden_size, shapes.expert_size
+    for mean, (num_in, num_out) in itertools.product(
+        (1, 32, 128), ((hidden, inner * (2 if shapes.is_gated else 1)), (inner, hidden))
+    ):
+        inputs = [
+            _zeros(shapes, mean * groups, num_in, grad=training),
+            _zeros(shapes, groups, num_out, num_in, grad=training),
+        ]
+        if shapes.mlp_bias:
+            inputs.append(_zeros(shapes, groups, num_out, grad=training))
+        offsets = torch.arange(groups + 1, dtype=torch.int32) * mean
+
+        def call(x: Tensor, weight: Tensor, bias: Tensor | None = None, offsets: Tensor = offsets) -> Tensor:
+            return grouped_linear(x, weight, offsets, bias=bias, backend="triton")
+
+        yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
+
+
 # By name: the calls of an op (``training``: with a gradient too).
 OPS: dict[str, Callable[[Shapes, bool], Calls]] = {
     "attention": _attention,
@@ -360,5 +390,6 @@ OPS: dict[str, Callable[[Shapes, bool], Calls]] = {
     "rope": _rope,
     "norm": _norm,
     "activation": _activation,
+    "grouped_linear": _grouped_linear,
     "linear_cross_entropy": _linear_cross_entropy,
 }

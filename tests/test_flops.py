@@ -64,3 +64,12 @@ def test_the_linear_head_counts_as_the_unfused_one(reduction: str, device):
 
     again = 2 * 6 * 16 * 11 if reduction == "none" else 0  # the backward pass computes the logits again
     assert count(fused) == count(plain) + again
+
+
+def test_a_grouped_product_counts_that_of_each_row():
+    x, weight = torch.randn(7, 16, requires_grad=True), torch.randn(3, 8, 16, requires_grad=True)
+    offsets = torch.tensor([0, 2, 2, 7], dtype=torch.int32)
+    forward = 2 * 7 * 16 * 8
+    assert count(lambda: pytransformer.grouped_linear(x, weight, offsets)) == forward
+    assert count(lambda: pytransformer.grouped_linear(x, weight, offsets).sum().backward()) == 3 * forward
+    assert count(lambda: pytransformer.grouped_linear(x.detach(), weight, offsets).sum().backward()) == 2 * forward

@@ -59,14 +59,14 @@ WAYS = {
         Station(
             "launch",
             ("kernels/attention/forward.py",),
-            (f"{ROOM}/by_triton.py", f"{ROOM}/call.py", "pytransformer/ops/launches.py"),
+            (f"{ROOM}/by_triton.py", f"{ROOM}/call.py", f"{ROOM}/padding.py", "pytransformer/ops/launches.py"),
         ),
         Station("prepared launch", ("kernels/prepared.py",)),
         Station("kernel", ("kernels/attention/forward.py",)),
     ),
     "cuda": (
         *BEGINNING,
-        Station("launch", (f"{ROOM}/by_cuda.py",), (f"{ROOM}/call.py",)),
+        Station("launch", (f"{ROOM}/by_cuda.py",), (f"{ROOM}/call.py", f"{ROOM}/padding.py")),
         Station("op of the extension", ("csrc/attention/ops.cpp",)),
         Station("kernel", ("csrc/attention/forward.cuh",)),
     ),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from pytransformer.model.transformer import Transformer
-    from pytransformer.training.tokenizer import TextTokenizer
+    from pytransformer.text import Tokenizer
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from pytransformer.cli.model_folder import check_device, load_model
+    from pytransformer.cli.model_folder import check_device, encode, load_model
     from pytransformer.generation import Sampler
 
     # Whatever is wrong with an option is said before the model is loaded and the prompt printed.
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": seed}
     Sampler(1, **options)
     model, tokenizer = load_model(arguments.model, arguments.device)
-    ids = tokenizer.encode(arguments.prompt)
+    ids = encode(model, tokenizer, arguments.prompt)
     limit = model.config.max_seqlen
     if len(ids) > limit or (len(ids) == limit and arguments.top is None):
         raise ValueError(
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def print_most_probable(model: Transformer, tokenizer: TextTokenizer, prompt: torch.Tensor, count: int) -> None:
+def print_most_probable(model: Transformer, tokenizer: Tokenizer, prompt: torch.Tensor, count: int) -> None:
     """A table of the most probable tokens after the prompt."""
     from rich.console import Console
     from rich.table import Table
@@ -110,8 +110,7 @@ def print_most_probable(model: Transformer, tokenizer: TextTokenizer, prompt: to
     table.add_column("id", justify="right")
     table.add_column("probability", justify="right")
     for rank, (token_id, probability) in enumerate(most_probable(model, prompt, count), start=1):
-        label = tokenizer.label(token_id) if token_id < tokenizer.vocab_size else "(unused)"
-        table.add_row(str(rank), Text(label), str(token_id), f"{probability:.4f}")
+        table.add_row(str(rank), Text(tokenizer.label(token_id)), str(token_id), f"{probability:.4f}")
     Console(highlight=False).print(table)
 
 
@@ -130,16 +129,16 @@ def most_probable(model: Transformer, prompt: torch.Tensor, count: int) -> list[
 
 def print_continuation(
     model: Transformer,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     prompt: torch.Tensor,
     arguments: argparse.Namespace,
     options: dict[str, Any],
 ) -> None:
     """Streams the text to standard output, then says on standard error why it ended; ``options`` are the sampler's."""
     from pytransformer.generation import Step, generate
-    from pytransformer.training.tokenizer import CharacterStream
+    from pytransformer.text import CharacterStream
 
-    characters = CharacterStream(tokenizer)
+    characters = CharacterStream(tokenizer, context=prompt[0].tolist())
 
     def show(text: str) -> None:
         sys.stdout.write(text)

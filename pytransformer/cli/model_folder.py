@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pytransformer.model.transformer import Transformer
-    from pytransformer.training.tokenizer import TextTokenizer
+    from pytransformer.text import Tokenizer
 
 
 def find_model(folder: Path) -> Path:
@@ -15,9 +15,9 @@ def find_model(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no model, with what is missing.
-        ValueError: the newest checkpoint is damaged, or the folder is a model of Hugging Face transformers.
+        ValueError: the newest checkpoint is damaged.
     """
-    from pytransformer.model.checkpoint import CONFIG_FILE, describe_foreign
+    from pytransformer.model.checkpoint import CONFIG_FILE
     from pytransformer.training.checkpoint import CheckpointStore
     from pytransformer.training.run import CHECKPOINTS, has_run
 
@@ -29,8 +29,6 @@ def find_model(folder: Path) -> Path:
             return checkpoint
         if not (folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
-    elif foreign := describe_foreign(folder):
-        raise ValueError(foreign)
     elif not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds neither a training run (run.json) nor a model (config.json)")
     return folder
@@ -52,8 +50,8 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"--device {device} was asked for, but torch sees no GPU on this machine")
 
 
-def load_model(folder: Path, device: str | None) -> tuple[Transformer, TextTokenizer]:
-    """Model, in evaluation mode, and tokenizer.
+def load_model(folder: Path, device: str | None) -> tuple[Transformer, Tokenizer]:
+    """Model, in evaluation mode, and tokenizer, that of a training run or a public one.
 
     Args:
         folder: a training run or a model's own folder.
@@ -66,15 +64,33 @@ def load_model(folder: Path, device: str | None) -> tuple[Transformer, TextToken
     import torch
 
     from pytransformer.model.checkpoint import load
-    from pytransformer.training.run import TOKENIZER_FILE
-    from pytransformer.training.tokenizer import TextTokenizer
+    from pytransformer.text import Tokenizer
 
     check_device(device)
     place = find_model(folder)
-    tokenizer = TextTokenizer.load(place / TOKENIZER_FILE)
+    tokenizer = Tokenizer.load(place)
     model = load(place, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Tokens that were added later may lie beyond a public model's embedding (Gemma 3's for images); encode() looks at the ids of a prompt.
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{place}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {model.config.vocab_size}"
         )
     return model, tokenizer
+
+
+def encode(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's ids, with what the model wants around a text.
+
+    Raises:
+        ValueError: a token that the model has no embedding for.
+    """
+    config = model.config
+    vocab_size = config.src_vocab_size if config.is_encoder_decoder else config.vocab_size
+    ids = tokenizer.encode(prompt)
+    for token_id in ids:
+        if token_id >= vocab_size:
+            raise ValueError(
+                f"--prompt has the token {tokenizer.label(token_id)!r} of id {token_id}, but the model's vocabulary is "
+                f"{vocab_size}"
+            )
+    return ids

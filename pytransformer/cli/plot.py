@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from pytransformer.model.transformer import Transformer
-    from pytransformer.training.tokenizer import TextTokenizer
+    from pytransformer.text import Tokenizer
 
 DEFAULT_PROMPT = "def read(self, path):\n    return open(path).read()\n"
 _MAX_LAYERS_SHOWN = 4
@@ -147,11 +147,13 @@ def run_experts(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt_ids(arguments: argparse.Namespace, model: Transformer, tokenizer: TextTokenizer) -> torch.Tensor:
+def _prompt_ids(arguments: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> torch.Tensor:
     """The prompt's tokens (1, seqlen), on the model's device."""
     import torch
 
-    ids = tokenizer.encode(_prompt(arguments, DEFAULT_PROMPT))
+    from pytransformer.cli.model_folder import encode
+
+    ids = encode(model, tokenizer, _prompt(arguments, DEFAULT_PROMPT))
     if not ids:
         raise ValueError("--prompt is empty: there is no token to look at")
     if len(ids) > model.config.max_seqlen:
@@ -160,7 +162,7 @@ def _prompt_ids(arguments: argparse.Namespace, model: Transformer, tokenizer: Te
 
 
 def _target(
-    arguments: argparse.Namespace, model: Transformer, tokenizer: TextTokenizer, prompt: torch.Tensor
+    arguments: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, prompt: torch.Tensor
 ) -> torch.Tensor:
     """What the decoder reads (1, seqlen): the start token and the target that was given or is generated."""
     import torch
@@ -200,12 +202,12 @@ def run_cache(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, but is {arguments.repeats}")
 
-    from pytransformer.cli.model_folder import load_model
+    from pytransformer.cli.model_folder import encode, load_model
     from pytransformer.cli.pictures import plot_cache
     from pytransformer.training.run import parameters
 
     model, tokenizer = load_model(arguments.model, arguments.device)
-    ids = tokenizer.encode(_prompt(arguments, "def"))
+    ids = encode(model, tokenizer, _prompt(arguments, "def"))
     if not ids:
         raise ValueError("--prompt is empty: generation needs a token to start from")
     room = model.config.max_seqlen - len(ids)

@@ -23,7 +23,7 @@ from pytransformer.model.block import Block
 from pytransformer.model.heads import LMHead
 from pytransformer.model.stack import Stack
 from pytransformer.model.transformer import Transformer
-from pytransformer.nn import Attention, FeedForward, LayerNorm, Linear, RMSNorm
+from pytransformer.nn import Attention, FeedForward, LayerNorm, Linear, RMSNorm, RowBlocks
 from pytransformer.ops.backend import requested_backend
 
 # Modules whose forward code may run over a stand-in; a subclass may do anything, so exactly these.
@@ -61,7 +61,7 @@ def why_not_bound(model: Transformer) -> str | None:
 
 def _bound(module: nn.Module) -> Any:
     """The stand-in of a module, or the module itself where it has none."""
-    if type(module) is Linear:
+    if type(module) is Linear or type(module) is RowBlocks:
         return module.product()
     if type(module) is LayerNorm or type(module) is RMSNorm:
         return _bound_norm(module)
@@ -74,7 +74,7 @@ def _bound(module: nn.Module) -> Any:
     vars(stand_in).update((name, value) for name, value in vars(module).items() if not name.startswith("_"))
     for name, child in module.named_children():
         # The norms of q and k are not called but handed to the cache, which fuses them.
-        keep = isinstance(module, Attention) and not isinstance(child, Linear)
+        keep = isinstance(module, Attention) and not isinstance(child, (Linear, RowBlocks))
         setattr(stand_in, name, child if keep else _bound(child))
     for name in (name for name, child in module._modules.items() if child is None):
         setattr(stand_in, name, None)

@@ -203,7 +203,7 @@ class _Run:
         cache = KVCache(model.config, batch, capacity, device=self.device, dtype=weight.dtype)
         options = {} if self.source is None else self.source.options(cache)
         logits = self._prefill(cache, options)
-        rotary = model.model.rotary
+        changes = self._changes_of_rope()
         dropped = [False] * batch
         decoder, head = bind(model)
         while True:
@@ -214,7 +214,7 @@ class _Run:
             if ended != dropped:
                 cache.drop(torch.tensor(ended, device=self.device), self._longest() - 1)  # the newest is not in yet
                 dropped = ended
-            if rotary is not None and rotary.depends_on_length and self._crosses(rotary.original_length):
+            if any(self._crosses(length) for length in changes):
                 # Other frequencies from here on, for the tokens before too.
                 cache.reset()
                 logits = self._prefill(cache, options)
@@ -230,12 +230,17 @@ class _Run:
         rows = [row if reason is None else row[:1] for row, reason in zip(rows, self.stop_reasons)]
         ids, lengths = self._padded(rows)
         real = None
-        if self.model.model.rotary is not None and self.model.model.rotary.depends_on_length:
+        if self._changes_of_rope():
             real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
         hidden = self.model.model(ids, real, cache=cache, **options)
         cache.advance(lengths, max(map(len, rows)))
         # Logits of the last position of each prompt only: the head is the largest layer of a small model.
         return self.model.lm_head(hidden[torch.arange(len(rows), device=self.device), lengths - 1])  # type: ignore[no-any-return]
+
+    def _changes_of_rope(self) -> set[int]:
+        """Lengths behind which RoPE has other frequencies."""
+        rotaries = (self.model.model.rotary, self.model.model.local_rotary)
+        return {rotary.original_length for rotary in rotaries if rotary is not None and rotary.depends_on_length}
 
     def _crosses(self, length: int) -> bool:
         """Whether some sequence that goes on has its newest token, not fed yet, as the first one behind ``length``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pytransformer.nn import Linear
+from pytransformer.nn import Linear, RowBlocks
 
 # Packing takes about as long as it saves in so many tokens, whatever the size of the model (GPT-2 124M: 0.4 s, then 9 ms of 37 ms a token).
 WORTHWHILE_TOKENS = 48
@@ -39,5 +39,5 @@ def prepare(model: nn.Module, rows: int, new_tokens: int, pack_weights: bool | N
         release(model)
 
 
-def _layers(model: nn.Module) -> list[Linear]:
-    return [module for module in model.modules() if isinstance(module, Linear)]
+def _layers(model: nn.Module) -> list[Linear | RowBlocks]:
+    return [module for module in model.modules() if isinstance(module, (Linear, RowBlocks))]

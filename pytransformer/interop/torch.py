@@ -44,8 +44,7 @@ def scaled_dot_product_attention(
     """``torch.nn.functional.scaled_dot_product_attention``: its arguments, its meaning, its errors.
 
     Args:
-        query: (..., num_heads, seqlen_q, head_dim), at least (seqlen_q, head_dim). float32, float16, bfloat16 or float64. A head_dim of at
-            most 256, which need not be a multiple of 8.
+        query: (..., num_heads, seqlen_q, head_dim), at least (seqlen_q, head_dim). float32, float16, bfloat16 or float64.
         key: (..., num_kv_heads, seqlen_k, head_dim). Leading dimensions broadcast among query, key and value.
         value: (..., num_kv_heads, seqlen_k, value head_dim).
         attn_mask: broadcasts to (..., num_heads, seqlen_q, seqlen_k), without being expanded. Boolean: True = attend. Floating, of
@@ -64,7 +63,7 @@ def scaled_dot_product_attention(
     Raises:
         TypeError: an argument that is no tensor, number or bool where it must be.
         RuntimeError: dtypes, devices and shapes that do not fit, ``attn_mask`` together with ``is_causal``.
-        NotImplementedError: a head_dim above 256, nested or sparse tensors.
+        NotImplementedError: nested or sparse tensors, complex numbers.
     """
     _check_kinds(query, key, value, attn_mask, is_causal, enable_gqa)
     dropout_p = _number("dropout_p", dropout_p)
@@ -113,8 +112,8 @@ class patch_sdpa(TorchFunctionMode):
     compiled function. Every torch function called in the block passes through it, which costs a few microseconds each in eager mode.
 
     Args:
-        fallback: leave calls that cannot be served here (NotImplementedError: a head_dim above 256, nested tensors) to torch, with one
-            warning for each reason, instead of raising.
+        fallback: leave calls that cannot be served here (NotImplementedError, as for nested tensors) to torch, with one warning for each
+            reason, instead of raising.
     """
 
     def __init__(self, fallback: bool = False) -> None:

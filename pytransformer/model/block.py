@@ -15,6 +15,8 @@ from pytransformer.nn import (
     FeedForward,
     LayerCache,
     LayerNorm,
+    MixtureOfExperts,
+    RelativeKeys,
     RMSNorm,
     RotaryEmbedding,
 )
@@ -192,6 +194,10 @@ def make_attention(
     scale = config.softmax_scale
     if config.scale_by_layer:
         scale = (config.head_dim**-0.5 if scale is None else scale) / (index + 1)
+    relative_keys = None
+    if config.positions in ("relative_key", "relative_key_query"):
+        rows, with_keys = config.max_seqlen + config.position_offset, config.positions == "relative_key_query"
+        relative_keys = RelativeKeys(rows, config.head_dim, with_keys=with_keys, **place)
     return Attention(
         config.hidden_size,
         config.num_heads,
@@ -209,6 +215,7 @@ def make_attention(
         qk_norm_weight_offset=config.norm_weight_offset,
         qk_norm_whole=config.qk_norm_whole,
         sinks=config.sinks,
+        relative_keys=relative_keys,
         dropout=config.attention_dropout,
         **place,
     )
@@ -241,8 +248,6 @@ def make_feed_forward(config: TransformerConfig, index: int, **place: Any) -> nn
         common |= {"activation_limit": config.activation_limit, "activation_alpha": config.activation_alpha}
     if not config.is_sparse(index):
         return FeedForward(config.hidden_size, config.intermediate_size, **common)
-    from pytransformer.nn import MixtureOfExperts
-
     return MixtureOfExperts(
         config.hidden_size,
         config.expert_size,

@@ -7,6 +7,7 @@ Sources of the choices: Vaswani et al. 2017 (encoder–decoder, sinusoidal posit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -44,7 +45,8 @@ class TransformerConfig:
         share_embeddings: source and target use one embedding.
         decoder_start_token_id: the token that generation of an encoder–decoder begins with.
 
-        positions: "learned" table, "sinusoidal", "rope", "alibi", "t5" (a learned bias for each distance, in buckets) or "none".
+        positions: "learned" table, "sinusoidal", "rope", "alibi", "t5" (a learned bias for each distance, in buckets), "relative_key" (a
+            learned vector for each distance, times q), "relative_key_query" (times k too) or "none".
         position_offset: row of the table at which position 0 stands (BART: 2).
         positions_skip_padding: positions count the tokens that are not ``pad_token_id`` (RoBERTa); padding has position -1.
         sinusoidal_halves: [sin ‖ cos] instead of interleaved pairs (Marian).
@@ -251,7 +253,7 @@ class TransformerConfig:
         """Whether a decoder attends to an encoder's memory."""
         return self.architecture == "encoder-decoder"
 
-    @property
+    @functools.cached_property  # a table of tensors asks for it once for each
     def encoder(self) -> TransformerConfig:
         """The encoder of an encoder–decoder as a configuration of its own."""
         return dataclasses.replace(
@@ -262,8 +264,10 @@ class TransformerConfig:
             num_layers=self.num_encoder_layers,
             num_heads=self.encoder_num_heads,
             num_kv_heads=self.encoder_num_heads if self.num_kv_heads == self.num_heads else self.num_kv_heads,
+            head_dim=self._encoder_head_dim,
+            rotary_dim=self._encoder_head_dim if self.rotary_dim == self.head_dim else self.rotary_dim,
             intermediate_size=self.encoder_intermediate_size,
-            layer_types=None,
+            layer_types=None,  # type: ignore[arg-type]  # filled in
             head="none",
             tie_embeddings=False,
             bos_token_id=None,
@@ -273,6 +277,12 @@ class TransformerConfig:
             else self.pad_token_id,
             decoder_start_token_id=None,
         )
+
+    @property
+    def _encoder_head_dim(self) -> int:
+        """As the decoder's, unless its heads share out the hidden size and the encoder has another number of them."""
+        shared_out = self.head_dim * self.num_heads == self.hidden_size
+        return self.hidden_size // self.encoder_num_heads if shared_out else self.head_dim
 
     def window(self, layer: int = 0) -> tuple[int, int]:
         """The (left, right) of :func:`pytransformer.attention` in a layer: W keys including itself are left = W - 1."""

@@ -13,7 +13,7 @@ GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped")
 PLAIN_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 CHOICES = {
     "architecture": ("decoder", "encoder", "encoder-decoder"),
-    "positions": ("learned", "sinusoidal", "rope", "alibi", "t5", "none"),
+    "positions": ("learned", "sinusoidal", "rope", "alibi", "t5", "relative_key", "relative_key_query", "none"),
     "norm": ("layer_norm", "rms_norm"),
     "norm_placement": ("pre", "post", "both", "output"),
     "activation": (*PLAIN_ACTIVATIONS, *GATED_ACTIVATIONS),
@@ -127,6 +127,14 @@ def _check_layers(config: TransformerConfig) -> None:
 def _check_combinations(config: TransformerConfig) -> None:
     if config.positions == "sinusoidal" and config.hidden_size % 2:
         raise ValueError(f"hidden_size must be even for sinusoidal positions, got {config.hidden_size}")
+    if config.positions == "t5":
+        _check_buckets(config)
+    whole = config.architecture == "encoder" and config.num_kv_heads == config.num_heads
+    if config.positions.startswith("relative_key") and not whole:
+        raise ValueError(
+            f"positions={config.positions!r} is for encoders with num_kv_heads = num_heads, got architecture "
+            f"{config.architecture!r}, {config.num_kv_heads} and {config.num_heads}"
+        )
     if config.norm_weight_offset and config.norm == "layer_norm":
         raise ValueError(
             f"norm_weight_offset is for norm='rms_norm', got {config.norm_weight_offset} with 'layer_norm'"
@@ -134,20 +142,53 @@ def _check_combinations(config: TransformerConfig) -> None:
     for name in ("parallel", "residual_from_norm"):
         if getattr(config, name) and config.norm_placement != "pre":
             raise ValueError(f"{name} is for norm_placement='pre', got {config.norm_placement!r}")
+    if config.parallel and config.residual_from_norm:
+        raise ValueError("residual_from_norm is for sublayers one after the other, got parallel=True")
     if config.parallel and config.is_encoder_decoder:
         raise ValueError("parallel is for models without cross-attention, got architecture 'encoder-decoder'")
     if config.qk_norm_whole and not config.qk_norm:
         raise ValueError("qk_norm_whole needs qk_norm=True")
     if config.positions_skip_padding and config.pad_token_id is None:
         raise ValueError("positions_skip_padding needs a pad_token_id, got None")
+    if config.positions_skip_padding and config.positions not in (
+        "learned",
+        "sinusoidal",
+        "relative_key",
+        "relative_key_query",
+    ):
+        raise ValueError(f"positions_skip_padding is for positions in a table, got positions={config.positions!r}")
     if config.share_embeddings and config.src_vocab_size != config.vocab_size:
         raise ValueError(
             f"share_embeddings needs src_vocab_size = vocab_size, got {config.src_vocab_size} and {config.vocab_size}"
         )
+    heads = config.encoder_num_heads
+    if (
+        config.is_encoder_decoder
+        and config.head_dim * config.num_heads == config.hidden_size
+        and config.hidden_size % heads
+    ):
+        raise ValueError(f"hidden_size must be a multiple of encoder_num_heads, got {config.hidden_size} and {heads}")
     if config.is_encoder_decoder and config.head not in ("lm", "none"):
         raise ValueError(f"head must be 'lm' or 'none' for an encoder-decoder, got {config.head!r}")
     if config.tie_embeddings and config.head not in ("lm", "masked_lm"):
         raise ValueError(f"tie_embeddings is for heads that predict tokens, got head={config.head!r}")
+
+
+def _check_buckets(config: TransformerConfig) -> None:
+    """T5's buckets: the first half of a direction's holds one distance each, the rest those up to the largest, which must lie beyond."""
+    both = config.is_encoder_decoder or not config.causal
+    directions = 2 if both else 1
+    if config.relative_buckets < 2 * directions:
+        raise ValueError(
+            f"relative_buckets must be at least {2 * directions}, two for each direction, got {config.relative_buckets}"
+        )
+    # A decoder spends all of them on one direction.
+    exact = config.relative_buckets // (2 if config.causal else 4)
+    if config.relative_max_distance <= exact:
+        raise ValueError(
+            f"relative_max_distance must be above {exact}, the distances that have one of the {config.relative_buckets} buckets each, "
+            f"got {config.relative_max_distance}"
+        )
 
 
 def _check_tokens(config: TransformerConfig) -> None:

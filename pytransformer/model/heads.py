@@ -37,7 +37,7 @@ class LMHead(Linear):
         width = config.hidden_size
         super().__init__(width, config.vocab_size, bias=config.head_bias, device=device, dtype=dtype)
         if weight_device is not None:
-            self.weight = nn.Parameter(torch.empty_like(self.weight, device=weight_device))
+            self.weight = nn.Parameter(torch.empty(self.weight.shape, device=weight_device, dtype=self.weight.dtype))
         self.softcap = config.logit_softcap
         self.scale = config.logit_scale
         self.activation = _ACTIVATIONS.get(config.head_transform)

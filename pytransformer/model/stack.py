@@ -210,7 +210,12 @@ class Stack(nn.Module):
         seqlen = hidden.shape[1]
         before = 0 if cache is None else cache.max_length
         if self.alibi_bias is not None:
-            shared.bias = self.alibi_bias(before + seqlen)
+            places = torch.arange(before + seqlen, device=hidden.device)[None]
+            if cache is None and attention_mask is not None and attention_mask.ndim == 2:
+                # Padding in front moves nothing: the rounding depends on the place.
+                real = attention_mask != 0
+                places = (real.cumsum(dim=1) - 1) * real
+            shared.bias = self.alibi_bias(places)
         if self.relative_bias is not None:
             keys = torch.arange(before + seqlen, device=hidden.device)
             queries = keys[None] if cache is None else cache.positions(seqlen)
@@ -241,10 +246,13 @@ class Stack(nn.Module):
         if places is None:
             places = torch.arange(seqlen, device=hidden.device) if cache is None else cache.positions(seqlen)
         places = places.expand(batch, seqlen)
-        real = places
         if attention_mask is not None and attention_mask.ndim == 2:
-            real = places.masked_fill(attention_mask == 0, -1)
-        return rotary.rows(places, (real.amax(dim=1) + 1).tolist())
+            padding = attention_mask == 0
+            if positions is None and cache is None:
+                # Padding in front makes a sequence no longer. It moves all its tokens alike, and only their distances matter.
+                places = places - padding.logical_not().int().argmax(dim=1, keepdim=True)
+            places = places.masked_fill(padding, 0)  # which there may be no row for
+        return rotary.rows(places, (places.amax(dim=1) + 1).tolist())
 
 
 def make_positions(config: TransformerConfig, **place: Any) -> nn.Module | None:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytransformer.nn import RowBlocks
+from pytransformer.nn.experts import load_balancing_loss, router_z_loss
+
 from . import generator
 from .block import Block, Trace
 from .config import TransformerConfig
@@ -116,6 +119,8 @@ class Transformer(nn.Module):
 
         Embeddings that are multiplied by sqrt(hidden_size) start with hidden_size^-½: beside larger ones positions drown.
         """
+        if self.model.embed_tokens.weight.is_meta:  # nothing to fill, and on the meta device torch takes seconds for it
+            return
         spread = self.config.initializer_range
         into_residual = spread / math.sqrt(2 * self.config.num_layers)
         for module in self.modules():
@@ -124,6 +129,11 @@ class Transformer(nn.Module):
             elif isinstance(module, nn.Linear):
                 if not (module is self.lm_head and self.config.tie_embeddings):
                     nn.init.normal_(module.weight, std=spread)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RowBlocks):
+                for block in module.blocks:
+                    nn.init.normal_(block, std=spread)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
@@ -167,13 +177,13 @@ class Transformer(nn.Module):
 
     def _result(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         if self.lm_head is not None:
-            return self.lm_head(hidden)
+            return self.lm_head(hidden)  # type: ignore[no-any-return]
         if self.config.pooling is None:
             return hidden
         pooled = pool(hidden, attention_mask, self.config.pooling)
         if self.pooler is not None:
             pooled = torch.tanh(self.pooler(pooled))
-        return pooled if self.classifier is None else self.classifier(pooled)  # type: ignore[no-any-return]
+        return pooled if self.classifier is None else self.classifier(pooled)
 
     def generator(self, hidden: Tensor) -> Tensor:
         """Hidden states to log-probabilities (…, vocab_size), float32."""
@@ -218,8 +228,6 @@ class Transformer(nn.Module):
             router_logits: of :class:`Output`.
             mask: (batch, seqlen), nonzero = a token that counts; ``None`` = all.
         """
-        from pytransformer.nn.experts import load_balancing_loss, router_z_loss
-
         config = self.config
         loss: Tensor = config.router_aux_coef * load_balancing_loss(router_logits, config.experts_per_token, mask)
         return loss + config.router_z_coef * router_z_loss(router_logits, mask)

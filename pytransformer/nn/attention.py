@@ -12,9 +12,9 @@ from pytransformer.ops.attention import attention
 from pytransformer.ops.rope import rope
 from pytransformer.reference import attention as reference_attention
 
-from .linear import Linear
+from .linear import Linear, RowBlocks
 from .norm import RMSNorm
-from .position import AlibiSlopes, RotaryEmbedding
+from .position import AlibiSlopes, RelativeKeys, RotaryEmbedding
 
 
 class LayerCache(Protocol):
@@ -68,6 +68,7 @@ class Attention(nn.Module):
         qk_norm_weight_offset: as of :class:`pytransformer.nn.RMSNorm`.
         qk_norm_whole: the norm is over all heads together instead.
         sinks: a learned logit for each head joins the denominators.
+        relative_keys: vectors of the distances, or ``None``. Self-attention of whole sequences only, with as many key heads as heads.
         dropout: rate on the attention probabilities, in training.
         memory_size: width of the memory, if it has one of its own: the module is then for cross-attention alone.
 
@@ -95,6 +96,7 @@ class Attention(nn.Module):
         qk_norm_weight_offset: float = 0.0,
         qk_norm_whole: bool = False,
         sinks: bool = False,
+        relative_keys: RelativeKeys | None = None,
         dropout: float = 0.0,
         memory_size: int | None = None,
         device: torch.device | str | None = None,
@@ -119,7 +121,9 @@ class Attention(nn.Module):
         width = self.head_dim * num_heads
         kv_width = 2 * self.head_dim * self.num_kv_heads
         if memory_size is None:
-            self.qkv_proj = Linear(hidden_size, width + kv_width, bias=bias, device=device, dtype=dtype)
+            self.qkv_proj: Linear | RowBlocks = Linear(
+                hidden_size, width + kv_width, bias=bias, device=device, dtype=dtype
+            )
         else:
             if rotary is not None:
                 raise ValueError("rotary is for self-attention: give rotary=None with memory_size")
@@ -137,6 +141,9 @@ class Attention(nn.Module):
                 for norm_width in widths
             )
         self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sinks else None
+        if relative_keys is not None and (memory_size is not None or self.num_kv_heads != num_heads):
+            raise ValueError("relative_keys are for self-attention with num_kv_heads = num_heads")
+        self.relative_keys = relative_keys
         self.rotary = rotary
         self.alibi = alibi
 
@@ -225,6 +232,8 @@ class Attention(nn.Module):
         refused = [name for name, value in given.items() if value is not None]
         if refused:
             raise ValueError(f"a cache knows the sequence and its positions: leave {', '.join(refused)} out")
+        if self.relative_keys is not None:
+            raise ValueError("a module with relative_keys attends to whole sequences: give it no cache")
         q, k, v = self._project(x, None)
         q_norm, k_norm = self.q_norm, self.k_norm
         if self.qk_norm_whole and q_norm is not None and k_norm is not None:
@@ -287,6 +296,14 @@ class Attention(nn.Module):
         q = q if self.q_norm is None else self._norm(self.q_norm, q)
         if self.rotary is not None:
             q, k = self._rotate(q, k, positions, cu_seqlens)
+        if self.relative_keys is not None:
+            if is_cross or cu_seqlens is not None:
+                raise ValueError(
+                    "a module with relative_keys attends to whole sequences: give it no memory and no cu_seqlens"
+                )
+            scale = self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+            scores = self.relative_keys.scores(q, k) * scale
+            bias = scores if bias is None else scores + bias
         options = {
             "causal": self.causal if causal is None else causal, "window": self.window, "softmax_scale": self.softmax_scale,
             "softcap": self.softcap, "alibi_slopes": self.alibi_slopes, "sinks": self.sinks, "mask": mask, "bias": bias,
@@ -305,6 +322,9 @@ class Attention(nn.Module):
             qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
             q, k, v = qkv.split(heads, dim=-2)
             return q, k, v
+        elif isinstance(self.qkv_proj, RowBlocks) and len(self.qkv_proj.rows) == 3:
+            q = self.qkv_proj.some_rows(x, 0, 1)
+            projected = q, *self.qkv_proj.some_rows(memory, 1, 3).chunk(2, dim=-1)
         elif type(self.qkv_proj) in (Linear, nn.Linear):
             weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
             bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
@@ -318,6 +338,8 @@ class Attention(nn.Module):
     def _queries(self, x: Tensor) -> Tensor:
         if self.memory_size is not None:
             q = self.q_proj(x)
+        elif isinstance(self.qkv_proj, RowBlocks) and len(self.qkv_proj.rows) == 3:
+            q = self.qkv_proj.some_rows(x, 0, 1)
         elif type(self.qkv_proj) in (Linear, nn.Linear):
             width, bias = self.head_dim * self.num_heads, self.qkv_proj.bias
             q = F.linear(x, self.qkv_proj.weight[:width], None if bias is None else bias[:width])

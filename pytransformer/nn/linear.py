@@ -1,4 +1,4 @@
-"""A linear layer that may hold its weight a second time, in a layout that suits products with few rows on a CPU.
+"""A linear layer that may hold its weight a second time, in a layout that suits products with few rows on a CPU; and one in row blocks.
 
 Decoding one token at a time reads every weight once per token and does two operations with it, so its speed is the speed of reading
 memory. A weight that was reordered for the purpose ("prepacked") is read nearly as fast as memory allows, 1.5 to 2 times as fast as
@@ -8,7 +8,7 @@ memory. A weight that was reordered for the purpose ("prepacked") is read nearly
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,131 @@ class Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         # copy.deepcopy and pickle: an opaque packed tensor does not follow, the copy packs again.
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+class RowBlocks(nn.Module):
+    """A :class:`Linear` whose weight is a pile of row blocks, each a parameter of its own.
+
+    The projections to q, k and v (or to gate and up) of a public checkpoint are tensors apart, and one product here. Where a file is
+    mapped, putting them together would copy all of it; so each block stays where it is, and the results are put together instead. To
+    everything that names a weight (a state_dict, a file) this is one ``weight`` (out_features, in_features) and one ``bias``, as before.
+
+    Args:
+        blocks: (rows, in_features) each, of one dtype and device; they become the parameters ``weight_0``, ``weight_1``, …
+        bias: (out_features), or ``None``.
+
+    Raises:
+        ValueError: blocks that do not stand on each other, or a bias that does not fit them.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, blocks: Sequence[Tensor], bias: Tensor | None = None) -> None:
+        super().__init__()
+        shapes = [tuple(block.shape) for block in blocks]
+        if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
+            raise ValueError(f"blocks must be matrices with as many columns each, got {shapes}")
+        self.rows = [shape[0] for shape in shapes]
+        self.in_features, self.out_features = shapes[0][1], sum(self.rows)
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ValueError(f"bias must have shape ({self.out_features},), got {tuple(bias.shape)}")
+        for index, block in enumerate(blocks):
+            self.register_parameter(f"weight_{index}", _parameter(block))
+        self.register_parameter("bias", None if bias is None else _parameter(bias))
+        self._packed: list[PackedWeight] = []
+
+    @property
+    def blocks(self) -> Sequence[nn.Parameter]:
+        """The parameters that the weight is a pile of."""
+        return [getattr(self, f"weight_{index}") for index in range(len(self.rows))]
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, a copy."""
+        return torch.cat(list(self.blocks))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in_features) -> (…, out_features)."""
+        return self.some_rows(input, 0, len(self.rows))
+
+    def some_rows(self, input: Tensor, first: int, last: int) -> Tensor:
+        """What the blocks from ``first`` to before ``last`` make of (…, in_features)."""
+        biases = self._biases()[first:last]
+        parts = [F.linear(input, block, bias) for block, bias in zip(self.blocks[first:last], biases)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def pack(self, rows: int = 1) -> bool:
+        """Packs each block: see :meth:`Linear.pack`. A block too small to be packed leaves all as they are."""
+        blocks = self.blocks
+        if self._packed and all(
+            packed.serves(rows) and packed.is_of(block) for packed, block in zip(self._packed, blocks)
+        ):
+            return True
+        self._packed = []
+        if all(why_not_packed(block, rows) is None for block in blocks):
+            self._packed = [PackedWeight(block, rows) for block in blocks]
+        return bool(self._packed)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there are packed copies, up to date or not."""
+        return bool(self._packed)
+
+    def unpack(self) -> None:
+        """Frees the packed copies."""
+        self._packed = []
+
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """x (…, in_features) -> x Wᵀ + bias, without autograd: see :meth:`Linear.product`."""
+        biases = self._biases()
+        if self._packed:
+            products = [packed.product(block, bias) for packed, block, bias in zip(self._packed, self.blocks, biases)]
+        else:
+            products = [
+                functools.partial(F.linear, weight=block, bias=bias) for block, bias in zip(self.blocks, biases)
+            ]
+        return lambda x: torch.cat([product(x) for product in products], dim=-1)
+
+    def _biases(self) -> Sequence[Tensor | None]:
+        return [None] * len(self.rows) if self.bias is None else torch.split(self.bias, self.rows)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        parts = dict(state_dict)
+        weight = parts.pop(f"{prefix}weight", None)
+        theirs = list[str]()
+        if weight is None:
+            missing_keys.append(f"{prefix}weight")
+        elif tuple(weight.shape) != (self.out_features, self.in_features):
+            expected = (self.out_features, self.in_features)
+            error_msgs.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)}, expected {expected}")
+        else:
+            parts.update((f"{prefix}weight_{index}", rows) for index, rows in enumerate(torch.split(weight, self.rows)))
+        super()._load_from_state_dict(parts, prefix, local_metadata, strict, theirs, unexpected_keys, error_msgs)
+        missing_keys += [name for name in theirs if name == f"{prefix}bias"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": []}  # as of Linear
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.rows}, bias={self.bias is not None}"
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
 class PackedWeight:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pytransformer.ops.checks import FLOAT_DTYPES
 from pytransformer.ops.precision import is_autocasting
 
-from .functional import MAX_HEAD_DIM, attend
+from .functional import attend
 
 _HOOK = "pytransformer"  # key of a hook; torch's are numbers
 
@@ -25,20 +25,12 @@ class MultiheadAttention(nn.MultiheadAttention):
     ``out_proj.bias`` (its weights are 0), where torch gives NaN.
 
     Args:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch's; a head_dim
-            (``embed_dim / num_heads``) of at most 256, which need not be a multiple of 8.
-
-    Raises:
-        NotImplementedError: a head_dim above 256.
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch's.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(embed_dim, num_heads, *args, **kwargs)
         call_forward(self)
-        if self.head_dim > MAX_HEAD_DIM:
-            raise NotImplementedError(
-                f"MultiheadAttention serves a head_dim (embed_dim / num_heads) of at most {MAX_HEAD_DIM}, got {self.head_dim}"
-            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from pytransformer.ops.norm import rms_norm
 
-from .functional import MAX_HEAD_DIM
 from .multihead_attention import MultiheadAttention, call_forward, leave_forward
 from .norm import LayerNorm, RMSNorm
 
@@ -184,8 +183,6 @@ def _find(module: nn.Module) -> _Patch | str | None:
         return _find_other(module)
     if kind.forward is not theirs.forward:
         return f"a subclass of {theirs.__name__} with a forward of its own"
-    if isinstance(module, nn.MultiheadAttention) and module.head_dim > MAX_HEAD_DIM:
-        return f"head_dim {module.head_dim} is above {MAX_HEAD_DIM}"
     return _Patch(kind, SERVED[theirs])
 
 

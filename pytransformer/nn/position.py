@@ -96,6 +96,8 @@ class RotaryEmbedding(_Tables):
             # What longrope's attention factor falls back to is the whole context, for short sequences too.
             scaling = {"max_position_embeddings": self.max_seqlen, **scaling}
         tables = [self._table(length, scaling, _resolved(device)) for length in lengths]
+        if len(tables) == 1:  # also because torch.cat on the meta device imports torch's compiler, which takes seconds
+            return dict(zip(("cos", "sin"), tables[0]))
         return {name: torch.cat(parts) for name, parts in zip(("cos", "sin"), zip(*tables))}
 
     def _table(
@@ -167,10 +169,10 @@ class AlibiBias(_Tables):
     def _compute(self, device: torch.device | str | None) -> dict[str, Tensor]:
         return {"slopes": standard_alibi_slopes(self.num_heads).to(_resolved(device))}
 
-    def forward(self, num_keys: int) -> Tensor:
-        """float32 (1, num_heads, 1, num_keys)."""
-        places = torch.arange(num_keys, device=self.slopes.device)
-        return (self.slopes.bfloat16()[:, None] * places).float()[None, :, None, :] * self.scale
+    def forward(self, places: Tensor) -> Tensor:
+        """Positions of the keys, integers (batch, num_keys) -> float32 (batch, num_heads, 1, num_keys)."""
+        rounded = self.slopes.bfloat16()[:, None] * places[:, None, :]
+        return rounded.float()[:, :, None, :] * self.scale
 
 
 class RelativeBias(nn.Embedding):
@@ -219,6 +221,51 @@ class RelativeBias(nn.Embedding):
         )
         far = (exact + scaled.long()).clamp(max=count - 1)
         return first + torch.where(distance < exact, distance, far)
+
+
+class RelativeKeys(nn.Embedding):
+    """A learned vector for each distance, whose products with q, or with q and k, join the scores (Shaw et al. 2018; Huang et al. 2020).
+
+    Weight: (2 · max_seqlen - 1, head_dim), the distances query - key from the smallest on.
+
+    Args:
+        max_seqlen: distances go from 1 - max_seqlen to max_seqlen - 1.
+        head_dim: of q and k.
+        with_keys: k's products count too.
+    """
+
+    def __init__(
+        self,
+        max_seqlen: int,
+        head_dim: int,
+        *,
+        with_keys: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(2 * max_seqlen - 1, head_dim, device=device, dtype=dtype)
+        self.max_seqlen = max_seqlen
+        self.with_keys = with_keys
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """q and k (batch, seqlen, num_heads, head_dim) -> (batch, num_heads, seqlen, seqlen), to be added to q·k before the scale."""
+        seqlen = q.shape[1]
+        # Row r of these stands for the distance (query - key) r - (seqlen - 1); products first, then each is put in its place.
+        rows = self.weight[self.max_seqlen - seqlen : self.max_seqlen - 1 + seqlen]
+        places = torch.arange(seqlen, device=q.device)
+        distance = places[:, None] - places + seqlen - 1
+        scores = torch.einsum("bqhd,rd->bhqr", q, rows).gather(3, distance.expand(*_heads_first(q), -1, -1))
+        if self.with_keys:
+            of_keys = torch.einsum("bkhd,rd->bhkr", k, rows)
+            scores = scores + of_keys.gather(3, distance.t().expand(*_heads_first(k), -1, -1)).transpose(2, 3)
+        return scores
+
+    def extra_repr(self) -> str:
+        return f"{self.max_seqlen}, {self.embedding_dim}, with_keys={self.with_keys}"
+
+
+def _heads_first(x: Tensor) -> tuple[int, int]:
+    return x.shape[0], x.shape[2]
 
 
 class SinusoidalPositions(_Tables):

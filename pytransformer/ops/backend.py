@@ -171,6 +171,25 @@ class Limit(NamedTuple):
     exceeds: Callable[[Any], str | None]
 
 
+# Tiles of wider rows do not fit into what a thread block has of registers and shared memory.
+WIDEST_HEAD = 256
+
+
+def head_dim_limit(*names: str, multiple: int = 1) -> Limit:
+    """Of kernels: the tensors of these names, of a call, have a head_dim of at most 256 that is a multiple of ``multiple``."""
+    allowed = f"at most {WIDEST_HEAD}" + (f" that is a multiple of {multiple}" if multiple > 1 else "")
+
+    def exceeds(call: Any) -> str | None:
+        for name in names:
+            head_dim = getattr(call, name).shape[-1]
+            if head_dim > WIDEST_HEAD or head_dim % multiple:
+                return f"the kernels take a head_dim of {allowed}, got {head_dim} of {name}"
+        return None
+
+    title = f"head_dim above {WIDEST_HEAD}" + (f" or no multiple of {multiple}" if multiple > 1 else "")
+    return Limit(title, exceeds)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute an op.

@@ -205,16 +205,21 @@ def check_gqa(num_heads: int, num_kv_heads: int, q_name: str = "q", k_name: str 
 
 
 def check_head_dim(name: str, head_dim: int) -> None:
-    """ValueError unless a multiple of 8 from 8 to 256 (the drop-in surfaces pad other sizes)."""
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        raise ValueError(f"{name} must have a head_dim that is a multiple of 8 from 8 to 256, got {head_dim}")
+    """ValueError unless at least 1; what kernels do not serve is a limit of their backends."""
+    if head_dim < 1:
+        raise ValueError(f"{name} must have a head_dim of at least 1, got {head_dim}")
 
 
-def check_cu_seqlens(name: str, value: object, total: int, device: torch.device, batch: int | None = None) -> Tensor:
-    """int32, (batch + 1), starting at 0, never decreasing, ending at ``total``; values checked where :func:`readable`."""
-    tensor = check_tensor(name, value, ndim=1, dtypes=(torch.int32,), device=device, layout="(batch + 1)")
+def check_cu_seqlens(
+    name: str, value: object, total: int, device: torch.device, batch: int | None = None, unit: str = "batch"
+) -> Tensor:
+    """int32, (batch + 1), starting at 0, never decreasing, ending at ``total``; values checked where :func:`readable`.
+
+    ``unit``: what there are ``batch`` of, for the messages.
+    """
+    tensor = check_tensor(name, value, ndim=1, dtypes=(torch.int32,), device=device, layout=f"({unit} + 1)")
     if tensor.shape[0] < 1 or (batch is not None and tensor.shape[0] != batch + 1):
-        wanted = "at least 1 entry" if batch is None else f"{batch + 1} entries (batch + 1)"
+        wanted = "at least 1 entry" if batch is None else f"{batch + 1} entries ({unit} + 1)"
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")

@@ -1,8 +1,9 @@
-"""A whole decoder-only transformer, naive and complete, for reading. It is the twin of ``pytransformer.Transformer``.
+"""A whole transformer with one stack, naive and complete, for reading. It is the twin of ``pytransformer.Transformer``.
 
-Read it from the bottom up: :class:`Transformer` is embeddings, a stack of blocks and a linear head; a :class:`Block` is
-attention and a feed-forward network, each with a norm and a residual connection; the mathematics of attention, RoPE and
-the norms is in the neighbouring files. Nothing is fused, cached or packed: ``generate`` computes everything again for every token.
+Read it from the bottom up: :class:`Transformer` is embeddings, a stack of blocks and a head; a block (blocks.py) is attention and a
+feed-forward network, each with a norm and a residual connection; feed_forward.py, experts.py, heads.py and positions.py hold the parts; the
+mathematics of attention, RoPE and the norms is in files of those names. encoder_decoder.py joins two stacks by cross-attention. Nothing is
+fused, cached or packed: ``generate`` computes everything again for every token.
 
 ``config`` is any object with the attributes of ``TransformerConfig``. Parameters have the names and shapes of the fused model's,
 so ``twin.load_state_dict(model.state_dict())`` works, and ``twin.double()`` is then the golden model. Names of dimensions::
@@ -13,288 +14,193 @@ Tied head: a model with ``tie_embeddings`` has no parameter ``lm_head.weight``; 
 dict that nevertheless contains the key loads if it holds the same values as ``model.embed_tokens.weight``, and is refused otherwise.
 
 Sources: Vaswani et al. 2017 (the architecture, sinusoidal positions, post-norm), Radford et al. 2019 (GPT-2: pre-norm,
-learned positions, GELU), Touvron et al. 2023 (Llama: RMSNorm, RoPE, SwiGLU).
+learned positions, GELU), Devlin et al. 2019 (BERT: bidirectional, token types), Touvron et al. 2023 (Llama: RMSNorm, RoPE, SwiGLU).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import attention, standard_alibi_slopes
-from .norm import layer_norm, rms_norm
-from .rope import rope, rope_tables
+from .blocks import Block, Inputs, block_norm
+from .heads import Classifier, LanguageModelHead, pool
+from .positions import positions_without_padding, relative_bucket, sinusoidal_positions
 
 
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm with its weights, over the last dimension."""
+class Stack(nn.Module):
+    """Token ids to hidden states: embeddings and positions, the blocks, and where the configuration has one a last norm.
 
-    def __init__(self, kind: str, width: int, *, eps: float, bias: bool = False, weight_offset: float = 0.0) -> None:
-        super().__init__()
-        if kind not in ("layer_norm", "rms_norm"):
-            raise ValueError(f'norm must be "layer_norm" or "rms_norm", got {kind!r}')
-        self.kind = kind
-        self.eps = eps
-        self.weight_offset = weight_offset
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - weight_offset))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias and kind == "layer_norm" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "layer_norm":
-            y = layer_norm(x, self.weight, self.bias, eps=self.eps)
-        else:
-            y = rms_norm(x, self.weight, eps=self.eps, weight_offset=self.weight_offset)
-        assert isinstance(y, Tensor)
-        return y
-
-
-def block_norm(config: Any) -> Norm:
-    """The norm of a whole hidden state, as the configuration chooses it."""
-    return Norm(
-        config.norm,
-        config.hidden_size,
-        eps=config.norm_eps,
-        bias=config.norm_bias,
-        weight_offset=config.norm_weight_offset if config.norm == "rms_norm" else 0.0,
-    )
-
-
-class Attention(nn.Module):
-    """Causal self-attention with grouped queries: num_heads queries share num_kv_heads keys and values.
-
-    Parameters: qkv_proj (q rows + 2 · kv rows, hidden), its rows in the order [q; k; v]; out_proj (hidden, q rows);
-    with qk_norm q_norm and k_norm (head_dim), an RMSNorm of every head before RoPE.
+    Parameters: embed_tokens (vocab, hidden), embed_positions (max_seqlen + position_offset, hidden), embed_types (types, hidden),
+    embed_norm; relative_bias (buckets, num_heads), T5's, one table for all layers; layers; norm. ``cross`` gives every block
+    cross-attention.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, *, cross: bool = False) -> None:
         super().__init__()
-        self.config = config
-        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, q_rows + 2 * kv_rows, bias=config.attention_bias)
-        self.out_proj = nn.Linear(q_rows, config.hidden_size, bias=config.attention_bias)
-        if config.qk_norm:
-            offset = config.norm_weight_offset
-            self.q_norm = Norm("rms_norm", config.head_dim, eps=config.norm_eps, weight_offset=offset)
-            self.k_norm = Norm("rms_norm", config.head_dim, eps=config.norm_eps, weight_offset=offset)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, seqlen, hidden) -> (batch, seqlen, hidden)."""
-        config = self.config
-        q, k, v = self.project(x)
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if config.positions == "rope":
-            q, k = self.rotate(q, k)
-        output = attention(
-            q,
-            k,
-            v,
-            causal=True,
-            window=(-1, -1) if config.sliding_window is None else (config.sliding_window - 1, -1),
-            softmax_scale=config.softmax_scale,
-            softcap=config.attention_softcap or 0.0,
-            alibi_slopes=standard_alibi_slopes(config.num_heads).to(x.device) if config.positions == "alibi" else None,
-            dropout_p=config.attention_dropout if self.training else 0.0,
-        )
-        assert isinstance(output, Tensor)
-        return self.out_proj(output.flatten(-2))  # type: ignore[no-any-return]
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (batch, seqlen, num_heads, head_dim), and k and v with num_kv_heads."""
-        config = self.config
-        num_heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        qkv = self.qkv_proj(x).unflatten(-1, (sum(num_heads), config.head_dim))
-        q, k, v = qkv.split(num_heads, dim=-2)
-        return q, k, v
-
-    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """RoPE. The tables are those of the longest sequence the model takes: some scaling methods depend on it."""
-        config = self.config
-        cos, sin = rope_tables(
-            config.rotary_dim, config.max_seqlen, base=config.rope_base, scaling=config.rope_scaling, device=q.device
-        )
-        rotated_q, rotated_k = rope(q, k, cos, sin, interleaved=config.rope_interleaved)
-        assert rotated_k is not None
-        return rotated_q, rotated_k
-
-
-def activate(name: str, x: Tensor) -> Tensor:
-    """The nonlinearity of a feed-forward network. A gated one takes [gate; up] and gives activation(gate) · up."""
-    if name == "relu":
-        return x.clamp(min=0)
-    if name == "gelu":  # x · Φ(x), Φ the normal distribution function
-        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-    if name == "gelu_tanh":  # GPT-2's approximation of it
-        return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    gate, up = x.chunk(2, dim=-1)
-    if name == "swiglu":
-        return gate * torch.sigmoid(gate) * up
-    if name == "geglu":
-        return activate("gelu", gate) * up
-    if name == "geglu_tanh":
-        return activate("gelu_tanh", gate) * up
-    raise ValueError(f"activation must be relu, gelu, gelu_tanh, swiglu, geglu or geglu_tanh, got {name!r}")
-
-
-class FeedForward(nn.Module):
-    """down_proj(activation(up_proj(x))): two linear layers applied to every position by itself.
-
-    Parameters: up_proj (intermediate, hidden), or for gated activations gate_up_proj (2 · intermediate, hidden) with rows
-    [gate; up]; down_proj (hidden, intermediate).
-    """
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.gated = "glu" in config.activation
-        if self.gated:
-            self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        else:
-            self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = activate(self.config.activation, self.gate_up_proj(x) if self.gated else self.up_proj(x))
-        inner = torch.dropout(inner, self.config.feed_forward_dropout, self.training)
-        return self.down_proj(inner)  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    """Attention, then a feed-forward network, each added to the residual stream.
-
-    Pre-norm (GPT-2 and later) normalises what goes into a sublayer, post-norm (2017) what comes out of the addition.
-    """
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.attention_norm = block_norm(config)
-        self.attention = Attention(config)
-        self.feed_forward_norm = block_norm(config)
-        self.feed_forward = FeedForward(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.residual(x, self.attention, self.attention_norm)
-        return self.residual(x, self.feed_forward, self.feed_forward_norm)
-
-    def residual(self, x: Tensor, sublayer: nn.Module, norm: Norm) -> Tensor:
-        """x + dropout(sublayer(x)), with the norm where the configuration puts it."""
-        if self.config.norm_placement == "pre":
-            return x + self.drop(sublayer(norm(x)))
-        return norm(x + self.drop(sublayer(x)))  # type: ignore[no-any-return]
-
-    def drop(self, x: Tensor) -> Tensor:
-        return torch.dropout(x, self.config.residual_dropout, self.training)
-
-
-def sinusoidal_positions(length: int, hidden_size: int, *, device: torch.device | str | None = None) -> Tensor:
-    """PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(pos / 10000^(2i/d)), d = hidden_size (Vaswani et al. 2017).
-
-    PE(pos + k) is PE(pos) times a matrix that depends on k alone, a rotation of each pair: so relative positions are easy
-    to learn. Computed in float64 on the host and rounded to float32: (length, hidden_size).
-    """
-    pairs = torch.arange(0, hidden_size + 1, 2, dtype=torch.float64)[: (hidden_size + 1) // 2]
-    angles = torch.arange(length, dtype=torch.float64)[:, None] / 10000 ** (pairs / hidden_size)
-    interleaved = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-    return interleaved[:, :hidden_size].to(torch.float32).to(device)
-
-
-class Decoder(nn.Module):
-    """Token ids to hidden states: embeddings and positions, the blocks, and for pre-norm a last norm."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        if config.positions not in ("learned", "sinusoidal", "rope", "alibi", "none"):
-            raise NotImplementedError(f"positions {config.positions!r} are not served by a decoder-only model")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
-            self.embed_positions = nn.Embedding(config.max_seqlen, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        if config.norm_placement == "pre":
+            self.embed_positions = nn.Embedding(config.max_seqlen + config.position_offset, config.hidden_size)
+        if config.positions == "t5":
+            self.relative_bias = nn.Embedding(config.relative_buckets, config.num_heads)
+        if config.type_vocab_size:
+            self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.embedding_norm:
+            self.embed_norm = block_norm(config)
+        self.layers = nn.ModuleList(Block(config, layer, cross=cross) for layer in range(config.num_layers))
+        if config.final_norm:
             self.norm = block_norm(config)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(batch, seqlen) ids -> (batch, seqlen, hidden)."""
-        x = self.embed(input_ids)
-        for block in self.layers:
-            x = block(x)
-        return self.norm(x) if self.config.norm_placement == "pre" else x
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        router_logits: list[Tensor] | None = None,
+    ) -> Tensor:
+        """(batch, seqlen) ids -> (batch, seqlen, hidden).
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+        Args:
+            input_ids: int64 (batch, seqlen).
+            attention_mask: (batch, seqlen), which tokens may be seen; or who sees whom, broadcastable to (batch, seqlen, seqlen) or
+                (batch, num_heads, seqlen, seqlen). True or 1 = may be seen.
+            token_type_ids: (batch, seqlen); all 0 if there are types and none are given.
+            inputs_embeds: (batch, seqlen, hidden) in the place of the token embeddings.
+            positions: (seqlen) or (batch, seqlen); 0, 1, 2, … if None.
+            memory: (batch, src_seqlen, hidden), for the blocks' cross-attention; ``memory_mask`` is for it as attention_mask is here.
+            router_logits: a list to which each mixture of experts appends its router's logits.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("input_ids or inputs_embeds must be given, got neither")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        seqlen = x.shape[1]
+        if seqlen > self.config.max_seqlen:
+            raise ValueError(f"input_ids: {seqlen} tokens, but max_seqlen is {self.config.max_seqlen}")
+        positions = self.token_positions(x, input_ids, positions)
+        inputs = Inputs(
+            positions=positions,
+            lengths=real_lengths(positions, attention_mask),
+            mask=attention_mask,
+            relative_bias=self.bias_of_distances(seqlen) if self.config.positions == "t5" else None,
+            memory=memory,
+            memory_mask=memory_mask,
+            router_logits=[] if router_logits is None else router_logits,
+        )
+        x = self.embed(x, positions, token_type_ids)
+        for block in self.layers:
+            x = block(x, inputs)
+        return self.norm(x) if self.config.final_norm else x
+
+    def token_positions(self, x: Tensor, input_ids: Tensor | None, positions: Tensor | None) -> Tensor:
+        """int64 (batch, seqlen)."""
+        if positions is None and self.config.positions_skip_padding and input_ids is not None:
+            return positions_without_padding(input_ids, self.config.pad_token_id)
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        return positions.long().expand(x.shape[:2])
+
+    def embed(self, x: Tensor, positions: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Token embeddings + those of positions and types, the first times √hidden and the sum normalised where the model does so."""
         config = self.config
-        seqlen = input_ids.shape[-1]
-        if seqlen > config.max_seqlen:
-            raise ValueError(f"input_ids: {seqlen} tokens, but max_seqlen is {config.max_seqlen}")
-        x = self.embed_tokens(input_ids)
         if config.scale_embeddings:
-            x = x * math.sqrt(config.hidden_size)
+            # The factor is rounded as the embeddings are: so Gemma was trained (55.5 and not 55.43 for 3072 in bfloat16).
+            x = x * torch.tensor(math.sqrt(config.hidden_size), dtype=x.dtype, device=x.device)
+        rows = positions + config.position_offset
         if config.positions == "learned":
-            x = x + self.embed_positions.weight[:seqlen]
+            x = x + self.embed_positions(rows)
         if config.positions == "sinusoidal":
-            x = x + sinusoidal_positions(seqlen, config.hidden_size, device=x.device).to(x.dtype)
+            table = sinusoidal_positions(
+                config.max_seqlen + config.position_offset, config.hidden_size, halves=config.sinusoidal_halves
+            )
+            x = x + table.to(x)[rows]
+        if config.type_vocab_size:
+            x = x + self.embed_types(torch.zeros_like(positions) if token_type_ids is None else token_type_ids)
+        if config.embedding_norm:
+            x = self.embed_norm(x)
         return torch.dropout(x, config.embedding_dropout, self.training)
 
-
-class LanguageModelHead(nn.Module):
-    """Hidden states to logits: hidden Wᵀ, with a weight of its own or, tied, the embedding's."""
-
-    def __init__(self, config: Any, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self.softcap = config.logit_softcap
-        # In a tuple it is not registered as a submodule.
-        self.tied_to: tuple[nn.Embedding, ...] = (embedding,) if config.tie_embeddings else ()
-        if self.tied_to:
-            self.register_load_state_dict_pre_hook(_check_tied_weight)  # type: ignore[no-untyped-call]
-        else:
-            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) -> (..., vocab_size)."""
-        weight = self.tied_to[0].weight if self.tied_to else self.weight
-        logits = hidden @ weight.T
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+    def bias_of_distances(self, seqlen: int) -> Tensor:
+        """T5's bias of every pair: (1, num_heads, seqlen, seqlen), a learned number for each head and bucket of distances."""
+        index = torch.arange(seqlen, device=self.relative_bias.weight.device)
+        buckets = relative_bucket(
+            index[:, None] - index,
+            num_buckets=self.config.relative_buckets,
+            max_distance=self.config.relative_max_distance,
+            bidirectional=not self.config.causal,
+        )
+        return self.relative_bias.weight[buckets].permute(2, 0, 1)[None]
 
 
-def _check_tied_weight(
-    head: LanguageModelHead,
-    state_dict: dict[str, Tensor],
-    prefix: str,
-    local_metadata: Any,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """A weight for a tied head must be the embedding's, which has been loaded before; it is not loaded twice."""
-    weight = state_dict.pop(f"{prefix}weight", None)
-    embedding = head.tied_to[0].weight
-    if weight is not None and not torch.equal(weight.to(embedding), embedding):
-        error_msgs.append(f"{prefix}weight differs from the embedding, but tie_embeddings is set")
+def real_lengths(positions: Tensor, attention_mask: Tensor | None) -> list[int]:
+    """For each sequence the position of its last real token + 1."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        positions = torch.where(attention_mask != 0, positions, -1)
+    return (positions.amax(dim=-1) + 1).tolist()
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model: ``model(input_ids)`` -> logits (batch, seqlen, vocab_size).
+    """A transformer with one stack, causal (GPT-2, Llama) or not (BERT): ``model(input_ids)``.
 
-    ``model.model(input_ids)`` gives hidden states and ``model.lm_head(hidden)`` their logits.
+    With head "lm" or "masked_lm" it gives logits (batch, seqlen, vocab_size): ``model.model(input_ids)`` gives hidden states and
+    ``model.lm_head(hidden)`` their logits. With "classification" logits (batch, num_labels). With "none" hidden states, or with ``pooling``
+    one vector for each sequence.
+
+    Parameters: model (:class:`Stack`); lm_head; pooler (hidden, hidden); classifier.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        if config.architecture == "encoder-decoder":
+            raise ValueError(
+                "architecture must be 'decoder' or 'encoder', got 'encoder-decoder': that is EncoderDecoder"
+            )
         self.config = config
-        self.model = Decoder(config)
-        self.lm_head = LanguageModelHead(config, self.model.embed_tokens)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=config.initializer_range)
-            elif name.endswith("proj.bias"):
-                nn.init.zeros_(parameter)
+        self.model = Stack(config)
+        if config.head in ("lm", "masked_lm"):
+            self.lm_head = LanguageModelHead(config, self.model.embed_tokens)
+        if config.pooler:
+            self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        if config.head == "classification":
+            self.classifier = Classifier(config)
+        initialise(self, config)
+        tie_when_loading(self, tied_head(config))
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.lm_head(self.model(input_ids))  # type: ignore[no-any-return]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        router_logits: list[Tensor] | None = None,
+    ) -> Tensor:
+        """See :meth:`Stack.forward` for the arguments."""
+        hidden = self.model(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            positions=positions,
+            router_logits=router_logits,
+        )
+        if self.config.head in ("lm", "masked_lm"):
+            return self.lm_head(hidden)  # type: ignore[no-any-return]
+        if self.config.pooling is None:
+            return hidden  # type: ignore[no-any-return]
+        pooled = pool(hidden, attention_mask, self.config.pooling)
+        if self.config.pooler:
+            pooled = torch.tanh(self.pooler(pooled))
+        return self.classifier(pooled) if self.config.head == "classification" else pooled
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, *, max_new_tokens: int, eos_token_id: int | None = None) -> Tensor:
@@ -308,14 +214,47 @@ class Transformer(nn.Module):
         Returns:
             (batch, seqlen + new tokens), the prompt included.
         """
-        padding: Any = self.config.pad_token_id if self.config.pad_token_id is not None else eos_token_id
-        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for _ in range(min(max_new_tokens, self.config.max_seqlen - input_ids.shape[1])):
-            next_ids = self(input_ids)[:, -1].argmax(dim=-1)
-            if eos_token_id is not None:
-                next_ids = next_ids.masked_fill(ended, padding)
-                ended = ended | (next_ids == eos_token_id)
-            input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
-            if bool(ended.all()):
-                break
-        return input_ids
+        return append_greedily(self, input_ids, self.config, max_new_tokens, eos_token_id)
+
+
+def append_greedily(model: Any, ids: Tensor, config: Any, max_new_tokens: int, eos_token_id: int | None) -> Tensor:
+    """ids (batch, seqlen) and behind them what ``model(ids)``, logits (batch, seqlen, vocab), finds most probable each time."""
+    padding: Any = config.pad_token_id if config.pad_token_id is not None else eos_token_id
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for _ in range(min(max_new_tokens, config.max_seqlen - ids.shape[1])):
+        next_ids = model(ids)[:, -1].argmax(dim=-1)
+        if eos_token_id is not None:
+            next_ids = next_ids.masked_fill(ended, padding)
+            ended = ended | (next_ids == eos_token_id)
+        ids = torch.cat([ids, next_ids[:, None]], dim=1)
+        if bool(ended.all()):
+            break
+    return ids
+
+
+def initialise(model: nn.Module, config: Any) -> None:
+    """Matrices: normal with the configuration's deviation, embeddings that are scaled with hidden^-½; biases of projections: 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            scaled = config.scale_embeddings and name.endswith("embed_tokens.weight")
+            nn.init.normal_(parameter, std=config.hidden_size**-0.5 if scaled else config.initializer_range)
+        elif name.endswith("bias") and "norm" not in name:
+            nn.init.zeros_(parameter)
+
+
+def tied_head(config: Any) -> dict[str, str]:
+    """See :func:`tie_when_loading`."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
+
+
+def tie_when_loading(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Lets ``load_state_dict`` take a tensor that the model does not have because it is another one's, if it equals that."""
+
+    def take_out(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        errors: list[str] = rest[-1]
+        for name, same_as in tied.items():
+            tensor, original = state_dict.pop(prefix + name, None), state_dict.get(prefix + same_as)
+            if tensor is not None and original is not None and not torch.equal(tensor.to(original), original):
+                errors.append(f"{prefix}{name} differs from {prefix}{same_as}, but the configuration makes them one")
+
+    model.register_load_state_dict_pre_hook(take_out)  # type: ignore[no-untyped-call]

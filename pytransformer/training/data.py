@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pytransformer.model.checkpoint import describe_foreign
+from pytransformer.model.checkpoint import describe_public
 from pytransformer.training import corpus
 from pytransformer.training.config import CorpusConfig
 from pytransformer.training.corpus import BadBytes, SourceFile
@@ -115,8 +115,8 @@ def _survey(config: CorpusConfig, report: Report) -> list[_Document]:
     hashes: dict[str, str] = {}
     sizes: dict[str, int] = {}
     kept: list[SourceFile] = []
-    if config.source is not None and (foreign := describe_foreign(Path(config.source).expanduser())):
-        raise ValueError(f"--data is the text to train on, but {foreign}")
+    if config.source is not None and (model := describe_public(Path(config.source).expanduser())):
+        raise ValueError(f"--data is the text to train on, but {model}")
     for file in corpus.find_files(config.source):
         content = file.path.read_bytes()
         bad = corpus.find_bad_bytes(content, file.path)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pytransformer.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_foreign, load, save
+from pytransformer.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_public, load, save
 from pytransformer.model.transformer import Transformer
 from pytransformer.training import metrics, plots
 from pytransformer.training.baselines import Baselines, fit_and_evaluate
@@ -68,8 +68,8 @@ def saved_config(folder: Path) -> RunConfig:
     """
     path = folder / RUN_FILE
     if not path.is_file():
-        foreign = describe_foreign(folder)
-        raise FileNotFoundError(f"no training run in {folder}: {foreign or f'there is no {RUN_FILE}'}")
+        model = describe_public(folder)
+        raise FileNotFoundError(f"no training run in {folder}: {model or f'there is no {RUN_FILE}'}")
     try:
         return RunConfig.from_dict(read_json(path)["config"])
     except (KeyError, TypeError) as error:
@@ -145,7 +145,7 @@ def _claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"the run folder {folder} is a file")
     if not has_run(folder) and (folder / CONFIG_FILE).exists():
-        what = describe_foreign(folder) or f"{folder} holds a model ({CONFIG_FILE})"
+        what = describe_public(folder) or f"{folder} holds a model ({CONFIG_FILE})"
         raise FileExistsError(f"a run would write its own over what is there: {what}. Give another folder with --out")
     if resume and overwrite:
         raise ValueError("resume continues a run and overwrite deletes it: give one of them")

@@ -241,6 +241,22 @@ def _cross_entropy(name: str, **options: object) -> Case:
     return Case("linear_cross_entropy", name, inputs, actual, golden, gradients=("x", "weight"))
 
 
+def _grouped(name: str, *ends: int) -> Case:
+    def inputs(size: int) -> Tensors:
+        offsets = size * torch.tensor((0, *ends), dtype=torch.int32)
+        groups, total = len(ends), int(offsets[-1])
+        weights = {"weight": torch.randn(groups, 40, 24), "bias": torch.randn(groups, 40)}
+        return {"x": torch.randn(total, 24), **weights, "offsets": offsets}
+
+    def actual(tensors: Mapping[str, Tensor], backend: str) -> Tensors:
+        return {"y": pytransformer.grouped_linear(**tensors, backend=backend)}
+
+    def golden(tensors: Mapping[str, Tensor]) -> Tensors:
+        return {"y": reference.grouped_linear(**tensors)}
+
+    return Case("grouped_linear", name, inputs, actual, golden, gradients=("x", "weight", "bias"))
+
+
 def _activation(op: str, name: str, *inputs: str, columns: int, **options: object) -> Case:
     def draw(size: int) -> Tensors:
         return {key: 2 * torch.randn(9 * size, columns) for key in inputs}
@@ -275,6 +291,8 @@ CASES: tuple[Case, ...] = (
     _append("paged, RoPE, QK-norm", _append_paged, exact=False),
     _cross_entropy("mean, ignore_index"),
     _cross_entropy("smoothing, softcap, z-loss", label_smoothing=0.1, softcap=5.0, z_loss=1e-3, reduction="sum"),
+    _grouped("ragged, an empty group", 5, 5, 22),
+    _grouped("all rows in one group", 0, 0, 19),
     _activation("swiglu", "gate and up in one", "gate", columns=400),
     _activation("geglu", "two tensors", "gate", "up", columns=200),
     _activation("gelu", "tanh", "x", columns=384, approximate="tanh"),

@@ -148,11 +148,11 @@ def test_a_models_shapes_and_backward_passes(tmp_path: Path) -> None:
         (["--num-heads", "4", "--arch", "90"], "--head-dim must be given, or --model"),
         (
             [*SIZES, "--ops", "norm,sorting"],
-            "--ops must be among attention, decode_attention, kv_append, rope, norm, activation, linear_cross_entropy",
+            "--ops must be among attention, decode_attention, kv_append, rope, norm, activation, grouped_linear, linear_cross_entropy",
         ),
         (["--model", "here", *SIZES], "--model says all shapes, so --hidden-size, --num-heads"),
         (["--model", "nowhere"], "no model folder nowhere"),
-        (["--num-heads", "4", "--head-dim", "20"], "head_dim must be a multiple of 8 from 8 to 256, got 20"),
+        (["--num-heads", "4", "--head-dim", "7"], "rotary_dim must be even and at most head_dim (7), got 7"),
         (
             ["--num-heads", "4", "--num-kv-heads", "3", "--head-dim", "16"],
             "num_heads must be a multiple of num_kv_heads",

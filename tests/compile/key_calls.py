@@ -15,7 +15,7 @@ from tests.kernels.append_contract import call_of as append_call
 from tests.kernels.attention_contract import backward, forward
 from tests.kernels.decode_contract import call_of as decode_call
 from tests.support.launch_recorder import record_launches
-from tests.support.launchers import norm_backward, norm_forward, rope_rotate
+from tests.support.launchers import grouped_backward, grouped_forward, norm_backward, norm_forward, rope_rotate
 
 ARCH = 90
 SIZES = (1, 2, 7, 16, 33, 128)
@@ -163,6 +163,18 @@ def _cross_entropy(batch: int, seqlen: int) -> object:
     )
 
 
+def _grouped(training: bool) -> Callable[[int, int], object]:
+    def call(batch: int, seqlen: int) -> object:
+        # As many rows as from decoding to a prompt, of four groups.
+        x, weight, bias = _empty(batch * seqlen, 64), _empty(4, 48, 64), _empty(4, 48)
+        offsets = torch.zeros(5, dtype=torch.int32)
+        if training:
+            return grouped_backward(_empty(batch * seqlen, 48), x, weight, offsets)
+        return grouped_forward(x, weight, offsets, bias)
+
+    return call
+
+
 # Name: call of two sizes, the most keys of a kernel, and why more than one.
 CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "norm": (_norm(256), 1, ""),
@@ -179,6 +191,8 @@ CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "rope, fused projection with positions": (_rope_fused, 1, ""),
     "rope, packed": (_rope_packed, 2, "up to 16 sequences, or more"),
     "linear_cross_entropy": (_cross_entropy, 1, ""),
+    "grouped_linear": (_grouped(False), 3, "groups of up to 16 rows, up to 64, or more"),
+    "grouped_linear, backward": (_grouped(True), 3, "groups of up to 16 rows, up to 64, or more"),
     "kv_append, prefill": (functools.partial(_append, capacity=128), 2, "few tokens are spread over programs"),
     "kv_append, decode": (lambda batch, capacity: _append(batch, 1, capacity), 1, ""),
     "kv_append, decode, paged": (lambda batch, max_pages: _append(batch, 1, max_pages, 16), 1, ""),

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from pytransformer import extension
 from pytransformer.ops.attention import attention
+from pytransformer.verification import measure
 from tests.cuda.attention_ops import backward, op_options
 from tests.kernels.attention_contract import Case, draw
+from tests.ops.attention_cases import case, qkv
 
 PACKED = ((5, 7), (0, 3), (17, 33))
 CASES = {
@@ -42,6 +44,13 @@ def test_autograd_hands_everything_on(name: str, device: torch.device, poison_em
     )
     for leaf, gradient in zip(leaves.values(), expected, strict=True):
         assert leaf.grad is not None and torch.equal(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize("dims", [(3, 12), (20, 16)], ids=str)
+def test_a_head_dim_that_is_no_multiple_of_8(dims: tuple[int, int], device: torch.device, poison_empty: None) -> None:
+    """The kernels get copies with zero features; outputs and gradients have the sizes that were given."""
+    causal = case("padded", lambda: qkv(1, 9, 9, 4, 2, *dims), causal=True, return_lse=True)
+    measure(causal, torch.bfloat16, "cuda", device).check()
 
 
 def test_any_gradient_of_out(device: torch.device, poison_empty: None) -> None:

@@ -85,6 +85,7 @@ CASES = {
     "alibi per sequence": Case((6, 6), options={"alibi_slopes": torch.stack((SLOPES, SLOPES * 3)), "window_size": (2, 4)}),
     "head_dim 13": Case((5, 6), (3, 3), (13, 13), {"causal": True}),
     "head_dim 59, value 12": Case((4, 5), (2, 1), (59, 12)),
+    "head_dim 300": Case((4, 5), (2, 1), (300, 300)),
     "head_dim 1": Case((4, 5), (2, 1), (1, 1), {"softcap": 1.0}),
     "packed": Case(((4, 4), (1, 1), (7, 7)), options={"causal": True}),
     "packed, other lengths of keys": Case(((3, 9), (8, 2), (5, 5)), options={"causal": True, "window_size": (3, 0)}),

@@ -99,6 +99,31 @@ REFUSED = [
     ({"layer_types": ("full",)}, ValueError, "layer_types must be 'full' or 'sliding' for each of the 2 layers"),
     ({"layer_types": ("full", "sliding")}, ValueError, "sliding_window must be given, got None"),
     ({"parallel": True, "norm_placement": "post"}, ValueError, "parallel is for norm_placement='pre', got 'post'"),
+    (
+        {"parallel": True, "residual_from_norm": True},
+        ValueError,
+        "residual_from_norm is for sublayers one after the other",
+    ),
+    (
+        {"positions": "t5", "relative_buckets": 1},
+        ValueError,
+        "relative_buckets must be at least 2, two for each direction, got 1",
+    ),
+    (
+        {"positions": "t5", "relative_buckets": 3, "causal": False},
+        ValueError,
+        "relative_buckets must be at least 4, two for each",
+    ),
+    (
+        {"positions": "t5", "relative_buckets": 32, "relative_max_distance": 16},
+        ValueError,
+        "must be above 16, the distances that have",
+    ),
+    (
+        {"positions": "t5", "relative_buckets": 32, "relative_max_distance": 8, "causal": False},
+        ValueError,
+        "relative_max_distance must be above 8, the distances that have one of the 32 buckets each, got 8",
+    ),
     ({"qk_norm_whole": True}, ValueError, "qk_norm_whole needs qk_norm=True"),
     ({"num_experts": 4, "experts_per_token": 5}, ValueError, r"experts_per_token must be at most num_experts \(4\)"),
     ({"positions_skip_padding": True}, ValueError, "positions_skip_padding needs a pad_token_id, got None"),

@@ -9,6 +9,7 @@ import torch
 
 from pytransformer import use_backend
 from pytransformer.nn import FeedForward
+from pytransformer.nn.feed_forward import activate
 from pytransformer.verification import SEEDS, Contract
 
 
@@ -20,6 +21,14 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def clamped_swiglu(gate, up, limit, alpha):
+    gate, up = (
+        torch.where(gate > limit, limit, gate),
+        torch.where(up > limit, limit, torch.where(up < -limit, -limit, up)),
+    )
+    return (up + 1) * gate / (1 + torch.exp(-alpha * gate))
+
+
 FORMULAS = {
     "relu": lambda up: up * (up > 0),
     "gelu": gelu,
@@ -27,6 +36,9 @@ FORMULAS = {
     "swiglu": lambda gate, up: gate / (1 + torch.exp(-gate)) * up,
     "geglu": lambda gate, up: gelu(gate) * up,
     "geglu_tanh": lambda gate, up: gelu_tanh(gate) * up,
+    "silu": lambda up: up / (1 + torch.exp(-up)),
+    "reglu": lambda gate, up: gate * (gate > 0) * up,
+    "swiglu_clamped": lambda gate, up: clamped_swiglu(gate, up, 7.0, 1.702),
 }
 
 
@@ -118,5 +130,22 @@ def test_weights_and_dropout(device):
 
 
 def test_an_unknown_activation_is_named():
-    with pytest.raises(ValueError, match=r"activation must be 'relu', .*, got 'selu'"):
+    with pytest.raises(ValueError, match=r"activation must be one of 'relu', .*, got 'selu'"):
         FeedForward(8, 8, activation="selu")
+
+
+def test_limit_and_alpha_of_the_clamped_swiglu():
+    """Beyond the limit neither gate nor up says more; a gate may be as far below 0 as it likes."""
+    x = torch.tensor([[-5.0, -0.5, 0.5, 5.0, 2.0, 2.0, 5.0, -5.0]])
+    expected = clamped_swiglu(x[:, :4], x[:, 4:], 1.5, 0.7)
+    torch.testing.assert_close(activate(x, "swiglu_clamped", limit=1.5, alpha=0.7), expected)
+    assert not torch.equal(activate(x, "swiglu_clamped"), expected)
+    module = FeedForward(4, 4, activation="swiglu_clamped", activation_limit=1.5, activation_alpha=0.7)
+    inner = activate(module.gate_up_proj(x[:, :4]), "swiglu_clamped", 1.5, 0.7)
+    torch.testing.assert_close(module(x[:, :4]), module.down_proj(inner))
+
+
+@pytest.mark.parametrize("name", ["activation_limit", "activation_alpha"])
+def test_limit_and_alpha_are_above_0(name):
+    with pytest.raises(ValueError, match=f"{name} must be above 0, got -1.0"):
+        FeedForward(8, 8, activation="swiglu_clamped", **{name: -1.0})

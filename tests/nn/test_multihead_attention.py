@@ -344,9 +344,16 @@ def test_mistakes_raise_what_torch_raises(mistake):
         torch.nn.MultiheadAttention(16, 2)(*tensors, **options)
 
 
+def test_one_head_of_512(device):
+    """As in a textbook's first transformer."""
+    torch.manual_seed(0)
+    ours, torchs = MultiheadAttention(512, 1).to(device), torch.nn.MultiheadAttention(512, 1).to(device)
+    torchs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 2, 512, device=device)
+    torch.testing.assert_close(ours(x, x, x, need_weights=False)[0], torchs(x, x, x, need_weights=False)[0])
+
+
 def test_what_is_refused():
-    with pytest.raises(NotImplementedError, match="at most 256, got 264"):
-        MultiheadAttention(264, 1)
     with pytest.raises(AssertionError, match="embed_dim must be divisible by num_heads"):
         MultiheadAttention(10, 3)
     nested = torch.nested.nested_tensor([torch.zeros(3, 16), torch.zeros(4, 16)], layout=torch.jagged)

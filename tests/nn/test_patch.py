@@ -232,7 +232,6 @@ LEFT = {
     "its forward has been replaced on the instance": replaced_forward,
     "compiled by module.compile(): patch first": compiled,
     "its weight is a Wrapped": sharded,
-    "head_dim 300 is above 256": lambda: nn.MultiheadAttention(300, 1),
     "another kind of norm": lambda: nn.GroupNorm(2, 8),
     "attention of another library (transformers' takes attn_implementation='pytransformer')": LibraryAttention,
     "its forward takes (x, gate)": lambda: GatedRMSNorm(8),

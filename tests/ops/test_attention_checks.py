@@ -53,11 +53,7 @@ def refuses(error, message, **arguments):
             "number of heads of q must be a multiple of that of k, got 3 and 2",
         ),
         ({"q": torch.zeros(2, 5, 0, 16)}, ValueError, r"q must have at least one head, got shape \(2, 5, 0, 16\)"),
-        (
-            {"v": torch.zeros(2, 7, 2, 12)},
-            ValueError,
-            "v must have a head_dim that is a multiple of 8 from 8 to 256, got 12",
-        ),
+        ({"v": torch.zeros(2, 7, 2, 0)}, ValueError, "v must have a head_dim of at least 1, got 0"),
         (
             {"q": torch.zeros(2, 5, 16, 4).mT},
             ValueError,
@@ -162,11 +158,10 @@ def test_the_advice_for_a_floating_mask_gives_the_right_result(dense, name, devi
     torch.testing.assert_close(attention(**dense, bias=bias), expected)
 
 
-@pytest.mark.parametrize("head_dim", [4, 59, 111, 264])
-def test_head_dims_that_kernels_do_not_take_are_refused_by_every_backend(head_dim, device):
-    tensors = {name: tensor.to(device) for name, tensor in qkv(head_dim=head_dim).items()}
+def test_heads_without_features_are_refused_by_every_backend(device):
+    tensors = {name: tensor[..., :0].to(device) for name, tensor in qkv().items()}
     for backend in (None, "torch", "reference", "triton"):
-        refuses(ValueError, f"q must have a head_dim .*, got {head_dim}", **tensors, backend=backend)
+        refuses(ValueError, "q must have a head_dim of at least 1, got 0", **tensors, backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_what_is_allowed_passes():
     assert checks.check_float("p", 1, minimum=0.0, maximum=1.0) == 1
     assert checks.check_window("window", [-1, 5]) == (-1, 5)
     checks.check_gqa(8, 2)
-    checks.check_head_dim("q", 256)
+    checks.check_head_dim("q", 1)
     starts = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     assert checks.check_cu_seqlens("cu", starts, 5, CPU, batch=3) is starts
     checks.check_values("slots", torch.tensor([-1, 4]), -1, 4, "slots")
@@ -100,9 +100,7 @@ def test_what_is_allowed_passes():
         ),
         (lambda x: checks.check_gqa(3, 2), ValueError, "heads of q must be a multiple of that of k, got 3 and 2"),
         (lambda x: checks.check_gqa(3, 0), ValueError, "got 3 and 0"),
-        (lambda x: checks.check_head_dim("q", 60), ValueError, "multiple of 8 from 8 to 256, got 60"),
-        (lambda x: checks.check_head_dim("q", 0), ValueError, "got 0"),
-        (lambda x: checks.check_head_dim("q", 264), ValueError, "got 264"),
+        (lambda x: checks.check_head_dim("q", 0), ValueError, "q must have a head_dim of at least 1, got 0"),
         (lambda x: checks.check_no_nan("scale", x * torch.nan), ValueError, "scale must not contain NaN"),
         (
             lambda x: checks.check_values("slots", torch.tensor([1, 7]), 0, 5, "slots"),

@@ -125,6 +125,11 @@ CALLS = {
         lambda: {"x": torch.randn(4, 16), "weight": torch.randn(9, 16), "bias": torch.randn(9)},
         {"targets": TARGETS, "reduction": "none"},
     ),
+    "grouped_linear": Call(
+        "grouped_linear",
+        lambda: {"x": torch.randn(6, 16), "weight": torch.randn(3, 8, 16), "bias": torch.randn(3, 8)},
+        {"offsets": torch.tensor([0, 2, 2, 6], dtype=torch.int32)},
+    ),
     "linear_attention": Call(
         "linear_attention",
         lambda: {**qkv(), "decay": torch.rand(2), "S": torch.randn(2, 2, 16, 16), "z": torch.rand(2, 2, 16)},
@@ -146,7 +151,7 @@ def test_every_op_and_each_of_its_tensors_is_here() -> None:
     """By the schemas: a new floating argument must be tried, or be one of those that hold indices and flags."""
     without = {
         "mask", "key_padding_mask", "dropout_seed", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens", "cache_seqlens", "block_table",
-        "cache_batch_idx", "cache_leftpad", "slot_mapping", "positions", "sequence_offsets", "targets",
+        "cache_batch_idx", "cache_leftpad", "slot_mapping", "positions", "sequence_offsets", "targets", "offsets",
     }  # fmt: skip
     named = {"state": "S", "normalizer": "z"}
     for op in hall._EVERY:

@@ -93,6 +93,10 @@ CALLS: dict[str, tuple[Callable[[Make], Any], ...]] = {
         )
         for reduction in ("mean", "sum", "none")
     ),
+    "grouped_linear": (
+        lambda make: pytransformer.grouped_linear(make(10, 16), make(2, 24, 16), starts(make), bias=make(2, 24)),
+        lambda make: pytransformer.grouped_linear(make(10, 16), make(2, 24, 16), starts(make)),
+    ),
     "linear_attention": (
         lambda make: pytransformer.linear_attention(
             make(2, 5, 4, 16), make(2, 5, 2, 16), make(2, 5, 2, 16), causal=True, decay=make(2), return_state=True

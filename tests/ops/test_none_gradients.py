@@ -113,6 +113,15 @@ CALLS = {
         lambda: {"gate": torch.randn(4, 16), "up": torch.randn(4, 16)},
         lambda backend, **tensors: (pytransformer.swiglu(**tensors, backend=backend),),
     ),
+    "grouped_linear": Differentiated(
+        ("grouped_linear_forward",),
+        lambda: {"x": torch.randn(6, 16), "weight": torch.randn(3, 8, 16), "bias": torch.randn(3, 8)},
+        lambda backend, **tensors: (
+            pytransformer.grouped_linear(
+                **tensors, offsets=torch.tensor([0, 2, 2, 6], dtype=torch.int32, device=tensors["x"].device), backend=backend
+            ),
+        ),
+    ),
     "linear_cross_entropy": Differentiated(("linear_cross_entropy_total",), head, loss("mean")),
     "linear_cross_entropy, none": Differentiated(("linear_cross_entropy_losses",), head, loss("none")),
 }  # fmt: skip

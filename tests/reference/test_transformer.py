@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,14 +22,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pytransformer.reference import Transformer
-from pytransformer.reference.transformer import Block, activate
+from pytransformer import TransformerConfig
+from pytransformer.reference import EncoderDecoder, Transformer
+from pytransformer.reference.blocks import Block, Inputs, Norm
+from pytransformer.reference.feed_forward import activate
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, MAX_SEQLEN = 50, 32, 2, 4, 2, 8, 48, 24
 
 
 def make_config(**changes):
-    """A plain object with the attributes of TransformerConfig: Llama's choices unless changed."""
+    """Llama's choices unless changed."""
     choices = {
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
@@ -69,8 +70,7 @@ def make_config(**changes):
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    assert set(changes) <= set(choices)
-    return SimpleNamespace(**{**choices, **changes})
+    return TransformerConfig(**{**choices, **changes})
 
 
 GPT2 = {
@@ -249,7 +249,7 @@ def test_block_equals_torch_encoder_layer(placement, activation, device):
         attention_bias=True,
         mlp_bias=True,
     )
-    block = randomise(Block(config)).double().to(device)
+    block = randomise(Block(config, 0)).double().to(device)
     theirs = nn.TransformerEncoderLayer(
         HIDDEN, HEADS, INTERMEDIATE, 0.0, activation, batch_first=True, norm_first=placement == "pre"
     )
@@ -269,7 +269,8 @@ def test_block_equals_torch_encoder_layer(placement, activation, device):
     theirs.load_state_dict(state)
     x = torch.randn(2, 7, HIDDEN, dtype=torch.float64, device=device)
     causal = nn.Transformer.generate_square_subsequent_mask(7, device=device, dtype=torch.float64)
-    assert_close(block(x), theirs(x, src_mask=causal))
+    positions = torch.arange(7, device=device).expand(2, 7)
+    assert_close(block(x, Inputs(positions, lengths=[7, 7])), theirs(x, src_mask=causal))
 
 
 # ---- what the choices mean -----------------------------------------------------------------------------------------
@@ -366,6 +367,8 @@ def test_model_and_head_are_the_two_halves(device):
         ("swiglu", lambda x: F.silu(x[..., :4]) * x[..., 4:]),
         ("geglu", lambda x: F.gelu(x[..., :4]) * x[..., 4:]),
         ("geglu_tanh", lambda x: F.gelu(x[..., :4], approximate="tanh") * x[..., 4:]),
+        ("silu", F.silu),
+        ("reglu", lambda x: F.relu(x[..., :4]) * x[..., 4:]),
     ],
 )
 def test_activations_equal_torch(name, expected, device):
@@ -434,7 +437,7 @@ def test_tied_weight_in_a_state_dict_must_be_the_embedding(device):
     twin.load_state_dict(state)
     assert torch.equal(twin.model.embed_tokens.weight, model.model.embed_tokens.weight.double())
     state["lm_head.weight"] = state["lm_head.weight"] + 1
-    with pytest.raises(RuntimeError, match=r"lm_head.weight differs from the embedding"):
+    with pytest.raises(RuntimeError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
         twin.load_state_dict(state)
 
 
@@ -467,12 +470,14 @@ def test_generate_stops_at_the_end_token_and_pads(device):
 
 
 def test_refusals(device):
-    with pytest.raises(NotImplementedError, match="'t5'"):
-        Transformer(make_config(positions="t5"))
     with pytest.raises(ValueError, match="'batch_norm'"):
-        Transformer(make_config(norm="batch_norm"))
+        Norm("batch_norm", 4, eps=1e-5)
     with pytest.raises(ValueError, match="'tanh'"):
-        Transformer(make_config(activation="tanh"))(make_ids("cpu"))
+        activate("tanh", torch.ones(4))
+    with pytest.raises(ValueError, match="that is EncoderDecoder"):
+        Transformer(make_config(architecture="encoder-decoder"))
+    with pytest.raises(ValueError, match="got 'decoder'"):
+        EncoderDecoder(make_config())
     model = Transformer(make_config()).to(device)
     with pytest.raises(ValueError, match="25 tokens, but max_seqlen is 24"):
         model(make_ids(device, seqlen=MAX_SEQLEN + 1))

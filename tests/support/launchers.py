@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from pytransformer.kernels.activation import ActivationBackward, ActivationForward
+from pytransformer.kernels.grouped_linear import GroupedBackward, GroupedForward
 from pytransformer.kernels.norm.backward import NormBackward
 from pytransformer.kernels.norm.forward import NormForward
 from pytransformer.kernels.rope import RopeLaunch
 from pytransformer.ops.activation import ActivationCall, ActivationGradientCall
+from pytransformer.ops.grouped_linear.call import GroupedLinearCall, GroupedLinearGradientCall
 from pytransformer.ops.norm.call import NormCall, NormGradientCall
 from pytransformer.ops.rope.call import RopeCall
 
@@ -119,4 +121,43 @@ def activation_by(module: Any) -> dict[str, Any]:
     return {
         "forward": functools.partial(activation_forward, launch=module.ActivationForward),
         "backward": functools.partial(activation_backward, launch=module.ActivationBackward),
+    }
+
+
+def grouped_forward(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    launch: Any = GroupedForward,
+    **options: Any,
+) -> Tensor:
+    """The grouped product by the Triton kernel, or by the class ``launch`` of a broken copy."""
+    call = GroupedLinearCall(x, weight, offsets, bias)
+    return launch(call, **options)(call)  # type: ignore[no-any-return]
+
+
+def grouped_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    want_dx: bool = True,
+    want_dweight: bool = True,
+    want_dbias: bool = True,
+    launch: Any = GroupedBackward,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """(dx, dweight, dbias) by the Triton kernels, or by the class ``launch`` of a broken copy."""
+    call = GroupedLinearGradientCall(dy, x, weight, offsets, want_dx, want_dweight, want_dbias)
+    return launch(call, **options)(call)  # type: ignore[no-any-return]
+
+
+def grouped_by(module: Any) -> dict[str, Any]:
+    """Both by a broken copy of the kernel file, under the names ``forward`` and ``backward``."""
+    return {
+        "forward": functools.partial(grouped_forward, launch=module.GroupedForward),
+        "backward": functools.partial(grouped_backward, launch=module.GroupedBackward),
     }

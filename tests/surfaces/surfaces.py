@@ -254,6 +254,15 @@ SURFACES: dict[str, Surface] = {
         "Ops", lambda batch, seqlen: {**sequence(batch, seqlen), "weight": torch.randn(9, 16), "bias": torch.randn(9)}, loss,
         numbers={"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "ignore_index": -7},
     ),
+    "grouped_linear": Surface(
+        "Ops",
+        lambda batch, seqlen: {
+            "x": torch.randn(batch * seqlen, 16), "weight": torch.randn(3, 8, 16),
+            "offsets": torch.tensor([0, batch * seqlen // 2, batch * seqlen // 2, batch * seqlen], dtype=torch.int32),
+            "bias": torch.randn(3, 8),
+        },
+        function_of(pytransformer.grouped_linear),
+    ),
     "linear_attention": Surface("Ops", qkv, function_of(pytransformer.linear_attention), numbers={"causal": True, "normalize": True}),
     # --- modules ---
     "nn.Attention": Surface(
@@ -275,6 +284,10 @@ SURFACES: dict[str, Surface] = {
         "Modules", sequence, lambda **numbers: ptnn.FeedForward(activation="swiglu", **numbers),
         numbers={"hidden_size": 16, "intermediate_size": 24, "dropout": 0.0},
     ),
+    "nn.MixtureOfExperts": Surface(
+        "Modules", sequence, lambda **numbers: ptnn.MixtureOfExperts(**{"num_experts": 4, "experts_per_token": 2, **numbers}),
+        numbers={"hidden_size": 16, "expert_size": 8, "num_experts": 4, "norm_topk_prob": True, "dropout": 0.0},
+    ),
     "nn.Linear": Surface(
         "Modules", sequence, ptnn.Linear, positional, numbers={"in_features": 16, "out_features": 8}
     ),
@@ -285,6 +298,18 @@ SURFACES: dict[str, Surface] = {
     "nn.AlibiSlopes": Surface(
         "Modules", qkv, lambda **numbers: ptnn.AlibiSlopes(**{"num_heads": 4, **numbers}),
         lambda target, tensors: pytransformer.attention(**tensors, alibi_slopes=target.slopes), numbers={"num_heads": 4},
+    ),
+    "nn.AlibiBias": Surface(
+        "Modules", lambda batch, seqlen: {"places": torch.arange(seqlen).repeat(batch, 1)},
+        ptnn.AlibiBias, positional, numbers={"num_heads": 4, "scale": 0.5}, differentiable=False,
+    ),
+    "nn.RelativeBias": Surface(
+        "Modules", lambda batch, seqlen: {"distance": torch.arange(seqlen).repeat(batch, seqlen, 1)},
+        ptnn.RelativeBias, positional, numbers={"num_buckets": 8, "num_heads": 4, "max_distance": 16}, differentiable=False,
+    ),
+    "nn.RelativeKeys": Surface(
+        "Modules", qkv, ptnn.RelativeKeys, lambda target, tensors: target.scores(tensors["q"], tensors["q"]),
+        numbers={"max_seqlen": 16, "head_dim": 16},
     ),
     "nn.SinusoidalPositions": Surface(
         "Modules", lambda batch, seqlen: {"positions": torch.arange(seqlen).repeat(batch, 1)},
@@ -340,5 +365,6 @@ SURFACES: dict[str, Surface] = {
 NO_ROWS = {
     "TransformerConfig": "data", "backends": "a report", "use_backend": "a context", "rope_tables": "takes no tensors",
     "load": "a file", "save": "a file", "warmup": "compiles",
-    "nn.LayerCache": "a protocol", "nn.PatchReport": "data", "nn.unpatch": "undoes patch", "register_flash_attention": "a registration",
+    "nn.LayerCache": "a protocol", "nn.PatchReport": "data", "nn.unpatch": "undoes patch",
+    "nn.Experts": "a part of nn.MixtureOfExperts", "register_flash_attention": "a registration",
 }  # fmt: skip

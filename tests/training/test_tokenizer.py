@@ -12,15 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from pytransformer.text import CharacterStream, stream
+from pytransformer.text.files import END_OF_TEXT
+from pytransformer.text.stream import byte_alphabet
 from pytransformer.training.corpus import pieces
-from pytransformer.training.tokenizer import (
-    END_OF_TEXT,
-    CharacterStream,
-    TextTokenizer,
-    _without_long_words,
-    byte_alphabet,
-    stream,
-)
+from pytransformer.training.tokenizer import TextTokenizer, _without_long_words
 
 TEXT = "def add(first, second):\n    return first + second\n\n\ndef naïve(x):\n\treturn '日本語 🙂'\n" * 40
 

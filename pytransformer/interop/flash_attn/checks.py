@@ -1,4 +1,4 @@
-"""What the functions share: the errors flash_attn raises for a mistake, and head sizes that are not a multiple of 8."""
+"""What the functions share: the errors flash_attn raises for a mistake, and its looser arguments in the ops' terms."""
 
 from __future__ import annotations
 
@@ -44,13 +44,6 @@ def check_packing(name: str, tensor: Tensor, dimension: int, count: int) -> None
     if found != count:
         message = f"{name} must hold {count} tensors in dimension {dimension}, got shape {tuple(tensor.shape)}"
         raise IndexError(message) if found < count else RuntimeError(message)
-
-
-def check_head_dim(**tensors: Tensor) -> None:
-    """RuntimeError for a head_dim above 256."""
-    for name, tensor in tensors.items():
-        if tensor.shape[-1] > 256:
-            raise RuntimeError(f"{name} must have a head_dim of at most 256, got {tensor.shape[-1]}")
 
 
 def check_alibi_slopes(alibi_slopes: Any, batch: int | None = None, num_heads: int = 0) -> None:
@@ -99,9 +92,3 @@ def softcap_of(softcap: Any) -> float:
 def with_contiguous_rows(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where elements of the last dimension are not adjacent."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def pad_head_dim(tensor: Tensor) -> Tensor:
-    """Zeros up to the next multiple of 8, which add nothing to a dot product and are cut off the output again."""
-    missing = -tensor.shape[-1] % 8
-    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor

@@ -10,9 +10,7 @@ from torch import Tensor
 from pytransformer.interop.flash_attn.checks import (
     check_alibi_slopes,
     check_dimensions,
-    check_head_dim,
     check_packing,
-    pad_head_dim,
     raises_as_flash_attn,
     softcap_of,
     window_of,
@@ -69,7 +67,7 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float16 or bfloat16; here also float32 (float64 without a kernel), and on a CPU.
-            head_dim from 1 to 256: sizes that are not a multiple of 8 are padded, which copies.
+            Any head_dim: up to 256 by the kernels, which copy what is not a multiple of 8, and above by torch.
         k: (batch, seqlen_k, num_kv_heads, head_dim); num_kv_heads divides num_heads, and query head h reads key head
             ``h // (num_heads // num_kv_heads)``.
         v: (batch, seqlen_k, num_kv_heads, head_dim); here it may have a head_dim of its own.
@@ -262,7 +260,6 @@ def _attend(q: Any, k: Any, v: Any, options: Options, packing: Packing | None = 
 def _attend_dense_or_packed(
     q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing | None
 ) -> AttentionResult:
-    check_head_dim(q=q, k=k, v=v)
     check_alibi_slopes(options.alibi_slopes)
     dropout_p = checks.check_float("dropout_p", options.dropout_p, minimum=0.0, below=1.0)
     return_attn_probs = checks.check_bool("return_attn_probs", options.return_attn_probs)
@@ -271,7 +268,7 @@ def _attend_dense_or_packed(
     meaning: dict[str, Any] = {
         "causal": options.causal,
         "window": window_of(options.window_size),
-        "softmax_scale": _scale(q, options),
+        "softmax_scale": options.softmax_scale,
         "softcap": softcap_of(options.softcap),
         "alibi_slopes": options.alibi_slopes,
         "dropout_p": dropout_p,
@@ -282,18 +279,17 @@ def _attend_dense_or_packed(
         packing = _read(packing)
         meaning |= {"cu_seqlens_q": packing.cu_seqlens_q, "cu_seqlens_k": packing.cu_seqlens_k}
         meaning |= {"max_seqlen_q": packing.max_seqlen_q, "max_seqlen_k": packing.max_seqlen_k}
-    q, k = _padded(q), _padded(k)
-    result = attention(q, k, _padded(v), deterministic=deterministic, return_lse=return_attn_probs, **meaning)
-    if meaning["dropout_seed"] is None:
-        return _result(result, v, q.new_empty(0))
-    return _result(result, v, signed_probabilities(q, k, **meaning))
+    q, k, v = (with_contiguous_rows(tensor) for tensor in (q, k, v))
+    result = attention(q, k, v, deterministic=deterministic, return_lse=return_attn_probs, **meaning)
+    if isinstance(result, Tensor):
+        return result
+    return *result, q.new_empty(0) if meaning["dropout_seed"] is None else signed_probabilities(q, k, **meaning)
 
 
 @raises_as_flash_attn
 def _attend_paged(
     q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing, block_table: Tensor
 ) -> AttentionResult:
-    check_head_dim(q=q, k=k, v=v)
     check_alibi_slopes(options.alibi_slopes)
     packing = _read(packing)
     if options.dropout_p != 0:
@@ -304,31 +300,23 @@ def _attend_paged(
     seqlens_k = packing.cu_seqlens_k.diff()
     if packing.max_seqlen_k is not None:
         checks.check_values("cu_seqlens_k", seqlens_k, 0, packing.max_seqlen_k, "sequences (max_seqlen_k)")
+    q, k, v = (with_contiguous_rows(tensor) for tensor in (q, k, v))
     result = decode_attention(
-        _padded(q),
-        _padded(k),
-        _padded(v),
+        q,
+        k,
+        v,
         seqlens_k,
         causal=options.causal,
         cu_seqlens_q=packing.cu_seqlens_q,
         max_seqlen_q=packing.max_seqlen_q,
         block_table=block_table,
-        softmax_scale=_scale(q, options),
+        softmax_scale=options.softmax_scale,
         window=window_of(options.window_size),
         softcap=softcap_of(options.softcap),
         alibi_slopes=options.alibi_slopes,
         return_lse=checks.check_bool("return_attn_probs", options.return_attn_probs),
     )
-    return _result(result, v, q.new_empty(0))
-
-
-def _padded(tensor: Tensor) -> Tensor:
-    return pad_head_dim(with_contiguous_rows(tensor))
-
-
-def _scale(q: Tensor, options: Options) -> float:
-    """softmax_scale, which defaults to that of the head_dim before padding."""
-    return float(q.shape[-1]) ** -0.5 if options.softmax_scale is None else options.softmax_scale
+    return result if isinstance(result, Tensor) else (*result, q.new_empty(0))
 
 
 def _read(packing: Packing) -> Packing:
@@ -339,10 +327,3 @@ def _read(packing: Packing) -> Packing:
         int(value) if isinstance(value, Tensor) else value for value in (packing.max_seqlen_q, packing.max_seqlen_k)
     )
     return packing._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k)
-
-
-def _result(result: Tensor | tuple[Tensor, Tensor], v: Tensor, dropped: Tensor) -> AttentionResult:
-    """What flash_attn returns, out without the features that were padded."""
-    out, lse = result if isinstance(result, tuple) else (result, None)
-    out = out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]]
-    return out if lse is None else (out, lse, dropped)

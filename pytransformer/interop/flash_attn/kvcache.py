@@ -10,8 +10,6 @@ from torch import Tensor
 from pytransformer.interop.flash_attn.checks import (
     check_alibi_slopes,
     check_dimensions,
-    check_head_dim,
-    pad_head_dim,
     raises_as_flash_attn,
     softcap_of,
     window_of,
@@ -79,9 +77,9 @@ def flash_attn_with_kvcache(
     declare, so the function compiles with ``fullgraph=True``. Not differentiable.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), dtype of the caches; float16 or bfloat16, here also float32. head_dim from 1 to 256.
+        q: (batch, seqlen_q, num_heads, head_dim), dtype of the caches; float16 or bfloat16, here also float32. Any head_dim.
         k_cache, v_cache: (rows, capacity, num_kv_heads, head_dim), or (pages, page_size, num_kv_heads, head_dim) with ``block_table``,
-            here any page_size from 1. With a head_dim that is not a multiple of 8 each call copies the caches, as flash_attn does.
+            here any page_size from 1.
         k, v: (batch, seqlen_new, num_kv_heads, head_dim), both or neither; ``cache_seqlens`` is then required.
         rotary_cos, rotary_sin: (length, rotary_dim / 2) in q's dtype, here also float32; length at least the capacity. Only with k and v.
             k is rotated at the positions it is written to. q is rotated at cache_seqlens + i if causal or with a window, else all of q
@@ -125,14 +123,11 @@ def _append_and_attend(
     cache_batch_idx: Any, cache_leftpad: Any, block_table: Any, softmax_scale: float | None, causal: bool, window_size: Any, softcap: Any,
     rotary_interleaved: bool, alibi_slopes: Any, num_splits: int, return_softmax_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    head_dim, value_dim = q.shape[-1], v_cache.shape[-1]
     # Everything is checked before anything is written.
     options: dict[str, Any] = {
         "causal": checks.check_bool("causal", causal),
         "window": window_of(window_size),
-        "softmax_scale": float(head_dim) ** -0.5
-        if softmax_scale is None
-        else checks.check_float("softmax_scale", softmax_scale),
+        "softmax_scale": None if softmax_scale is None else checks.check_float("softmax_scale", softmax_scale),
         "softcap": softcap_of(softcap),
         "alibi_slopes": alibi_slopes,
         "num_splits": max(checks.check_int("num_splits", num_splits, maximum=MAX_SPLITS), 0),
@@ -144,18 +139,12 @@ def _append_and_attend(
     new_tokens = 0 if k is None else k.shape[1]
     _check_lengths(q, cache, new_tokens)
     rotary = _rotary(q, k, cache, rotary_cos, rotary_sin, rotary_interleaved)
-    given = cache
-    if head_dim % 8 or value_dim % 8:
-        cache = cache._replace(k=pad_head_dim(cache.k), v=pad_head_dim(cache.v))
-    q = pad_head_dim(with_contiguous_rows(q))
+    q = with_contiguous_rows(q)
     if k is not None:
-        new = pad_head_dim(with_contiguous_rows(k)), pad_head_dim(with_contiguous_rows(v))
+        new = with_contiguous_rows(k), with_contiguous_rows(v)
         q = _append(q, *new, cache, rotary, options["causal"] or options["window"] != (-1, -1))
-        if cache is not given:
-            given.k.copy_(cache.k[..., :head_dim])
-            given.v.copy_(cache.v[..., :value_dim])
     seqlens = cache.seqlens + new_tokens
-    result = decode_attention(
+    return decode_attention(
         q,
         cache.k,
         cache.v,
@@ -166,9 +155,6 @@ def _append_and_attend(
         cache_leftpad=cache.leftpad,
         **options,
     )
-    out, lse = result if isinstance(result, tuple) else (result, None)
-    out = out if out.shape[-1] == value_dim else out[..., :value_dim]
-    return out if lse is None else (out, lse)
 
 
 def _append(q: Tensor, k: Tensor, v: Tensor, cache: Cache, rotary: Rotary | None, in_order: bool) -> Tensor:
@@ -210,7 +196,6 @@ def _check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Any, v: Any, 
             raise RuntimeError(
                 f"{name} must have the dtype of q ({checks.short(q.dtype)}), got {checks.short(tensor.dtype)}{hint}"
             )
-    check_head_dim(**tensors)
     num_kv_heads, head_dim = k_cache.shape[2:]
     checks.check_gqa(q.shape[2], num_kv_heads, "q", "k_cache")
     checks.check_shape("q", q, (None, None, None, head_dim), "(batch, seqlen_q, num_heads, head_dim of k_cache)")

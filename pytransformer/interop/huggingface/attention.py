@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
@@ -17,7 +16,6 @@ from pytransformer.ops.checks import readable
 from pytransformer.ops.decode_attention import decode_attention
 
 NAME = "pytransformer"
-HEAD_DIM_MULTIPLE = 8
 
 _logger = logging.get_logger(__name__)
 
@@ -75,7 +73,7 @@ def attention_forward(
     Args:
         module: the attention module. Its ``config`` says whether it is part of a model with this implementation. Elsewhere, and while a
             compiler traces, its ``is_causal`` counts where ``is_causal`` and ``attention_mask`` are None, as with "sdpa".
-        query: (batch, num_heads, query_length, head_dim). Any head_dim up to 256.
+        query: (batch, num_heads, query_length, head_dim). Any head_dim.
         key, value: (batch, num_kv_heads, kv_length, head_dim), not repeated.
         attention_mask: what :func:`attention_mask` returned; or a custom mask that broadcasts to (batch, num_heads, query_length,
             kv_length): boolean, True = attend, or floating, added to the scores. With a mask, ``is_causal`` and ``sliding_window`` say
@@ -118,14 +116,13 @@ def attention_forward(
     if indices is not None or block_indices is not None:
         visible = _with_chosen(visible, module, q, k.shape[1], indices, block_indices)
     options = {
-        "softmax_scale": scaling if scaling is not None else query.shape[-1] ** -0.5,
+        "softmax_scale": scaling,
         "softcap": 0.0 if softcap is None else softcap,
         "sinks": s_aux,
     }
     grad_options = {"dropout_p": float(dropout), "deterministic": True if deterministic else None}
-    q, k, v = (_pad_head_dim(tensor) for tensor in (q, k, v))
-    out = _attend(q, k, v, visible, options, grad_options)
-    return out[..., : value.shape[-1]].contiguous(), None
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    return _attend(q, k, v, visible, options, grad_options).contiguous(), None
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -262,14 +259,6 @@ def _members(indices: Tensor, size: int) -> Tensor:
     return torch.zeros(*indices.shape[:-1], size + 1, dtype=torch.bool, device=indices.device).scatter_(
         -1, places, True
     )[..., :size]
-
-
-def _pad_head_dim(tensor: Tensor) -> Tensor:
-    """Zero features up to a multiple of 8 change no product; the last dimension contiguous."""
-    missing = -tensor.shape[-1] % HEAD_DIM_MULTIPLE
-    if missing:
-        return F.pad(tensor, (0, missing))
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _attend(

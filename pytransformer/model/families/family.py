@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,11 @@ COMMON: dict[str, Field] = {
 }
 
 
+def as_configured(config: TransformerConfig, names: Collection[str]) -> TransformerConfig:
+    """The ``settle`` of a family whose ``config.json`` leaves nothing open."""
+    return config
+
+
 @dataclass(frozen=True)
 class Family:
     """One public family.
@@ -104,7 +109,9 @@ class Family:
         write: the inverse: fields of theirs.
         weights: every tensor; those that a model does not have (a bias, say) are left out.
         prefixes: what may stand before the names of a file, the usual one first (a base model lacks "transformer.", say).
-        ignored: regular expressions of tensors that a file may hold and that say nothing (tables, masks).
+        settle: the configuration as the names of a file's tensors (as the table has them) make it, where ``config.json`` leaves it open.
+        ignored: regular expressions of tensors that a file may hold beside those of the table that the model has (tables, masks, the
+            parts of another head).
     """
 
     name: str
@@ -115,6 +122,7 @@ class Family:
     weights: tuple[Weight, ...]
     prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = field(default=())
+    settle: Callable[[TransformerConfig, Collection[str]], TransformerConfig] = as_configured
 
     def field(self, name: str) -> Field | None:
         """What the field means, or ``None`` for one that the family does not have."""
@@ -171,7 +179,10 @@ def write_config(family: Family, config: TransformerConfig) -> dict[str, Any]:
     values = {**kept, "model_type": family.name, **family.write(config)}
     if fitting:
         values["architectures"] = fitting[:1]
-    again = read_config(family, values)
+    try:
+        again = read_config(family, values)
+    except CheckpointError as error:
+        raise ValueError(f"the family {family.name} cannot express this model: {error}") from error
     lost = [
         f"{entry.name} = {getattr(config, entry.name)!r}"
         for entry in dataclasses.fields(config)

@@ -153,11 +153,12 @@ def write_shape(config: TransformerConfig, *, activation: str = "hidden_act") ->
         "rms_norm_eps": config.norm_eps,
         activation: next((name for name, ours in ACTIVATIONS.items() if ours == config.activation), config.activation),
         "attention_dropout": config.attention_dropout,
-        "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         **write_tokens(config),
         **write_labels(config),
     }
+    if config.head == "lm":  # nothing to tie for the others, so the family's default does
+        written["tie_word_embeddings"] = config.tie_embeddings
     return written if config.causal else {**written, "is_causal": False}
 
 

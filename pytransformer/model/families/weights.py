@@ -59,7 +59,7 @@ class QKV:
 
     def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
         kv_rows = config.num_kv_heads * config.head_dim
-        return list(ours.split([ours.shape[0] - 2 * kv_rows, kv_rows, kv_rows]))
+        return list(torch.split(ours, [ours.shape[0] - 2 * kv_rows, kv_rows, kv_rows]))
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,33 @@ ROW_FORMS = (QKV, Halves)
 
 
 @dataclass(frozen=True)
+class First:
+    """A tensor that stands under several names, of which the first is what the model computes with; all are written."""
+
+    count: int = 2
+
+    def join(self, theirs: list[Tensor], config: TransformerConfig) -> Tensor:
+        return theirs[0]
+
+    def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
+        return [
+            ours,
+            *(ours.clone() for _ in range(self.count - 1)),
+        ]  # a file of safetensors refuses to hold one memory twice
+
+
+@dataclass(frozen=True)
+class Row:
+    """A vector stored as a matrix of one row."""
+
+    def join(self, theirs: list[Tensor], config: TransformerConfig) -> Tensor:
+        return theirs[0][0]
+
+    def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
+        return [ours[None]]
+
+
+@dataclass(frozen=True)
 class PerHead:
     """q, k and v of a key head together: (num_kv_heads, group + 2, head_dim) rows (GPT-NeoX, BLOOM, Falcon)."""
 
@@ -85,7 +112,7 @@ class PerHead:
         group = config.num_heads // config.num_kv_heads
         rest = theirs[0].shape[1:]
         together = theirs[0].reshape(config.num_kv_heads, group + 2, config.head_dim, *rest)
-        q, k, v = together.split([group, 1, 1], dim=1)
+        q, k, v = torch.split(together, [group, 1, 1], dim=1)
         return torch.cat([part.reshape(-1, *rest) for part in (q, k, v)])
 
     def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
@@ -126,6 +153,8 @@ class Weight:
         form: how.
         optional: a file may lack it; the model then keeps what it starts with.
         when: whether the tensor stands under these names in a model of this configuration (Falcon names its norms by their number).
+        copies: other names under which a file may hold the same tensor, beside or instead (of one name in ``theirs`` only). They are not
+            written, and a file in which they differ is refused.
     """
 
     ours: str
@@ -133,6 +162,7 @@ class Weight:
     form: Form = Same()
     optional: bool = False
     when: Callable[[TransformerConfig], bool] = always
+    copies: tuple[str, ...] = ()
 
     def side(self, config: TransformerConfig) -> TransformerConfig:
         """The configuration of the side of an encoder–decoder that the tensor belongs to."""
@@ -146,12 +176,18 @@ class Weight:
             names = [name.replace("{i}", str(layer)) for name in self.theirs]
             if any("{e}" in name for name in names):
                 names = [name.replace("{e}", str(expert)) for expert in range(config.num_experts) for name in names]
-            yield Weight(self.ours.replace("{i}", str(layer)), tuple(names), self.form, self.optional)
+            ours, copies = (
+                self.ours.replace("{i}", str(layer)),
+                tuple(copy.replace("{i}", str(layer)) for copy in self.copies),
+            )
+            yield Weight(ours, tuple(names), self.form, self.optional, copies=copies)
 
 
-def same(ours: str, theirs: str, *, optional: bool = False) -> Weight:
+def same(
+    ours: str, theirs: str, *, optional: bool = False, when: Callable[[TransformerConfig], bool] = always
+) -> Weight:
     """A tensor that is the same on both sides."""
-    return Weight(ours, (theirs,), Same(), optional)
+    return Weight(ours, (theirs,), Same(), optional, when)
 
 
 def affine(

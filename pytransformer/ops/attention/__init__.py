@@ -48,11 +48,11 @@ def attention(
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with ``cu_seqlens_q``. float32, float16,
-            bfloat16 (float64: torch and reference only); head_dim a multiple of 8 from 8 to 256; last dimension contiguous, other strides
-            free. Under autocast q, k and v are cast to its dtype.
+            bfloat16 (float64: torch and reference only); last dimension contiguous, other strides free. Any head_dim: up to 256 by the
+            kernels, which copy what is no multiple of 8, and above by torch. Under autocast q, k and v are cast to its dtype.
         k: (batch, seqlen_k, num_kv_heads, head_dim) or (total_k, num_kv_heads, head_dim), dtype of q; num_kv_heads divides num_heads and
             query head h reads key head ``h // (num_heads // num_kv_heads)``.
-        v: like k, with a head_dim of its own (multiple of 8 from 8 to 256).
+        v: like k, with a head_dim of its own.
         causal: see above; it is aligned bottom-right when the lengths differ.
         window: (left, right), inclusive, -1 = unlimited.
         softmax_scale: finite; 1 / sqrt(head_dim) if None.

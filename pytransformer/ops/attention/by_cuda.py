@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pytransformer import extension
 from pytransformer.ops.attention.call import AttentionCall, is_empty, unless_empty
-from pytransformer.ops.backend import Backend, Limit, Outputs, is_plain
+from pytransformer.ops.attention.padding import is_padded, padded
+from pytransformer.ops.backend import Backend, Limit, Outputs, head_dim_limit, is_plain
 from pytransformer.ops.checks import short
 
 
@@ -38,8 +39,8 @@ def _trains_slopes(call: AttentionCall) -> str | None:
 
 
 def _has_unaligned_rows(call: AttentionCall) -> str | None:
-    # What is being traced has no address yet; rows that turn out not to be aligned are copied then.
-    if is_plain(call.q, call.k, call.v):
+    # What is being traced has no address yet; rows that turn out not to be aligned are copied then. What is padded is copied anyway.
+    if is_plain(call.q, call.k, call.v) and not is_padded(call):
         for name, tensor in (("q", call.q), ("k", call.k), ("v", call.v)):
             if not _has_aligned_rows(tensor):
                 return (
@@ -71,7 +72,11 @@ def _forward(call: AttentionCall) -> Outputs:
 
 def _plan(call: AttentionCall) -> Callable[[AttentionCall], Any] | None:
     """The op checks its arguments itself: of a call like this one it refuses, by ValueError, rows that happen not to be aligned."""
-    if is_empty(call) or (call.alibi_slopes is not None and call.alibi_slopes.dtype != torch.float32):
+    if (
+        is_empty(call)
+        or is_padded(call)
+        or (call.alibi_slopes is not None and call.alibi_slopes.dtype != torch.float32)
+    ):
         return None
     op, options = _op("attention_forward"), (call.softmax_scale, call.causal, *call.window, call.softcap)
     places = operator.itemgetter(
@@ -124,9 +129,10 @@ extension.register_fake("attention_backward", _fake_backward)
 
 BACKEND = Backend(
     "cuda",
-    unless_empty(_forward),
+    unless_empty(padded(_forward)),
     (
         Limit("float32 and float64", _not_16_bit),
+        head_dim_limit("q", "v"),
         *map(_has, ("mask", "bias", "key_padding_mask", "sinks")),
         Limit("dropout_p", _drops_out),
         Limit("gradient of alibi_slopes", _trains_slopes),

@@ -237,23 +237,34 @@ def _erase(out: Tensor, empty: Tensor) -> Tensor:
 
 def _sdpa(call: AttentionCall, attn_mask: Tensor | None, is_causal: bool = False) -> Tensor:
     q, k, v = call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    # On a CPU the fused kernel wants one head_dim; without it the score matrix would be materialised. Zero features change no product.
-    padded = head_dim != value_dim and not q.is_cuda
-    if padded:
-        width = max(head_dim, value_dim)
-        q, k, v = (F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in (q, k, v))
+    width, value_width = _widths(call)
+    q, k, v = (
+        tensor if tensor.shape[-1] == wanted else F.pad(tensor, (0, wanted - tensor.shape[-1]))
+        for tensor, wanted in ((q, width), (k, width), (v, value_width))
+    )
     enable_gqa = False
     if q.shape[1] != k.shape[1]:
-        if q.is_cuda and (attn_mask is not None or q.dtype not in SIXTEEN_BIT):
-            # On a GPU only the 16-bit kernel without a mask shares key heads; the others get copies, or they would materialise scores.
+        is_flash = attn_mask is None and q.dtype in SIXTEEN_BIT and width == value_width <= 256
+        if q.is_cuda and not is_flash:
+            # On a GPU only that kernel shares key heads; the others get copies, or they would materialise scores.
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         else:
             enable_gqa = True
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=call.softmax_scale, enable_gqa=enable_gqa
     )
-    return (out[..., :value_dim] if padded else out).transpose(1, 2)
+    value_dim = call.v.shape[-1]
+    return (out if value_dim == value_width else out[..., :value_dim]).transpose(1, 2)
+
+
+def _widths(call: AttentionCall) -> tuple[int, int]:
+    """The head_dims that the fused kernels want, or the score matrix would be materialised; features of value 0 change no product."""
+    head_dim, value_dim = call.q.shape[-1], call.v.shape[-1]
+    if not call.q.is_cuda:
+        # One for all, of any size.
+        return (max(head_dim, value_dim),) * 2
+    # Those for GPUs read 16 bytes at once.
+    return head_dim + -head_dim % 8, value_dim + -value_dim % 8
 
 
 def _reference(call: AttentionCall) -> Outputs:

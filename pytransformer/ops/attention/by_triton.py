@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from pytransformer.ops.attention.call import AttentionCall, unless_empty
-from pytransformer.ops.backend import Backend, Limit, Outputs, no_float64
+from pytransformer.ops.attention.padding import is_padded, padded
+from pytransformer.ops.backend import Backend, Limit, Outputs, head_dim_limit, no_float64
 from pytransformer.ops.launches import kept
 from pytransformer.ops.precision import allows_tf32
 
@@ -38,7 +39,7 @@ _launch_backward = tuple(kept(functools.partial(_prepare_backward, allow_tf32=al
 
 
 def _plan(call: AttentionCall) -> Callable[[AttentionCall], Any] | None:
-    if call.q.dtype == torch.float32 or call.q.numel() == 0 or call.k.numel() == 0:
+    if call.q.dtype == torch.float32 or call.q.numel() == 0 or call.k.numel() == 0 or is_padded(call):
         # The precision of float32 products may be set anew between two calls.
         return None
     launch = _prepare(call)
@@ -54,7 +55,7 @@ def backward(given: Any, call: AttentionCall) -> Outputs:
 
 BACKEND = Backend(
     "triton",
-    unless_empty(lambda call: _launch[allows_tf32(call.q.dtype)](call)),
-    (Limit("float64", no_float64),),
+    unless_empty(padded(lambda call: _launch[allows_tf32(call.q.dtype)](call))),
+    (Limit("float64", no_float64), head_dim_limit("q", "v")),
     plan=_plan,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pytransformer.ops.attention import by_cuda, by_torch, by_triton
 from pytransformer.ops.attention.call import AttentionCall, is_empty, is_packed
+from pytransformer.ops.attention.padding import padded_backward
 from pytransformer.ops.backend import Backend, Outputs
 from pytransformer.ops.registered import RegisteredOp, like
 
@@ -57,8 +58,8 @@ attention_backward = RegisteredOp(
     "attention_backward",
     GradientCall,
     (
-        Backend("triton", _unless_empty(by_triton.backward)),
-        Backend("cuda", _unless_empty(by_cuda.backward)),
+        Backend("triton", _unless_empty(padded_backward(by_triton.backward))),
+        Backend("cuda", _unless_empty(padded_backward(by_cuda.backward))),
         Backend("torch", _unless_empty(by_torch.backward)),
         Backend("reference", _unless_empty(by_torch.reference_backward)),
     ),

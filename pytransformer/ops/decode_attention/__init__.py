@@ -49,8 +49,8 @@ def decode_attention(
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with ``cu_seqlens_q``. float32, float16,
-            bfloat16 (float64: torch and reference only); head_dim a multiple of 8 from 8 to 256; last dimension contiguous. Cast to the
-            dtype of the cache under autocast.
+            bfloat16 (float64: torch and reference only); last dimension contiguous. Any head_dim: above 256 by torch, and what is no
+            multiple of 8 not by CUDA. Cast to the dtype of the cache under autocast.
         k_cache: (batch, capacity, num_kv_heads, head_dim), or (pages, page_size, num_kv_heads, head_dim) with ``block_table``, any
             page_size from 1. Dtype of q, or int8 / float8_e4m3fn with scales. num_kv_heads divides num_heads; query head h reads key
             head ``h // (num_heads // num_kv_heads)``.

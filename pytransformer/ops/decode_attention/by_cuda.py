@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import extension
-from pytransformer.ops.backend import Backend, Limit, Outputs
+from pytransformer.ops.backend import Backend, Limit, Outputs, head_dim_limit
 from pytransformer.ops.cache_checks import capacity_of
 from pytransformer.ops.checks import short
 from pytransformer.ops.decode_attention.call import DecodeCall, batch_size
@@ -67,4 +67,5 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *_
 
 
 extension.register_fake("decode_attention", _fake)
-BACKEND = Backend("cuda", _decode, (Limit("float32 and float64", _not_16_bit),), plan=_plan)
+_LIMITS = (Limit("float32 and float64", _not_16_bit), head_dim_limit("q", "v_cache", multiple=8))
+BACKEND = Backend("cuda", _decode, _LIMITS, plan=_plan)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pytransformer.ops.backend import Backend, Limit, no_float64
+from pytransformer.ops.backend import Backend, Limit, head_dim_limit, no_float64
 from pytransformer.ops.decode_attention.call import DecodeCall
 from pytransformer.ops.launches import kept
 from pytransformer.ops.precision import allows_tf32
@@ -36,6 +36,6 @@ def _plan(call: DecodeCall) -> Callable[[DecodeCall], Any] | None:
 BACKEND = Backend(
     "triton",
     lambda call: _launch[allows_tf32(call.q.dtype)](call),
-    (Limit("float64", no_float64),),
+    (Limit("float64", no_float64), head_dim_limit("q", "v_cache")),
     plan=_plan,
 )

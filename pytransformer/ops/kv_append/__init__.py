@@ -52,7 +52,7 @@ def kv_append(
 
     Args:
         k: (batch, seqlen_new, num_kv_heads, head_dim), or packed (total, num_kv_heads, head_dim) with ``cu_seqlens`` or ``slot_mapping``.
-            float32, float16, bfloat16 (float64: torch and reference only); head_dim a multiple of 8 from 8 to 256; last dimension
+            float32, float16, bfloat16 (float64: torch and reference only); any head_dim (CUDA: a multiple of 8 up to 256); last dimension
             contiguous. Under autocast k, v and q are cast to the dtype of floating caches.
         v: like k, with a head_dim of its own.
         k_cache: (batch, capacity, num_kv_heads, head_dim) or (pages, page_size, num_kv_heads, head_dim), any page_size from 1. Dtype of k,

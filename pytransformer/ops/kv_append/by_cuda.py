@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pytransformer import extension
-from pytransformer.ops.backend import Backend, Limit, Outputs, mark_changed, no_float64
+from pytransformer.ops.backend import Backend, Limit, Outputs, head_dim_limit, mark_changed, no_float64
 from pytransformer.ops.kv_append.call import AppendCall
 
 
@@ -69,4 +69,5 @@ _FAKES: dict[str, Callable[..., Any]] = {
 for _name, _function in _FAKES.items():
     extension.register_fake(_name, _function)
 
-BACKEND = Backend("cuda", _run, (Limit("float64", no_float64),), direct=_append)
+_LIMITS = (Limit("float64", no_float64), head_dim_limit("k", "v", multiple=8))
+BACKEND = Backend("cuda", _run, _LIMITS, direct=_append)

@@ -18,14 +18,16 @@ TINY: dict[str, Any] = {
 OLDER = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
 
 
-def gemma(version: str, name: str, model: str = "", generates: bool = True, **fields: Any) -> Case:
+def gemma(version: str, name: str, model: str = "", generates: bool = True, batch: int = 2, **fields: Any) -> Case:
     config, family = {
         "1": ("GemmaConfig", "Gemma"),
         "2": ("Gemma2Config", "Gemma2"),
         "3": ("Gemma3TextConfig", "Gemma3"),
     }[version]
     fields = {**TINY, **fields}
-    return Case(f"gemma{version}-{name}", config, model or f"{family}ForCausalLM", fields, generates=generates)
+    return Case(
+        f"gemma{version}-{name}", config, model or f"{family}ForCausalLM", fields, generates=generates, batch=batch
+    )
 
 
 CASES = [
@@ -50,7 +52,7 @@ CASES = [
         "3", "both-ways-odd-window", sliding_window=5, layer_types=["sliding_attention", "full_attention"],
         use_bidirectional_attention=True, final_logit_softcapping=2.0, num_key_value_heads=4, generates=False,
     ),
-    gemma("3", "classifier", "Gemma3TextForSequenceClassification", num_labels=3, tie_word_embeddings=False),
+    gemma("3", "classifier", "Gemma3TextForSequenceClassification", batch=16, num_labels=3, tie_word_embeddings=False),
 ]  # fmt: skip
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from pytransformer import TransformerConfig
 from pytransformer.model.families import CheckpointError, find_family, mapping, read_config, write_config
 
-from .support import Case, assert_logits, call_ours, call_theirs, check_fields, every_check, logits, pair
+from .support import Case, assert_logits, call_ours, call_theirs, check_fields, every_check, generation, logits, pair
 
 TINY: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -23,8 +24,8 @@ LONGROPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def llama(name: str, model: str = "LlamaForCausalLM", **fields: Any) -> Case:
-    return Case(name, "LlamaConfig", model, {**TINY, **fields})
+def llama(name: str, model: str = "LlamaForCausalLM", batch: int = 2, **fields: Any) -> Case:
+    return Case(name, "LlamaConfig", model, {**TINY, **fields}, batch=batch)
 
 
 def scaled(name: str, parameters: dict[str, Any], **fields: Any) -> Case:
@@ -38,6 +39,7 @@ LLAMA = [
     llama("gelu-wide-eps", hidden_act="gelu", rms_norm_eps=0.1, rope_scaling={"type": "linear", "factor": 2.0}),
     scaled("linear", {"rope_type": "linear", "factor": 3.0}, tie_word_embeddings=True),
     scaled("dynamic-within", {"rope_type": "dynamic", "factor": 2.0}),
+    scaled("dynamic-beyond", {"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=8),
     scaled("yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}),
     scaled(
         "llama3",
@@ -48,7 +50,7 @@ LLAMA = [
     ),
     scaled("longrope-within", {**LONGROPE, "original_max_position_embeddings": 32}),
     scaled("longrope-beyond", {**LONGROPE, "original_max_position_embeddings": 4, "factor": 8.0}),
-    llama("classifier", "LlamaForSequenceClassification", pad_token_id=0, num_labels=3),
+    llama("classifier", "LlamaForSequenceClassification", batch=16, pad_token_id=0, num_labels=3),
     llama("base", "LlamaModel"),
 ]  # fmt: skip
 MISTRAL = [
@@ -59,7 +61,7 @@ MISTRAL = [
         "MistralConfig",
         "MistralForCausalLM",
         {
-            **TINY, "sliding_window": 3, "head_dim": 12, "num_key_value_heads": 1,
+            **TINY, "sliding_window": 3, "head_dim": 16, "num_key_value_heads": 1,
             "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0},
         },
     ),
@@ -259,19 +261,29 @@ def test_longrope_original_length_inside_and_outside() -> None:
 
 
 @torch.no_grad()
-def test_longrope_choice_depends_on_each_row_alone() -> None:
-    # Theirs goes by the longest row for all; ours gives each row what it gets alone.
-    case = scaled("rows", {**LONGROPE, "original_max_position_embeddings": 8})
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("method", ["longrope", "dynamic"])
+@pytest.mark.parametrize("lengths", [(10, 6), (9, 10), (7, 6)])
+def test_frequencies_depend_on_the_length_of_each_row_alone(method: str, side: str, lengths: tuple[int, int]) -> None:
+    # Theirs goes by the longest row, padding included, for all; ours gives each row what it gets alone. They change after 8 tokens.
+    if method == "longrope":
+        case = scaled("rows", {**LONGROPE, "original_max_position_embeddings": 8})
+    else:
+        case = scaled("rows", {"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=8)
     both = pair(case)
-    long, short = both.inputs(0, batch=1, seqlen=10)["ids"], both.inputs(1, batch=1, seqlen=6)["ids"]
-    ids = torch.cat([long, torch.nn.functional.pad(short, (0, 4))])
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, 6:] = False
+    rows = [both.inputs(seed, batch=1, seqlen=length)["ids"] for seed, length in enumerate(lengths)]
+    width = 11
+    ids, mask = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        place = slice(width - row.shape[1], width) if side == "left" else slice(0, row.shape[1])
+        ids[index, place], mask[index, place] = row[0], True
     ours = call_ours(both.ours(), {"ids": ids}, mask)
-    assert_logits(ours[:1], call_theirs(both.theirs(), {"ids": long}), "beyond the original length")
-    assert_logits(ours[1:, :6], call_theirs(both.theirs(), {"ids": short}), "within it")
-    together = both.theirs()(input_ids=ids, attention_mask=mask).logits[1:, :6]
-    assert float((together - ours[1:, :6]).abs().max()) > 0.01, "their short row would be the same"
+    theirs = both.theirs()(input_ids=ids, attention_mask=mask).logits
+    for index, row in enumerate(rows):
+        alone = call_theirs(both.theirs(), {"ids": row})
+        assert_logits(ours[index : index + 1, mask[index]], alone, f"row {index}")
+        if row.shape[1] < width - 1 and (method == "dynamic" or row.shape[1] <= 8):
+            assert float((theirs[index, mask[index]] - alone[0]).abs().max()) > 0.01, "their batch would do the same"
 
 
 @torch.no_grad()
@@ -285,6 +297,11 @@ def test_dynamic_equals_a_fresh_model_at_every_length(seqlen: int) -> None:
     ours = both.ours()
     call_ours(ours, both.inputs(1, seqlen=20))
     assert_logits(call_ours(ours, inputs), call_theirs(both.theirs(), inputs))
+
+
+def test_phi3_generation_computes_its_keys_again_where_the_factors_change() -> None:
+    fields = {**TINY, "rope_scaling": LONGROPE, "original_max_position_embeddings": 12}
+    generation(Case("crossing", "Phi3Config", "Phi3ForCausalLM", fields, prompt=10))
 
 
 def test_phi3_su_and_yarn_mean_longrope() -> None:
@@ -348,3 +365,37 @@ def test_names_of_labels_survive() -> None:
     written = write_config(family, config)
     assert {name: written[name] for name in values} == {**values, **{name: written[name] for name in TINY}}
     assert written["id2label"] == values["id2label"] and written["architectures"] == values["architectures"]
+
+
+def test_a_model_made_here_can_be_saved_as_a_llama() -> None:
+    import transformers
+
+    config = TransformerConfig.llama(
+        vocab_size=67, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, max_seqlen=64
+    )
+    written = write_config(find_family("llama"), config)
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    theirs = transformers.LlamaConfig(**written)
+    assert (theirs.num_key_value_heads, theirs.intermediate_size) == (2, config.intermediate_size)
+    with pytest.raises(ValueError, match=r"the family qwen2 cannot express this model: attention_bias = False"):
+        write_config(find_family("qwen2"), config)
+    with pytest.raises(
+        ValueError, match=r"the family llama cannot express this model: .*hidden_act .* got 'gelu_tanh'"
+    ):
+        write_config(
+            find_family("llama"), TransformerConfig.gpt2(vocab_size=67, hidden_size=32, num_layers=2, num_heads=4)
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma", "gemma2", "gemma3_text"]
+)
+def test_rates_of_dropout_survive(name: str) -> None:
+    family = find_family(name)
+    rates = {"attention_dropout": 0.1, **({"resid_pdrop": 0.2, "embd_pdrop": 0.3} if name == "phi3" else {})}
+    config = read_config(family, {**TINY, **rates})
+    assert config.attention_dropout == 0.1
+    # transformers 5.x has Phi-3's dropout of embeddings in its configuration, and applies it nowhere.
+    assert (config.residual_dropout, config.embedding_dropout) == (0.2 if name == "phi3" else 0.0, 0.0)
+    written = write_config(family, config)
+    assert {rate: written[rate] for rate in rates} == rates
