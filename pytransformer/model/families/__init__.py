@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import (
-    bart, bert, bloom, distilbert, falcon, gemma, glm, gpt2, gpt_neox, gpt_oss, llama, marian, mistral, mixtral, olmo2, phi3, qwen, qwen_moe,
-    roberta, t5,
+from . import (  # isort: skip
+    bart, bert, bloom, distilbert, falcon, gemma, glm, gpt2, gpt_neox, gpt_oss, llama, marian, mistral, mixtral, olmo2, phi3, qwen,
+    qwen_moe, roberta, t5,
 )  # fmt: skip
 from .family import CheckpointError, Family, read_config, write_config
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TransformerConfig
-from .common import read_shared, with_aliases, write_shared
+from .common import read_shared, write_shared
 from .family import Family, Field, Harmless, Refused, Used
 from .llama import classes
+from .parts import with_aliases
 from .weights import PerHead, affine, same
 
 # Other names that transformers takes.

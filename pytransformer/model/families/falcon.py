@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TransformerConfig
-from .common import read_activation, read_shared, with_aliases, write_activation, write_shared
+from .common import read_shared, write_shared
 from .family import Family, Field, Harmless, Refused, Used
 from .llama import classes
+from .parts import read_activation, with_aliases, write_activation
 from .rope import read_rope, write_rope
 from .weights import PerHead, affine, same
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TransformerConfig
-from .common import read_activation, read_shared, with_aliases, write_activation, write_shared
+from .common import read_shared, write_shared
 from .family import Family, Field, Harmless, Used
+from .parts import read_activation, with_aliases, write_activation
 from .weights import Transposed, affine, same
 
 # Other names that transformers takes for four of them.

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TransformerConfig
-from .common import read_activation, read_shared, write_activation, write_shared
+from .common import read_shared, write_shared
 from .family import Family, Field, Harmless, Used
 from .llama import classes
+from .parts import read_activation, write_activation
 from .rope import read_rope, write_rope
 from .weights import PerHead, affine, same
 

@@ -158,7 +158,7 @@ class Pair:
         return self._results[index]
 
     def firm(self, index: int) -> Tensor:
-        """Which tokens (batch, seqlen) of a draw come before the first that two experts nearly tie for: from there on rounding makes a jump."""
+        """The tokens (batch, seqlen) of a draw before the first that two experts nearly tie for, whose output jumps with a rounding."""
         inputs = self.draw(index)
         firm = torch.ones(inputs["ids"].shape, dtype=torch.bool)
 

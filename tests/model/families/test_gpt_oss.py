@@ -25,7 +25,9 @@ _SHAPE = {
 def _case(
     name: str, model: str = "GptOssForCausalLM", *, values: object = None, without: tuple = (), **fields: object
 ) -> Case:
-    return Case(name, "GptOssConfig", model, {**_SHAPE, **fields}, values=values or {}, without=without)
+    # The gate lets large numbers through; with these weights of the way back an error in a gradient is not one token's luck.
+    quiet = ("experts.down_proj", 0.25)
+    return Case(name, "GptOssConfig", model, {**_SHAPE, **fields}, values=values or {}, quiet=quiet, without=without)
 
 
 PLAIN = _case("plain")
