@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from . import bart, bert, distilbert, gemma, llama, marian, mistral, olmo2, phi3, qwen, roberta, t5
+from . import (  # isort: skip
+    bart, bert, bloom, distilbert, falcon, gemma, glm, gpt2, gpt_neox, gpt_oss, llama, marian, mistral, mixtral, olmo2, phi3, qwen,
+    qwen_moe, roberta, t5,
+)  # fmt: skip
 from .family import CheckpointError, Family, read_config, write_config
 
 # Each module holds one or several families in FAMILIES.
 _MODULES: tuple[object, ...] = (
-    llama, mistral, qwen, phi3, gemma, olmo2, bert, distilbert, roberta, t5, bart, marian,
+    llama, mistral, qwen, phi3, gemma, olmo2, gpt2, gpt_neox, falcon, bloom, glm, mixtral, qwen_moe, gpt_oss, bert, distilbert, roberta,
+    t5, bart, marian,
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}  # type: ignore[attr-defined]

@@ -203,9 +203,11 @@ def write_labels(config: TransformerConfig) -> dict[str, Any]:
         return {}
     known = (config.family_fields or {}).get("label2id") or {}
     names = {number: name for name, number in known.items()}
-    if sorted(names) != list(range(config.num_labels)):
-        names = {number: f"LABEL_{number}" for number in range(config.num_labels)}
     problem = next((theirs for theirs, ours in PROBLEMS.items() if ours == config.problem), None)
+    if sorted(names) != list(range(config.num_labels)):
+        if config.num_labels == 2:  # what transformers takes, and does not write, where a file names no labels
+            return {"problem_type": problem}
+        names = {number: f"LABEL_{number}" for number in range(config.num_labels)}
     return {
         "id2label": {str(number): names[number] for number in sorted(names)},
         "label2id": {name: number for number, name in sorted(names.items())},

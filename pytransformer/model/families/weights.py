@@ -41,13 +41,13 @@ class Same:
 
 @dataclass(frozen=True)
 class Transposed:
-    """A matrix stored (in, out), as GPT-2's Conv1D has it."""
+    """A matrix stored (in, out), as GPT-2's Conv1D has it, or one for each expert; a vector stays as it is."""
 
     def join(self, theirs: list[Tensor], config: TransformerConfig) -> Tensor:
-        return theirs[0].t()
+        return theirs[0].transpose(-2, -1) if theirs[0].ndim > 1 else theirs[0]
 
     def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
-        return [ours.t()]
+        return [self.join([ours], config)]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,21 @@ class PerHead:
         parts = QKV().split(ours, config)
         together = torch.cat([part.reshape(config.num_kv_heads, -1, config.head_dim, *rest) for part in parts], dim=1)
         return [together.reshape(-1, *rest)]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The matrices of all experts, ``parts`` of one shape for each (gate and up, or down alone), in one (experts, rows, columns)."""
+
+    parts: int = 1
+
+    def join(self, theirs: list[Tensor], config: TransformerConfig) -> Tensor:
+        rows, columns = theirs[0].shape
+        return torch.cat(theirs).reshape(-1, self.parts * rows, columns)
+
+    def split(self, ours: Tensor, config: TransformerConfig) -> list[Tensor]:
+        experts, rows, columns = ours.shape
+        return list(ours.reshape(experts * self.parts, rows // self.parts, columns).unbind())
 
 
 def always(config: TransformerConfig) -> bool:
