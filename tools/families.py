@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from pytransformer.model.families import FAMILIES, Family
+from pytransformer.model.families import FAMILIES
 from pytransformer.model.families.family import COMMON, Field, Harmless, Refused, Used
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
@@ -51,8 +52,7 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _fields(fields: Family | dict[str, Field] | object) -> list[str]:
-    assert hasattr(fields, "items")
+def _fields(fields: Mapping[str, Field]) -> list[str]:
     kinds: dict[type, list[str]] = {Used: [], Harmless: [], Refused: []}
     for name, known in fields.items():
         text = f"`{name}`"
