@@ -43,7 +43,8 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     powers = torch.tensor([2.0 ** (byte - 128) for byte in range(256)], dtype=torch.bfloat16, device=blocks.device)
     out = torch.empty(*scales.shape, GROUP, dtype=torch.bfloat16, device=blocks.device)
     parts = (
-        torch.split(tensor, _CHUNK) for tensor in (out.view(-1, GROUP), blocks.reshape(-1, GROUP // 2), scales.reshape(-1))
+        torch.split(tensor, _CHUNK)
+        for tensor in (out.view(-1, GROUP), blocks.reshape(-1, GROUP // 2), scales.reshape(-1))
     )
     for numbers, codes, exponents in zip(*parts):
         doubled = table[codes.int()].view(torch.bfloat16)
