@@ -1,7 +1,7 @@
 """Writes docs/families.md: which public checkpoints are loaded and saved, and what each field of their configuration means here.
 
-    python tools/families.py             writes the page
-    python tools/families.py --check     fails if the page does not say what the families' tables say now
+python tools/families.py             writes the page
+python tools/families.py --check     fails if the page does not say what the families' tables say now
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pytransformer.model.families.family import COMMON, Field, Harmless, Refused
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
 TITLES = {
-    "bart": "BART", "bert": "BERT", "bloom": "BLOOM", "distilbert": "DistilBERT", "falcon": "Falcon", "gemma": "Gemma", "gemma2": "Gemma 2",
-    "gemma3": "Gemma 3 with vision (its text part)", "gemma3_text": "Gemma 3", "glm": "GLM-4 (2024)", "glm4": "GLM-4 (2025)", "gpt2": "GPT-2",
-    "gpt_neox": "GPT-NeoX, Pythia", "gpt_oss": "GPT-OSS", "llama": "Llama 2 and 3.x", "marian": "Marian", "mistral": "Mistral",
-    "mixtral": "Mixtral", "mt5": "mT5", "olmo2": "OLMo 2", "phi3": "Phi-3", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3 with experts",
-    "roberta": "RoBERTa", "t5": "T5 1.0 and 1.1",
+    "bart": "BART", "bert": "BERT", "bloom": "BLOOM", "distilbert": "DistilBERT", "falcon": "Falcon", "gemma": "Gemma",
+    "gemma2": "Gemma 2", "gemma3": "Gemma 3 with vision (its text part)", "gemma3_text": "Gemma 3", "glm": "GLM-4 (2024)",
+    "glm4": "GLM-4 (2025)", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX, Pythia", "gpt_oss": "GPT-OSS", "llama": "Llama 2 and 3.x",
+    "marian": "Marian", "mistral": "Mistral", "mixtral": "Mixtral", "mt5": "mT5", "olmo2": "OLMo 2", "phi3": "Phi-3", "qwen2": "Qwen2",
+    "qwen3": "Qwen3", "qwen3_moe": "Qwen3 with experts", "roberta": "RoBERTa", "t5": "T5 1.0 and 1.1",
 }  # fmt: skip
 INTRODUCTION = """# Public families
 
-`pytransformer.load(folder)` reads these checkpoints (safetensors, whole or in shards), and `save` writes them so that transformers loads them with
-equal logits. Each family is one file of data in `pytransformer/model/families/`: the fields of its configuration, two functions that translate
-them, and a table of tensors that is read in both directions. The tests compare logits, gradients, greedy tokens with a cache, padding and round
-trips of tiny random models with transformers 5.23. This page is made by `tools/families.py`.
+`pytransformer.load(folder)` reads these checkpoints (safetensors, whole or in shards), and `save` writes them so that transformers loads
+them with equal logits. Each family is one file of data in `pytransformer/model/families/`: the fields of its configuration, two functions
+that translate them, and a table of tensors that is read in both directions. The tests compare logits, gradients, greedy tokens with a
+cache, padding and round trips of tiny random models with transformers 5.23. This page is made by `tools/families.py`.
 
-Every field of a family's configuration class is one of three kinds, and a test compares the lists with the installed transformers, so that no new field
-slips by: **used**; **harmless**, because it changes no number here (it is kept and written again); or **refused** unless it has the value that
-is served, because it would change the mathematics. What a file holds beyond that is named in a warning and ignored, as transformers
-ignores it.
+Every field of a family's configuration class is one of three kinds, and a test compares the lists with the installed transformers, so that
+no new field slips by: **used**; **harmless**, because it changes no number here (it is kept and written again); or **refused** unless it
+has the value that is served, because it would change the mathematics. What a file holds beyond that is named in a warning and ignored, as
+transformers ignores it.
 """
 
 

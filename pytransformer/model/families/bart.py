@@ -51,7 +51,6 @@ FIELDS: dict[str, Field] = {
     "forced_eos_token_id": Harmless(2),
     # Ours: false where the embeddings are one and the head is another matrix, which transformers sees by the tensors alone.
     "tie_head": Used(True),
-    "id2label": Harmless(),
     "num_labels": Harmless(),
     "problem_type": Harmless(),
     "gradient_checkpointing": Harmless(False),

@@ -37,7 +37,6 @@ FIELDS: dict[str, Field] = {
     "type_vocab_size": Used(2),
     "layer_norm_eps": Used(1e-12),
     "pad_token_id": Used(0),
-    "id2label": Harmless(),  # read, but kept too, for the labels' names
     "is_causal": Harmless(),  # an encoder's mask is the same with it
     "position_embedding_type": Used("absolute"),
     # Ours, for models without a head: in transformers both are said in code.

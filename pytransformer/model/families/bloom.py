@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TransformerConfig
-from .common import read_shared, write_shared
 from .family import Family, Field, Harmless, Refused, Used
+from .layer_norm_decoders import read_shared, write_shared
 from .llama import classes
 from .parts import with_aliases
 from .weights import PerHead, affine, same

@@ -38,7 +38,6 @@ FIELDS: dict[str, Field] = {
     "qa_dropout": Harmless(0.1),
     "seq_classif_dropout": Used(0.2),
     "pad_token_id": Used(0),
-    "id2label": Harmless(),  # read, but kept too, for the labels' names
     "is_causal": Harmless(),  # an encoder's mask is the same with it
     "tie_weights_": Harmless(True),
 }

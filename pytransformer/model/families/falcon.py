@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TransformerConfig
-from .common import read_shared, write_shared
 from .family import Family, Field, Harmless, Refused, Used
+from .layer_norm_decoders import read_shared, write_shared
 from .llama import classes
 from .parts import read_activation, with_aliases, write_activation
 from .rope import read_rope, write_rope

@@ -53,7 +53,7 @@ Field = Used | Harmless | Refused
 COMMON: dict[str, Field] = {
     "model_type": Used(),
     "architectures": Used(),
-    "id2label": Used(),
+    "id2label": Harmless(),  # its length is read; it is kept for the names
     "label2id": Harmless(),
     "num_labels": Used(),
     "problem_type": Used(),

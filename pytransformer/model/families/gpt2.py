@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TransformerConfig
-from .common import read_shared, write_shared
 from .family import Family, Field, Harmless, Used
+from .layer_norm_decoders import read_shared, write_shared
 from .parts import read_activation, with_aliases, write_activation
 from .weights import Transposed, affine, same
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import TransformerConfig
 from .family import Family, Field, Harmless, Used
+from .parts import read_labels, write_labels
 from .rope import FULL, SLIDING, read_rope, write_rope
 from .weights import QKV, Halves, Weight, affine, same
 
@@ -18,11 +19,6 @@ ACTIVATIONS = {
     "gelu_new": "geglu_tanh",
     "gelu": "geglu",
     "relu": "reglu",
-}
-PROBLEMS = {
-    "single_label_classification": "multi_class",
-    "multi_label_classification": "multi_label",
-    "regression": "regression",
 }
 LAYER_TYPES = {FULL: "full", SLIDING: "sliding"}
 
@@ -180,38 +176,6 @@ def write_tokens(config: TransformerConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(end) if isinstance(end, tuple) else end,
         "pad_token_id": config.pad_token_id,
-    }
-
-
-def read_labels(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Number of labels and kind of problem, of a classifier; nothing for other classes."""
-    if not any("ForSequenceClassification" in name for name in (values.get("architectures") or [])[:1]):
-        return {}
-    names = values.get("id2label")
-    count = len(names) if names else values.get("num_labels") or 2
-    problem = values.get("problem_type")
-    if problem is None:
-        problem = "regression" if count == 1 else "single_label_classification"
-    if problem not in PROBLEMS:
-        raise ValueError(f"problem_type must be one of {', '.join(PROBLEMS)}, got {problem!r}")
-    return {"num_labels": count, "problem": PROBLEMS[problem]}
-
-
-def write_labels(config: TransformerConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_labels`. The labels' names are those that the file had, or transformers' own."""
-    if config.head != "classification":
-        return {}
-    known = (config.family_fields or {}).get("label2id") or {}
-    names = {number: name for name, number in known.items()}
-    problem = next((theirs for theirs, ours in PROBLEMS.items() if ours == config.problem), None)
-    if sorted(names) != list(range(config.num_labels)):
-        if config.num_labels == 2:  # what transformers takes, and does not write, where a file names no labels
-            return {"problem_type": problem}
-        names = {number: f"LABEL_{number}" for number in range(config.num_labels)}
-    return {
-        "id2label": {str(number): names[number] for number in sorted(names)},
-        "label2id": {name: number for number, name in sorted(names.items())},
-        "problem_type": problem,
     }
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TransformerConfig
-from .llama import read_labels, read_tokens, write_labels, write_tokens
+from .llama import read_tokens, write_tokens
+from .parts import read_labels, write_labels
 
 
 def read_shared(values: Mapping[str, Any]) -> dict[str, Any]:
