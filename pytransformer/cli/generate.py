@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from pytransformer.cli.model_folder import check_device, encode, load_model
     from pytransformer.generation import Sampler
+    from pytransformer.generation.generate import check_generates
 
     # Whatever is wrong with an option is said before the model is loaded and the prompt printed.
     check_device(arguments.device)
@@ -84,9 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
     options = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": seed}
     Sampler(1, **options)
     model, tokenizer = load_model(arguments.model, arguments.device)
+    check_generates(model.config)
     ids = encode(model, tokenizer, arguments.prompt)
     limit = model.config.max_seqlen
-    if len(ids) > limit or (len(ids) == limit and arguments.top is None):
+    full = arguments.top is None and not model.config.is_encoder_decoder
+    if len(ids) > limit or (len(ids) == limit and full):
         raise ValueError(
             f"--prompt has {len(ids)} tokens, but the model's context is {limit}: there is no room for a new one"
         )
@@ -118,10 +121,17 @@ def most_probable(model: Transformer, prompt: torch.Tensor, count: int) -> list[
     """Ids and probabilities of the ``count`` most probable tokens after ``prompt`` (1, seqlen), the best first."""
     import torch
 
+    from pytransformer.generation.prompts import start_tokens
     from pytransformer.generation.sampling import probabilities
+    from pytransformer.model.transformer import EncoderDecoder
 
     with torch.no_grad():
-        values, ids = probabilities(model.lm_head(model.model(prompt)[0, -1])).sort(descending=True, stable=True)
+        if isinstance(model, EncoderDecoder):
+            start = start_tokens(None, model.config).to(prompt.device)
+            hidden = model.decode(model.encode(prompt), None, start[None])
+        else:
+            hidden = model.model(prompt)
+        values, ids = probabilities(model.lm_head(hidden[0, -1])).sort(descending=True, stable=True)
     if values[0].isnan():
         raise ValueError("the model's logits after the prompt hold NaN, or nothing but -inf: no token is probable")
     return list(zip(ids[:count].tolist(), values[:count].tolist()))
@@ -134,11 +144,16 @@ def print_continuation(
     arguments: argparse.Namespace,
     options: dict[str, Any],
 ) -> None:
-    """Streams the text to standard output, then says on standard error why it ended; ``options`` are the sampler's."""
+    """Streams the prompt and what follows (of an encoder–decoder the target alone), then says on standard error why it ended.
+
+    ``options`` are the sampler's.
+    """
     from pytransformer.generation import Step, generate
     from pytransformer.text import CharacterStream
 
-    characters = CharacterStream(tokenizer, context=prompt[0].tolist())
+    # What an encoder–decoder writes is a text of its own, not the prompt's continuation.
+    continues = not model.config.is_encoder_decoder
+    characters = CharacterStream(tokenizer, context=prompt[0].tolist() if continues else [])
 
     def show(text: str) -> None:
         sys.stdout.write(text)
@@ -149,7 +164,7 @@ def print_continuation(
         assert token_id is not None  # the only sequence goes on until generate returns
         show(characters.push(token_id))
 
-    show(arguments.prompt)
+    show(arguments.prompt if continues else "")
     started = time.perf_counter()
     try:
         result = generate(

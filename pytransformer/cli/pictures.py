@@ -95,7 +95,7 @@ def plot_experts(loads: np.ndarray[Any, np.dtype[Any]], layers: Sequence[int], p
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_title(title, fontsize=10)
-    figure.colorbar(image, ax=axes, label="tokens (1 = an even spread, 2 = twice that or more)", aspect=25)
+    figure.colorbar(image, ax=axes, label="share of an even spread", extend="max", aspect=25)
     save_figure(figure, path)
 
 

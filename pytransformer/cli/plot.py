@@ -133,8 +133,8 @@ def run_experts(arguments: argparse.Namespace) -> int:
 
     model, tokenizer = load_model(arguments.model, arguments.device)
     config = model.config
-    if not config.num_experts:
-        raise ValueError(f"{arguments.model} is a model without experts")
+    if not config.num_experts or config.is_encoder_decoder:
+        raise ValueError(f"plot experts is for decoders and encoders with experts, and {arguments.model} is none")
     prompt = _prompt_ids(arguments, model, tokenizer)
     with torch.no_grad():
         routed = model(prompt, return_router_logits=True).router_logits

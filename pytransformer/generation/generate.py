@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pytransformer.model.config import TransformerConfig
 from pytransformer.model.transformer import EncoderDecoder, Transformer
 
 from .bound import bind
@@ -96,6 +97,7 @@ def generate(
         callback: called after each step; what it raises ends the generation.
 
     Raises:
+        ValueError: a model that does not predict the next token.
         TypeError, ValueError: prompts that are empty, longer than the context, or not token ids; options out of range.
         ValueError: the logits of a sequence that goes on hold NaN, or nothing but -inf; the message names row and step.
     """
@@ -106,6 +108,7 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if pad_token_id is not None and not is_int(pad_token_id):
         raise TypeError(f"pad_token_id must be an int or None, got {pad_token_id!r}")
+    check_generates(model.config)
     source: Source | None = None
     if isinstance(model, EncoderDecoder):
         sources, form = prompt_rows(prompts, model.config.encoder)
@@ -130,6 +133,15 @@ def generate(
         model.train(training)
     padding = model.config.pad_token_id if pad_token_id is None else int(pad_token_id)
     return run.result(form, padding if padding is not None else (eos_token_ids or (0,))[0])
+
+
+def check_generates(config: TransformerConfig) -> None:
+    """ValueError unless a model of this configuration predicts the next token."""
+    if config.head != "lm" or not config.causal:
+        raise ValueError(
+            "generation needs a model that predicts the next token (head='lm', causal=True), "
+            f"got head={config.head!r}, causal={config.causal}"
+        )
 
 
 class Source:

@@ -21,6 +21,7 @@ from pytransformer.nn import RowBlocks
 from .config import TransformerConfig
 from .families import FAMILIES, CheckpointError, Family, find_family, mapping, write_config
 from .families import read_config as read_family_config
+from .families.family import within_vocabulary
 from .families.weights import Weight
 from .filling import OWN, fill, fit, own_family, without_collector
 from .tensor_files import WEIGHTS_FILE, TensorFiles
@@ -142,7 +143,8 @@ def read_folder(folder: Path) -> tuple[TransformerConfig, Family | None]:
     if family is not None and generation is not None:
         tokens = {name: generation[name] for name in _SPECIAL_TOKENS if generation.get(name) is not None}
         try:
-            config = dataclasses.replace(config, **tokens)
+            known = within_vocabulary({**tokens, "vocab_size": config.vocab_size})
+            config = dataclasses.replace(config, **known)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{folder / GENERATION_FILE}: {error}") from error
     return config, family

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -321,3 +323,10 @@ REFUSED = [
 def test_bad_arguments_are_refused_by_name(model, prompts, options, error, message):
     with pytest.raises(error, match=message):
         model.generate(prompts, **{"max_new_tokens": 3, **options})
+
+
+@pytest.mark.parametrize(("head", "causal"), [("masked_lm", False), ("lm", False), ("none", True)])
+def test_a_model_that_predicts_no_next_token_generates_nothing(head, causal):
+    config = dataclasses.replace(CONFIG, head=head, causal=causal, tie_embeddings=False)
+    with pytest.raises(ValueError, match=rf"predicts the next token .*got head='{head}', causal={causal}"):
+        generate(Transformer(config), [1, 2], 3)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from pytransformer import TransformerConfig, load, save
@@ -233,7 +233,7 @@ def test_generation_config_is_read_kept_and_written(folder, tmp_path):
     for text, message in (
         ("{", "is not JSON"),
         ("[]", "must hold an object"),
-        ('{"eos_token_id": 670}', "eos_token_id"),
+        ('{"eos_token_id": "end"}', "eos_token_id"),
     ):
         (folder / "generation_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=rf"generation_config\.json.*{message}"):
@@ -334,3 +334,13 @@ def test_a_tensor_that_may_be_absent_starts_as_in_a_new_model(folder, monkeypatc
 def test_our_own_configuration_never_has_a_field_of_theirs():
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert not fields & {"model_type", "architectures", "transformers_version"}
+
+
+def test_special_tokens_beyond_a_small_vocabulary_are_no_tokens(tmp_path):
+    """transformers writes its defaults into the files of any model: GPT-2's end token beside a vocabulary of 40 (5.23.0)."""
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    GPT2LMHeadModel(GPT2Config(vocab_size=40, **sizes)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="eos_token_id 50256 is beyond the vocabulary of 40 tokens: ignored"):
+        model = load(tmp_path)
+    assert model.config.eos_token_ids == () and model.config.bos_token_id is None
+    assert model.generate([1, 2, 3], max_new_tokens=3).shape == (6,)

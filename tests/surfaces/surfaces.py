@@ -291,6 +291,9 @@ SURFACES: dict[str, Surface] = {
     "nn.Linear": Surface(
         "Modules", sequence, ptnn.Linear, positional, numbers={"in_features": 16, "out_features": 8}
     ),
+    "nn.RowBlocks": Surface(
+        "Modules", sequence, lambda: ptnn.RowBlocks([torch.randn(8, 16), torch.randn(4, 16)], torch.randn(12)), positional
+    ),
     "nn.RotaryEmbedding": Surface(
         "Modules", lambda batch, seqlen: {"q": torch.randn(batch, seqlen, 2, 16), "k": torch.randn(batch, seqlen, 1, 16)}, rotary,
         numbers={"rotary_dim": 16, "max_seqlen": 16, "base": 100.0, "interleaved": True},

@@ -158,10 +158,24 @@ def read_config(family: Family, values: Mapping[str, Any]) -> TransformerConfig:
     try:
         # A family may read what is saved as another one: a part of a model with several.
         return TransformerConfig(
-            **{"family": family.name, "family_fields": kept, **family.read(filled), **chosen},
+            **{"family": family.name, "family_fields": kept, **within_vocabulary(family.read(filled)), **chosen},
         )
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"config.json is no {family.name} configuration: {error}") from error
+
+
+def within_vocabulary(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without special tokens that the vocabulary does not have: a family's defaults, in the file of a small model."""
+    limit = fields["vocab_size"]
+    known = dict(fields)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        value = fields.get(name)
+        tokens = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+        if any(isinstance(token, int) and token >= limit for token in tokens):
+            kept = tuple(token for token in tokens if token < limit)
+            warnings.warn(f"{name} {value} is beyond the vocabulary of {limit} tokens: ignored", stacklevel=5)
+            known[name] = None if not kept else kept if isinstance(value, (tuple, list)) else kept[0]
+    return known
 
 
 def write_config(family: Family, config: TransformerConfig) -> dict[str, Any]:
