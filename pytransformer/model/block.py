@@ -201,14 +201,9 @@ def make_attention(
     return Attention(
         config.hidden_size,
         config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        bias=config.attention_bias,
-        output_bias=config.attention_output_bias,
         causal=config.causal,
         window=config.window(index),
         softmax_scale=scale,
-        softcap=config.attention_softcap,
         rotary=rotary,
         alibi=alibi,
         qk_norm_eps=config.norm_eps if config.qk_norm else None,
@@ -216,7 +211,7 @@ def make_attention(
         qk_norm_whole=config.qk_norm_whole,
         sinks=config.sinks,
         relative_keys=relative_keys,
-        dropout=config.attention_dropout,
+        **heads_of(config),
         **place,
     )
 
@@ -226,17 +221,20 @@ def make_cross_attention(config: TransformerConfig, index: int, **place: Any) ->
     return Attention(
         config.hidden_size,
         config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        bias=config.attention_bias,
-        output_bias=config.attention_output_bias,
         causal=False,
         softmax_scale=config.softmax_scale,
-        softcap=config.attention_softcap,
-        dropout=config.attention_dropout,
         memory_size=config.hidden_size,
+        **heads_of(config),
         **place,
     )
+
+
+def heads_of(config: TransformerConfig) -> dict[str, Any]:
+    """What every attention of a model has in common."""
+    return {
+        "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim, "bias": config.attention_bias,
+        "output_bias": config.attention_output_bias, "softcap": config.attention_softcap, "dropout": config.attention_dropout,
+    }  # fmt: skip
 
 
 def make_feed_forward(config: TransformerConfig, index: int, **place: Any) -> nn.Module:
