@@ -77,7 +77,7 @@ COMMON: dict[str, Field] = {
     "initializer_range": Used(0.02),
     "is_decoder": Refused((False,), "an encoder used as a decoder is not served"),
     "add_cross_attention": Refused((False,), "cross-attention of a decoder-only family is not served"),
-    "is_causal": Used(),
+    "is_causal": Used(True),  # whatever is false to Python makes a decoder see both ways, null too
     "pruned_heads": Refused(({}, None), "pruned heads are not served"),
     "per_layer_config": Refused((None, {}), "layers of different shapes are not served"),
     "tie_last_hidden_states": Harmless(),

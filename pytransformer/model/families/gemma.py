@@ -98,7 +98,7 @@ def read_gemma3(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["use_bidirectional_attention"]:
         # Their window counts the tokens at both sides, and the distance must be smaller than half of it and one.
         half = values["sliding_window"] // 2 + 1
-        later |= {"causal": False, "sliding_window": half + (values.get("is_causal") is False)}
+        later |= {"causal": False, "sliding_window": half + (not values["is_causal"])}
     rope = read_layered_rope(
         values, later["head_dim"], base=1_000_000.0, local_base=10_000.0, local_theta="rope_local_base_freq"
     )

@@ -120,8 +120,7 @@ def read_shape(values: Mapping[str, Any], *, activation: str = "hidden_act") -> 
         "num_heads": heads,
         "num_kv_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_width(values),
-        # "is_causal": false makes any decoder of transformers 5.x see both ways.
-        "causal": values.get("is_causal") is not False,
+        "causal": bool(values["is_causal"]),
         "norm": "rms_norm",
         "norm_bias": False,
         "norm_eps": values["rms_norm_eps"],

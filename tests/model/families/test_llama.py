@@ -236,6 +236,13 @@ def test_is_causal_false_sees_both_ways(config: str) -> None:
 def test_llama_ignores_a_part_of_the_head_with_plain_rope() -> None:
     case = llama("part-of-the-head", partial_rotary_factor=0.5)
     assert pair(case).config.rotary_dim == 8
+@pytest.mark.parametrize("value", [None, 0])
+def test_is_causal_null_sees_both_ways_too(value: object) -> None:
+    case = llama("both-ways-by-null", is_causal=value)
+    assert not pair(case).config.causal
+    logits(case)
+
+
     logits(case)
 
 
