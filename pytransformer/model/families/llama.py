@@ -17,7 +17,11 @@ ACTIVATIONS = {
     "swish": "swiglu",
     "gelu_pytorch_tanh": "geglu_tanh",
     "gelu_new": "geglu_tanh",
+    "gelu_fast": "geglu_tanh",
+    "gelu_accurate": "geglu_tanh",
+    "gelu_python_tanh": "geglu_tanh",
     "gelu": "geglu",
+    "gelu_python": "geglu",
     "relu": "reglu",
 }
 LAYER_TYPES = {FULL: "full", SLIDING: "sliding"}
