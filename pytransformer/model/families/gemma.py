@@ -141,6 +141,8 @@ def _read_later(values: Mapping[str, Any], pattern: int) -> dict[str, Any]:
     """What Gemma 2 and 3 share. Without ``layer_types`` every ``pattern``-th layer sees everything."""
     shape = read_shape(values, activation="hidden_activation")
     scalar = values["query_pre_attn_scalar"]
+    if not scalar > 0:
+        raise ValueError(f"query_pre_attn_scalar must be above 0, got {scalar!r}")
     types = values["layer_types"]
     if types is None:
         types = [FULL if (layer + 1) % pattern == 0 else SLIDING for layer in range(shape["num_layers"])]

@@ -188,6 +188,8 @@ def read_window(values: Mapping[str, Any], *, window: int | None, causal: bool) 
     With ``is_causal`` false their window is the largest distance, at either side; ours counts the token itself.
     """
     types = values.get("layer_types")
+    if types is not None and not isinstance(types, (list, tuple)):
+        raise ValueError(f"layer_types must be a list with the kind of each layer, got {types!r}")
     if types is not None and (unknown := sorted(set(types) - set(LAYER_TYPES))):
         raise ValueError(f"layer_types must be {' or '.join(LAYER_TYPES)}, got {', '.join(map(str, unknown))}")
     return {

@@ -168,6 +168,12 @@ def test_gemma2_refusals(values: dict[str, Any], message: str) -> None:
         read_config(find_family("gemma2"), {**TINY, **values})
 
 
+def test_a_scale_of_no_number_above_zero_is_refused():
+    for scalar, message in ((0, "query_pre_attn_scalar must be above 0, got 0"), ("8", "gemma2 configuration")):
+        with pytest.raises(CheckpointError, match=message):
+            read_config(find_family("gemma2"), {"query_pre_attn_scalar": scalar})
+
+
 def test_gemma3_flat_rope_parameters_are_refused() -> None:
     # transformers would take its defaults in silence.
     with pytest.raises(CheckpointError, match="rope_parameters must be given for each type of layer"):
