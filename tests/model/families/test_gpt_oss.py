@@ -1,10 +1,14 @@
 """GPT-OSS against transformers, as plain tensors and as mxfp4 blocks."""
 
 import dataclasses
+import json
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import pytransformer
 from pytransformer import Transformer
 from pytransformer.model.families import CheckpointError, find_family, mapping, read_config, write_config
 from pytransformer.model.families.llama import OLDER_FIELDS
@@ -153,6 +157,36 @@ def test_a_model_from_blocks_is_written_as_plain_tensors_without_a_quantisation(
     assert written["model.layers.0.mlp.experts.down_proj"].dtype == torch.bfloat16
     assert all(torch.equal(tensor.float(), plain[name]) for name, tensor in written.items())
     assert_same_state(both, both.disk)
+
+
+@torch.no_grad()
+def test_a_folder_as_published_loads_without_a_word(tmp_path):
+    """Blocks in shards, beside a configuration with the older spelling of RoPE and a second name for what it says already."""
+    both = Pair(PLAIN)
+    blocks, plain = _blocks(both, torch.Generator().manual_seed(2))
+    values = {name: value for name, value in both.values.items() if name not in ("rope_parameters", "dtype")}
+    yarn = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    values |= {
+        "rope_scaling": {**yarn, "original_max_position_embeddings": 8}, "rope_theta": 150000,
+        "experts_per_token": values["num_experts_per_tok"], "initial_context_length": 8,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    }  # fmt: skip
+    names = sorted(blocks)
+    shards = {f"model-{shard:05d}-of-00002.safetensors": names[shard::3] for shard in range(3)}
+    for file, there in shards.items():
+        save_file({name: blocks[name].contiguous() for name in there}, tmp_path / file)
+    places = {name: file for file, there in shards.items() for name in there}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = pytransformer.load(tmp_path, device="cpu", dtype=torch.float32)
+    theirs = both.model_class._from_config(
+        both.model_class.config_class(**{**values, "quantization_config": None}), attn_implementation="eager"
+    ).eval()
+    theirs.load_state_dict(plain)
+    inputs = both.inputs(seqlen=12)
+    assert_logits(call_ours(model, inputs), call_theirs(theirs, inputs))
 
 
 def test_other_quantisations_are_refused():
