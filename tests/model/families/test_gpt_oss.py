@@ -14,7 +14,18 @@ from pytransformer.model.families import CheckpointError, find_family, mapping, 
 from pytransformer.model.families.llama import OLDER_FIELDS
 from pytransformer.model.families.mxfp4 import dequantise_mxfp4
 
-from .support import Case, Pair, assert_logits, call_ours, call_theirs, check_fields, every_check, pair, tensors_of
+from .support import (
+    Case,
+    Pair,
+    assert_logits,
+    call_ours,
+    call_theirs,
+    check_fields,
+    every_check,
+    logits,
+    pair,
+    tensors_of,
+)
 from .traps import assert_honoured, assert_same_state
 
 _SHAPE = {
@@ -110,6 +121,14 @@ def test_yarn_untruncated_with_theta_150000_where_the_file_says_nothing():
     both = Pair(PLAIN)
     assert both.config.rope_scaling is not None
     assert_honoured(both, rope_scaling={**both.config.rope_scaling, "truncate": True})
+
+
+def test_an_empty_mapping_is_plain_rope_and_null_is_yarn():
+    plain = _case("empty", rope_parameters={})
+    assert pair(plain).config.rope_scaling is None and pair(plain).config.rope_base == 150_000.0
+    logits(plain)
+    values = {**pair(plain).values, "rope_parameters": None}
+    assert read_config(find_family("gpt_oss"), values).rope_scaling["rope_type"] == "yarn"
 
 
 def test_every_second_layer_slides_from_the_first_on_where_the_file_says_nothing():
