@@ -72,7 +72,10 @@ def read_gemma(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_gemma(config: TransformerConfig) -> dict[str, Any]:
     """See :class:`Family`."""
-    return {**write_shape(config), "attention_bias": config.attention_bias, **write_rope(config)}
+    written = {**write_shape(config), "attention_bias": config.attention_bias, **write_rope(config)}
+    if config.activation == "geglu":
+        written["hidden_act"] = "gelu_python"  # "gelu" would be read as the tanh approximation
+    return written
 
 
 def read_gemma2(values: Mapping[str, Any]) -> dict[str, Any]:
