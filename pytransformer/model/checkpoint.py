@@ -6,6 +6,7 @@ the configuration's fields. Which a folder has is seen from the fields.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,7 +24,7 @@ from .families import FAMILIES, CheckpointError, Family, find_family, mapping, w
 from .families import read_config as read_family_config
 from .families.family import within_vocabulary
 from .families.weights import Weight
-from .filling import OWN, fill, fit, own_family, without_collector
+from .filling import OWN, fill, fit, likeness, own_family, without_collector
 from .tensor_files import WEIGHTS_FILE, TensorFiles
 from .transformer import Transformer
 from .writing import CONFIG_FILE, Piece, write_model
@@ -32,6 +33,8 @@ __all__ = ["CONFIG_FILE", "OWN", "WEIGHTS_FILE", "CheckpointError", "load", "rea
 
 GENERATION_FILE = "generation_config.json"
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+# The share of a file's tensors whose names must be a family's, for it to be worth a word.
+_ALIKE = 0.5
 # Fields that no configuration of ours has and every one of a public family has.
 _PUBLIC_FIELDS = {"model_type", "architectures", "transformers_version"}
 
@@ -173,12 +176,24 @@ def _parsed(path: Path) -> tuple[TransformerConfig, Family | None]:
         values = json.loads(text)
         if not isinstance(values, dict) or not _PUBLIC_FIELDS & set(values):
             return TransformerConfig.from_json(text), None
-        family = find_family(values.get("model_type"))
+        try:
+            family = find_family(values.get("model_type"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_seeming(path.parent)}") from error
         return read_family_config(family, values), family
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: a configuration must be JSON: {error}") from error
     except (ValueError, TypeError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _seeming(folder: Path) -> str:
+    """What family the tensors of a folder seem to be of, whose configuration names none that is known."""
+    with contextlib.suppress(OSError, CheckpointError):
+        share, alike = likeness(TensorFiles.of_folder(folder))
+        if share > _ALIKE:
+            return f"; by their names {share:.0%} of its tensors could be of {' or '.join(alike[:4])}"
+    return ""
 
 
 def _read_json(path: Path) -> dict[str, Any]:

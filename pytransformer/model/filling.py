@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def fit(
     if faults:
         order = ("missing", "unexpected")
         faults.sort(key=lambda fault: (order.index(kind) if (kind := fault.split(":")[0]) in order else 2, fault))
-        likeness = "" if family is None else _likeness(family, files)
+        likeness = "" if family is None else _unlike(family, files, faults)
         raise CheckpointError(f"{place} does not fit its config.json: " + "; ".join(faults) + likeness)
     return model, found
 
@@ -92,13 +92,28 @@ class _WithoutInitialValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _likeness(family: Family, files: TensorFiles) -> str:
-    """What family the tensors seem to be of, where that is another one."""
-    scores = {name: mapping.resemblance(other, files.tensors) for name, other in FAMILIES.items()}
+def likeness(files: TensorFiles) -> tuple[float, list[str]]:
+    """How much the tensors look by their names like those of the families that they resemble most, and which those are."""
+    scores = {name: mapping.resemblance(family, files.tensors) for name, family in FAMILIES.items()}
     best = max(share for share, _ in scores.values())
-    if scores.get(family.name, (0.0, 0.0))[0] >= best:
-        return ""
-    alike = sorted((name for name in scores if scores[name][0] == best), key=lambda name: -scores[name][1])
+    return best, sorted((name for name in scores if scores[name][0] == best), key=lambda name: -scores[name][1])
+
+
+def _unlike(family: Family, files: TensorFiles, faults: Sequence[str]) -> str:
+    """What family the tensors seem to be of, where that is another one: it has more of their names, or lacks what no layer has."""
+    own, _ = mapping.resemblance(family, files.tensors)
+    best, alike = likeness(files)
+    if own >= best:
+        there = {mapping.numberless(name) for name in mapping.known_names(family, files.tensors)}
+        missing = {
+            mapping.numberless(fault.removeprefix("missing: ")) for fault in faults if fault.startswith("missing: ")
+        }
+        absent = missing - there
+        alike = [
+            name for name in alike if absent.isdisjoint(map(mapping.numberless, mapping.templates(FAMILIES[name])))
+        ]
+        if not absent or not alike:
+            return ""
     return f". By their names the tensors are not of {family.name} but of {' or '.join(alike[:4])}"
 
 

@@ -28,6 +28,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
+# As every pointer begins that Git LFS leaves in the place of a file.
+_POINTER = b"version "
 # As long as the format allows a header to be.
 _LONGEST_HEADER = 100_000_000
 
@@ -156,6 +158,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with open(file, "rb") as handle:
         start = handle.read(8)
         length = int.from_bytes(start, "little")
+        if start == _POINTER:
+            raise _damaged(file, "it is a pointer of Git LFS, which fetches the file itself with git lfs pull")
         if len(start) < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise _damaged(file, f"it has {size} bytes, and a header of {length} is announced")
         text = handle.read(length)

@@ -219,6 +219,42 @@ def test_a_family_that_the_configuration_does_not_name_is_recognised(folder, mon
         load(folder)
 
 
+def test_tensors_that_a_family_lacks_in_every_layer_make_it_another_one(folder, tmp_path):
+    make_theirs().save_pretrained(tmp_path / "plain")
+    change_config(tmp_path / "plain", model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=8)
+    with pytest.raises(CheckpointError, match=r"missing: .*q_norm.* the tensors are not of qwen3 but of llama or"):
+        load(tmp_path / "plain")
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.1\.mlp\.down_proj\.weight$"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [None, "llamma", 3])
+def test_what_the_tensors_of_an_unknown_family_look_like_is_said(folder, name):
+    change_config(folder, model_type=name)
+    with pytest.raises(
+        CheckpointError, match=r"model_type must be one of .*; by their names 100% of its tensors could be of llama"
+    ):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=rf"got {name!r}$"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_attention_heads": 0}, {"hidden_size": None}, {"quantization_config": "mxfp4"}, {"rope_theta": "x"}, {"eos_token_id": {}},
+        {"architectures": "LlamaModelling"}, {"num_key_value_heads": 0}, {"rms_norm_eps": None}, {"vocab_size": "a"}, {"id2label": 3},
+    ],
+)  # fmt: skip
+def test_nonsense_in_a_configuration_is_an_error_that_names_the_file(folder, values):
+    for model_type in ("llama", "gpt_oss"):
+        change_config(folder, model_type=model_type, rope_parameters=None, **values)
+        with pytest.raises(CheckpointError, match=r"config\.json: "):
+            load(folder)
+
+
 def test_generation_config_is_read_kept_and_written(folder, tmp_path):
     values = {"eos_token_id": [2, 5], "bos_token_id": 3, "pad_token_id": 0, "temperature": 0.6}
     (folder / "generation_config.json").write_text(json.dumps(values))

@@ -149,6 +149,12 @@ def test_pickles_are_not_read_and_the_way_out_is_said(tmp_path, name):
         TensorFiles.of_folder(tmp_path)
 
 
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
+    (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors .*: it is a pointer of Git LFS"):
+        read_header(tmp_path / "x.safetensors")
+
+
 FLOATS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 

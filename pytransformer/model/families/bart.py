@@ -71,7 +71,7 @@ def read_stacks(values: Mapping[str, Any]) -> dict[str, Any]:
     values = with_aliases(values, _ALIASES)
     return {
         "architecture": "encoder-decoder",
-        "causal": values["is_causal"] is not False,
+        "causal": bool(values["is_causal"]),
         "vocab_size": values["vocab_size"],
         "hidden_size": values["d_model"],
         "num_layers": values["decoder_layers"],

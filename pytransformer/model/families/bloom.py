@@ -31,7 +31,7 @@ _FIELDS: dict[str, Field] = {
     "hidden_dropout": Used(0.0),
     "attention_dropout": Used(0.0),
     # Without a causal mask transformers' bias still grows from the first key to the last, ALiBi's to both sides falls with the distance.
-    "is_causal": Refused((None, True), "a BLOOM that sees both ways is not served"),
+    "is_causal": Refused((True,), "a BLOOM that sees both ways is not served"),
     "pretraining_tp": Harmless(1),  # only beside slow_but_exact
     "slow_but_exact": Refused((False,), "with it transformers leaves out the biases after attention and feed-forward"),
     # Of the training code, in published files; transformers reads none of them.

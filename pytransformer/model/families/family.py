@@ -77,7 +77,7 @@ COMMON: dict[str, Field] = {
     "initializer_range": Used(0.02),
     "is_decoder": Refused((False,), "an encoder used as a decoder is not served"),
     "add_cross_attention": Refused((False,), "cross-attention of a decoder-only family is not served"),
-    "is_causal": Used(),
+    "is_causal": Used(True),  # whatever is false to Python makes a decoder see both ways, null too
     "pruned_heads": Refused(({}, None), "pruned heads are not served"),
     "per_layer_config": Refused((None, {}), "layers of different shapes are not served"),
     "tie_last_hidden_states": Harmless(),
@@ -141,6 +141,7 @@ def read_config(family: Family, values: Mapping[str, Any]) -> TransformerConfig:
         if isinstance(known := family.field(name), Refused) and value not in known.allowed
     ]
     classes = values.get("architectures") or [next(iter(family.classes))]
+    classes = [classes] if isinstance(classes, str) else classes
     chosen = family.classes.get(classes[0])
     if chosen is None:
         faults.append(f"architectures must be one of {', '.join(family.classes)}, got {classes[0]!r}")
@@ -160,7 +161,13 @@ def read_config(family: Family, values: Mapping[str, Any]) -> TransformerConfig:
         return TransformerConfig(
             **{"family": family.name, "family_fields": kept, **within_vocabulary(family.read(filled)), **chosen},
         )
-    except (TypeError, ValueError, KeyError) as error:
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:  # whatever stands in the place of a number
         raise CheckpointError(f"config.json is no {family.name} configuration: {error}") from error
 
 

@@ -72,7 +72,10 @@ def read_gemma(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_gemma(config: TransformerConfig) -> dict[str, Any]:
     """See :class:`Family`."""
-    return {**write_shape(config), "attention_bias": config.attention_bias, **write_rope(config)}
+    written = {**write_shape(config), "attention_bias": config.attention_bias, **write_rope(config)}
+    if config.activation == "geglu":
+        written["hidden_act"] = "gelu_python"  # "gelu" would be read as the tanh approximation
+    return written
 
 
 def read_gemma2(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def read_gemma3(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["use_bidirectional_attention"]:
         # Their window counts the tokens at both sides, and the distance must be smaller than half of it and one.
         half = values["sliding_window"] // 2 + 1
-        later |= {"causal": False, "sliding_window": half + (values.get("is_causal") is False)}
+        later |= {"causal": False, "sliding_window": half + (not values["is_causal"])}
     rope = read_layered_rope(
         values, later["head_dim"], base=1_000_000.0, local_base=10_000.0, local_theta="rope_local_base_freq"
     )
@@ -141,6 +144,8 @@ def _read_later(values: Mapping[str, Any], pattern: int) -> dict[str, Any]:
     """What Gemma 2 and 3 share. Without ``layer_types`` every ``pattern``-th layer sees everything."""
     shape = read_shape(values, activation="hidden_activation")
     scalar = values["query_pre_attn_scalar"]
+    if not scalar > 0:
+        raise ValueError(f"query_pre_attn_scalar must be above 0, got {scalar!r}")
     types = values["layer_types"]
     if types is None:
         types = [FULL if (layer + 1) % pattern == 0 else SLIDING for layer in range(shape["num_layers"])]

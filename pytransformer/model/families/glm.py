@@ -25,6 +25,7 @@ _FIELDS: dict[str, Field] = {
     "rms_norm_eps": Used(1.5625e-07),
     "pad_token_id": Used(151329),
     "attention_bias": Used(True),
+    "partial_rotary_factor": Used(0.5),
 }
 
 
@@ -36,7 +37,7 @@ def read_glm(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **shape,
         "eos_token_id": _END if shape["eos_token_id"] is None else shape["eos_token_id"],
-        **read_rope(values, shape["head_dim"], fraction=0.5),
+        **read_rope(values, shape["head_dim"], fraction=1.0),  # null is all of a head, nothing said is half
         "rope_interleaved": True,
         "attention_bias": values["attention_bias"],
         "attention_output_bias": False,

@@ -71,7 +71,7 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     shape = read_shape({**values, "hidden_act": "silu"})
     types = values["layer_types"] or [FULL if layer % 2 else SLIDING for layer in range(shape["num_layers"])]
-    if not values["rope_parameters"] and not values["rope_scaling"]:
+    if values["rope_parameters"] is None and not values["rope_scaling"]:  # an empty mapping is plain RoPE
         values = {**values, "rope_parameters": _YARN}
     return {
         **shape,

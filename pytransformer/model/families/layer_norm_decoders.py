@@ -13,8 +13,7 @@ from .parts import read_labels, write_labels
 def read_shared(values: Mapping[str, Any]) -> dict[str, Any]:
     """Tokens, labels, initial weights, head and mask, which all spell alike."""
     return {
-        # "is_causal": false makes any decoder of transformers 5 see both ways.
-        "causal": values["is_causal"] is not False,
+        "causal": bool(values["is_causal"]),
         "tie_embeddings": values["tie_word_embeddings"],
         "initializer_range": values["initializer_range"],
         **read_tokens(values),

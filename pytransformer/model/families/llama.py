@@ -17,7 +17,11 @@ ACTIVATIONS = {
     "swish": "swiglu",
     "gelu_pytorch_tanh": "geglu_tanh",
     "gelu_new": "geglu_tanh",
+    "gelu_fast": "geglu_tanh",
+    "gelu_accurate": "geglu_tanh",
+    "gelu_python_tanh": "geglu_tanh",
     "gelu": "geglu",
+    "gelu_python": "geglu",
     "relu": "reglu",
 }
 LAYER_TYPES = {FULL: "full", SLIDING: "sliding"}
@@ -120,8 +124,7 @@ def read_shape(values: Mapping[str, Any], *, activation: str = "hidden_act") -> 
         "num_heads": heads,
         "num_kv_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_width(values),
-        # "is_causal": false makes any decoder of transformers 5.x see both ways.
-        "causal": values.get("is_causal") is not False,
+        "causal": bool(values["is_causal"]),
         "norm": "rms_norm",
         "norm_bias": False,
         "norm_eps": values["rms_norm_eps"],
@@ -185,6 +188,8 @@ def read_window(values: Mapping[str, Any], *, window: int | None, causal: bool) 
     With ``is_causal`` false their window is the largest distance, at either side; ours counts the token itself.
     """
     types = values.get("layer_types")
+    if types is not None and not isinstance(types, (list, tuple)):
+        raise ValueError(f"layer_types must be a list with the kind of each layer, got {types!r}")
     if types is not None and (unknown := sorted(set(types) - set(LAYER_TYPES))):
         raise ValueError(f"layer_types must be {' or '.join(LAYER_TYPES)}, got {', '.join(map(str, unknown))}")
     return {

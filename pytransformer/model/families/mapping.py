@@ -126,7 +126,7 @@ def _explain(
     elif any(way.optional for way in ways):
         absent.append(names[0])
     else:
-        nearest = min(ways, key=lambda way: sum(name not in present for name in way.theirs))
+        nearest = min(ways, key=lambda way: sum(name not in present for name in way.theirs) / len(way.theirs))
         faults += [f"missing: {name}" for name in nearest.theirs if name not in present]
         used.update(nearest.theirs)
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from pytransformer.ops.rope.call import check_positive, check_scaling
 from pytransformer.reference.rope import rope_frequencies
 
 from ..config import TransformerConfig
@@ -190,12 +191,34 @@ def _read(
     if ignores_fraction and fraction not in (None, 1, 1.0) and method != "default":
         raise ValueError(f"partial_rotary_factor must be 1 with rope_type {method!r} in this family, got {fraction!r}")
     rotary_dim = head_dim if ignores_fraction or fraction is None else int(head_dim * _number("fraction", fraction))
-    rope_base = _number("rope_theta", base)
+    rope_base = check_positive("rope_theta", _number("rope_theta", base))
     scaling = _scaling(method, given, max_positions)
-    rope_frequencies(
-        rotary_dim, 1, base=rope_base, scaling=scaling
-    )  # what it refuses is refused before a model is made
+    if rotary_dim % 2 and rotary_dim < head_dim:
+        rope_base, rotary_dim = _evened(rope_base, scaling, rotary_dim)
+    if rotary_dim % 2 or not rotary_dim:
+        raise ValueError(
+            f"RoPE must rotate an even number of features above 0, got {rotary_dim} (head_dim {head_dim}, part {fraction})"
+        )
+    # What is refused is refused before a model is made: the numbers, and the tables at either side of the length that LongRoPE looks at.
+    if scaling is not None:
+        check_scaling(scaling, rotary_dim)
+        rope_frequencies(
+            rotary_dim, 1 + scaling.get("original_max_position_embeddings", 0), base=rope_base, scaling=scaling
+        )
+    rope_frequencies(rotary_dim, 1, base=rope_base, scaling=scaling)
     return rope_base, scaling, rotary_dim
+
+
+def _evened(base: float, scaling: Mapping[str, Any] | None, rotary_dim: int) -> tuple[float, int]:
+    """(base, number) of the next even number of features with the same frequencies as an odd one.
+
+    transformers rounds such a number up, but keeps it in the exponents: base^(-2i / d) = (base^((d + 1) / d))^(-2i / (d + 1)).
+    """
+    if scaling is not None and scaling["rope_type"] in ("dynamic", "yarn"):
+        raise ValueError(
+            f"rope_type {scaling['rope_type']!r} needs an even number of rotated features, got {rotary_dim}"
+        )
+    return base ** ((rotary_dim + 1) / rotary_dim), rotary_dim + 1
 
 
 def _scaling(method: str, given: Mapping[str, Any], max_positions: int) -> dict[str, Any] | None:
@@ -214,6 +237,7 @@ def _scaling(method: str, given: Mapping[str, Any], max_positions: int) -> dict[
     if method in _STRETCHED:
         inside = given.get("original_max_position_embeddings")
         scaling["original_max_position_embeddings"] = max_positions if inside is None else inside
+        check_positive("original_max_position_embeddings", scaling["original_max_position_embeddings"])
         # An explicit factor counts, not the ratio of the lengths.
         scaling.setdefault("factor", max_positions / scaling["original_max_position_embeddings"])
     return scaling

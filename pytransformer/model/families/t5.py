@@ -48,7 +48,7 @@ _FIELDS: dict[str, Field] = {
     "classifier_dropout": Harmless(0.0),
     "scale_decoder_outputs": Used(),
     "max_position_embeddings": Used(),
-    "is_causal": Refused((None, True), "a T5 decoder that sees later tokens is not served"),
+    "is_causal": Refused((True,), "a T5 decoder that sees later tokens is not served"),
     "n_positions": Harmless(512),
     "output_past": Harmless(),
     "gradient_checkpointing": Harmless(False),

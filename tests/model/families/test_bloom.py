@@ -72,5 +72,7 @@ def test_names_of_other_families_for_its_sizes():
 
 
 def test_a_model_that_sees_both_ways_would_have_another_bias_and_is_refused():
-    with pytest.raises(CheckpointError, match="is_causal must be None or True, got False"):
+    with pytest.raises(CheckpointError, match="is_causal must be True, got False"):
         read_config(find_family("bloom"), {**pair(TIED).values, "is_causal": False})
+    with pytest.raises(CheckpointError, match="is_causal must be True, got None"):
+        read_config(find_family("bloom"), {**pair(TIED).values, "is_causal": None})

@@ -9,7 +9,7 @@ import torch
 
 from pytransformer.model.families import CheckpointError, find_family, read_config, write_config
 
-from .support import Case, assert_logits, call_ours, call_theirs, check_fields, every_check, logits, pair
+from .support import Case, assert_logits, call_ours, call_theirs, check_fields, every_check, logits, pair, round_trip
 
 TINY: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -80,6 +80,13 @@ def test_gemma1_gelu_means_its_tanh_form() -> None:
     case = gemma("1", "gelu", hidden_act="gelu")
     assert read_config(find_family("gemma"), {**TINY, "hidden_act": "gelu"}).activation == "geglu_tanh"
     logits(Case(**{**vars(case), "values": {"hidden_act": "gelu"}}))
+
+
+def test_gemma1_gelu_python_is_exact_and_stays_so() -> None:
+    case = gemma("1", "exact", hidden_act="gelu_python")
+    assert pair(case).config.activation == "geglu"
+    logits(case)
+    round_trip(case)
 
 
 def test_gemma1_hidden_activation_is_ignored() -> None:
@@ -166,6 +173,12 @@ def test_embeddings_are_multiplied_by_a_factor_rounded_to_their_dtype() -> None:
 def test_gemma2_refusals(values: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_config(find_family("gemma2"), {**TINY, **values})
+
+
+def test_a_scale_of_no_number_above_zero_is_refused() -> None:
+    for scalar, message in ((0, "query_pre_attn_scalar must be above 0, got 0"), ("8", "gemma2 configuration")):
+        with pytest.raises(CheckpointError, match=message):
+            read_config(find_family("gemma2"), {"query_pre_attn_scalar": scalar})
 
 
 def test_gemma3_flat_rope_parameters_are_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 from pytransformer.model.families import CheckpointError, find_family, read_config
 from pytransformer.model.families.llama import OLDER_FIELDS
 
-from .support import Case, Pair, check_fields, every_check, pair
+from .support import Case, Pair, check_fields, every_check, logits, pair
 from .traps import assert_honoured
 
 _SHAPE = {
@@ -76,6 +76,13 @@ def test_half_of_each_head_rotates_where_the_file_says_nothing():
     values = {name: value for name, value in pair(GLM).values.items() if name != "rope_parameters"}
     assert read_config(find_family("glm"), values).rotary_dim == 8
     assert_honoured(Pair(GLM), rotary_dim=16)
+
+
+@pytest.mark.parametrize("model", ["GlmForCausalLM", "Glm4ForCausalLM"])
+def test_all_of_each_head_rotates_where_the_file_says_null(model):
+    case = _case("null-part", model, partial_rotary_factor=None, values={"partial_rotary_factor": None})
+    assert pair(case).config.rotary_dim == 16
+    logits(case)
 
 
 def test_epsilon_is_smaller_than_in_other_families_where_the_file_says_nothing():

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from pytransformer.model.families import find_family, read_config
+from pytransformer.model.families import CheckpointError, find_family, read_config
 
-from .support import Case, Pair, check_fields, every_check, pair
+from .support import Case, Pair, check_fields, every_check, logits, pair, round_trip
 from .traps import assert_honoured, assert_same_state, load
 
 _SHAPE = {
@@ -60,6 +60,23 @@ def test_a_quarter_of_each_head_rotates_where_the_file_says_nothing():
     values = {name: value for name, value in pair(PARALLEL).values.items() if name != "rope_parameters"}
     assert read_config(find_family("gpt_neox"), values).rotary_dim == 2
     assert_honoured(Pair(PARALLEL), rotary_dim=8)
+
+
+def test_an_odd_number_of_rotated_features_is_rounded_up_and_keeps_its_frequencies():
+    for method in ({"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}):
+        case = dataclasses.replace(
+            PARALLEL,
+            fields={
+                **PARALLEL.fields,
+                "rope_parameters": {**method, "rope_theta": 500.0, "partial_rotary_factor": 0.4},
+            },
+        )
+        assert pair(case).config.rotary_dim == 4
+        logits(case)
+        round_trip(case)
+    odd = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0, "partial_rotary_factor": 0.4}
+    with pytest.raises(CheckpointError, match="'dynamic' needs an even number of rotated features, got 3"):
+        read_config(find_family("gpt_neox"), {**PARALLEL.fields, "rope_parameters": odd})
 
 
 def test_use_parallel_residual_false_is_not_ignored():

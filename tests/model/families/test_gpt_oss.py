@@ -1,16 +1,31 @@
 """GPT-OSS against transformers, as plain tensors and as mxfp4 blocks."""
 
 import dataclasses
+import json
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import pytransformer
 from pytransformer import Transformer
 from pytransformer.model.families import CheckpointError, find_family, mapping, read_config, write_config
 from pytransformer.model.families.llama import OLDER_FIELDS
 from pytransformer.model.families.mxfp4 import dequantise_mxfp4
 
-from .support import Case, Pair, assert_logits, call_ours, call_theirs, check_fields, every_check, pair, tensors_of
+from .support import (
+    Case,
+    Pair,
+    assert_logits,
+    call_ours,
+    call_theirs,
+    check_fields,
+    every_check,
+    logits,
+    pair,
+    tensors_of,
+)
 from .traps import assert_honoured, assert_same_state
 
 _SHAPE = {
@@ -108,6 +123,14 @@ def test_yarn_untruncated_with_theta_150000_where_the_file_says_nothing():
     assert_honoured(both, rope_scaling={**both.config.rope_scaling, "truncate": True})
 
 
+def test_an_empty_mapping_is_plain_rope_and_null_is_yarn():
+    plain = _case("empty", rope_parameters={})
+    assert pair(plain).config.rope_scaling is None and pair(plain).config.rope_base == 150_000.0
+    logits(plain)
+    values = {**pair(plain).values, "rope_parameters": None}
+    assert read_config(find_family("gpt_oss"), values).rope_scaling["rope_type"] == "yarn"
+
+
 def test_every_second_layer_slides_from_the_first_on_where_the_file_says_nothing():
     assert pair(OLDER).config.layer_types == ("sliding", "full")
     assert_honoured(Pair(PLAIN), layer_types=("full", "sliding"))
@@ -153,6 +176,36 @@ def test_a_model_from_blocks_is_written_as_plain_tensors_without_a_quantisation(
     assert written["model.layers.0.mlp.experts.down_proj"].dtype == torch.bfloat16
     assert all(torch.equal(tensor.float(), plain[name]) for name, tensor in written.items())
     assert_same_state(both, both.disk)
+
+
+@torch.no_grad()
+def test_a_folder_as_published_loads_without_a_word(tmp_path):
+    """Blocks in shards, beside a configuration with the older spelling of RoPE and a second name for what it says already."""
+    both = Pair(PLAIN)
+    blocks, plain = _blocks(both, torch.Generator().manual_seed(2))
+    values = {name: value for name, value in both.values.items() if name not in ("rope_parameters", "dtype")}
+    yarn = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    values |= {
+        "rope_scaling": {**yarn, "original_max_position_embeddings": 8}, "rope_theta": 150000,
+        "experts_per_token": values["num_experts_per_tok"], "initial_context_length": 8,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    }  # fmt: skip
+    names = sorted(blocks)
+    shards = {f"model-{shard:05d}-of-00002.safetensors": names[shard::3] for shard in range(3)}
+    for file, there in shards.items():
+        save_file({name: blocks[name].contiguous() for name in there}, tmp_path / file)
+    places = {name: file for file, there in shards.items() for name in there}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = pytransformer.load(tmp_path, device="cpu", dtype=torch.float32)
+    theirs = both.model_class._from_config(
+        both.model_class.config_class(**{**values, "quantization_config": None}), attn_implementation="eager"
+    ).eval()
+    theirs.load_state_dict(plain)
+    inputs = both.inputs(seqlen=12)
+    assert_logits(call_ours(model, inputs), call_theirs(theirs, inputs))
 
 
 def test_other_quantisations_are_refused():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers.activations import ACT2FN
 
 from pytransformer import TransformerConfig
 from pytransformer.model.families import CheckpointError, find_family, mapping, read_config, write_config
@@ -233,6 +236,13 @@ def test_is_causal_false_sees_both_ways(config: str) -> None:
     assert written.get("sliding_window") == windows[config].get("sliding_window")
 
 
+@pytest.mark.parametrize("value", [None, 0])
+def test_is_causal_null_sees_both_ways_too(value: object) -> None:
+    case = llama("both-ways-by-null", is_causal=value)
+    assert not pair(case).config.causal
+    logits(case)
+
+
 def test_llama_ignores_a_part_of_the_head_with_plain_rope() -> None:
     case = llama("part-of-the-head", partial_rotary_factor=0.5)
     assert pair(case).config.rotary_dim == 8
@@ -336,6 +346,24 @@ def test_an_unknown_kind_of_layer_is_refused() -> None:
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"hidden_act must be one of 'silu', .*, got 'quick_gelu'"):
         read_config(find_family("llama"), {**TINY, "hidden_act": "quick_gelu"})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_activation_of_transformers_is_theirs_or_refused(family: str) -> None:
+    gates = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+    plain = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+    field = "hidden_act" if family == "llama" else "activation_function"
+    x = torch.linspace(-12, 12, 97)
+    served = []
+    for name in ACT2FN:
+        try:
+            ours = read_config(find_family(family), {field: name}).activation
+        except CheckpointError as error:
+            assert f"{field} must be one of" in str(error)
+            continue
+        served.append(name)
+        torch.testing.assert_close(plain[gates.get(ours, ours)](x), ACT2FN[name](x))
+    assert {"gelu_fast", "gelu_accurate", "gelu_python", "gelu_python_tanh", "swish"} <= set(served)
 
 
 def test_a_padding_token_of_minus_one_is_none() -> None:

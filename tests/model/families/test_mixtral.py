@@ -61,6 +61,14 @@ def test_a_file_without_one_expert_is_refused():
         load(both, {name: tensor for name, tensor in both.disk.items() if name != missing})
 
 
+def test_what_a_file_with_too_few_experts_lacks_is_named_as_the_file_names_the_rest():
+    both = pair(PLAIN)
+    with pytest.raises(ValueError) as error:
+        load(both, {name: tensor for name, tensor in both.disk.items() if ".experts.3." not in name})
+    assert str(error.value).count("missing: ") == 6
+    assert "unexpected" not in str(error.value)
+
+
 def test_w1_is_the_gate_w3_the_linear_branch_and_w2_the_way_back():
     both = pair(PLAIN)
     theirs = "model.layers.1.block_sparse_moe.experts.2"
