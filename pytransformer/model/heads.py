@@ -114,13 +114,14 @@ class Classifier(Linear):
 def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     """(batch, seqlen, hidden) -> (batch, hidden): the first token, the last that is real, or the mean of the real ones.
 
-    ``attention_mask``: (batch, seqlen), nonzero = real; ``None`` = all.
+    ``attention_mask``: (batch, seqlen), nonzero = real, or the same as (batch, 1, seqlen) or (batch, 1, 1, seqlen); ``None`` = all, as with
+    one that says who sees whom.
     """
     if pooling == "first":
         return hidden[:, 0]
-    if attention_mask is None or attention_mask.ndim != 2:
+    if attention_mask is None or attention_mask.shape[1:-1].numel() != 1:
         return hidden[:, -1] if pooling == "last" else hidden.mean(dim=1)
-    real = attention_mask != 0
+    real = (attention_mask != 0).reshape(-1, hidden.shape[1]).expand(hidden.shape[:2])
     if pooling == "last":
         places = torch.arange(hidden.shape[1], device=hidden.device)
         last = torch.where(real, places, 0).amax(dim=1)

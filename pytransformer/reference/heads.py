@@ -85,12 +85,13 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
     """One vector for each sequence: (batch, seqlen, hidden) -> (batch, hidden).
 
     Args:
-        attention_mask: (batch, seqlen), True or 1 = a real token.
+        attention_mask: (batch, seqlen), True or 1 = a real token; also as (batch, 1, seqlen) or (batch, 1, 1, seqlen). One that says who
+            sees whom leaves all of them real.
         how: "first" token, "last" token that is not padding, or "mean" of those that are not.
     """
-    if attention_mask is None:
+    if attention_mask is None or attention_mask.shape[1:-1].numel() > 1:
         attention_mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    real = attention_mask.bool()
+    real = attention_mask.bool().reshape(-1, hidden.shape[1]).expand(hidden.shape[:2])
     if how == "first":
         return hidden[:, 0]
     if how == "last":
