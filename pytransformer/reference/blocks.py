@@ -29,6 +29,7 @@ class Inputs:
         positions: int64 (batch, seqlen), where each token stands.
         mask: which keys may be seen: (batch, seqlen), or who sees whom, (broadcastable to) (batch, seqlen, seqlen) or (batch, num_heads,
             seqlen, seqlen); True or 1 = may.
+        places: int64 (batch, seqlen), how many real tokens stand before each, and 0 for padding: of Falcon's ALiBi.
         lengths: of each sequence, its last real token's position + 1; RoPE's frequencies may depend on it.
         relative_bias: (1, num_heads, seqlen, seqlen), T5's.
         memory: (batch, src_seqlen, hidden), what cross-attention reads, with ``memory_mask`` like ``mask``.
@@ -36,6 +37,7 @@ class Inputs:
     """
 
     positions: Tensor
+    places: Tensor
     lengths: list[int]
     mask: Tensor | None = None
     relative_bias: Tensor | None = None
@@ -197,8 +199,8 @@ class Attention(nn.Module):
         if config.positions in ("relative_key", "relative_key_query"):
             return self.scale() * self.products_with_distances(q, k)
         if config.positions == "alibi" and config.alibi_bfloat16:
-            slopes = standard_alibi_slopes(config.num_heads).to(inputs.positions.device)
-            return alibi_bias_of_keys(slopes, inputs.positions, config.alibi_scale)
+            slopes = standard_alibi_slopes(config.num_heads).to(inputs.places.device)
+            return alibi_bias_of_keys(slopes, inputs.places, config.alibi_scale)
         return inputs.relative_bias
 
     def products_with_distances(self, q: Tensor, k: Tensor) -> Tensor:

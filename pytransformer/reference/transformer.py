@@ -88,6 +88,7 @@ class Stack(nn.Module):
         positions = self.token_positions(x, input_ids, positions)
         inputs = Inputs(
             positions=positions,
+            places=real_places(x, attention_mask),
             lengths=real_lengths(positions, attention_mask),
             mask=attention_mask,
             relative_bias=self.bias_of_distances(seqlen) if self.config.positions == "t5" else None,
@@ -145,6 +146,14 @@ def real_lengths(positions: Tensor, attention_mask: Tensor | None) -> list[int]:
     if attention_mask is not None and attention_mask.dim() == 2:
         positions = torch.where(attention_mask != 0, positions, -1)
     return (positions.amax(dim=-1) + 1).tolist()
+
+
+def real_places(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """int64 (batch, seqlen): of each token, how many real ones stand before it; 0 for padding."""
+    real = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = (attention_mask != 0).long()
+    return (real.cumsum(dim=1) - 1) * real
 
 
 class Transformer(nn.Module):

@@ -30,3 +30,15 @@ def test_padding_in_a_mask_of_four_dimensions_is_not_pooled(pooling, device):
     for mask in (real[:, None], real[:, None, None], real[:, None, None].long()):
         torch.testing.assert_close(model(ids, mask), expected)
         torch.testing.assert_close(make_twin(model)(ids, mask), expected)
+
+
+@torch.no_grad()
+def test_left_padding_moves_nothing_in_the_twin_of_falcons_alibi(device):
+    """A sink is where a shift of all the biases of a row would be seen."""
+    config = dataclasses.replace(FAMILY_CONFIGS["falcon-alibi"], sinks=True)
+    model = make_model(config, 0, device)
+    (ids,), real = inputs_of(config, device), torch.ones(2, 5, dtype=torch.bool, device=device)
+    real[1, :3] = False
+    twin = make_twin(model)
+    torch.testing.assert_close(twin(ids, real)[1, 3:], twin(ids[1:, 3:])[0])
+    torch.testing.assert_close(model(ids, real)[real], twin(ids, real)[real])
