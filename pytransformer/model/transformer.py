@@ -104,6 +104,15 @@ class Transformer(nn.Module):
         if self.config.tie_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def make_tables(self, device: torch.device) -> None:
+        """Computes the tables of positions that are on the meta device; they are in no state_dict."""
+        for module in self.modules():
+            if any(table is not None and table.is_meta for table in module._buffers.values()):
+                # Not to_empty(): empty_like of a tensor on the meta device imports sympy, which takes seconds.
+                module._apply(  # type: ignore[no-untyped-call]
+                    lambda old: torch.empty(old.shape, dtype=old.dtype, device=device), recurse=False
+                )
+
     def tied_names(self) -> dict[str, str]:
         """Names of the state_dict that are second names, and what for."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_embeddings else {}
@@ -362,3 +371,6 @@ def new_trace(attention: bool, hidden_states: bool, router_logits: bool) -> Trac
 
 def _tie_after_load(model: Transformer, incompatible_keys: object) -> None:
     model.tie_weights()
+    weight = model.model.embed_tokens.weight
+    if not weight.is_meta:  # assign=True fills a model on the meta device, all but its tables
+        model.make_tables(weight.device)

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from pytransformer import Transformer
 from tests.model.configs import CONFIGS, EXPERT_CONFIGS, FAMILY_CONFIGS, make_model, make_twin, random_ids
 
 ALL = {**CONFIGS, **FAMILY_CONFIGS, **EXPERT_CONFIGS}
@@ -42,3 +43,13 @@ def test_left_padding_moves_nothing_in_the_twin_of_falcons_alibi(device):
     twin = make_twin(model)
     torch.testing.assert_close(twin(ids, real)[1, 3:], twin(ids[1:, 3:])[0])
     torch.testing.assert_close(model(ids, real)[real], twin(ids, real)[real])
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "original"])
+@torch.no_grad()
+def test_assigning_weights_to_a_meta_model_makes_its_tables(name, device):
+    model = make_model(ALL[name], 0, device)
+    other = Transformer(ALL[name], device="meta").eval()
+    other.load_state_dict(model.state_dict(), assign=True)
+    inputs = inputs_of(model.config, device)
+    assert torch.equal(other(*inputs), model(*inputs))
