@@ -14,6 +14,7 @@ from pytransformer.ops.checks import check_values
 
 from .block import Block, Shared, Trace, add_and_norm, make_norm
 from .config import TransformerConfig
+from .heads import padding_mask
 
 
 class ModelCache(Protocol):
@@ -148,7 +149,7 @@ class Stack(nn.Module):
             keys = shared.memory_kv[0][0] if memory is None and shared.memory_kv is not None else memory
             assert keys is not None
             shared.memory_masks = masks_of(self.names.memory_mask, memory_mask, *shape, keys.shape[1])
-        self._place(shared, delta, attention_mask, positions, cache)
+        self._place(shared, delta, own.get("key_padding_mask"), positions, cache)
         residual: Tensor | None = None
         for index, block in enumerate(self.layers):
             if trace.hidden_states is not None:
@@ -258,7 +259,7 @@ class Stack(nn.Module):
         self,
         shared: Shared,
         hidden: Tensor,
-        attention_mask: Tensor | None,
+        real: Tensor | None,
         positions: Tensor | None,
         cache: ModelCache | None,
     ) -> None:
@@ -267,9 +268,8 @@ class Stack(nn.Module):
         before = 0 if cache is None else cache.max_length
         if self.alibi_bias is not None:
             places = torch.arange(before + seqlen, device=hidden.device)[None]
-            if cache is None and attention_mask is not None and attention_mask.ndim == 2:
+            if cache is None and real is not None:
                 # Padding in front moves nothing: the rounding depends on the place.
-                real = attention_mask != 0
                 places = (real.cumsum(dim=1) - 1) * real
             shared.bias = self.alibi_bias(places)
         if self.relative_bias is not None:
@@ -277,15 +277,15 @@ class Stack(nn.Module):
             queries = keys[None] if cache is None else cache.positions(seqlen)
             shared.bias = self.relative_bias(keys - queries[..., None])
         if self.rotary is not None:
-            shared.positions = self._rows(self.rotary, hidden, attention_mask, positions, cache)
+            shared.positions = self._rows(self.rotary, hidden, real, positions, cache)
             if self.local_rotary is not None:
-                shared.local_positions = self._rows(self.local_rotary, hidden, attention_mask, positions, cache)
+                shared.local_positions = self._rows(self.local_rotary, hidden, real, positions, cache)
 
     def _rows(
         self,
         rotary: RotaryEmbedding,
         hidden: Tensor,
-        attention_mask: Tensor | None,
+        real: Tensor | None,
         positions: Tensor | None,
         cache: ModelCache | None,
     ) -> Tensor | None:
@@ -293,7 +293,7 @@ class Stack(nn.Module):
         if not rotary.depends_on_length:
             return positions
         batch, seqlen = hidden.shape[:2]
-        if cache is None and positions is None and (attention_mask is None or attention_mask.ndim != 2):
+        if cache is None and positions is None and real is None:
             if seqlen <= rotary.original_length:
                 return None
             lengths = [seqlen] * batch
@@ -302,12 +302,11 @@ class Stack(nn.Module):
         if places is None:
             places = torch.arange(seqlen, device=hidden.device) if cache is None else cache.positions(seqlen)
         places = places.expand(batch, seqlen)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            padding = attention_mask == 0
+        if real is not None:
             if positions is None and cache is None:
                 # Padding in front makes a sequence no longer. It moves all its tokens alike, and only their distances matter.
-                places = places - padding.logical_not().int().argmax(dim=1, keepdim=True)
-            places = places.masked_fill(padding, 0)  # which there may be no row for
+                places = places - real.int().argmax(dim=1, keepdim=True)
+            places = places.masked_fill(~real, 0)  # which there may be no row for
         return rotary.rows(places, (places.amax(dim=1) + 1).tolist())
 
 
@@ -356,16 +355,17 @@ def masks_of(name: str, mask: Tensor | None, batch: int, num_heads: int, queries
         raise TypeError(f"{name} must be a boolean or integer tensor, True or nonzero = attend, got {_kind(mask)}")
     if mask.ndim not in (2, 3, 4):
         raise ValueError(f"{name} must have 2, 3 or 4 dimensions, got shape {tuple(mask.shape)}")
-    if mask.ndim == 2:
-        if tuple(mask.shape) != (batch, keys):
-            raise ValueError(f"{name} must have shape (batch, seqlen) = {(batch, keys)}, got {tuple(mask.shape)}")
-        return {"key_padding_mask": mask if mask.dtype == torch.bool else mask != 0}
+    if mask.ndim == 2 and tuple(mask.shape) != (batch, keys):
+        raise ValueError(f"{name} must have shape (batch, seqlen) = {(batch, keys)}, got {tuple(mask.shape)}")
     four = mask[:, None] if mask.ndim == 3 else mask
-    if not _broadcasts(four, (batch, num_heads, queries, keys)):
+    if mask.ndim > 2 and not _broadcasts(four, (batch, num_heads, queries, keys)):
         raise ValueError(
             f"{name} must broadcast to (batch, num_heads, queries, keys) = {(batch, num_heads, queries, keys)}, "
             f"or without the heads, got shape {tuple(mask.shape)}"
         )
+    flat = padding_mask(mask)
+    if flat is not None and flat.ndim == 2:
+        return {"key_padding_mask": (flat if flat.dtype == torch.bool else flat != 0).expand(batch, keys)}
     return {"mask": four}
 
 

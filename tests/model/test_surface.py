@@ -78,17 +78,27 @@ def test_active_parameters_are_those_of_the_chosen_experts():
     assert model.num_parameters() - model.num_active_parameters() == 3 * of_one
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("name", ["mean", "last", "longrope", "dynamic-ntk", "falcon-alibi", "original"])
 @torch.no_grad()
-def test_padding_in_a_mask_of_four_dimensions_is_not_pooled(pooling, device):
-    config = dataclasses.replace(FAMILY_CONFIGS["mean-vectors-window"], pooling=pooling)
+def test_padding_is_padding_in_a_mask_of_any_form(name, device):
+    """For what is pooled, and for frequencies and biases that depend on how long a sequence is."""
+    if name in ("mean", "last"):
+        config = dataclasses.replace(FAMILY_CONFIGS["mean-vectors-window"], pooling=name)
+    else:
+        config = dataclasses.replace(FAMILY_CONFIGS[name], sinks=True)
     model = make_model(config, 0, device)
-    (ids,), real = inputs_of(config, device), torch.ones(2, 5, dtype=torch.bool, device=device)
-    real[1, 3:] = False
-    expected = model(ids, real)
-    for mask in (real[:, None], real[:, None, None], real[:, None, None].long()):
-        torch.testing.assert_close(model(ids, mask), expected)
-        torch.testing.assert_close(make_twin(model)(ids, mask), expected)
+    inputs, real = inputs_of(config, device, 12, 12), torch.ones(2, 12, dtype=torch.bool, device=device)
+    real[0, 7:] = False
+    real[1, :5] = False
+    for each in (model, make_twin(model)):
+        rows = slice(None) if config.is_encoder_decoder or config.pooling else real
+        expected = each(*inputs, real)[rows]
+        for mask in (real.int(), real[:, None], real[:, None, None], real[:, None, None].long()):
+            assert torch.equal(each(*inputs, mask)[rows], expected)
+    if not config.is_encoder_decoder and not config.pooling:
+        everywhere = real[:1, None, None]
+        torch.testing.assert_close(model(*inputs, everywhere)[0, :7], model(*inputs, real)[0, :7])
+        torch.testing.assert_close(model(*inputs, real)[real], make_twin(model)(*inputs, real)[real])
 
 
 @torch.no_grad()
@@ -168,7 +178,10 @@ def test_what_a_cache_cannot_serve_is_refused():
     model = Transformer(CONFIGS["llama"])
     for options, message in (
         ({"return_attention": True}, "return_attention is for whole sequences"),
-        ({"attention_mask": IDS[:, None, None]}, r"with a cache attention_mask must be \(batch, seqlen\)"),
+        (
+            {"attention_mask": IDS[:, None, None].expand(2, 1, 5, 5)},
+            r"with a cache attention_mask must be \(batch, seqlen\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             model(IDS, cache=KVCache(model.config, 2, 8), **options)
