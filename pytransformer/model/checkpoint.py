@@ -115,12 +115,7 @@ def load(
         config, family = read_folder(place)
         files = TensorFiles.of_folder(place)
         model, found = fit(place, config, family, files)
-        for module in model.modules():  # tables of positions are computed; the parameters come next
-            if any(table is not None and table.is_meta for table in module._buffers.values()):
-                # Not to_empty(): empty_like of a tensor on the meta device imports sympy, which takes seconds.
-                module._apply(  # type: ignore[no-untyped-call]
-                    lambda old: torch.empty(old.shape, dtype=old.dtype, device=device), recurse=False
-                )
+        model.make_tables(device)  # the parameters come next
         fill(model, found, files, device, dtype, mapped=device.type == "cpu" and mmap is not False)
         model.generation_config = read_generation(place)
         return model.eval()

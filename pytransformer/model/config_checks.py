@@ -67,6 +67,17 @@ def check(config: TransformerConfig) -> None:
     _check_layers(config)
     _check_combinations(config)
     _check_tokens(config)
+    if config.is_encoder_decoder:
+        _check_encoder(config)
+
+
+def _check_encoder(config: TransformerConfig) -> None:
+    """The encoder's side, which has fields of its own and must be a model too."""
+    try:
+        _ = config.encoder
+    except (TypeError, ValueError) as error:
+        sizes = f"encoder_num_heads = {config.encoder_num_heads}, num_encoder_layers = {config.num_encoder_layers}"
+        raise type(error)(f"{error} (in the encoder: {sizes})") from error
 
 
 def _check_heads(config: TransformerConfig) -> None:
@@ -125,6 +136,8 @@ def _check_layers(config: TransformerConfig) -> None:
 
 
 def _check_combinations(config: TransformerConfig) -> None:
+    if config.num_experts and config.shared_expert_gate and not config.shared_expert_size:
+        raise ValueError("shared_expert_gate needs a shared expert, got shared_expert_size=0")
     if config.positions == "sinusoidal" and config.hidden_size % 2:
         raise ValueError(f"hidden_size must be even for sinusoidal positions, got {config.hidden_size}")
     if config.positions == "t5":
@@ -157,6 +170,8 @@ def _check_combinations(config: TransformerConfig) -> None:
         "relative_key_query",
     ):
         raise ValueError(f"positions_skip_padding is for positions in a table, got positions={config.positions!r}")
+    if config.positions_skip_padding and config.positions in ("learned", "sinusoidal") and not config.position_offset:
+        raise ValueError("positions_skip_padding needs a position_offset of at least 1, a row for padding, got 0")
     if config.share_embeddings and config.src_vocab_size != config.vocab_size:
         raise ValueError(
             f"share_embeddings needs src_vocab_size = vocab_size, got {config.src_vocab_size} and {config.vocab_size}"

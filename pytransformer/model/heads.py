@@ -114,16 +114,24 @@ class Classifier(Linear):
 def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     """(batch, seqlen, hidden) -> (batch, hidden): the first token, the last that is real, or the mean of the real ones.
 
-    ``attention_mask``: (batch, seqlen), nonzero = real; ``None`` = all.
+    ``attention_mask``: as :func:`padding_mask` knows it, nonzero = real; ``None`` = all, as with one that says who sees whom.
     """
     if pooling == "first":
         return hidden[:, 0]
-    if attention_mask is None or attention_mask.ndim != 2:
+    mask = padding_mask(attention_mask)
+    if mask is None or mask.ndim != 2:
         return hidden[:, -1] if pooling == "last" else hidden.mean(dim=1)
-    real = attention_mask != 0
+    real = (mask != 0).expand(hidden.shape[:2])
     if pooling == "last":
         places = torch.arange(hidden.shape[1], device=hidden.device)
         last = torch.where(real, places, 0).amax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
     weights = real.to(hidden.dtype)[..., None]
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def padding_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask of (batch, 1, seqlen) or (batch, 1, 1, seqlen), the same for every query and head, as (batch, seqlen); others as they are."""
+    if mask is not None and mask.ndim > 2 and mask.shape[1:-1].numel() == 1:
+        return mask.reshape(mask.shape[0], mask.shape[-1])
+    return mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from pytransformer.ops.checks import check_values
 
 from .block import Block, Shared, Trace, add_and_norm, make_norm
 from .config import TransformerConfig
+from .heads import padding_mask
 
 
 class ModelCache(Protocol):
@@ -35,12 +36,22 @@ class ModelCache(Protocol):
         ...
 
 
+class Names(NamedTuple):
+    """What the caller calls a stack's arguments, for error messages."""
+
+    ids: str = "input_ids"
+    mask: str = "attention_mask"
+    embeds: str = "inputs_embeds"
+    memory_mask: str = "memory_mask"
+
+
 class Stack(nn.Module):
     """Token ids (or vectors in their place) to hidden states.
 
     Args:
         config: of this side of the model alone (see :attr:`TransformerConfig.encoder`).
         embed_tokens: an embedding to share, or ``None`` for one of its own.
+        names: of its arguments; ``None`` = as they stand in :meth:`forward`.
     """
 
     def __init__(
@@ -48,11 +59,13 @@ class Stack(nn.Module):
         config: TransformerConfig,
         *,
         embed_tokens: nn.Embedding | None = None,
+        names: Names | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.names = Names() if names is None else names
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width, **place) if embed_tokens is None else embed_tokens
@@ -102,7 +115,8 @@ class Stack(nn.Module):
                 of the new tokens are real, padding last.
             inputs_embeds: (batch, seqlen, hidden) instead of ``input_ids``: what stands in the place of the token embeddings.
             token_type_ids: (batch, seqlen) integers, 0 by default; for models with token types.
-            positions: (batch, seqlen) or (seqlen) integers, where they do not simply count from 0 (left padding).
+            positions: (batch, seqlen) or (seqlen) integers, where they do not simply count from 0 (left padding): rows of a table, or of
+                RoPE's. ALiBi and relative positions count the places in the row itself, whatever these say.
             memory, memory_mask: of an encoder: (batch, memory_seqlen, hidden), and which of it is real, as ``attention_mask``.
             cache: keys and values of the tokens before, appended to; ``None`` = none before.
             trace: takes what is to be kept.
@@ -113,15 +127,29 @@ class Stack(nn.Module):
         """
         self._check(input_ids, inputs_embeds, cache)
         trace = Trace() if trace is None else trace
+        if cache is not None and trace.attentions is not None:
+            raise ValueError("return_attention is for whole sequences: leave the cache out")
         if positions is not None and positions.ndim == 1:
             positions = positions[None]
         delta = self._embed(input_ids, inputs_embeds, token_type_ids, positions, cache)
-        shared = Shared({}, masks_of("memory_mask", memory_mask), trace, memory=memory)
+        batch, seqlen = delta.shape[:2]
+        self._check_memory(memory, memory_mask, cache, batch)
+        shape = batch, self.config.num_heads, seqlen
+        shared = Shared({}, {}, trace, memory=memory)
+        own = masks_of(self.names.mask, attention_mask, *shape, seqlen)
         if cache is None:
-            shared.masks = masks_of("attention_mask", attention_mask)
+            shared.masks = own
+        elif "mask" in own:
+            raise ValueError(
+                f"with a cache {self.names.mask} must be (batch, seqlen), got shape {tuple(own['mask'].shape)}"
+            )
         else:
             shared.memory_kv = cache.memory_kv
-        self._place(shared, delta, attention_mask, positions, cache)
+        if memory_mask is not None:
+            keys = shared.memory_kv[0][0] if memory is None and shared.memory_kv is not None else memory
+            assert keys is not None
+            shared.memory_masks = masks_of(self.names.memory_mask, memory_mask, *shape, keys.shape[1])
+        self._place(shared, delta, own.get("key_padding_mask"), positions, cache)
         residual: Tensor | None = None
         for index, block in enumerate(self.layers):
             if trace.hidden_states is not None:
@@ -139,17 +167,42 @@ class Stack(nn.Module):
 
     def _check(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: ModelCache | None) -> None:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"give either {self.names.ids} or {self.names.embeds}, got {given}")
         if cache is not None and not self.config.causal:
             raise ValueError("a cache is for causal models: with causal=False every token sees those that follow")
         if input_ids is not None:
-            check_input_ids(input_ids, self.config)
+            check_input_ids(input_ids, self.config, self.names.ids)
             return
         assert inputs_embeds is not None
         width, limit = self.config.hidden_size, self.config.max_seqlen
+        if not isinstance(inputs_embeds, Tensor) or not inputs_embeds.is_floating_point():
+            raise TypeError(f"{self.names.embeds} must be a floating tensor, got {_kind(inputs_embeds)}")
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != width or inputs_embeds.shape[1] > limit:
             raise ValueError(
-                f"inputs_embeds must have shape (batch, seqlen of at most {limit}, hidden_size = {width}), got {tuple(inputs_embeds.shape)}"
+                f"{self.names.embeds} must have shape (batch, seqlen of at most {limit}, hidden_size = {width}), "
+                f"got {tuple(inputs_embeds.shape)}"
+            )
+
+    def _check_memory(
+        self, memory: Tensor | None, memory_mask: Tensor | None, cache: ModelCache | None, batch: int
+    ) -> None:
+        if not self.config.is_encoder_decoder:
+            if memory is not None or memory_mask is not None:
+                raise ValueError(
+                    "memory and memory_mask are for the decoder of an encoder-decoder, and this stack has no cross-attention"
+                )
+            return
+        if memory is None:
+            if cache is None or cache.memory_kv is None:
+                raise ValueError("memory must be given: what encode() made of the source, got None")
+            return
+        if not isinstance(memory, Tensor) or not memory.is_floating_point():
+            raise TypeError(f"memory must be a floating tensor, what encode() made of the source, got {_kind(memory)}")
+        width = self.config.hidden_size
+        if memory.ndim != 3 or memory.shape[0] != batch or memory.shape[2] != width:
+            raise ValueError(
+                f"memory must have shape (batch, src_len, hidden_size) = ({batch}, any, {width}), got {tuple(memory.shape)}"
             )
 
     def _embed(
@@ -173,6 +226,10 @@ class Stack(nn.Module):
                 hidden = hidden + self.embed_types.weight[0]
             else:
                 check_values("token_type_ids", token_type_ids, 0, config.type_vocab_size - 1, "token types")
+                if not _broadcasts(token_type_ids, hidden.shape[:2]):
+                    raise ValueError(
+                        f"token_type_ids must have shape (batch, seqlen) = {tuple(hidden.shape[:2])}, got {tuple(token_type_ids.shape)}"
+                    )
                 hidden = hidden + self.embed_types(token_type_ids)
         elif token_type_ids is not None:
             raise ValueError(
@@ -202,7 +259,7 @@ class Stack(nn.Module):
         self,
         shared: Shared,
         hidden: Tensor,
-        attention_mask: Tensor | None,
+        real: Tensor | None,
         positions: Tensor | None,
         cache: ModelCache | None,
     ) -> None:
@@ -211,9 +268,8 @@ class Stack(nn.Module):
         before = 0 if cache is None else cache.max_length
         if self.alibi_bias is not None:
             places = torch.arange(before + seqlen, device=hidden.device)[None]
-            if cache is None and attention_mask is not None and attention_mask.ndim == 2:
+            if cache is None and real is not None:
                 # Padding in front moves nothing: the rounding depends on the place.
-                real = attention_mask != 0
                 places = (real.cumsum(dim=1) - 1) * real
             shared.bias = self.alibi_bias(places)
         if self.relative_bias is not None:
@@ -221,15 +277,15 @@ class Stack(nn.Module):
             queries = keys[None] if cache is None else cache.positions(seqlen)
             shared.bias = self.relative_bias(keys - queries[..., None])
         if self.rotary is not None:
-            shared.positions = self._rows(self.rotary, hidden, attention_mask, positions, cache)
+            shared.positions = self._rows(self.rotary, hidden, real, positions, cache)
             if self.local_rotary is not None:
-                shared.local_positions = self._rows(self.local_rotary, hidden, attention_mask, positions, cache)
+                shared.local_positions = self._rows(self.local_rotary, hidden, real, positions, cache)
 
     def _rows(
         self,
         rotary: RotaryEmbedding,
         hidden: Tensor,
-        attention_mask: Tensor | None,
+        real: Tensor | None,
         positions: Tensor | None,
         cache: ModelCache | None,
     ) -> Tensor | None:
@@ -237,7 +293,7 @@ class Stack(nn.Module):
         if not rotary.depends_on_length:
             return positions
         batch, seqlen = hidden.shape[:2]
-        if cache is None and positions is None and (attention_mask is None or attention_mask.ndim != 2):
+        if cache is None and positions is None and real is None:
             if seqlen <= rotary.original_length:
                 return None
             lengths = [seqlen] * batch
@@ -246,12 +302,11 @@ class Stack(nn.Module):
         if places is None:
             places = torch.arange(seqlen, device=hidden.device) if cache is None else cache.positions(seqlen)
         places = places.expand(batch, seqlen)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            padding = attention_mask == 0
+        if real is not None:
             if positions is None and cache is None:
                 # Padding in front makes a sequence no longer. It moves all its tokens alike, and only their distances matter.
-                places = places - padding.logical_not().int().argmax(dim=1, keepdim=True)
-            places = places.masked_fill(padding, 0)  # which there may be no row for
+                places = places - real.int().argmax(dim=1, keepdim=True)
+            places = places.masked_fill(~real, 0)  # which there may be no row for
         return rotary.rows(places, (places.amax(dim=1) + 1).tolist())
 
 
@@ -286,37 +341,52 @@ def make_rotaries(
     return make(config.rope_base, config.rope_scaling), local
 
 
-def masks_of(name: str, mask: Tensor | None) -> dict[str, Tensor]:
+def masks_of(name: str, mask: Tensor | None, batch: int, num_heads: int, queries: int, keys: int) -> dict[str, Tensor]:
     """A mask as people give it, as arguments of the attention.
 
     Raises:
         TypeError: not a tensor, or a floating one.
-        ValueError: another number of dimensions than 2 (which tokens are real), 3 or 4 (who sees whom).
+        ValueError: another shape than (batch, keys) (which tokens are real), or of three or four dimensions one that broadcasts to (batch,
+            num_heads, queries, keys) (who sees whom).
     """
     if mask is None:
         return {}
     if not isinstance(mask, Tensor) or mask.is_floating_point():
-        given = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a boolean or integer tensor, True or nonzero = attend, got {given}")
-    if mask.ndim == 2:
-        return {"key_padding_mask": mask if mask.dtype == torch.bool else mask != 0}
-    if mask.ndim == 3:
-        mask = mask[:, None]
-    if mask.ndim != 4:
+        raise TypeError(f"{name} must be a boolean or integer tensor, True or nonzero = attend, got {_kind(mask)}")
+    if mask.ndim not in (2, 3, 4):
         raise ValueError(f"{name} must have 2, 3 or 4 dimensions, got shape {tuple(mask.shape)}")
-    return {"mask": mask}
+    if mask.ndim == 2 and tuple(mask.shape) != (batch, keys):
+        raise ValueError(f"{name} must have shape (batch, seqlen) = {(batch, keys)}, got {tuple(mask.shape)}")
+    four = mask[:, None] if mask.ndim == 3 else mask
+    if mask.ndim > 2 and not _broadcasts(four, (batch, num_heads, queries, keys)):
+        raise ValueError(
+            f"{name} must broadcast to (batch, num_heads, queries, keys) = {(batch, num_heads, queries, keys)}, "
+            f"or without the heads, got shape {tuple(mask.shape)}"
+        )
+    flat = padding_mask(mask)
+    if flat is not None and flat.ndim == 2:
+        return {"key_padding_mask": (flat if flat.dtype == torch.bool else flat != 0).expand(batch, keys)}
+    return {"mask": four}
 
 
-def check_input_ids(input_ids: object, config: TransformerConfig) -> None:
+def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    return tensor.ndim <= len(shape) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(tensor.shape), reversed(shape))
+    )
+
+
+def _kind(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_input_ids(input_ids: object, config: TransformerConfig, name: str = "input_ids") -> None:
     """TypeError or ValueError unless (batch, seqlen) integer ids of at most max_seqlen tokens, on a CPU within the vocabulary."""
     if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a torch.Tensor of shape (batch, seqlen), got {type(input_ids).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor of shape (batch, seqlen), got {type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+        raise TypeError(f"{name} must be int64 or int32, got {input_ids.dtype}")
     if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have shape (batch, seqlen), got {tuple(input_ids.shape)}")
+        raise ValueError(f"{name} must have shape (batch, seqlen), got {tuple(input_ids.shape)}")
     if input_ids.shape[1] > config.max_seqlen:
-        raise ValueError(
-            f"input_ids must have at most max_seqlen = {config.max_seqlen} tokens, got {input_ids.shape[1]}"
-        )
-    check_values("input_ids", input_ids, 0, config.vocab_size - 1, "token ids")
+        raise ValueError(f"{name} must have at most max_seqlen = {config.max_seqlen} tokens, got {input_ids.shape[1]}")
+    check_values(name, input_ids, 0, config.vocab_size - 1, "token ids")

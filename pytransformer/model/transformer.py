@@ -21,7 +21,7 @@ from . import generator
 from .block import Block, Trace
 from .config import TransformerConfig
 from .heads import Classifier, LMHead, pool
-from .stack import ModelCache, Stack
+from .stack import ModelCache, Names, Stack
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,15 @@ class Transformer(nn.Module):
         """Makes the head's weight the embedding's, if the configuration says so. Moving and loading do it by themselves."""
         if self.config.tie_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def make_tables(self, device: torch.device) -> None:
+        """Computes the tables of positions that are on the meta device; they are in no state_dict."""
+        for module in self.modules():
+            if any(table is not None and table.is_meta for table in module._buffers.values()):
+                # Not to_empty(): empty_like of a tensor on the meta device imports sympy, which takes seconds.
+                module._apply(  # type: ignore[no-untyped-call]
+                    lambda old: torch.empty(old.shape, dtype=old.dtype, device=device), recurse=False
+                )
 
     def tied_names(self) -> dict[str, str]:
         """Names of the state_dict that are second names, and what for."""
@@ -187,6 +196,8 @@ class Transformer(nn.Module):
 
     def generator(self, hidden: Tensor) -> Tensor:
         """Hidden states to log-probabilities (…, vocab_size), float32."""
+        if self.lm_head is None:
+            raise ValueError(f"generator is for heads that predict tokens, this model has head={self.config.head!r}")
         return torch.log_softmax(self.lm_head(hidden), dim=-1, dtype=torch.float32)
 
     @torch.no_grad()
@@ -197,14 +208,12 @@ class Transformer(nn.Module):
         return self.classifier.probabilities(self(input_ids, attention_mask, **options))
 
     @torch.no_grad()
-    def attention_weights(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> list[Tensor]:
-        """For each layer the attention probabilities (batch, num_heads, query, key), computed plainly, for inspection."""
-        trace = new_trace(True, False, False)
-        self.model(input_ids, attention_mask, trace=trace, **options)
-        assert trace.attentions is not None
-        return trace.attentions
+    def attention_weights(self, *inputs: Any, **options: Any) -> list[Tensor]:
+        """For each layer the attention probabilities (batch, num_heads, query, key), computed plainly, for inspection.
+
+        Arguments as of :meth:`forward`. Of an encoder–decoder the target's; the others are in :class:`Output`.
+        """
+        return self(*inputs, return_attention=True, **options).attentions  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def logit_lens(self, *inputs: Any, **options: Any) -> list[Tensor]:
@@ -279,8 +288,12 @@ class EncoderDecoder(Transformer):
 
     def _make_stacks(self, **place: Any) -> None:
         config = self.config
-        self.encoder = Stack(config.encoder, **place)
-        self.model = Stack(config, embed_tokens=self.encoder.embed_tokens if config.share_embeddings else None, **place)
+        if not config.is_encoder_decoder:
+            raise ValueError(f"config must have architecture 'encoder-decoder', got {config.architecture!r}")
+        self.encoder = Stack(config.encoder, names=Names("src", "src_mask", "src_embeds"), **place)
+        shared = self.encoder.embed_tokens if config.share_embeddings else None
+        names = Names("tgt", "tgt_mask", "tgt_embeds", "src_mask")
+        self.model = Stack(config, embed_tokens=shared, names=names, **place)
 
     def tied_names(self) -> dict[str, str]:
         shared = {"encoder.embed_tokens.weight": "model.embed_tokens.weight"} if self.config.share_embeddings else {}
@@ -349,6 +362,24 @@ class EncoderDecoder(Transformer):
             encoder_trace.attentions,
         )
 
+    def router_loss(
+        self, router_logits: Sequence[Tensor], mask: Tensor | None = None, src_mask: Tensor | None = None
+    ) -> Tensor:
+        """As of :class:`Transformer`, with a mask for each side.
+
+        Args:
+            router_logits: of :class:`Output`, the encoder's layers first.
+            mask, src_mask: (batch, tgt_len) and (batch, src_len), nonzero = a token that counts; ``None`` = all.
+        """
+        count = sum(map(self.config.encoder.is_sparse, range(self.config.num_encoder_layers)))
+        sides = (router_logits[:count], src_mask), (router_logits[count:], mask)
+        losses = [
+            len(logits) * super(EncoderDecoder, self).router_loss(logits, of_side)
+            for logits, of_side in sides
+            if logits
+        ]
+        return torch.stack(losses).sum() / len(router_logits)
+
 
 def new_trace(attention: bool, hidden_states: bool, router_logits: bool) -> Trace:
     """A trace that keeps what is asked for."""
@@ -362,3 +393,6 @@ def new_trace(attention: bool, hidden_states: bool, router_logits: bool) -> Trac
 
 def _tie_after_load(model: Transformer, incompatible_keys: object) -> None:
     model.tie_weights()
+    weight = model.model.embed_tokens.weight
+    if not weight.is_meta:  # assign=True fills a model on the meta device, all but its tables
+        model.make_tables(weight.device)

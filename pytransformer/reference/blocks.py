@@ -27,6 +27,7 @@ class Inputs:
 
     Attributes:
         positions: int64 (batch, seqlen), where each token stands.
+        places: int64 (batch, seqlen), how many real tokens stand before each, and 0 for padding: of Falcon's ALiBi; None = positions.
         mask: which keys may be seen: (batch, seqlen), or who sees whom, (broadcastable to) (batch, seqlen, seqlen) or (batch, num_heads,
             seqlen, seqlen); True or 1 = may.
         lengths: of each sequence, its last real token's position + 1; RoPE's frequencies may depend on it.
@@ -37,6 +38,7 @@ class Inputs:
 
     positions: Tensor
     lengths: list[int]
+    places: Tensor | None = None
     mask: Tensor | None = None
     relative_bias: Tensor | None = None
     memory: Tensor | None = None
@@ -197,8 +199,9 @@ class Attention(nn.Module):
         if config.positions in ("relative_key", "relative_key_query"):
             return self.scale() * self.products_with_distances(q, k)
         if config.positions == "alibi" and config.alibi_bfloat16:
-            slopes = standard_alibi_slopes(config.num_heads).to(inputs.positions.device)
-            return alibi_bias_of_keys(slopes, inputs.positions, config.alibi_scale)
+            places = inputs.positions if inputs.places is None else inputs.places
+            slopes = standard_alibi_slopes(config.num_heads).to(places.device)
+            return alibi_bias_of_keys(slopes, places, config.alibi_scale)
         return inputs.relative_bias
 
     def products_with_distances(self, q: Tensor, k: Tensor) -> Tensor:

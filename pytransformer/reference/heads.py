@@ -85,12 +85,14 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
     """One vector for each sequence: (batch, seqlen, hidden) -> (batch, hidden).
 
     Args:
-        attention_mask: (batch, seqlen), True or 1 = a real token.
+        attention_mask: (batch, seqlen) or as :func:`padding_mask` makes it, True or 1 = a real token. One that says who sees whom leaves
+            all of them real.
         how: "first" token, "last" token that is not padding, or "mean" of those that are not.
     """
-    if attention_mask is None:
-        attention_mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    real = attention_mask.bool()
+    mask = padding_mask(attention_mask)
+    if mask is None or mask.dim() != 2:
+        mask = torch.ones(hidden.shape[:2], device=hidden.device)
+    real = mask.bool().expand(hidden.shape[:2])
     if how == "first":
         return hidden[:, 0]
     if how == "last":
@@ -101,6 +103,13 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
         total = (hidden * real[..., None]).sum(dim=1)
         return total / real.sum(dim=1, keepdim=True).clamp(min=1)
     raise ValueError(f'pooling must be "first", "last" or "mean", got {how!r}')
+
+
+def padding_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask that is the same for all queries and heads, (batch, 1, seqlen) or (batch, 1, 1, seqlen), as (batch, seqlen)."""
+    if mask is None or mask.dim() < 3 or mask.shape[1:-1].numel() > 1:
+        return mask
+    return mask.reshape(mask.shape[0], mask.shape[-1])
 
 
 def label_probabilities(logits: Tensor, problem: str) -> Tensor:

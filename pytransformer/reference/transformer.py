@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block, Inputs, block_norm
-from .heads import Classifier, LanguageModelHead, pool
+from .heads import Classifier, LanguageModelHead, padding_mask, pool
 from .positions import positions_without_padding, relative_bucket, sinusoidal_positions
 
 
@@ -85,10 +85,13 @@ class Stack(nn.Module):
         seqlen = x.shape[1]
         if seqlen > self.config.max_seqlen:
             raise ValueError(f"input_ids: {seqlen} tokens, but max_seqlen is {self.config.max_seqlen}")
+        counted = positions is None
         positions = self.token_positions(x, input_ids, positions)
+        attention_mask = padding_mask(attention_mask)
         inputs = Inputs(
             positions=positions,
-            lengths=real_lengths(positions, attention_mask),
+            places=real_places(x, attention_mask),
+            lengths=real_lengths(positions, attention_mask, skip_front=counted),
             mask=attention_mask,
             relative_bias=self.bias_of_distances(seqlen) if self.config.positions == "t5" else None,
             memory=memory,
@@ -140,11 +143,21 @@ class Stack(nn.Module):
         return self.relative_bias.weight[buckets].permute(2, 0, 1)[None]
 
 
-def real_lengths(positions: Tensor, attention_mask: Tensor | None) -> list[int]:
-    """For each sequence the position of its last real token + 1."""
+def real_lengths(positions: Tensor, attention_mask: Tensor | None, *, skip_front: bool) -> list[int]:
+    """For each sequence the position of its last real token + 1; ``skip_front``: less the padding before its first."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return (positions.amax(dim=-1) + 1).tolist()
+    real = (attention_mask != 0).expand(positions.shape)
+    lengths = torch.where(real, positions, -1).amax(dim=-1) + 1
+    return (lengths - real.int().argmax(dim=-1) if skip_front else lengths).tolist()
+
+
+def real_places(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """int64 (batch, seqlen): of each token, how many real ones stand before it; 0 for padding."""
+    real = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
     if attention_mask is not None and attention_mask.dim() == 2:
-        positions = torch.where(attention_mask != 0, positions, -1)
-    return (positions.amax(dim=-1) + 1).tolist()
+        real = (attention_mask != 0).long().expand(x.shape[:2])
+    return (real.cumsum(dim=1) - 1) * real
 
 
 class Transformer(nn.Module):

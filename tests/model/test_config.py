@@ -126,6 +126,21 @@ REFUSED = [
     ),
     ({"qk_norm_whole": True}, ValueError, "qk_norm_whole needs qk_norm=True"),
     ({"num_experts": 4, "experts_per_token": 5}, ValueError, r"experts_per_token must be at most num_experts \(4\)"),
+    (
+        {"num_experts": 4, "shared_expert_gate": True},
+        ValueError,
+        "shared_expert_gate needs a shared expert, got shared_expert_size=0",
+    ),
+    (
+        {"architecture": "encoder-decoder", "head_dim": 8, "num_kv_heads": 2, "encoder_num_heads": 3},
+        ValueError,
+        r"num_heads must be a multiple of num_kv_heads, got 3 and 2 \(in the encoder: encoder_num_heads = 3",
+    ),
+    (
+        {"positions_skip_padding": True, "pad_token_id": 0},
+        ValueError,
+        "positions_skip_padding needs a position_offset of at least 1, a row for padding, got 0",
+    ),
     ({"positions_skip_padding": True}, ValueError, "positions_skip_padding needs a pad_token_id, got None"),
     ({"src_vocab_size": 5, "share_embeddings": True}, ValueError, "needs src_vocab_size = vocab_size, got 5 and 100"),
     ({"head": "classification", "tie_embeddings": True}, ValueError, "got head='classification'"),

@@ -88,6 +88,13 @@ COMMON: dict[str, Field] = {
     "tokenizer_class": Harmless(),
     "prefix": Harmless(),
     "auto_map": Harmless(),
+    # Of the first releases.
+    "output_past": Harmless(),
+    "torchscript": Harmless(),
+    "use_bfloat16": Harmless(),
+    "tf_legacy_loss": Harmless(),
+    "xla_device": Harmless(),
+    "cross_attention_hidden_size": Harmless(),  # there is none
 }
 
 

@@ -228,7 +228,17 @@ def _classes(name: str) -> dict[str, dict[str, Any]]:
 
 
 FAMILIES = (
-    Family("t5", _classes("T5"), _FIELDS, read, write, _WEIGHTS, ignored=_IGNORED, settle=settle),
+    # The first releases called the class otherwise, and files still say so.
+    Family(
+        "t5",
+        {**_classes("T5"), "T5WithLMHeadModel": {"head": "lm"}},
+        _FIELDS,
+        read,
+        write,
+        _WEIGHTS,
+        ignored=_IGNORED,
+        settle=settle,
+    ),
     Family(
         "mt5",
         _classes("MT5"),

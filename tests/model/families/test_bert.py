@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from pytransformer.model.families import FAMILIES, CheckpointError
+from pytransformer.model.families import FAMILIES, CheckpointError, read_config
 
 from .support import Case, assert_logits, check_fields, every_check
 from .support_seq2seq import assert_same, assert_saved, inputs_for, loaded, made
@@ -221,3 +221,16 @@ def test_one_label_is_a_regression():
     assert ours.config.problem == "regression"
     assert_same(ours, theirs)
     assert_saved(ours, theirs)
+
+
+def test_a_configuration_of_the_first_releases_is_read_without_a_warning(recwarn):
+    values = {
+        **_TINY,
+        "torchscript": False,
+        "use_bfloat16": False,
+        "output_past": True,
+        "xla_device": True,
+        "tf_legacy_loss": False,
+    }
+    assert read_config(FAMILIES["bert"], values).num_layers == 2
+    assert not recwarn.list

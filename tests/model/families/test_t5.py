@@ -212,3 +212,10 @@ def test_a_decoder_that_sees_later_tokens_is_refused():
 def test_the_decoder_starts_with_padding_where_nothing_else_is_said():
     values = {name: value for name, value in _TINY.items() if name != "decoder_start_token_id"}
     assert read_config(find_family("t5"), {**values, "pad_token_id": 2}).decoder_start_token_id == 2
+
+
+def test_the_first_name_of_the_class_is_the_same_model():
+    theirs = made(T5)
+    ours = loaded(theirs, architectures=["T5WithLMHeadModel"])
+    assert_same(ours, theirs)
+    assert_saved(ours, theirs)
