@@ -212,6 +212,7 @@ def test_two_streams_of_one_model_do_not_disturb_each_other(model, device):
 
 
 def test_a_fault_ends_the_stream_and_says_where(model):
+    model.train()
     stream = generate_stream(model, [1, 2], 5, constraint=lambda row, ids: [3] if len(ids) < 4 else [])
     assert [next(stream).tokens, next(stream).tokens] == [[3], [3]]
     with pytest.raises(ValueError, match="constraint allows no token for row 0 in step 2"):
