@@ -60,7 +60,8 @@ class Edits:
         self.active = bool(
             self._bias or self._banned or self._repetition != 1.0 or self._presence or self._frequency or constraint
         )
-        self._bias_row: Tensor | None = None
+        self._bias_row: Tensor | None = None  # (vocab_size)
+        self._banned_ids: Tensor | None = None
         self._seen: Tensor | None = None  # (batch, vocab_size), of the prompt or new
         self._counts: Tensor | None = None  # (batch, vocab_size), new ones
         self._ids: list[list[int]] = []  # for the constraint, on the host
@@ -75,8 +76,8 @@ class Edits:
             self._begin(scores)
         if self._bias_row is not None:
             scores = scores + self._bias_row
-        if self._banned:
-            scores = scores.index_fill(1, torch.tensor(self._banned, device=scores.device), -math.inf)
+        if self._banned_ids is not None:
+            scores = scores.index_fill(1, self._banned_ids, -math.inf)
         if self._seen is not None:
             penalised = torch.where(scores < 0, scores * self._repetition, scores / self._repetition)
             scores = torch.where(self._seen, penalised, scores)
@@ -117,6 +118,8 @@ class Edits:
             row = torch.zeros(vocab_size, dtype=scores.dtype)
             row[list(self._bias)] = torch.tensor(list(self._bias.values()), dtype=scores.dtype)
             self._bias_row = row.to(device)
+        if self._banned:
+            self._banned_ids = torch.tensor(self._banned, device=device)
         if self._repetition != 1.0:
             self._seen = torch.zeros(scores.shape, dtype=torch.bool, device=device)
             for seen, prompt in zip(self._seen, self._prompts or ()):
@@ -136,7 +139,10 @@ class Edits:
         if any(row.device != scores.device for row in rows):
             # Those of the host go over together.
             if all(row.device.type == "cpu" for row in rows):
-                return torch.stack(rows).to(scores.device, non_blocking=True)
+                mask = torch.stack(rows)
+                # From pageable memory the copy would wait for the device.
+                mask = mask.pin_memory() if scores.is_cuda else mask
+                return mask.to(scores.device, non_blocking=True)
             rows = [row.to(scores.device, non_blocking=True) for row in rows]
         return torch.stack(rows)
 

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pytransformer.generation import Sampler, generate
+from pytransformer.generation.sampling import log_probabilities
 from tests.generation.test_sampling import chi_square
 from tests.model.configs import CONFIGS, make_model, random_ids
 
@@ -148,3 +150,44 @@ def test_rows_do_not_feel_each_others_penalties(device):
     for row in range(3):
         alone = Sampler(1, prompts=[prompts[row]], seed=row + 1, **options)
         assert [int(alone.choose(step[row : row + 1])) for step in logits] == found[:, row].tolist()
+
+
+class _Functions(TorchFunctionMode):
+    """Names of the functions that are called on tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_step_never_waits_for_the_device(counts, device, monkeypatch):
+    """No value is read and no shape depends on one. On a CPU top-k counts its tokens, which this must notice."""
+    monkeypatch.setattr(Sampler, "_counts_tokens", staticmethod(lambda logits: counts))
+    sampler = Sampler(
+        2, temperature=1.0, top_k=9, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1,
+        logit_bias={1: 1.0, 2: -math.inf}, constraint=lambda row, ids: [3, 4, 5], prompts=[torch.tensor([3])] * 2, seed=0,
+    )  # fmt: skip
+    logits = torch.randn(2, 30, device=device)
+    sampler.choose(logits)
+    with _Functions() as functions:
+        tokens, _ = sampler.draw(logits)
+        log_probabilities(logits, tokens)
+    assert {"searchsorted", "scatter_add_", "index_fill"} <= functions.names
+    reading = {
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "masked_select",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+    }
+    assert bool(functions.names & reading) == counts
