@@ -145,3 +145,14 @@ def test_every_step_of_a_ragged_batch_is_what_the_processors_give(use_cache, dev
                 else:
                     assert int(theirs.argmax()) == token
                 ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+@pytest.mark.parametrize("size", [16, 17, 1000])
+def test_of_equals_at_the_limit_those_of_higher_id_stay(size, device):
+    """As theirs with up to 16 scores; beyond, their sort is not stable and their sums are rounded."""
+    logits = torch.full((1, size), 0.5, device=device)
+    found = kept(Sampler(1, temperature=1.0, top_p=0.25), logits)[0].cpu()
+    fewest = -(-size // 4)
+    assert found.nonzero()[:, 0].tolist() == list(range(size - fewest, size))
+    if size <= 16:
+        assert torch.equal(found, process.TopPLogitsWarper(0.25)(None, logits.cpu())[0] > -math.inf)

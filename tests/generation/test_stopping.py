@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -14,7 +16,7 @@ from pytransformer.text import Tokenizer
 from tests.model.configs import CONFIGS, FAMILY_CONFIGS, make_model, random_ids
 
 CONFIG = CONFIGS["llama"]
-PIECES = ["a", "b", "c", "ab", "bc", "abc", ".", "Ġ", "Ċ", "ĊĊ", "Ã", "©", "Ġthe", "end"]
+PIECES = ["a", "b", "c", "ab", "bc", "abc", ".", "Ġ", "Ċ", "ĊĊ", "Ã", "©", "Ġthe", "end", *"0123456789"]
 IDS = {piece: index for index, piece in enumerate(PIECES)}
 END = len(PIECES)
 
@@ -218,6 +220,16 @@ def test_a_fault_ends_the_stream_and_says_where(model):
     with pytest.raises(ValueError, match="constraint allows no token for row 0 in step 2"):
         next(stream)
     assert next(stream, None) is None and model.training
+
+
+def test_the_snippets_of_the_page_run(model, tokenizer):
+    page = Path(__file__).parents[2] / "docs/sampling.md"
+    found = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(found) == 2
+    names = {"model": model, "tokenizer": tokenizer, "prompts": [[1, 2], [3], [4]], "prompt": [1, 2, 3]}
+    for block in found:
+        exec(compile(block, str(page), "exec"), names)
+    assert all(len(row) == count for row, count in zip(names["result"].log_probabilities, names["result"].new_tokens))
 
 
 SAMPLING = {
