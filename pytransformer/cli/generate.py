@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pytransformer.cli.model_folder import check_device, encode, load_model
     from pytransformer.generation import Sampler
     from pytransformer.generation.defaults import with_defaults
-    from pytransformer.generation.generate import check_generates
+    from pytransformer.generation.prompts import check_generates
 
     # Whatever is wrong with an option is said before the model is loaded and the prompt printed.
     check_device(arguments.device)

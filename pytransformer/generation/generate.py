@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pytransformer.model.config import TransformerConfig
 from pytransformer.model.transformer import EncoderDecoder, Transformer
 
 from .bound import bind
 from .cache import KVCache
 from .edits import Constraint
 from .prepare import prepare
-from .prompts import end_tokens, is_int, prompt_rows, start_tokens
+from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
 from .record import Record
 from .results import Generation, Step
 from .sampling import Sampler, log_probabilities
@@ -86,7 +85,7 @@ def generate(
         TypeError, ValueError: prompts that are empty, longer than the context, or not token ids; options out of range.
         ValueError: the logits of a sequence that goes on hold NaN, or nothing but -inf; the message names row and step.
     """
-    sampling = {
+    sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -213,15 +212,6 @@ def _start(
     if return_log_probabilities:
         run.log_probabilities = [[] for _ in rows]
     return run
-
-
-def check_generates(config: TransformerConfig) -> None:
-    """ValueError unless a model of this configuration predicts the next token."""
-    if config.head != "lm" or not config.causal:
-        raise ValueError(
-            "generation needs a model that predicts the next token (head='lm', causal=True), "
-            f"got head={config.head!r}, causal={config.causal}"
-        )
 
 
 class Source:
