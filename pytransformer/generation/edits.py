@@ -19,6 +19,8 @@ from .prompts import is_int
 Constraint: TypeAlias = Callable[[int, list[int]], Any]
 """(row of the batch, its ids so far) -> the tokens that may come next: ids, a boolean mask (vocab_size), or ``None`` for all."""
 
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def number(name: str, value: Any) -> float:
     """A real number as a float; TypeError for anything else."""
@@ -41,25 +43,25 @@ class Edits:
         constraint: Constraint | None = None,
         prompts: Sequence[Tensor] | None = None,
     ) -> None:
-        self._batch = batch
         self._bias, self._banned = _bias(logit_bias)
         self._repetition = number("repetition_penalty", repetition_penalty)
-        if not (math.isfinite(self._repetition) and self._repetition > 0.0):
-            raise ValueError(f"repetition_penalty must be finite and above 0 (1 = none), got {repetition_penalty}")
+        if not _SMALLEST <= self._repetition <= _LARGEST:
+            raise ValueError(
+                f"repetition_penalty must be finite and above 0, in float32 (1 = none), got {repetition_penalty}"
+            )
         self._presence = number("presence_penalty", presence_penalty)
         self._frequency = number("frequency_penalty", frequency_penalty)
         for name, value in (("presence_penalty", self._presence), ("frequency_penalty", self._frequency)):
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite (0 = none), got {value}")
+            if not abs(value) <= _LARGEST:
+                raise ValueError(f"{name} must be finite in float32 (0 = none), got {value}")
         if constraint is not None and not callable(constraint):
             raise TypeError(f"constraint must be callable or None, got {type(constraint).__name__}")
         if prompts is not None and len(prompts) != batch:
             raise ValueError(f"prompts must be one for each of the {batch} sequences, got {len(prompts)}")
         self._constraint = constraint
-        self._prompts = prompts
-        self.active = bool(
-            self._bias or self._banned or self._repetition != 1.0 or self._presence or self._frequency or constraint
-        )
+        self._prompts = [torch.as_tensor(prompt) for prompt in prompts or [torch.empty(0, dtype=torch.int64)] * batch]
+        penalises = self._repetition != 1.0 or self._presence != 0.0 or self._frequency != 0.0
+        self.active = bool(self._bias or self._banned) or penalises or constraint is not None
         self._bias_row: Tensor | None = None  # (vocab_size)
         self._banned_ids: Tensor | None = None
         self._seen: Tensor | None = None  # (batch, vocab_size), of the prompt or new
@@ -122,12 +124,14 @@ class Edits:
             self._banned_ids = torch.tensor(self._banned, device=device)
         if self._repetition != 1.0:
             self._seen = torch.zeros(scores.shape, dtype=torch.bool, device=device)
-            for seen, prompt in zip(self._seen, self._prompts or ()):
+            for index, (seen, prompt) in enumerate(zip(self._seen, self._prompts)):
+                if len(prompt) and not (int(prompt.min()) >= 0 and int(prompt.max()) < vocab_size):
+                    raise ValueError(f"prompt {index} holds a token id outside of 0 to {vocab_size - 1}")
                 seen[prompt.to(device, torch.int64)] = True
         if self._presence or self._frequency:
             self._counts = torch.zeros_like(scores)
         if self._constraint is not None:
-            self._ids = [row.tolist() for row in self._prompts or [torch.empty(0)] * self._batch]
+            self._ids = [row.tolist() for row in self._prompts]
 
     def _allowed(self, scores: Tensor, step: int) -> Tensor:
         """The constraint's tokens: boolean (batch, vocab_size)."""
@@ -186,9 +190,9 @@ def _bias(logit_bias: Any) -> tuple[dict[int, float], list[int]]:
         if token < 0:
             raise ValueError(f"logit_bias has token id {token}, allowed are those of the vocabulary, from 0")
         added = number(f"logit_bias[{token}]", value)
-        if math.isnan(added) or added == math.inf:
+        if not (abs(added) <= _LARGEST or added == -math.inf):
             raise ValueError(
-                f"logit_bias[{token}] must be finite or -inf (never), got {value}; to force a token use constraint"
+                f"logit_bias[{token}] must be finite in float32 or -inf (never), got {value}; to force a token use constraint"
             )
         bias[int(token)] = added
     banned = [token for token, value in bias.items() if value == -math.inf]

@@ -146,7 +146,8 @@ class Sampler:
             return self._draw(logits)
         tokens, faults = self._draw(self.edits.apply(logits, self._step - 1))
         self.edits.count(tokens)
-        return tokens, faults
+        # A broken model is one also where the constraint hides it.
+        return tokens, torch.where(logits.amax(dim=-1).isnan(), _NO_NUMBER, faults)
 
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         best, greedy = logits.max(dim=-1)

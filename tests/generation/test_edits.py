@@ -103,6 +103,14 @@ def test_what_a_constraint_gives_is_checked(found, error, message, device):
         model.generate([1, 2], 3, constraint=lambda row, ids: found)
 
 
+def test_a_broken_model_is_told_also_where_the_constraint_or_a_ban_hides_it(device):
+    logits = torch.zeros(2, 5, device=device)
+    logits[1, 3] = math.nan
+    for options in ({"constraint": lambda row, ids: [1]}, {"logit_bias": {3: -math.inf}}):
+        with pytest.raises(ValueError, match="in step 0 for row 1 of the batch: the logits there hold NaN"):
+            Sampler(2, **options).choose(logits)
+
+
 REFUSED = [
     ({"min_p": -0.1}, ValueError, r"min_p must be from 0 \(no limit\) to 1, got -0\.1"),
     ({"min_p": 1.5, "temperature": 1.0}, ValueError, "min_p must be from 0"),
@@ -114,7 +122,15 @@ REFUSED = [
     ),
     ({"top_p": 0.5}, ValueError, r"top_p=0\.5 limits what is drawn from, .* leave top_p out"),
     ({"min_p": 0.5}, ValueError, r"min_p=0\.5 limits what is drawn from"),
-    ({"repetition_penalty": 0.0}, ValueError, r"repetition_penalty must be finite and above 0 \(1 = none\), got 0\.0"),
+    (
+        {"repetition_penalty": 0.0},
+        ValueError,
+        r"repetition_penalty must be finite and above 0, in float32 \(1 = none\), got 0\.0",
+    ),
+    ({"repetition_penalty": 1e-50}, ValueError, "repetition_penalty must be finite and above 0, in float32"),
+    ({"frequency_penalty": 1e39}, ValueError, "frequency_penalty must be finite in float32"),
+    ({"logit_bias": {1: 1e39}}, ValueError, r"logit_bias\[1\] must be finite in float32 or -inf"),
+    ({"repetition_penalty": 2.0, "prompts": [[1], [4]]}, ValueError, "prompt 1 holds a token id outside of 0 to 3"),
     ({"repetition_penalty": math.inf}, ValueError, "repetition_penalty must be finite"),
     ({"presence_penalty": math.nan}, ValueError, "presence_penalty must be finite"),
     ({"frequency_penalty": None}, TypeError, "frequency_penalty must be a number, got None"),
@@ -122,7 +138,7 @@ REFUSED = [
     ({"logit_bias": {"a": 1.0}}, TypeError, r"logit_bias must have token ids \(ints\) as keys, got 'a'"),
     ({"logit_bias": {-1: 1.0}}, ValueError, "logit_bias has token id -1"),
     ({"logit_bias": {4: 1.0}}, ValueError, "logit_bias has token id 4, allowed are 0 to 3"),
-    ({"logit_bias": {1: math.inf}}, ValueError, r"logit_bias\[1\] must be finite or -inf .* use constraint"),
+    ({"logit_bias": {1: math.inf}}, ValueError, r"logit_bias\[1\] must be finite in float32 or -inf .* use constraint"),
     ({"logit_bias": {1: "x"}}, TypeError, r"logit_bias\[1\] must be a number, got 'x'"),
     ({"constraint": [1]}, TypeError, "constraint must be callable or None, got list"),
     ({"prompts": [torch.tensor([1])]}, ValueError, "prompts must be one for each of the 2 sequences, got 1"),
