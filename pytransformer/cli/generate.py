@@ -6,6 +6,7 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
     from pytransformer.model.transformer import Transformer
     from pytransformer.text import Tokenizer
+
+# Where neither the command nor the checkpoint says one.
+MAX_NEW_TOKENS = 200
+TEMPERATURE = 0.8
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,23 +39,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="at most this many tokens (default 200)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"at most this many tokens (default: the checkpoint's, else {MAX_NEW_TOKENS})",
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="X",
-        help="randomness; 0 = always the most probable token (default 0.8)",
-    )
-    parser.add_argument("--top-k", type=int, metavar="N", help="choose among the N most probable tokens only")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="choose among the most probable tokens that together have probability X",
-    )
+    add_sampling_options(parser)
     parser.add_argument(
         "--seed", type=int, metavar="N", help="the same seed gives the same text (default: another each time)"
     )
@@ -64,11 +58,40 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=run)
 
 
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How a token is chosen; what is not given is the checkpoint's."""
+    group = parser.add_argument_group(
+        "sampling", "What is not given is what the checkpoint's generation_config.json says."
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help=f"randomness; 0 = always the most probable token (default: the checkpoint's, else {TEMPERATURE})",
+    )
+    group.add_argument("--top-k", type=int, metavar="N", help="choose among the N most probable tokens only")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="choose among the most probable tokens that together have probability X",
+    )
+    group.add_argument(
+        "--min-p", type=float, metavar="X", help="choose among tokens at least X times as probable as the most probable"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1: tokens of the text so far become less probable"
+    )
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and its continuation, or the most probable next tokens."""
     if not arguments.prompt:
         raise ValueError("--prompt is empty: generation needs a token to start from")
-    if arguments.max_new_tokens < 1:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, but is {arguments.max_new_tokens}")
     if arguments.top is not None and arguments.top < 1:
         raise ValueError(f"--top must be at least 1, but is {arguments.top}")
@@ -77,14 +100,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     from pytransformer.cli.model_folder import check_device, encode, load_model
     from pytransformer.generation import Sampler
-    from pytransformer.generation.generate import check_generates
+    from pytransformer.generation.defaults import with_defaults
+    from pytransformer.generation.prompts import check_generates
 
     # Whatever is wrong with an option is said before the model is loaded and the prompt printed.
     check_device(arguments.device)
     seed = random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed
-    options = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": seed}
-    Sampler(1, **options)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    Sampler(1, **{"temperature": TEMPERATURE, **given, "seed": seed})
+    if arguments.stop and "" in arguments.stop:
+        raise ValueError("--stop is empty: it would stop everything")
     model, tokenizer = load_model(arguments.model, arguments.device)
+    options, taken = with_defaults(given, model.generation_config)
+    options = {"temperature": TEMPERATURE, **options, "seed": seed}
+    max_new_tokens = arguments.max_new_tokens
+    if max_new_tokens is None and (stated := (model.generation_config or {}).get("max_new_tokens")):
+        max_new_tokens = taken["max_new_tokens"] = int(stated)
+    arguments.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
     check_generates(model.config)
     ids = encode(model, tokenizer, arguments.prompt)
     limit = model.config.max_seqlen
@@ -97,8 +130,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.top is not None:
         print_most_probable(model, tokenizer, prompt, arguments.top)
     else:
+        tell_defaults(taken, model.generation_config)
         print_continuation(model, tokenizer, prompt, arguments, options)
     return 0
+
+
+def tell_defaults(taken: Mapping[str, Any], generation_config: Mapping[str, Any] | None) -> None:
+    """Says on standard error what comes from the checkpoint's generation_config.json, and what of it is not followed."""
+    from pytransformer.generation.defaults import not_followed
+    from pytransformer.model.generation_defaults import FILE_NAME
+
+    for what, values in (("from", taken), ("not followed of", not_followed(generation_config))):
+        if values:
+            listed = ", ".join(f"{name} {value}" for name, value in values.items())
+            print(f"[{what} the checkpoint's {FILE_NAME}: {listed}]", file=sys.stderr)
 
 
 def print_most_probable(model: Transformer, tokenizer: Tokenizer, prompt: torch.Tensor, count: int) -> None:
@@ -149,20 +194,17 @@ def print_continuation(
     ``options`` are the sampler's.
     """
     from pytransformer.generation import Step, generate
-    from pytransformer.text import CharacterStream
 
     # What an encoder–decoder writes is a text of its own, not the prompt's continuation.
     continues = not model.config.is_encoder_decoder
-    characters = CharacterStream(tokenizer, context=prompt[0].tolist() if continues else [])
 
     def show(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     def arrived(step: Step) -> None:
-        token_id = step.tokens[0]
-        assert token_id is not None  # the only sequence goes on until generate returns
-        show(characters.push(token_id))
+        assert step.texts is not None  # there is a tokenizer
+        show(step.texts[0])
 
     show(arguments.prompt if continues else "")
     started = time.perf_counter()
@@ -172,17 +214,20 @@ def print_continuation(
             prompt,
             arguments.max_new_tokens,
             **options,
+            stop=arguments.stop,
+            tokenizer=tokenizer,
             use_cache=not arguments.no_cache,
             callback=arrived,
         )
         seconds = time.perf_counter() - started
     finally:
-        show(characters.finish() + "\n")
+        show("\n")
     reason = {
         "eos": "stopped at the end-of-text token",
+        "stop": "stopped before a --stop text",
         "length": f"stopped after --max-new-tokens {arguments.max_new_tokens}",
         "context": f"stopped at the model's context limit of {model.config.max_seqlen} tokens",
     }[result.stop_reasons[0]]
     count = result.new_tokens[0]
-    chance = f"; seed {options['seed']}" if arguments.temperature else ""
+    chance = f"; seed {options['seed']}" if options["temperature"] else ""
     print(f"[{count} tokens, {count / seconds:,.1f} tokens/s; {reason}{chance}]", file=sys.stderr)

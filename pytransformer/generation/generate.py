@@ -7,59 +7,29 @@ the target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pytransformer.model.config import TransformerConfig
 from pytransformer.model.transformer import EncoderDecoder, Transformer
 
 from .bound import bind
 from .cache import KVCache
+from .edits import Constraint
 from .prepare import prepare
-from .prompts import end_tokens, is_int, prompt_rows, start_tokens
-from .sampling import Sampler
+from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
+from .record import Record
+from .results import Generation, Step
+from .sampling import Sampler, log_probabilities
+from .stopping import NewText, stop_conditions
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-
-@dataclass(frozen=True)
-class Step:
-    """One new token of each sequence, as the callback sees it.
-
-    Attributes:
-        index: 0 for the first new token.
-        tokens: per sequence, or ``None`` for one that had ended before.
-        logits: (batch, vocab_size) that the tokens were chosen from; rows of ended sequences mean nothing.
-        stop_reasons: per sequence, ``None`` while it goes on; set in the step of its last token.
-    """
-
-    index: int
-    tokens: list[int | None]
-    logits: Tensor
-    stop_reasons: list[str | None]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was generated.
-
-    Attributes:
-        token_ids: prompts and new tokens, in the form of the prompts: a tensor (seqlen), or (batch, seqlen) filled up with the padding
-            token where a sequence ended early; for a list of prompts a list of 1-D tensors. An end token that was produced is included.
-            Of an encoder–decoder: the targets, from their first token on.
-        stop_reasons: per sequence "eos" (an end token was produced), "length" (max_new_tokens) or "context" (the model's max_seqlen).
-        prompt_lengths, new_tokens: per sequence, in tokens; of an encoder–decoder those of the target.
-    """
-
-    token_ids: Tensor | list[Tensor]
-    stop_reasons: list[str]
-    prompt_lengths: list[int]
-    new_tokens: list[int]
+    from pytransformer.text import Tokenizer
 
 
 @torch.no_grad()
@@ -71,9 +41,18 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    constraint: Constraint | None = None,
     seed: int | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    stop: str | int | Sequence[str | int] | None = None,
+    tokenizer: Tokenizer | None = None,
+    return_log_probabilities: bool = False,
     use_cache: bool = True,
     pack_weights: bool | None = None,
     decoder_start_token_id: int | Sequence[int] | None = None,
@@ -87,9 +66,14 @@ def generate(
         prompts: int64 or int32 ids (batch, seqlen) or (seqlen), or a list with one prompt each, of any lengths of at least 1: 1-D tensors,
             numpy arrays or lists of ints. One list of ints is one prompt, as a tensor (seqlen) is; numpy arrays are as tensors are.
         max_new_tokens: at least 0.
-        temperature, top_k, top_p, seed: see :class:`Sampler`; the default is greedy.
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, constraint, seed: see
+            :class:`Sampler`; the default is greedy. Of an encoder–decoder the target is what penalties and constraint see.
         eos_token_id: one or several end tokens; ``None`` = the configuration's, an empty sequence = none.
         pad_token_id: fills up sequences that ended early in a tensor of results; ``None`` = the configuration's, else the end token.
+        stop: strings that end a sequence where its new text has them, across the borders of tokens too, and ids of tokens that end it
+            beside the end tokens; one or several. Strings need ``tokenizer``; one that is a special token means that token.
+        tokenizer: the model's. Results then have the new texts, and those end before a stop string.
+        return_log_probabilities: results have those of the chosen tokens, see :class:`Generation`.
         use_cache: ``False`` computes the whole sequence again for every token: slow, for comparison.
         pack_weights: on a CPU, decode from packed copies of the linear layers' weights (see :func:`prepare_for_decoding`), which are kept
             for later calls; ``False`` frees them; ``None`` = if they are there already, or so many tokens are asked for that it pays.
@@ -101,6 +85,101 @@ def generate(
         TypeError, ValueError: prompts that are empty, longer than the context, or not token ids; options out of range.
         ValueError: the logits of a sequence that goes on hold NaN, or nothing but -inf; the message names row and step.
     """
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": logit_bias,
+        "constraint": constraint,
+        "seed": seed,
+    }
+    run = _start(
+        model,
+        prompts,
+        max_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        stop=stop,
+        tokenizer=tokenizer,
+        return_log_probabilities=return_log_probabilities,
+        use_cache=use_cache,
+        pack_weights=pack_weights,
+        decoder_start_token_id=decoder_start_token_id,
+        **sampling,
+    )
+    with _evaluation(list(model.modules())):
+        for step in run.steps():
+            if callback is not None:
+                callback(step)
+    return run.result()
+
+
+def generate_stream(
+    model: Transformer, prompts: Tensor | Sequence[Any] | npt.NDArray[Any], max_new_tokens: int, **options: Any
+) -> Generator[Step, None, Generation]:
+    """The steps of :func:`generate` as they are computed, each when it is asked for.
+
+    With one prompt and a tokenizer, ``step.texts[0]`` is what to show next. The iterator may be left or closed at any time; between two
+    steps the model is in the mode it was in before, and may be used for other things, but its parameters must not be changed.
+
+    Args:
+        options: as of :func:`generate`, without ``callback``.
+
+    Returns:
+        An iterator; its value in the end (of ``yield from``) is the :class:`Generation`.
+
+    Raises:
+        TypeError, ValueError: as of :func:`generate`, at once.
+    """
+    return _stream(model, _start(model, prompts, max_new_tokens, **options))
+
+
+def _stream(model: Transformer, run: _Run) -> Generator[Step, None, Generation]:
+    steps, modules = run.steps(), list(model.modules())
+    try:
+        while True:
+            with torch.no_grad(), _evaluation(modules):
+                step = next(steps, None)
+            if step is None:
+                return run.result()
+            yield step
+    finally:
+        steps.close()
+
+
+@contextmanager
+def _evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The modules in evaluation mode, and afterwards each as it was."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _start(
+    model: Transformer,
+    prompts: Any,
+    max_new_tokens: Any,
+    *,
+    eos_token_id: Any = None,
+    pad_token_id: Any = None,
+    stop: Any = None,
+    tokenizer: Tokenizer | None = None,
+    return_log_probabilities: bool = False,
+    use_cache: bool = True,
+    pack_weights: bool | None = None,
+    decoder_start_token_id: Any = None,
+    **sampling: Any,
+) -> _Run:
+    """Checks everything; nothing is computed yet."""
     if not is_int(max_new_tokens):
         raise TypeError(f"max_new_tokens must be an int, got {max_new_tokens!r}")
     max_new_tokens = int(max_new_tokens)
@@ -119,29 +198,20 @@ def generate(
     else:
         rows, form = prompt_rows(prompts, model.config)
     eos_token_ids = end_tokens(eos_token_id, model.config)
-    sampler = Sampler(len(rows), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    run = _Run(model, rows, source, max_new_tokens, eos_token_ids, callback)
-    training = model.training
-    model.eval()
-    try:
-        if source is not None:
-            source.encode()
-        if use_cache and not run.finished:
-            prepare(model, len(rows), max_new_tokens, pack_weights)
-        (run.with_cache if use_cache else run.without_cache)(sampler)
-    finally:
-        model.train(training)
     padding = model.config.pad_token_id if pad_token_id is None else int(pad_token_id)
-    return run.result(form, padding if padding is not None else (eos_token_ids or (0,))[0])
-
-
-def check_generates(config: TransformerConfig) -> None:
-    """ValueError unless a model of this configuration predicts the next token."""
-    if config.head != "lm" or not config.causal:
-        raise ValueError(
-            "generation needs a model that predicts the next token (head='lm', causal=True), "
-            f"got head={config.head!r}, causal={config.causal}"
-        )
+    stop_tokens, stop_strings = stop_conditions(stop, tokenizer, model.config)
+    sampler = Sampler(len(rows), prompts=rows, **sampling)
+    run = _Run(model, rows, source, max_new_tokens, sampler)
+    run.form = form
+    run.padding = padding if padding is not None else (eos_token_ids or (0,))[0]
+    run.use_cache, run.pack_weights = use_cache, pack_weights
+    run.ends = {**dict.fromkeys(stop_tokens, "stop"), **dict.fromkeys(eos_token_ids, "eos")}
+    if tokenizer is not None:
+        contexts = [row.tolist() if source is None else [] for row in rows]
+        run.texts = [NewText(tokenizer, context, stop_strings) for context in contexts]
+    if return_log_probabilities:
+        run.log_probabilities = [[] for _ in rows]
+    return run
 
 
 class Source:
@@ -170,43 +240,32 @@ class Source:
         return {"memory_mask": mask}
 
 
-class _Run:
-    """The state of one call: each sequence's new tokens and why it stopped, on the host."""
+class _Run(Record):
+    """One call: how each step's logits are computed and its tokens chosen."""
 
     def __init__(
-        self,
-        model: Transformer,
-        rows: list[Tensor],
-        source: Source | None,
-        max_new_tokens: int,
-        eos_token_ids: tuple[int, ...],
-        callback: Callable[[Step], object] | None,
+        self, model: Transformer, rows: list[Tensor], source: Source | None, max_new_tokens: int, sampler: Sampler
     ) -> None:
-        self.model = model
         self.device = model.model.embed_tokens.weight.device
-        self.rows = [row.to(self.device) for row in rows]
+        super().__init__([row.to(self.device) for row in rows], max_new_tokens, model.config.max_seqlen)
+        self.model = model
         self.source = source
-        self.prompt_lengths = [len(row) for row in rows]
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.callback = callback
-        self.new_tokens: list[list[int]] = [[] for _ in rows]
-        self.stop_reasons: list[str | None] = [None] * len(rows)
-        # The most tokens each sequence may get, and what it will have run into then.
-        self.limits = []
-        for length in self.prompt_lengths:
-            room = model.config.max_seqlen - length
-            self.limits.append((max_new_tokens, "length") if max_new_tokens <= room else (room, "context"))
-        for index, (limit, reason) in enumerate(self.limits):
-            if limit == 0:
-                self.stop_reasons[index] = reason
+        self.max_new_tokens = max_new_tokens
+        self.sampler = sampler
+        self.use_cache = True
+        self.pack_weights: bool | None = None
 
-    @property
-    def finished(self) -> bool:
-        return all(reason is not None for reason in self.stop_reasons)
-
-    def with_cache(self, sampler: Sampler) -> None:
+    def steps(self) -> Generator[Step, None, None]:
+        """All of it, one step at a time; for a model in evaluation mode, without gradients."""
+        if self.source is not None:
+            self.source.encode()
         if self.finished:
             return
+        if self.use_cache:
+            prepare(self.model, len(self.rows), self.max_new_tokens, self.pack_weights)
+        yield from self.with_cache() if self.use_cache else self.without_cache()
+
+    def with_cache(self) -> Generator[Step, None, None]:
         model, batch = self.model, len(self.rows)
         capacity = max(length + limit for length, (limit, _) in zip(self.prompt_lengths, self.limits))
         # The last token that is chosen is not fed again; a prompt alone must fit nevertheless.
@@ -219,7 +278,8 @@ class _Run:
         dropped = [False] * batch
         decoder, head = bind(model)
         while True:
-            tokens = self._choose(sampler, logits)
+            tokens, step = self._choose(logits)
+            yield step
             if self.finished:
                 return
             ended = [reason is not None for reason in self.stop_reasons]
@@ -259,63 +319,39 @@ class _Run:
         totals = (len(row) + len(new) for row, new in zip(self.rows, self.new_tokens))
         return any(total == length + 1 for total, reason in zip(totals, self.stop_reasons) if reason is None)
 
-    def without_cache(self, sampler: Sampler) -> None:
+    def without_cache(self) -> Generator[Step, None, None]:
         while not self.finished:
             ids, lengths = self._padded([row.tolist() + new for row, new in zip(self.rows, self.new_tokens)])
             options: dict[str, Any] = {} if self.source is None else self.source.options(None)
             real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
             hidden = self.model.model(ids, real, **options)
             logits = self.model.lm_head(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
-            self._choose(sampler, logits)
+            yield self._choose(logits)[1]
 
     def _longest(self) -> int:
         """Tokens in the cache of the longest sequence that goes on (its newest token has just been fed)."""
         going_on = (index for index, reason in enumerate(self.stop_reasons) if reason is None)
         return max(self.prompt_lengths[index] + len(self.new_tokens[index]) for index in going_on)
 
-    def _choose(self, sampler: Sampler, logits: Tensor) -> Tensor:
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Step]:
         """A step's tokens (batch), taken in."""
+        sampler = self.sampler
         tokens, faults = sampler.draw(logits)
-        chosen, found = torch.stack((tokens, faults)).tolist()  # the host waits for the device once
+        values = None
+        if self.log_probabilities is None:
+            chosen, found = torch.stack((tokens, faults)).tolist()  # the host waits for the device once
+        else:
+            bits = log_probabilities(logits, tokens).view(torch.int64)  # so that all goes over together
+            host = torch.stack((tokens, faults, bits)).cpu()
+            (chosen, found), values = host[:2].tolist(), host[2].view(torch.float64).tolist()
         # The logits of a sequence that has ended mean nothing, so they may hold anything.
         sampler.refuse([0 if reason else fault for fault, reason in zip(found, self.stop_reasons)])
-        self._record(chosen, logits)
-        return tokens
-
-    def _record(self, chosen: list[int | None], logits: Tensor) -> None:
-        """Takes in a step's tokens and finds which sequences end with them."""
-        before = list(self.stop_reasons)
-        for index, token in enumerate(chosen):
-            if before[index] is not None:
-                chosen[index] = None
-                continue
-            assert token is not None
-            new = self.new_tokens[index]
-            new.append(token)
-            limit, reason = self.limits[index]
-            if token in self.eos_token_ids:
-                self.stop_reasons[index] = "eos"
-            elif len(new) == limit:
-                self.stop_reasons[index] = reason
-        if self.callback is not None:
-            step = max(len(new) for new in self.new_tokens) - 1
-            self.callback(Step(step, chosen, logits, list(self.stop_reasons)))
+        step = self.record(chosen, logits, values)
+        sampler.edits.take(step.tokens, [reason is not None for reason in self.stop_reasons])
+        return tokens, step
 
     def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids (batch, longest), padded on the right with token 0, which nothing sees, and lengths (batch)."""
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         return ids, torch.tensor([len(row) for row in rows], device=self.device)
-
-    def result(self, form: str, padding: int) -> Generation:
-        sequences = [
-            torch.cat([row, torch.tensor(new, dtype=row.dtype, device=row.device)])
-            for row, new in zip(self.rows, self.new_tokens)
-        ]
-        token_ids: Tensor | list[Tensor] = sequences
-        if form != "list":
-            token_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=padding)
-            if form == "one":
-                token_ids = token_ids[0]
-        reasons = [reason for reason in self.stop_reasons if reason is not None]
-        return Generation(token_ids, reasons, self.prompt_lengths, [len(new) for new in self.new_tokens])

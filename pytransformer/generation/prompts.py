@@ -19,6 +19,15 @@ def is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def check_generates(config: TransformerConfig) -> None:
+    """ValueError unless a model of this configuration predicts the next token."""
+    if config.head != "lm" or not config.causal:
+        raise ValueError(
+            "generation needs a model that predicts the next token (head='lm', causal=True), "
+            f"got head={config.head!r}, causal={config.causal}"
+        )
+
+
 def prompt_rows(prompts: Any, config: TransformerConfig) -> tuple[list[Tensor], str]:
     """One 1-D tensor of ids per prompt, and the form of the result: "batch" or "one" (a tensor), or "list".
 

@@ -1,18 +1,20 @@
-"""From logits to the next token: greedy, or drawn after temperature, top-k and top-p, reproducibly.
+"""From logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p, reproducibly.
 
-Every sequence draws from a stream of its own, so what it gets does not depend on what else is in the batch.
+Every sequence draws from a stream of its own, so what it gets does not depend on what else is in the batch. docs/sampling.md says where
+the results are transformers' token for token, and where those depend on the size of the input.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .edits import Constraint, Edits, number
 from .prompts import is_int
 
 # Random numbers are drawn on the host, so many at a time, and brought to the device together.
@@ -28,9 +30,11 @@ _NO_NUMBER, _NOTHING_ALLOWED = 1, 2
 class Sampler:
     """Chooses one token per sequence.
 
-    The logits are divided by ``temperature``; then all below the ``top_k``-th largest are dropped (its equals stay, as in transformers);
-    then all but the smallest set of most probable tokens whose probabilities reach ``top_p`` in sum (Holtzman et al. 2020; of equals
-    those of lower id); what is left is drawn from in proportion. All of it in float64, and the sums exactly.
+    First ``logit_bias``, the penalties and ``constraint`` change the logits, in this order and in float32. Then they are divided by
+    ``temperature``; then all below the ``top_k``-th largest are dropped (its equals stay, as in transformers); then all but the smallest
+    set of most probable tokens whose probabilities reach ``top_p`` in sum (Holtzman et al. 2020; of equals those of higher id, as
+    transformers does where its sort is stable); then those less probable than ``min_p`` times the most probable one (Nguyen et al. 2024;
+    the quotient is rounded to float32). What is left is drawn from in proportion. All of that in float64, and the sums exactly.
 
     A logit of +inf wins for certain (several: drawn evenly), -inf is never drawn. A temperature towards 0 tends to the most probable token.
 
@@ -39,11 +43,22 @@ class Sampler:
         temperature: 0 = greedy, the most probable token (the lowest id among equals).
         top_k: at least 1; ``None`` = no limit.
         top_p: above 0, at most 1.
+        min_p: from 0 (no limit) to 1.
+        repetition_penalty: above 0; 1 = none. The logit of each token that is in the prompt or came since is divided by it if positive,
+            else multiplied (Keskar et al. 2019).
+        presence_penalty, frequency_penalty: subtracted from the logit of each token that came since the prompt: once, and as often as it
+            came (as in OpenAI's interface). Of any sign.
+        logit_bias: by token id, what is added to its logit; -inf = never.
+        constraint: called as ``constraint(row, ids)`` before each step for each sequence that goes on, with the row of the batch and a list
+            of its ids (the prompt's, of an encoder–decoder the target's, and the new ones); gives the tokens that may come: ids, a boolean
+            mask (vocab_size), or ``None`` for all.
+        prompts: per sequence int64 ids (seqlen), for ``repetition_penalty`` and ``constraint``; ``None`` = there were none.
         seed: one number for every sequence (two equal prompts then get equal continuations), one for each, or ``None``: drawn from
             torch's default generator, different for each sequence.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of range.
+        ValueError: temperature 0 and a limit of what is drawn from: they contradict each other.
     """
 
     def __init__(
@@ -53,13 +68,20 @@ class Sampler:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        constraint: Constraint | None = None,
+        prompts: Sequence[Tensor] | None = None,
         seed: int | Sequence[int] | None = None,
     ) -> None:
         self.batch = batch
-        self.temperature = _number("temperature", temperature)
+        self.temperature = number("temperature", temperature)
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
             raise ValueError(f"temperature must be finite and at least 0 (0 = greedy), got {temperature}")
-        self.top_p = _number("top_p", top_p)
+        self.top_p = number("top_p", top_p)
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
         if top_k is not None and not is_int(top_k):
@@ -67,6 +89,28 @@ class Sampler:
         self.top_k = None if top_k is None else int(top_k)
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
+        self.min_p = number("min_p", min_p)
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p must be from 0 (no limit) to 1, got {min_p}")
+        for name, given, limits in (
+            ("top_k", self.top_k, self.top_k is not None),
+            ("top_p", self.top_p, self.top_p < 1.0),
+            ("min_p", self.min_p, self.min_p > 0.0),
+        ):
+            if limits and self.temperature == 0.0:
+                raise ValueError(
+                    f"{name}={given} limits what is drawn from, but temperature is 0, which draws nothing (greedy): "
+                    f"give a temperature above 0, or leave {name} out"
+                )
+        self.edits = Edits(
+            batch,
+            logit_bias=logit_bias,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            constraint=constraint,
+            prompts=prompts,
+        )
         seeds = _seeds(seed, batch) if self.temperature > 0.0 or seed is not None else []
         self._generators = [torch.Generator().manual_seed(s) for s in seeds] if self.temperature > 0.0 else []
         self._uniforms: Tensor | None = None
@@ -87,14 +131,25 @@ class Sampler:
             raise ValueError(f"logits must have shape ({self.batch}, vocab_size), got {tuple(logits.shape)}")
         tokens, faults = self.draw(logits)
         self.refuse(faults.tolist())
+        if self.edits.active:
+            self.edits.take(tokens.tolist())
         return tokens
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What :meth:`choose` returns, and faults (batch), both int64, without waiting for the device.
 
-        A row whose fault is not 0 has an id that means nothing; :meth:`refuse` raises what its fault stands for.
+        A row whose fault is not 0 has an id that means nothing; :meth:`refuse` raises what its fault stands for. ``edits.take`` is to be
+        told the tokens before the next step.
         """
         self._step += 1
+        if not self.edits.active:
+            return self._draw(logits)
+        tokens, faults = self._draw(self.edits.apply(logits, self._step - 1))
+        self.edits.count(tokens)
+        # A broken model is one also where the constraint hides it.
+        return tokens, torch.where(logits.amax(dim=-1).isnan(), _NO_NUMBER, faults)
+
+    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         best, greedy = logits.max(dim=-1)
         faults = _NO_NUMBER * best.isnan() + _NOTHING_ALLOWED * (best == -math.inf)
         if self.temperature == 0.0:
@@ -129,13 +184,14 @@ class Sampler:
             (logits == best) | best.isnan(), 0.0
         )  # a row with NaN is a fault; here it has to stay within bounds
         if self.top_p < 1.0:
-            scores, order = scores.sort(dim=-1, descending=True, stable=True)
+            scores, order = scores.sort(dim=-1, stable=True)
             tokens = order if tokens is None else tokens.gather(-1, order)
-            weights = _weights(scores)
-            reached = weights.cumsum(dim=-1)
-            enough = self.top_p * reached[:, -1:].double() * _REACHED
-            # Not needed: what comes after the limit has been reached.
-            scores = scores.masked_fill((reached - weights).double() >= enough, -math.inf)
+            reached = _weights(scores).cumsum(dim=-1)
+            total = reached[:, -1:]
+            # Not needed: what comes, from the most probable one down, after the limit has been reached.
+            scores = scores.masked_fill((total - reached).double() >= self.top_p * total.double() * _REACHED, -math.inf)
+        if self.min_p > 0.0:
+            scores = scores.masked_fill(scores < _least_score(self.min_p), -math.inf)
         return scores, tokens
 
     def _top_k(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -174,15 +230,29 @@ def probabilities(logits: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(best == -math.inf, math.nan), dim=-1)
 
 
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Logarithms of :func:`probabilities` (batch, vocab_size) at one token of each row (batch), in float64."""
+    best = logits.amax(dim=-1, keepdim=True)
+    scores = (logits.double() - best).masked_fill(logits == best, 0.0)
+    chosen = scores.gather(-1, tokens[:, None]) - scores.logsumexp(dim=-1, keepdim=True)
+    return chosen.masked_fill(best == -math.inf, math.nan)[:, 0]
+
+
+@functools.cache
+def _least_score(min_p: float) -> float:
+    """The logarithm of the smallest probability, in units of the largest, that is ``min_p`` when both are rounded to float32.
+
+    transformers compares in float32, where half of the largest probability is half of it whatever the last bit of the logit is.
+    """
+    rounded = torch.tensor(min_p, dtype=torch.float32)
+    below = torch.nextafter(rounded, torch.zeros(()))
+    middle = (rounded.double().item() + below.double().item()) / 2.0
+    return math.log(middle) if middle > 0.0 else -math.inf
+
+
 def _weights(scores: Tensor) -> Tensor:
     """Probabilities of float64 scores, in units of 1 / _UNIT."""
     return torch.softmax(scores, dim=-1).mul_(_UNIT).long()
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
 
 
 def _seeds(seed: Any, batch: int) -> list[int]:

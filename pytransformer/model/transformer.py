@@ -248,7 +248,7 @@ class Transformer(nn.Module):
             input_ids: ids (batch, seqlen) or (seqlen) in a tensor or numpy array, or one list of ints; or a list of prompts of any lengths.
                 Of an encoder–decoder: the sources.
             max_new_tokens: at most so many tokens are added to each prompt.
-            options: temperature, top_k, top_p, seed, eos_token_id, use_cache, callback, … as of that function.
+            options: temperature, top_k, top_p, min_p, seed, eos_token_id, stop, use_cache, callback, … as of that function.
 
         Returns:
             Prompt and new tokens (of an encoder–decoder the target, its start token included): a tensor of the prompts' rank (sequences

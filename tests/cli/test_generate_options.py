@@ -1,0 +1,126 @@
+"""``pytransformer generate``: its sampling options, and what of a checkpoint's generation_config.json it takes instead."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pytransformer.cli.main import main
+from pytransformer.cli.model_folder import load_model
+from pytransformer.generation import checkpoint_options
+from pytransformer.generation.defaults import not_followed, with_defaults
+from pytransformer.model.checkpoint import save
+from pytransformer.training.tokenizer import TextTokenizer
+from tests.cli.test_train_generate_plot import _constant_model
+
+TEXT = "abc.\nabd!"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that goes on with ``TEXT``, whatever it is told."""
+    place = tmp_path_factory.mktemp("constant")
+    tokenizer = TextTokenizer.train(["xyz"], 257)
+    _constant_model(place, tokenizer, [*tokenizer.encode(TEXT), tokenizer.end_token_id])
+    return place
+
+
+@pytest.fixture
+def generate(folder, device, capsys):
+    def run(*options, **config):
+        path = folder / "generation_config.json"
+        path.unlink(missing_ok=True)
+        if config:
+            path.write_text(json.dumps(config))
+        code = main(["generate", "--model", str(folder), "--prompt", "x", "--device", device.type, *options])
+        shown = capsys.readouterr()
+        return (shown.out, shown.err) if code == 0 else shown.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "reason"),
+    [
+        ([], TEXT, "stopped at the end-of-text token"),
+        (["--stop", ".\n"], "abc", "stopped before a --stop text"),
+        (["--stop", "!", "--stop", "\nab"], "abc.", "stopped before a --stop text"),
+        (["--stop", "abe", "--max-new-tokens", "7"], TEXT[:7], "stopped after --max-new-tokens 7"),
+        (["--stop", "<|endoftext|>"], TEXT, "stopped at the end-of-text token"),
+    ],
+)
+def test_stop_texts_end_the_output(generate, options, text, reason):
+    out, err = generate("--temperature", "0", *options)
+    assert out == f"x{text}\n" and reason in err
+
+
+def test_what_is_not_given_is_the_checkpoints_and_is_told(generate):
+    _, err = generate()
+    assert "generation_config.json" not in err and "seed" in err
+    _, err = generate(
+        do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.1, max_new_tokens=3
+    )
+    assert "[3 tokens, " in err and "seed" in err
+    assert (
+        "[from the checkpoint's generation_config.json: temperature 0.6, top_k 20, top_p 0.9, min_p 0.05, "
+        "repetition_penalty 1.1, max_new_tokens 3]" in err
+    )
+    _, err = generate(
+        "--temperature", "1", "--top-k", "3", "--top-p", "0.5", "--min-p", "0.1", "--repetition-penalty", "1.2",
+        "--max-new-tokens", "2", do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.1,
+    )  # fmt: skip
+    assert "generation_config.json" not in err and "[2 tokens, " in err
+    _, err = generate(do_sample=False, num_beams=4, no_repeat_ngram_size=3, top_k=50)
+    assert "from the checkpoint's generation_config.json: temperature 0.0]" in err and "seed" not in err
+    assert "[not followed of the checkpoint's generation_config.json: num_beams 4, no_repeat_ngram_size 3]" in err
+
+
+def test_a_repetition_penalty_is_felt(folder, tmp_path, device, capsys):
+    model, tokenizer = load_model(folder, device.type)
+    first, second = tokenizer.encode("ab")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()[[first, second], :7] = torch.tensor([[10.0], [9.0]], device=device)
+    save(model, tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    command = ["generate", "--model", str(tmp_path), "--prompt", "x", "--device", device.type, "--temperature", "0"]
+    for options, text in (([], "aaaa"), (["--repetition-penalty", "2"], "abaa")):
+        assert main([*command, "--max-new-tokens", "4", *options]) == 0
+        assert capsys.readouterr().out == f"x{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "message"),
+    [
+        (["--min-p", "2"], {}, "min_p must be from 0 (no limit) to 1, got 2.0"),
+        (["--repetition-penalty", "0"], {}, "repetition_penalty must be finite and above 0"),
+        (["--temperature", "0", "--top-k", "3"], {}, "top_k=3 limits what is drawn from, but temperature is 0"),
+        (["--stop", ""], {}, "--stop is empty"),
+        ([], {"top_p": 3}, "generation_config.json: top_p must be between 0 and 1, got 3"),
+        ([], {"temperature": "hot"}, "generation_config.json: temperature must be a number or None, got 'hot'"),
+    ],
+)
+def test_errors_name_the_option_or_the_file(generate, options, config, message):
+    assert message in generate(*options, **config)
+
+
+def test_options_of_a_file():
+    assert checkpoint_options(None) == checkpoint_options({"eos_token_id": 2}) == {}
+    assert checkpoint_options({"do_sample": True}) == {"temperature": 1.0}
+    assert checkpoint_options({"do_sample": True, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}) == {
+        "temperature": 1.0
+    }
+    assert checkpoint_options({"do_sample": False, "temperature": 0.7, "top_p": 0.9}) == {"temperature": 0.0}
+    assert checkpoint_options({"temperature": 0.7, "top_k": 20}) == {"temperature": 0.7, "top_k": 20}
+    assert not_followed({"num_beams": 1, "min_length": 0, "suppress_tokens": [3]}) == {"suppress_tokens": (3,)}
+
+
+def test_what_is_given_wins_over_what_contradicts_it():
+    drawn = {"do_sample": True, "temperature": 0.6, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
+    assert with_defaults({"temperature": 0.0, "top_p": None}, drawn) == (
+        {"temperature": 0.0, "repetition_penalty": 1.1},
+        {"repetition_penalty": 1.1},
+    )
+    assert with_defaults({"top_k": 5}, {"do_sample": False}) == ({"top_k": 5}, {})
+    assert with_defaults({"top_k": 5}, drawn)[0]["top_k"] == 5
