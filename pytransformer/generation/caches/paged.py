@@ -179,9 +179,9 @@ class PagedCache(SequenceCache):
             raise ValueError(f"a prefix goes into an empty cache, this one has lengths {self._host_lengths}")
         for group in self.groups:
             first = group.begin(0, length)
-            layers = part.map(lambda tensor, of=group: tensor[of.layers])  # type: ignore[misc]
-            for own, new in zip(group.pool.part.tensors(), layers.tensors()):
-                group.scatter(raw(own), raw(new)[:, first * self.page_size : length].to(own.device), 0, first)
+            for own, new in zip(group.pool.part.tensors(), part.tensors()):
+                layers = raw(new)[group.layers, first * self.page_size : length]
+                group.scatter(raw(own), layers.to(own.device), 0, first)
             group.reorder([0] * self.batch)
         self.advance(length)
 
@@ -191,22 +191,17 @@ class PagedCache(SequenceCache):
             raise ValueError(
                 f"length must be from 1 to that of sequence {row} ({self._host_lengths[row]}), got {length}"
             )
-        found: dict[int, CachePart] = {}
+        sizes = self.config.num_layers, length
+        result = self.groups[0].pool.part.map(lambda own: own.new_empty((*sizes, *own.shape[3:])))
         for group in self.groups:
             pages = group.pages[row][: -(-length // self.page_size)]
             if SCRATCH in pages:
                 raise ValueError(
                     f"the first {length} tokens of sequence {row} are not all there: layers with a window freed the first of them"
                 )
-            part = group.pool.part.map(
-                lambda tensor, of=pages: raw(tensor)[:, of].flatten(1, 2)[:, :length].view(tensor.dtype)  # type: ignore[misc]
-            )
-            for place, index in enumerate(group.layers):
-                found[index] = part.map(lambda tensor, at=place: tensor[at])  # type: ignore[misc]
-        ordered = [found[index] for index in range(self.config.num_layers)]
-        stacked = [None if tensors[0] is None else torch.stack(list(map(raw, tensors))) for tensors in zip(*ordered)]  # type: ignore[arg-type]
-        own = self.groups[0].pool.part
-        return CachePart(*(None if new is None else new.view(old.dtype) for new, old in zip(stacked, own)))  # type: ignore[arg-type, union-attr]
+            for new, own in zip(result.tensors(), group.pool.part.tensors()):
+                raw(new)[group.layers] = raw(own)[:, pages].flatten(1, 2)[:, :length]
+        return result
 
     def _trim(self) -> None:
         for group in self.groups:
