@@ -85,7 +85,7 @@ class PoolMachine(RuleBasedStateMachine):
         if page in self.content:
             page = 0  # of nobody
         for refused in (self.pool.free, self.pool.share):
-            with pytest.raises(ValueError, match="cannot be|page must be from 1 to 6"):
+            with pytest.raises(ValueError, match=r"cannot be|page must be from 1 to 6"):
                 refused([page])
 
     @invariant()
@@ -114,7 +114,7 @@ class CacheMachine(RuleBasedStateMachine):
     def append(self, counts: list[int], expected: bool) -> None:
         seqlen = max(*counts, 1)
         if self.cache.max_length + seqlen > CAPACITY:
-            return
+            self.reset()
         if expected:
             self.cache.expect(counts)
         new = torch.arange(BATCH * seqlen, dtype=torch.float32).view(BATCH, seqlen) + self.stamp + 1
@@ -133,6 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
         for row, count in enumerate(counts):
             self.tokens[row] += new[row, :count].tolist()
 
+    @precondition(lambda self: not any(self.ended))
     @rule(row=st.integers(0, BATCH - 1))
     def drop(self, row: int) -> None:
         self.cache.drop(torch.arange(BATCH) == row)
@@ -143,6 +144,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.reorder(torch.tensor(rows))
         self.tokens = [list(self.tokens[row]) for row in rows]
         self.ended = [self.ended[row] for row in rows]
+
+    @rule(
+        rows=st.lists(st.integers(0, BATCH - 1), min_size=BATCH, max_size=BATCH),
+        counts=st.lists(st.integers(1, 2), min_size=BATCH, max_size=BATCH),
+    )
+    def branch(self, rows: list[int], counts: list[int]) -> None:
+        self.reorder(rows)
+        self.append(counts, expected=True)
 
     @rule()
     def reset(self) -> None:
