@@ -1,6 +1,6 @@
 """Inference: prefill, then decoding one token per step with a KV cache."""
 
-from .cache import KVCache
+from .caches import KVCache, NotEnoughMemory, PagedCache, PoolExhausted, Prefix, make_cache, predict_bytes
 from .defaults import checkpoint_options
 from .generate import generate, generate_stream
 from .prepare import prepare_for_decoding, release
@@ -8,5 +8,19 @@ from .results import Generation, Step
 from .sampling import Sampler
 
 __all__ = [
-    "Generation", "KVCache", "Sampler", "Step", "checkpoint_options", "generate", "generate_stream", "prepare_for_decoding", "release",
-]  # fmt: skip
+    "Generation",
+    "KVCache",
+    "NotEnoughMemory",
+    "PagedCache",
+    "PoolExhausted",
+    "Prefix",
+    "Sampler",
+    "Step",
+    "checkpoint_options",
+    "generate",
+    "generate_stream",
+    "make_cache",
+    "predict_bytes",
+    "prepare_for_decoding",
+    "release",
+]

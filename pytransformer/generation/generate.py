@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pytransformer.model.transformer import EncoderDecoder, Transformer
 
 from .bound import bind
-from .cache import KVCache
+from .caches import Prefix, SequenceCache, make_cache
+from .caches.sizes import split_kind
 from .edits import Constraint
 from .prepare import prepare
 from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
@@ -54,6 +55,8 @@ def generate(
     tokenizer: Tokenizer | None = None,
     return_log_probabilities: bool = False,
     use_cache: bool = True,
+    cache: str = "contiguous",
+    prefix: Prefix | None = None,
     pack_weights: bool | None = None,
     decoder_start_token_id: int | Sequence[int] | None = None,
     callback: Callable[[Step], object] | None = None,
@@ -75,6 +78,9 @@ def generate(
         tokenizer: the model's. Results then have the new texts, and those end before a stop string.
         return_log_probabilities: results have those of the chosen tokens, see :class:`Generation`.
         use_cache: ``False`` computes the whole sequence again for every token: slow, for comparison.
+        cache: kind of the cache: "contiguous", "paged", or quantised: "int8", "fp8", "paged-int8", "paged-fp8"; see docs/caches.md.
+        prefix: what the prompts begin with and was computed before, see :class:`Prefix`; only what follows is computed. Prompts that begin
+            otherwise are computed from where they do.
         pack_weights: on a CPU, decode from packed copies of the linear layers' weights (see :func:`prepare_for_decoding`), which are kept
             for later calls; ``False`` frees them; ``None`` = if they are there already, or so many tokens are asked for that it pays.
         decoder_start_token_id: of an encoder–decoder: the token that each target starts with, or several; ``None`` = the configuration's.
@@ -107,6 +113,8 @@ def generate(
         tokenizer=tokenizer,
         return_log_probabilities=return_log_probabilities,
         use_cache=use_cache,
+        cache=cache,
+        prefix=prefix,
         pack_weights=pack_weights,
         decoder_start_token_id=decoder_start_token_id,
         **sampling,
@@ -175,6 +183,8 @@ def _start(
     tokenizer: Tokenizer | None = None,
     return_log_probabilities: bool = False,
     use_cache: bool = True,
+    cache: str = "contiguous",
+    prefix: Prefix | None = None,
     pack_weights: bool | None = None,
     decoder_start_token_id: Any = None,
     **sampling: Any,
@@ -197,6 +207,9 @@ def _start(
         raise ValueError("decoder_start_token_id is for an encoder-decoder, this model has no encoder")
     else:
         rows, form = prompt_rows(prompts, model.config)
+    split_kind(cache)
+    if prefix is not None and (source is not None or not use_cache):
+        raise ValueError("prefix is for models without an encoder, and for use_cache=True")
     eos_token_ids = end_tokens(eos_token_id, model.config)
     padding = model.config.pad_token_id if pad_token_id is None else int(pad_token_id)
     stop_tokens, stop_strings = stop_conditions(stop, tokenizer, model.config)
@@ -205,6 +218,7 @@ def _start(
     run.form = form
     run.padding = padding if padding is not None else (eos_token_ids or (0,))[0]
     run.use_cache, run.pack_weights = use_cache, pack_weights
+    run.cache_kind, run.prefix = cache, prefix
     run.ends = {**dict.fromkeys(stop_tokens, "stop"), **dict.fromkeys(eos_token_ids, "eos")}
     if tokenizer is not None:
         contexts = [row.tolist() if source is None else [] for row in rows]
@@ -229,7 +243,7 @@ class Source:
     def encode(self) -> None:
         self.memory = self.model.encode(self.ids, self.mask if self.is_ragged else None)
 
-    def options(self, cache: KVCache | None) -> dict[str, Tensor | None]:
+    def options(self, cache: SequenceCache | None) -> dict[str, Tensor | None]:
         """For the decoder: the memory, or with a cache its keys and values, which are made once and lie there."""
         assert self.memory is not None
         mask = self.mask if self.is_ragged else None
@@ -254,6 +268,8 @@ class _Run(Record):
         self.sampler = sampler
         self.use_cache = True
         self.pack_weights: bool | None = None
+        self.cache_kind = "contiguous"
+        self.prefix: Prefix | None = None
 
     def steps(self) -> Generator[Step, None, None]:
         """All of it, one step at a time; for a model in evaluation mode, without gradients."""
@@ -270,10 +286,10 @@ class _Run(Record):
         capacity = max(length + limit for length, (limit, _) in zip(self.prompt_lengths, self.limits))
         # The last token that is chosen is not fed again; a prompt alone must fit nevertheless.
         capacity = max(capacity - 1, *self.prompt_lengths)
-        weight = model.model.embed_tokens.weight
-        cache = KVCache(model.config, batch, capacity, device=self.device, dtype=weight.dtype)
+        cache = self._make_cache(capacity)
         options = {} if self.source is None else self.source.options(cache)
-        logits = self._prefill(cache, options)
+        known = 0 if self.prefix is None else self.prefix.fill(cache, model, self.rows, capacity + 1)
+        logits = self._prefill(cache, options, known)
         changes = self._changes_of_rope()
         dropped = [False] * batch
         decoder, head = bind(model)
@@ -296,16 +312,29 @@ class _Run(Record):
             cache.advance(1, self._longest())
             logits = head(hidden[:, 0])
 
-    def _prefill(self, cache: KVCache, options: dict[str, Any]) -> Tensor:
-        """Logits after everything that there is so far, which fills the cache; rows of ended sequences mean nothing."""
+    def _make_cache(self, capacity: int) -> SequenceCache:
+        weight, options = self.model.model.embed_tokens.weight, {}
+        if self.cache_kind.startswith("paged"):
+            # The longest step is the prefill; where RoPE changes there is another one, of any length.
+            options["longest_step"] = capacity if self._changes_of_rope() else max(self.prompt_lengths)
+        return make_cache(
+            self.cache_kind, self.model.config, len(self.rows), capacity, self.device, weight.dtype, **options
+        )
+
+    def _prefill(self, cache: SequenceCache, options: dict[str, Any], known: int = 0) -> Tensor:
+        """Logits after everything that there is so far, which fills the cache; rows of ended sequences mean nothing.
+
+        ``known``: tokens of each sequence that the cache has already.
+        """
         rows = [row.tolist() + new for row, new in zip(self.rows, self.new_tokens)]
-        rows = [row if reason is None else row[:1] for row, reason in zip(rows, self.stop_reasons)]
+        rows = [row[known:] if reason is None else row[:1] for row, reason in zip(rows, self.stop_reasons)]
         ids, lengths = self._padded(rows)
         real = None
         if self._changes_of_rope():
             real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+        cache.expect([len(row) for row in rows])
         hidden = self.model.model(ids, real, cache=cache, **options)
-        cache.advance(lengths, max(map(len, rows)))
+        cache.advance(lengths, known + max(map(len, rows)))
         # Logits of the last position of each prompt only: the head is the largest layer of a small model.
         return self.model.lm_head(hidden[torch.arange(len(rows), device=self.device), lengths - 1])  # type: ignore[no-any-return]
 

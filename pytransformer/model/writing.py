@@ -105,6 +105,17 @@ def write_model(
     _flush(folder)
 
 
+def write_tensor_file(path: Path, pieces: Sequence[Piece]) -> None:
+    """One file of tensors, in one step: a reader sees the old file or the new one."""
+    with _beside(path) as beside:
+        with open(beside, "wb") as file:
+            for _ in _write_tensors(file.write, pieces):
+                pass
+        _flush_file(beside)
+        os.replace(beside, path)
+    _flush(path.parent)
+
+
 def _holds(path: Path, text: str) -> bool:
     try:
         return path.read_text(encoding="utf-8") == text

@@ -6,6 +6,9 @@ cleared; what lies behind a sequence's length is never attended to.
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,25 +16,25 @@ from torch import Tensor
 from pytransformer.model.config import TransformerConfig
 from pytransformer.nn import RMSNorm, RotaryEmbedding
 from pytransformer.ops.attention import attention
+from pytransformer.ops.backend import requested_backend
 from pytransformer.ops.decode_attention import decode_attention
 from pytransformer.ops.kv_append import kv_append
 
+from .part import CachePart, new_part, raw
+from .sequence import SequenceCache, check_rows
+from .sizes import predict_bytes, require_memory
 
-class KVCache:
-    """Keys and values of every layer for ``batch`` sequences of up to ``capacity`` tokens.
 
-    One step is: the model runs over new tokens with ``cache=cache`` (each layer appends and attends), then :meth:`advance` counts them.
-    Sequences may have different lengths; new tokens come as a rectangle, right-padded, and ``advance`` says how many of them are real.
-    What the padding wrote is overwritten by the tokens that follow and is seen by nobody before.
+class KVCache(SequenceCache):
+    """Keys and values of every layer for ``batch`` sequences of up to ``capacity`` tokens, one preallocated tensor each.
 
     Args:
-        config: the model's.
-        batch: number of sequences.
-        capacity: tokens per sequence, at most the model's max_seqlen.
-        device, dtype: of the model.
+        config, batch, capacity, device: see :class:`SequenceCache`.
+        dtype: of the model.
+        quantised: ``None``, or "int8" or "fp8" (float8_e4m3fn): codes with a scale for each token and head, in float32.
 
     Raises:
-        ValueError: sizes out of range.
+        ValueError: sizes out of range; more memory than is free (:class:`NotEnoughMemory`).
     """
 
     def __init__(
@@ -42,103 +45,86 @@ class KVCache:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        quantised: str | None = None,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        if not 1 <= capacity <= config.max_seqlen:
-            raise ValueError(f"capacity must be from 1 to the model's max_seqlen ({config.max_seqlen}), got {capacity}")
-        self.batch = batch
-        self.capacity = capacity
+        super().__init__(config, batch, capacity, device=device)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        kind = "contiguous" if quantised is None else quantised
+        require_memory(predict_bytes(kind, config, batch, capacity, dtype), self.lengths.device, f"the {kind} KV cache")
         shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-        self.k_cache = torch.empty(shape, device=device, dtype=dtype)
-        self.v_cache = torch.empty(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.k_cache.device)
-        # Of an encoder–decoder: what each layer's cross-attention made of the memory, once for all steps.
-        self.memory_kv: list[tuple[Tensor, Tensor]] | None = None
-        # Whether a step may write and read by plain slices: see choose_path.
-        self.is_direct = False
-        self._attended: tuple[int, Tensor] | None = None  # the same for every layer of a step
-        # The longest length, known without asking the device.
-        self.max_length = 0
+        self.k_cache, self.v_cache, self.k_scale, self.v_scale = new_part(shape, device, dtype, quantised)
         self._layers = [
-            _LayerCache(self, self.k_cache[index], self.v_cache[index]) for index in range(config.num_layers)
+            ContiguousLayer(self, *self.part.map(operator.itemgetter(index))) for index in range(config.num_layers)
         ]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held by keys and values."""
-        return self.k_cache.nbytes + self.v_cache.nbytes
+    def part(self) -> CachePart:
+        """All of it: keys, values and their scales, (num_layers, batch, capacity, …) each."""
+        return CachePart(self.k_cache, self.v_cache, self.k_scale, self.v_scale)
 
-    def layer(self, index: int) -> _LayerCache:
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys and values, and by their scales."""
+        return self.part.nbytes
+
+    def read_kind(self) -> tuple[torch.dtype, str | None]:
+        """See :class:`SequenceCache`."""
+        return self.k_cache.dtype, self.part.quantised
+
+    def layer(self, index: int) -> ContiguousLayer:
         """The part of layer ``index``."""
         return self._layers[index]
-
-    def positions(self, seqlen: int) -> Tensor:
-        """Positions of the next ``seqlen`` tokens: int64 (batch, seqlen).
-
-        Raises:
-            ValueError: they would not fit.
-        """
-        self.require(seqlen)
-        return self.lengths[:, None] + torch.arange(seqlen, device=self.lengths.device)
-
-    def require(self, seqlen: int) -> None:
-        """ValueError unless ``seqlen`` more tokens fit behind the longest sequence."""
-        if self.max_length + seqlen > self.capacity:
-            raise ValueError(
-                f"the KV cache holds {self.capacity} tokens per sequence: {seqlen} more do not fit behind {self.max_length}"
-            )
-
-    def advance(self, new_tokens: Tensor | int, longest: int | None = None) -> None:
-        """Counts the tokens that were appended in this step.
-
-        Args:
-            new_tokens: how many of them are real: integers (batch), or one number for all.
-            longest: the largest resulting length, where the host knows it; by default read off the lengths.
-        """
-        self._set_lengths((self.lengths + new_tokens).int())
-        if longest is None:
-            longest = self.max_length + new_tokens if isinstance(new_tokens, int) else int(self.lengths.max())
-        self.max_length = longest
-
-    def drop(self, ended: Tensor, longest: int | None = None) -> None:
-        """Forgets the sequences where ``ended`` (batch, boolean): in later steps they are there, but cost next to nothing.
-
-        ``longest``: the largest remaining length, as of :meth:`advance`.
-        """
-        self._set_lengths(self.lengths.masked_fill(ended, 0))
-        self.max_length = int(self.lengths.max()) if longest is None else longest
 
     def choose_path(self, bound: bool) -> None:
         """Decides for the next step whether the layers write and read by plain slices, without the ops' checks and choices.
 
         They may where the step is ``bound`` (see bound.py) and all sequences have one length, known to the host.
         """
+        bound = bound and self.k_scale is None
         self.is_direct = bound and self.lengths.tolist().count(self.max_length) == self.batch
 
-    def attended(self, seqlen: int) -> Tensor:
-        """Lengths with ``seqlen`` tokens of this step appended: int32 (batch)."""
-        if self._attended is None or self._attended[0] != seqlen:
-            self._attended = (seqlen, self.lengths + seqlen)
-        return self._attended[1]
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence b becomes what ``rows[b]`` was, as beams need it; rows: integers (batch). What is there is copied."""
+        check_rows("rows", rows, self.batch)
+        for tensor in self.part.tensors():
+            used = raw(tensor)[:, :, : self.max_length]
+            used.copy_(used[:, rows.to(tensor.device)])
+        self._set_lengths(self.lengths[rows.to(self.lengths.device)])
 
-    def _set_lengths(self, lengths: Tensor) -> None:
-        self.lengths = lengths
-        self._attended = None
+    def write_prefix(self, part: CachePart, length: int) -> None:
+        """See :class:`SequenceCache`."""
+        for own, new in zip(self.part.tensors(), part.tensors()):
+            raw(own)[:, :, :length] = raw(new)[:, None, :length].to(own.device)
+        self.advance(length)
 
-    def reset(self) -> None:
-        """Forgets every token; the memory is kept."""
-        self._set_lengths(torch.zeros_like(self.lengths))
-        self.max_length = 0
+    def read_prefix(self, row: int, length: int) -> CachePart:
+        """See :class:`SequenceCache`."""
+        return self.part.map(lambda tensor: tensor[:, row, :length].clone())
 
 
-class _LayerCache:
+class ContiguousLayer:
     """One layer's keys and values: (batch, capacity, num_kv_heads, head_dim) each."""
 
-    def __init__(self, cache: KVCache, k_cache: Tensor, v_cache: Tensor) -> None:
+    def __init__(
+        self,
+        cache: SequenceCache,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
         self._cache = cache
         self.k_cache = k_cache
         self.v_cache = v_cache
+        self.scales: dict[str, Any] = {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
+
+    def _table(self) -> dict[str, Any]:
+        """Where the pages of the sequences are, if there are pages."""
+        return {}
+
+    def _before_writing(self, seqlen: int) -> None:
+        """ValueError unless so many tokens fit."""
+        self._cache.require(seqlen)
 
     def append(
         self,
@@ -153,7 +139,7 @@ class _LayerCache:
     ) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`; the norms, RoPE and the write are one op."""
         cache = self._cache
-        cache.require(k.shape[1])
+        self._before_writing(k.shape[1])
         if cache.is_direct:
             if q_norm is not None and k_norm is not None:
                 q, k = q_norm(q), k_norm(k)
@@ -180,6 +166,9 @@ class _LayerCache:
             k_norm_weight=None if k_norm is None else k_norm.weight,
             norm_eps=1e-6 if k_norm is None or k_norm.eps is None else k_norm.eps,
             norm_weight_offset=0.0 if k_norm is None else k_norm.weight_offset,
+            backend=_quantising_backend(k) if self.scales else None,
+            **self.scales,
+            **self._table(),
         )
         return q if new_q is None else new_q
 
@@ -200,7 +189,8 @@ class _LayerCache:
         if cache.is_direct and seqlen == 1 and plain:
             end = cache.max_length + 1
             return self._attend_to(q, slice(0 if window[0] < 0 else max(end - 1 - window[0], 0), end), softmax_scale)
-        if cache.max_length == 0:
+        table = self._table()
+        if cache.max_length == 0 and not self.scales and not table:
             # Prefill: the new tokens are all there is, so this is ordinary causal attention. Padding on the right is seen by padding only.
             result = attention(
                 q,
@@ -227,6 +217,8 @@ class _LayerCache:
                 alibi_slopes=alibi_slopes,
                 bias=bias,
                 sinks=sinks,
+                **self.scales,
+                **table,
             )
         assert isinstance(result, Tensor)
         return result
@@ -237,3 +229,8 @@ class _LayerCache:
         k, v = self.k_cache[:, keys].transpose(1, 2), self.v_cache[:, keys].transpose(1, 2)
         grouped = q.reshape(batch, k.shape[1], num_heads // k.shape[1], head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, scale=softmax_scale).view(q.shape)
+
+
+def _quantising_backend(k: Tensor) -> str | None:
+    """On a CPU the reference, by name: it alone quantises there, and is asked for as such so that it warns of nothing."""
+    return "reference" if k.device.type == "cpu" and requested_backend(None) in (None, "torch") else None
