@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from pytransformer import Transformer
 from pytransformer.generation import generate, generate_stream
+from pytransformer.generation.stopping import NewText
 from pytransformer.text import Tokenizer
 from tests.model.configs import CONFIGS, FAMILY_CONFIGS, make_model, random_ids
 
@@ -81,6 +83,30 @@ def test_what_may_begin_a_stop_string_is_held_back(model, tokenizer):
     written = ids_of("a", "b", "a", "b", ".")
     stream = generate_stream(model, [1], 5, stop="bc", tokenizer=tokenizer, constraint=writing(written))
     assert [step.texts[0] for step in stream] == ["a", "", "ba", "", "b."]
+
+
+def test_any_text_in_any_tokens_ends_at_the_first_stop_string(tokenizer):
+    """Against looking for them in the whole text after each token; what is held back is always the beginning of one."""
+    chance = random.Random(0)
+    ended = 0
+    for _ in range(300):
+        stops = ["".join(chance.choices("abc", k=chance.randint(1, 4))) for _ in range(chance.randint(1, 3))]
+        written = chance.choices(["a", "b", "c", "ab", "bc", "abc"], k=8)
+        text, shown, whole = NewText(tokenizer, [], stops), "", ""
+        for piece in written:
+            whole += piece
+            shown += text.push(IDS[piece])
+            places = [whole.find(stop) for stop in stops if stop in whole]
+            assert text.is_stopped == bool(places)
+            if places:
+                ended += 1
+                assert shown == whole[: min(places)]
+                break
+            held = whole.removeprefix(shown)
+            assert whole.startswith(shown) and (not held or any(stop.startswith(held) for stop in stops))
+        shown += text.finish()
+        assert shown == text.text == (shown if text.is_stopped else whole)
+    assert 100 < ended < 300
 
 
 def test_a_stop_string_in_the_last_token_is_the_reason(model, tokenizer):
