@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
-import pytest
-
-from pytransformer.generation import PagedCache
-from pytransformer.generation.caches import make
 from tests.model.configs import CONFIGS, EXPERT_CONFIGS, FAMILY_CONFIGS
 
 
@@ -19,17 +13,3 @@ def serves(config) -> bool:
 
 ALL_CONFIGS = {**CONFIGS, **FAMILY_CONFIGS, **EXPERT_CONFIGS}
 GENERATING = {name: config for name, config in ALL_CONFIGS.items() if serves(config)}
-
-
-@pytest.fixture
-def small_pages(monkeypatch):
-    """Paged caches have pages of three tokens, and what is freed becomes NaN; the caches that are made."""
-    made = []
-
-    @functools.wraps(PagedCache)
-    def small(*arguments, **options):
-        made.append(PagedCache(*arguments, **{"page_size": 3, "poison": True, **options}))
-        return made[-1]
-
-    monkeypatch.setattr(make, "PagedCache", small)
-    return made

@@ -9,9 +9,8 @@ from pytransformer import TransformerConfig, use_backend
 from pytransformer.generation import KVCache, PagedCache, PoolExhausted, generate, make_cache
 from tests.model.configs import CONFIGS, TINY_CONFIGS, make_model, random_ids
 
-from .support import GENERATING, small_pages
+from .support import GENERATING
 
-__all__ = ["small_pages"]
 LENGTHS = (1, 9, 4, 12, 2, 7, 4, 10, 3, 8, 5, 1, 11, 6, 9, 2)
 
 

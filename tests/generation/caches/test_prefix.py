@@ -12,9 +12,7 @@ from pytransformer.generation.caches import KINDS
 from pytransformer.model.families.family import CheckpointError
 from tests.model.configs import CONFIGS, make_model, random_ids
 
-from .support import GENERATING, small_pages
-
-__all__ = ["small_pages"]
+from .support import GENERATING
 
 
 def prompts_of(model, device, shared=9):

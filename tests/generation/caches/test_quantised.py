@@ -12,9 +12,8 @@ from pytransformer.generation.caches import contiguous
 from pytransformer.verification import SEEDS, Contract
 from tests.model.configs import make_model, make_twin, random_ids
 
-from .support import GENERATING, small_pages
+from .support import GENERATING
 
-__all__ = ["small_pages"]
 KINDS = ["int8", "fp8", "paged-int8", "paged-fp8"]
 NAMES = ["llama-qk-norm-head-dim", "gemma2", "alibi-window-geglu", "t5", "gpt-oss"]
 
