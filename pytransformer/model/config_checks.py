@@ -185,6 +185,11 @@ def _check_combinations(config: TransformerConfig) -> None:
         raise ValueError(f"hidden_size must be a multiple of encoder_num_heads, got {config.hidden_size} and {heads}")
     if config.is_encoder_decoder and config.head not in ("lm", "none"):
         raise ValueError(f"head must be 'lm' or 'none' for an encoder-decoder, got {config.head!r}")
+    if config.pooler and (config.head in ("lm", "masked_lm") or config.is_encoder_decoder):
+        raise ValueError(
+            f"pooler is for vectors of sequences (head 'classification' or 'none'), got head={config.head!r}, "
+            f"architecture={config.architecture!r}"
+        )
     if config.tie_embeddings and config.head not in ("lm", "masked_lm"):
         raise ValueError(f"tie_embeddings is for heads that predict tokens, got head={config.head!r}")
 
