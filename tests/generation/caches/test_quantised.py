@@ -12,7 +12,7 @@ from pytransformer.generation.caches import contiguous
 from pytransformer.verification import SEEDS, Contract
 from tests.model.configs import make_model, make_twin, random_ids
 
-from .support import GENERATING
+from .support import GENERATING, logits_through
 
 KINDS = ["int8", "fp8", "paged-int8", "paged-fp8"]
 NAMES = ["llama-qk-norm-head-dim", "gemma2", "alibi-window-geglu", "t5", "gpt-oss"]
@@ -49,18 +49,6 @@ def noisy_cache(config, kind, seed, *arguments, **options):
         cache._layers[index] = NoisyLayer(cache, layer.k_cache, layer.v_cache)
         cache._layers[index].kind, cache._layers[index].generator = kind, generator
     return cache
-
-
-def logits_through(model, cache, ids, memory):
-    """Logits of every position: a prefill of 5, one of 3, then token by token."""
-    parts, start = [], 0
-    if memory is not None:
-        cache.memory_kv = model.model.keys_and_values(memory)
-    for chunk in (5, 3, 1, 1):
-        parts.append(model.lm_head(model.model(ids[:, start : start + chunk], cache=cache)))
-        cache.advance(chunk)
-        start += chunk
-    return torch.cat(parts, dim=1)
 
 
 @torch.no_grad()
