@@ -28,13 +28,13 @@ def test_sixteen_prompts_get_what_each_gets_alone(name, small_pages, device):
     model = make_model(GENERATING[name], 0, device)
     source = model.config.encoder if model.config.is_encoder_decoder else model.config
     prompts = [random_ids(source, (length,), index, device) for index, length in enumerate(LENGTHS)]
-    together = generate(model, prompts, 5, cache="paged", eos_token_id=())
+    together = generate(model, prompts, 4, cache="paged", eos_token_id=())
     if (model.config.rope_scaling or {}).get("rope_type") == "dynamic":
         # Frequencies that change with every length: each prefill gives a sequence others, whatever the cache.
-        assert all(map(torch.equal, together.token_ids, generate(model, prompts, 5, eos_token_id=()).token_ids))
+        assert all(map(torch.equal, together.token_ids, generate(model, prompts, 4, eos_token_id=()).token_ids))
         return
     for index, prompt in enumerate(prompts):
-        alone = generate(model, prompt, 5, eos_token_id=())
+        alone = generate(model, prompt, 4, eos_token_id=())
         assert torch.equal(together.token_ids[index], alone.token_ids)
         assert together.stop_reasons[index] == alone.stop_reasons[0]
     assert len(small_pages) == 1
