@@ -88,6 +88,13 @@ def facts(found: Description) -> dict[str, str]:
         shown["KV cache"] = (
             f"{_size(found.cache_bytes_per_1k)} per 1024 tokens, {_size(found.cache_bytes)} for the whole context"
         )
+    if found.cache_bytes and config.head == "lm" and config.causal:
+        from pytransformer.generation.caches import predict_bytes
+
+        eight_bits = predict_bytes("int8", config, 1, config.max_seqlen)
+        shown["KV cache of 8 bits"] = (
+            f"{_size(eight_bits)} for the whole context, without windows (cache='int8' or 'fp8')"
+        )
     return shown
 
 

@@ -313,7 +313,8 @@ class _Run(Record):
             logits = head(hidden[:, 0])
 
     def _make_cache(self, capacity: int) -> SequenceCache:
-        weight, options = self.model.model.embed_tokens.weight, {}
+        weight = self.model.model.embed_tokens.weight
+        options = {"memory_seqlen": 0 if self.source is None else self.source.ids.shape[1]}
         if self.cache_kind.startswith("paged"):
             # The longest step is the prefill; where RoPE changes there is another one, of any length.
             options["longest_step"] = capacity if self._changes_of_rope() else max(self.prompt_lengths)

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*the reference.*:RuntimeWarning
 # Softcap and ALiBi have no fused backend on every machine: the automatic choice is one of the backends under test.
 AUTOMATIC = None
 EVERYWHERE = ["reference", AUTOMATIC]
+# A whole model through the interpreter takes seconds; each kernel goes through all seeds in its own tests.
+INTERPRETED_SEEDS = 3
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
@@ -44,7 +46,7 @@ def test_logits_and_gradients_are_those_of_the_twin(name, backend, device):
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_triton_logits_and_gradients_are_those_of_the_twin(name, device):
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
+    for seed in range(INTERPRETED_SEEDS):
         model = make_model(TINY_CONFIGS[name], seed, device)
         plain, golden = make_twin(model), make_twin(model, torch.float64)
         ids = random_ids(model.config, (2, 6), seed, device)
@@ -90,7 +92,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(name, backend, chu
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_triton_cached_decoding_gives_the_logits_of_the_full_forward(name, device):
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
+    for seed in range(INTERPRETED_SEEDS):
         model = make_model(TINY_CONFIGS[name], seed, device)
         ids = random_ids(model.config, (2, 5), seed, device)
         with use_backend("triton"), torch.no_grad():

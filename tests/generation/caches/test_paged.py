@@ -7,9 +7,10 @@ import torch
 
 from pytransformer import TransformerConfig, use_backend
 from pytransformer.generation import KVCache, PagedCache, PoolExhausted, generate, make_cache
-from tests.model.configs import CONFIGS, TINY_CONFIGS, make_model, random_ids
+from pytransformer.verification import SEEDS, Contract
+from tests.model.configs import CONFIGS, TINY_CONFIGS, make_model, make_twin, random_ids
 
-from .support import GENERATING
+from .support import GENERATING, logits_through
 
 LENGTHS = (1, 9, 4, 12, 2, 7, 4, 10, 3, 8, 5, 1, 11, 6, 9, 2)
 
@@ -27,13 +28,13 @@ def test_sixteen_prompts_get_what_each_gets_alone(name, small_pages, device):
     model = make_model(GENERATING[name], 0, device)
     source = model.config.encoder if model.config.is_encoder_decoder else model.config
     prompts = [random_ids(source, (length,), index, device) for index, length in enumerate(LENGTHS)]
-    together = generate(model, prompts, 5, cache="paged", eos_token_id=())
+    together = generate(model, prompts, 4, cache="paged", eos_token_id=())
     if (model.config.rope_scaling or {}).get("rope_type") == "dynamic":
         # Frequencies that change with every length: each prefill gives a sequence others, whatever the cache.
-        assert all(map(torch.equal, together.token_ids, generate(model, prompts, 5, eos_token_id=()).token_ids))
+        assert all(map(torch.equal, together.token_ids, generate(model, prompts, 4, eos_token_id=()).token_ids))
         return
     for index, prompt in enumerate(prompts):
-        alone = generate(model, prompt, 5, eos_token_id=())
+        alone = generate(model, prompt, 4, eos_token_id=())
         assert torch.equal(together.token_ids[index], alone.token_ids)
         assert together.stop_reasons[index] == alone.stop_reasons[0]
     assert len(small_pages) == 1
@@ -48,6 +49,18 @@ def test_seeded_samples_and_ended_sequences_too(name, small_pages, device):
     assert len(set(together.new_tokens)) > 1
     for index, prompt in enumerate(prompts):
         assert torch.equal(together.token_ids[index], generate(model, prompt, 12, **options).token_ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_logits_of_16_bits_by_the_contract(name, device):
+    config, contract = GENERATING[name], Contract(torch.bfloat16)
+    for seed in range(SEEDS):
+        model, ids = make_model(config, seed, device, torch.bfloat16), random_ids(config, (2, 10), seed, device)
+        cache = PagedCache(config, 2, 10, device=device, dtype=torch.bfloat16, page_size=3, poison=True)
+        plain, golden = make_twin(model)(ids), make_twin(model, torch.float64)(ids)
+        contract.add("logits", actual=logits_through(model, cache, ids), plain=plain, golden=golden)
+    contract.check()
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -191,7 +191,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 PoolMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
-CacheMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestPool = PoolMachine.TestCase
 TestCache = CacheMachine.TestCase
 

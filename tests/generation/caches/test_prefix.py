@@ -20,8 +20,15 @@ def prompts_of(model, device, shared=9):
     return start, [torch.cat([start, random_ids(model.config, (length,), length, device)]) for length in (1, 4, 2)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "alibi-window-geglu", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("gemma2", kind) for kind in KINDS),
+        ("llama", "paged"),
+        ("alibi-window-geglu", "paged-int8"),
+        ("gpt2", "contiguous"),
+    ],
+)
 def test_the_tokens_are_those_without_it(name, kind, tmp_path, small_pages, device):
     model = make_model(GENERATING[name], 0, device)
     start, prompts = prompts_of(model, device)

@@ -7,7 +7,7 @@ import torch
 
 from pytransformer import TransformerConfig
 from pytransformer.generation import KVCache, NotEnoughMemory, generate, make_cache, predict_bytes
-from pytransformer.generation.caches import KINDS, predict, sizes
+from pytransformer.generation.caches import KINDS, make, predict, sizes
 from tests.model.configs import CONFIGS, make_model, random_ids
 
 from .support import GENERATING
@@ -38,6 +38,19 @@ def test_keys_and_values_of_a_memory_are_counted(device):
         memory_kv = model.model.keys_and_values(model.encode(random_ids(model.config.encoder, (2, 6), 0, device)))
     counted = predict("contiguous", model.config, 2, 8, memory_seqlen=6).memory
     assert counted == sum(tensor.nbytes for pair in memory_kv for tensor in pair)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_without_memory_for_the_source_nothing_is_begun(kind, monkeypatch, device):
+    model = make_model(GENERATING["original"], 0, device)
+    source = random_ids(model.config.encoder, (2, 6), 0, device)
+    asked = []
+    monkeypatch.setattr(make, "require_memory", lambda needed, *_: asked.append(needed))
+    generate(model, source, 3, cache=kind, eos_token_id=())
+    size = predict(
+        kind, model.config, 2, 3, torch.float32, memory_seqlen=6, **({"longest_step": 1} if kind == "paged" else {})
+    )
+    assert asked == [size.total] and size.memory > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
