@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pytransformer.model.config import TransformerConfig
 from pytransformer.model.transformer import EncoderDecoder, Transformer
+from pytransformer.nn.position import RotaryEmbedding
 
 from .bound import bind
 from .cache import KVCache
@@ -215,7 +216,7 @@ class _Run:
         cache = KVCache(model.config, batch, capacity, device=self.device, dtype=weight.dtype)
         options = {} if self.source is None else self.source.options(cache)
         logits = self._prefill(cache, options)
-        changes = self._changes_of_rope()
+        jumps = self._jumps_of_rope()
         dropped = [False] * batch
         decoder, head = bind(model)
         while True:
@@ -226,7 +227,7 @@ class _Run:
             if ended != dropped:
                 cache.drop(torch.tensor(ended, device=self.device), self._longest() - 1)  # the newest is not in yet
                 dropped = ended
-            if any(self._crosses(length) for length in changes):
+            if any(self._crosses(length) for length in jumps):
                 # Other frequencies from here on, for the tokens before too.
                 cache.reset()
                 logits = self._prefill(cache, options)
@@ -242,17 +243,25 @@ class _Run:
         rows = [row if reason is None else row[:1] for row, reason in zip(rows, self.stop_reasons)]
         ids, lengths = self._padded(rows)
         real = None
-        if self._changes_of_rope():
+        if any(rotary.depends_on_length for rotary in self._rotaries()):
             real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
         hidden = self.model.model(ids, real, cache=cache, **options)
         cache.advance(lengths, max(map(len, rows)))
         # Logits of the last position of each prompt only: the head is the largest layer of a small model.
         return self.model.lm_head(hidden[torch.arange(len(rows), device=self.device), lengths - 1])  # type: ignore[no-any-return]
 
-    def _changes_of_rope(self) -> set[int]:
-        """Lengths behind which RoPE has other frequencies."""
+    def _rotaries(self) -> list[RotaryEmbedding]:
         rotaries = (self.model.model.rotary, self.model.model.local_rotary)
-        return {rotary.original_length for rotary in rotaries if rotary is not None and rotary.depends_on_length}
+        return [rotary for rotary in rotaries if rotary is not None]
+
+    def _jumps_of_rope(self) -> set[int]:
+        """Lengths behind which RoPE has quite other frequencies.
+
+        "dynamic" has slightly other ones with every token; keys in the cache keep those that they were rotated by, as in transformers.
+        """
+        return {
+            rotary.original_length for rotary in self._rotaries() if rotary.depends_on_length and not rotary.is_dynamic
+        }
 
     def _crosses(self, length: int) -> bool:
         """Whether some sequence that goes on has its newest token, not fed yet, as the first one behind ``length``."""

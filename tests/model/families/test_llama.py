@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -307,6 +308,12 @@ def test_dynamic_equals_a_fresh_model_at_every_length(seqlen: int) -> None:
     ours = both.ours()
     call_ours(ours, both.inputs(1, seqlen=20))
     assert_logits(call_ours(ours, inputs), call_theirs(both.theirs(), inputs))
+
+
+def test_dynamic_generation_keeps_its_keys_beyond_the_original_length() -> None:
+    case = scaled("keeps", {"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=8)
+    for prompt in (3, 6, 8):
+        generation(dataclasses.replace(case, prompt=prompt))
 
 
 def test_phi3_generation_computes_its_keys_again_where_the_factors_change() -> None:
