@@ -422,6 +422,17 @@ def test_a_model_made_here_can_be_saved_as_a_llama() -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "phi3"])
+def test_shapes_that_their_configuration_refuses_are_not_saved(name: str) -> None:
+    family = find_family(name)
+    values = {**TINY, "hidden_size": 33, "head_dim": 8}
+    if name == "phi3":
+        values |= {"hidden_size": 36, "rope_parameters": LONGROPE, "original_max_position_embeddings": 8}
+    config = read_config(family, values)
+    with pytest.raises(ValueError, match=f"the family {name} cannot express this model: .*head.*, got .*3[36] and 4$"):
+        write_config(family, config)
+
+
 @pytest.mark.parametrize(
     "name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma", "gemma2", "gemma3_text"]
 )
