@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pytransformer.model.transformer import EncoderDecoder, Transformer
+from pytransformer.nn.position import RotaryEmbedding
 
 from .bound import bind
 from .caches import Prefix, SequenceCache, make_cache
@@ -290,7 +291,7 @@ class _Run(Record):
         options = {} if self.source is None else self.source.options(cache)
         known = 0 if self.prefix is None else self.prefix.fill(cache, model, self.rows, capacity + 1)
         logits = self._prefill(cache, options, known)
-        changes = self._changes_of_rope()
+        jumps = self._jumps_of_rope()
         dropped = [False] * batch
         decoder, head = bind(model)
         while True:
@@ -302,7 +303,7 @@ class _Run(Record):
             if ended != dropped:
                 cache.drop(torch.tensor(ended, device=self.device), self._longest() - 1)  # the newest is not in yet
                 dropped = ended
-            if any(self._crosses(length) for length in changes):
+            if any(self._crosses(length) for length in jumps):
                 # Other frequencies from here on, for the tokens before too.
                 cache.reset()
                 logits = self._prefill(cache, options)
@@ -317,7 +318,7 @@ class _Run(Record):
         options = {"memory_seqlen": 0 if self.source is None else self.source.ids.shape[1]}
         if self.cache_kind.startswith("paged"):
             # The longest step is the prefill; where RoPE changes there is another one, of any length.
-            options["longest_step"] = capacity if self._changes_of_rope() else max(self.prompt_lengths)
+            options["longest_step"] = capacity if self._jumps_of_rope() else max(self.prompt_lengths)
         return make_cache(
             self.cache_kind, self.model.config, len(self.rows), capacity, self.device, weight.dtype, **options
         )
@@ -331,7 +332,7 @@ class _Run(Record):
         rows = [row[known:] if reason is None else row[:1] for row, reason in zip(rows, self.stop_reasons)]
         ids, lengths = self._padded(rows)
         real = None
-        if self._changes_of_rope():
+        if any(rotary.depends_on_length for rotary in self._rotaries()):
             real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
         cache.expect([len(row) for row in rows])
         hidden = self.model.model(ids, real, cache=cache, **options)
@@ -339,10 +340,18 @@ class _Run(Record):
         # Logits of the last position of each prompt only: the head is the largest layer of a small model.
         return self.model.lm_head(hidden[torch.arange(len(rows), device=self.device), lengths - 1])  # type: ignore[no-any-return]
 
-    def _changes_of_rope(self) -> set[int]:
-        """Lengths behind which RoPE has other frequencies."""
+    def _rotaries(self) -> list[RotaryEmbedding]:
         rotaries = (self.model.model.rotary, self.model.model.local_rotary)
-        return {rotary.original_length for rotary in rotaries if rotary is not None and rotary.depends_on_length}
+        return [rotary for rotary in rotaries if rotary is not None]
+
+    def _jumps_of_rope(self) -> set[int]:
+        """Lengths behind which RoPE has quite other frequencies.
+
+        "dynamic" has slightly other ones with every token; keys in the cache keep those that they were rotated by, as in transformers.
+        """
+        return {
+            rotary.original_length for rotary in self._rotaries() if rotary.depends_on_length and not rotary.is_dynamic
+        }
 
     def _crosses(self, length: int) -> bool:
         """Whether some sequence that goes on has its newest token, not fed yet, as the first one behind ``length``."""

@@ -82,9 +82,9 @@ class RotaryEmbedding(_Tables):
             if scaling is not None and self.depends_on_length
             else max_seqlen
         )
-        self._is_dynamic = method == "dynamic"
+        self.is_dynamic = method == "dynamic"
         # Of which lengths the tables are that follow the first ones.
-        self._longer: tuple[int, ...] = () if self._is_dynamic else (max_seqlen,)
+        self._longer: tuple[int, ...] = () if self.is_dynamic else (max_seqlen,)
         self._install(device)
 
     def _compute(self, device: torch.device | str | None) -> dict[str, Tensor]:
@@ -111,14 +111,14 @@ class RotaryEmbedding(_Tables):
         For "dynamic" tables of lengths beyond the original one are made here; they stay until a call needs others.
         """
         longer = sorted({length for length in lengths if length > self.original_length})
-        if self._is_dynamic and tuple(longer) != self._longer and longer:
+        if self.is_dynamic and tuple(longer) != self._longer and longer:
             self._longer = tuple(longer)
             self._install(self.cos.device)
         starts, start = {}, min(self.original_length, self.max_seqlen)
         for length in self._longer:
             starts[length], start = start, start + length
         firsts = [
-            0 if length <= self.original_length else starts[length if self._is_dynamic else self.max_seqlen]
+            0 if length <= self.original_length else starts[length if self.is_dynamic else self.max_seqlen]
             for length in lengths
         ]
         return positions + torch.tensor(firsts, device=positions.device)[:, None]

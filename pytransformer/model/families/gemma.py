@@ -13,6 +13,7 @@ from .llama import (
     COMMON_FIELDS,
     IGNORED,
     PREFIXES,
+    check_heads_share,
     classes,
     read_shape,
     read_window,
@@ -87,6 +88,7 @@ def read_gemma2(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_gemma2(config: TransformerConfig) -> dict[str, Any]:
     """See :class:`Family`."""
+    check_heads_share("gemma2", config)
     return {
         **_write_later(config),
         "attn_logit_softcapping": config.attention_softcap or None,
@@ -110,6 +112,7 @@ def read_gemma3(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_gemma3(config: TransformerConfig) -> dict[str, Any]:
     """See :class:`Family`."""
+    check_heads_share("gemma3_text", config)
     written = {**_write_later(config), "sliding_window": config.sliding_window, **write_layered_rope(config)}
     if not config.causal:
         written.pop("is_causal")

@@ -182,6 +182,15 @@ def write_tokens(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
+def check_heads_share(family: str, config: TransformerConfig) -> None:
+    """ValueError where the configuration class wants a hidden size that is a multiple of the heads, whatever head_dim is."""
+    if config.hidden_size % config.num_heads:
+        raise ValueError(
+            f"the family {family} cannot express this model: hidden_size must be a multiple of num_heads, "
+            f"got {config.hidden_size} and {config.num_heads}"
+        )
+
+
 def read_window(values: Mapping[str, Any], *, window: int | None, causal: bool) -> dict[str, Any]:
     """The sliding window, and which layers have it: ``layer_types`` of theirs, all if they have none.
 
@@ -218,6 +227,7 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(config: TransformerConfig) -> dict[str, Any]:
     """See :class:`Family`."""
+    check_heads_share("llama", config)
     biases = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     return {**write_shape(config), **biases, **write_rope(config)}
 

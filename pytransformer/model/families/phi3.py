@@ -36,6 +36,11 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(config: TransformerConfig) -> dict[str, Any]:
     """See :class:`Family`."""
+    if config.rope_scaling is not None and config.head_dim != config.hidden_size // config.num_heads:
+        raise ValueError(
+            "the family phi3 cannot express this model: with LongRoPE head_dim must be hidden_size / num_heads, "
+            f"got {config.head_dim}, {config.hidden_size} and {config.num_heads}"
+        )
     written = {
         **write_shape(config),
         **write_rope(config, fraction=True),

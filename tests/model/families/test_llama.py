@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -309,6 +310,12 @@ def test_dynamic_equals_a_fresh_model_at_every_length(seqlen: int) -> None:
     assert_logits(call_ours(ours, inputs), call_theirs(both.theirs(), inputs))
 
 
+def test_dynamic_generation_keeps_its_keys_beyond_the_original_length() -> None:
+    case = scaled("keeps", {"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=8)
+    for prompt in (3, 6, 8):
+        generation(dataclasses.replace(case, prompt=prompt))
+
+
 def test_phi3_generation_computes_its_keys_again_where_the_factors_change() -> None:
     fields = {**TINY, "rope_scaling": LONGROPE, "original_max_position_embeddings": 12}
     generation(Case("crossing", "Phi3Config", "Phi3ForCausalLM", fields, prompt=10))
@@ -413,6 +420,17 @@ def test_a_model_made_here_can_be_saved_as_a_llama() -> None:
         write_config(
             find_family("llama"), TransformerConfig.gpt2(vocab_size=67, hidden_size=32, num_layers=2, num_heads=4)
         )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "phi3"])
+def test_shapes_that_their_configuration_refuses_are_not_saved(name: str) -> None:
+    family = find_family(name)
+    values = {**TINY, "hidden_size": 33, "head_dim": 8}
+    if name == "phi3":
+        values |= {"hidden_size": 36, "rope_parameters": LONGROPE, "original_max_position_embeddings": 8}
+    config = read_config(family, values)
+    with pytest.raises(ValueError, match=f"the family {name} cannot express this model: .*head.*, got .*3[36] and 4$"):
+        write_config(family, config)
 
 
 @pytest.mark.parametrize(
