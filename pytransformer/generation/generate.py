@@ -289,7 +289,7 @@ class _Run(Record):
         capacity = max(capacity - 1, *self.prompt_lengths)
         cache = self._make_cache(capacity)
         options = {} if self.source is None else self.source.options(cache)
-        known = 0 if self.prefix is None else self.prefix.fill(cache, model, self.rows, capacity + 1)
+        known = 0 if self.prefix is None else self.prefix.fill(cache, model, self.rows)
         logits = self._prefill(cache, options, known)
         jumps = self._jumps_of_rope()
         dropped = [False] * batch

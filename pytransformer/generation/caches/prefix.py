@@ -95,11 +95,8 @@ class Prefix:
             count = int(same.long().cumprod(0).sum())
         return count
 
-    def fill(self, cache: SequenceCache, model: Transformer, rows: Sequence[Tensor], longest: int) -> int:
+    def fill(self, cache: SequenceCache, model: Transformer, rows: Sequence[Tensor]) -> int:
         """Puts what the prompts ``rows`` have in common with it into an empty cache: the number of tokens, 0 if it does not serve.
-
-        Args:
-            longest: tokens that some sequence may come to.
 
         Raises:
             ValueError: made by another model, in another dtype, or quantised otherwise than the cache.
@@ -112,7 +109,7 @@ class Prefix:
                 "(Prefix.of(model, token_ids, cache=...)) and a model of the same dtype"
             )
         limits = _lengths_that_change_rope(model)
-        if limits and longest > min(limits):
+        if limits and max(map(len, rows)) > min(limits):
             return 0  # its keys were rotated for shorter sequences
         count = self.common(rows)
         if count > 0:
