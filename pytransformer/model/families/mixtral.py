@@ -90,8 +90,20 @@ def write(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-_OURS = "model.layers.{i}.feed_forward"
-_DISK, _MEMORY = "model.layers.{i}.block_sparse_moe", "model.layers.{i}.mlp"
+_OURS, MEMORY = "model.layers.{i}.feed_forward", "model.layers.{i}.mlp"
+_DISK = "model.layers.{i}.block_sparse_moe"
+
+
+def expert_weights(disk: str, *, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+    """The experts as files have them (``disk``: what stands before the projections' names), and in one as transformers 5 has them."""
+    parts = tuple(f"{disk}.{name}.weight" for name in (gate, up))
+    return (
+        Weight(f"{_OURS}.experts.gate_up_proj", parts, Experts(parts=2)),
+        Weight(f"{_OURS}.experts.down_proj", (f"{disk}.{down}.weight",), Experts()),
+        same(f"{_OURS}.experts.gate_up_proj", f"{MEMORY}.experts.gate_up_proj"),
+        same(f"{_OURS}.experts.down_proj", f"{MEMORY}.experts.down_proj"),
+    )
+
 
 MIXTRAL = Family(
     name="mixtral",
@@ -101,18 +113,10 @@ MIXTRAL = Family(
     write=write,
     weights=(
         *without_feed_forward(weights()),
-        # As files have it, which is what is written.
+        # As files have it, which is what is written, and as a state_dict of transformers 5 has it.
         same(f"{_OURS}.router.weight", f"{_DISK}.gate.weight"),
-        Weight(
-            f"{_OURS}.experts.gate_up_proj",
-            (f"{_DISK}.experts.{{e}}.w1.weight", f"{_DISK}.experts.{{e}}.w3.weight"),
-            Experts(parts=2),
-        ),
-        Weight(f"{_OURS}.experts.down_proj", (f"{_DISK}.experts.{{e}}.w2.weight",), Experts()),
-        # As a state_dict of transformers 5 has it.
-        same(f"{_OURS}.router.weight", f"{_MEMORY}.gate.weight"),
-        same(f"{_OURS}.experts.gate_up_proj", f"{_MEMORY}.experts.gate_up_proj"),
-        same(f"{_OURS}.experts.down_proj", f"{_MEMORY}.experts.down_proj"),
+        same(f"{_OURS}.router.weight", f"{MEMORY}.gate.weight"),
+        *expert_weights(f"{_DISK}.experts.{{e}}", gate="w1", up="w3", down="w2"),
     ),
     prefixes=PREFIXES,
     ignored=IGNORED,

@@ -18,9 +18,9 @@ from .llama import (
     write_shape,
     write_window,
 )
-from .mixtral import EXPERT_FIELDS, read_experts, write_experts
+from .mixtral import EXPERT_FIELDS, MEMORY, expert_weights, read_experts, write_experts
 from .rope import read_rope, write_rope
-from .weights import Experts, Weight, same
+from .weights import same
 
 _FIELDS: dict[str, Field] = {
     **COMMON_FIELDS,
@@ -83,8 +83,6 @@ def write(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-_OURS, _THEIRS = "model.layers.{i}.feed_forward", "model.layers.{i}.mlp"
-
 QWEN3_MOE = Family(
     name="qwen3_moe",
     classes=classes("Qwen3Moe"),
@@ -93,16 +91,8 @@ QWEN3_MOE = Family(
     write=write,
     weights=(
         *weights(qk_norm=True),
-        same(f"{_OURS}.router.weight", f"{_THEIRS}.gate.weight"),
-        # As files have it, which is what is written, and as a state_dict of transformers 5 has it.
-        Weight(
-            f"{_OURS}.experts.gate_up_proj",
-            (f"{_THEIRS}.experts.{{e}}.gate_proj.weight", f"{_THEIRS}.experts.{{e}}.up_proj.weight"),
-            Experts(parts=2),
-        ),
-        Weight(f"{_OURS}.experts.down_proj", (f"{_THEIRS}.experts.{{e}}.down_proj.weight",), Experts()),
-        same(f"{_OURS}.experts.gate_up_proj", f"{_THEIRS}.experts.gate_up_proj"),
-        same(f"{_OURS}.experts.down_proj", f"{_THEIRS}.experts.down_proj"),
+        same("model.layers.{i}.feed_forward.router.weight", f"{MEMORY}.gate.weight"),
+        *expert_weights(f"{MEMORY}.experts.{{e}}", gate="gate_proj", up="up_proj", down="down_proj"),
     ),
     prefixes=PREFIXES,
     ignored=IGNORED,
