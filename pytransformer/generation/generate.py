@@ -337,8 +337,7 @@ class _Run(Record):
         cache.expect([len(row) for row in rows])
         hidden = self.model.model(ids, real, cache=cache, **options)
         cache.advance(lengths, known + max(map(len, rows)))
-        # Logits of the last position of each prompt only: the head is the largest layer of a small model.
-        return self.model.lm_head(hidden[torch.arange(len(rows), device=self.device), lengths - 1])  # type: ignore[no-any-return]
+        return self._last_logits(hidden, lengths)
 
     def _rotaries(self) -> list[RotaryEmbedding]:
         rotaries = (self.model.model.rotary, self.model.model.local_rotary)
@@ -364,8 +363,12 @@ class _Run(Record):
             options: dict[str, Any] = {} if self.source is None else self.source.options(None)
             real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
             hidden = self.model.model(ids, real, **options)
-            logits = self.model.lm_head(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
-            yield self._choose(logits)[1]
+            yield self._choose(self._last_logits(hidden, lengths))[1]
+
+    def _last_logits(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """Logits of the last position of each sequence only: the head is the largest layer of a small model."""
+        last = hidden[torch.arange(len(lengths), device=self.device), lengths - 1]
+        return self.model.lm_head(last)  # type: ignore[no-any-return]
 
     def _longest(self) -> int:
         """Tokens in the cache of the longest sequence that goes on (its newest token has just been fed)."""
