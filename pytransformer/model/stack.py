@@ -217,7 +217,7 @@ class Stack(nn.Module):
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if config.scale_embeddings:
             # Rounded as the embeddings are: so Gemma was trained.
-            hidden = hidden * float(torch.tensor(math.sqrt(config.hidden_size), dtype=hidden.dtype))
+            hidden = hidden * float(torch.tensor(math.sqrt(config.hidden_size), dtype=hidden.dtype, device="cpu"))
         if self.embed_positions is not None:
             rows = self._positions(input_ids, hidden, positions, cache) + config.position_offset
             hidden = hidden + self.embed_positions(rows).to(hidden.dtype)
