@@ -3,6 +3,7 @@
 from .caches import KVCache, NotEnoughMemory, PagedCache, PoolExhausted, Prefix, make_cache, predict_bytes
 from .defaults import checkpoint_options
 from .generate import generate, generate_stream
+from .kept import KeptCache
 from .prepare import prepare_for_decoding, release
 from .results import Generation, Step
 from .sampling import Sampler
@@ -10,6 +11,7 @@ from .sampling import Sampler
 __all__ = [
     "Generation",
     "KVCache",
+    "KeptCache",
     "NotEnoughMemory",
     "PagedCache",
     "PoolExhausted",
