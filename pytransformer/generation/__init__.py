@@ -1,6 +1,7 @@
 """Inference: prefill, then decoding one token per step with a KV cache."""
 
 from .caches import KVCache, NotEnoughMemory, PagedCache, PoolExhausted, Prefix, make_cache, predict_bytes
+from .chat import Chat, ContextFull, Turn
 from .defaults import checkpoint_options
 from .generate import generate, generate_stream
 from .kept import KeptCache
@@ -9,6 +10,8 @@ from .results import Generation, Step
 from .sampling import Sampler
 
 __all__ = [
+    "Chat",
+    "ContextFull",
     "Generation",
     "KVCache",
     "KeptCache",
@@ -18,6 +21,7 @@ __all__ = [
     "Prefix",
     "Sampler",
     "Step",
+    "Turn",
     "checkpoint_options",
     "generate",
     "generate_stream",
