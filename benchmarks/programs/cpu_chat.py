@@ -1,4 +1,4 @@
-"""Conversations on a CPU: the time until a turn's first token, from a kept cache and anew, and decoding in bfloat16 beside float32.
+"""Conversations on a CPU: the time until a turn's first token, from a kept cache and anew, and bfloat16 beside float32.
 
 A GPT-2-124M-shaped model with random weights. A turn has 32 new tokens behind a conversation of 480; its time is that of a call of
 ``generate`` for one token. Everything is interleaved in one process.
@@ -8,6 +8,7 @@ A GPT-2-124M-shaped model with random weights. A turn has 32 new tokens behind a
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,7 @@ def main() -> int:
     models["bfloat16"] = Transformer(config).eval().to(torch.bfloat16)
     models["bfloat16"].load_state_dict(models["float32"].state_dict())
     code = report_turns(result, measure_turns(models["float32"], arguments.rounds))
-    report_decoding(result, models, arguments.rounds, arguments.tokens)
+    report_dtypes(result, models, arguments.rounds, arguments.tokens)
     cpu.write(arguments.out, result)
     return code
 
@@ -77,15 +78,27 @@ def report_turns(result: dict[str, Any], samples: dict[str, list[float]]) -> int
     return 0 if speedup >= LEAST_SPEEDUP else 1
 
 
-def report_decoding(result: dict[str, Any], models: dict[str, Transformer], rounds: int, tokens: int) -> None:
-    """Adds a row for each dtype, from packed and from plain weights."""
-    prompt = torch.randint(models["float32"].config.vocab_size, (1, cpu_decode.PROMPT))
-    runs: dict[str, Callable[[int], list[float]]] = {}
+def report_dtypes(result: dict[str, Any], models: dict[str, Transformer], rounds: int, tokens: int) -> None:
+    """Adds for each dtype the rows of a prefill, and of decoding from packed and from plain weights."""
+    vocab_size = models["float32"].config.vocab_size
+    prompt, long = (torch.randint(vocab_size, (1, length)) for length in (cpu_decode.PROMPT, BEFORE + NEW))
+    prefills: dict[str, Callable[[int], list[float]]] = {}
+    decoders: dict[str, Callable[[int], list[float]]] = {}
     for dtype, model in models.items():
+        prefills[f"prefill, {dtype}"] = functools.partial(prefill_time, model, long)
         for name, pack in ((f"decode, {dtype}", True), (f"decode, {dtype}, plain weights", False)):
-            runs[name] = lambda count, model=model, pack=pack: cpu_decode.our_times(model, prompt, count, pack=pack)  # type: ignore[misc]
-    for name, bursts in cpu_decode.measure(runs, rounds, tokens).items():
-        cpu.add_row(result, name, bursts, unit="token", tokens=1, samples="bursts")
+            decoders[name] = functools.partial(cpu_decode.our_times, model, prompt, pack=pack)
+    for name, seconds in cpu_decode.measure(prefills, rounds, 1).items():
+        cpu.add_row(result, name, seconds, unit="prefill", tokens=BEFORE + NEW, samples="prefills")
+    for name, seconds in cpu_decode.measure(decoders, rounds, tokens).items():
+        cpu.add_row(result, name, seconds, unit="token", tokens=1, samples="bursts")
+
+
+def prefill_time(model: Transformer, prompt: torch.Tensor, count: int) -> list[float]:
+    """Seconds until the first token, once, whatever the count."""
+    started = time.perf_counter()
+    generate(model, prompt, 1)
+    return [time.perf_counter() - started]
 
 
 if __name__ == "__main__":
