@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Where neither the command nor the checkpoint says one.
 MAX_NEW_TOKENS = 200
 TEMPERATURE = 0.8
+# As in generation/caches/sizes.py, which would import torch for --help.
+CACHES = ("contiguous", "paged", "int8", "fp8", "paged-int8", "paged-fp8")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,8 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"at most this many tokens (default: the checkpoint's, else {MAX_NEW_TOKENS})",
     )
     add_sampling_options(parser)
+    add_model_options(parser)
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="the same seed gives the same text (default: another each time)"
+        "--prefix",
+        type=Path,
+        metavar="FOLDER",
+        help="what `pytransformer prefix` kept of the prompt's beginning, which is then not computed again",
     )
     parser.add_argument(
         "--top", type=int, metavar="N", help="print the N most probable next tokens instead of generating"
@@ -54,8 +61,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--no-cache", action="store_true", help="compute the whole sequence again for each token, for comparison"
     )
-    parser.add_argument("--device", help='"cuda" or "cpu" (default: a GPU if there is one)')
     parser.set_defaults(run=run)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Where the model computes, in what dtype, and how it keeps keys and values."""
+    parser.add_argument("--device", help='"cuda" or "cpu" (default: a GPU if there is one)')
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="compute with weights of this dtype (default: as the folder has them)"
+    )
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        default=CACHES[0],
+        help=f"kind of the KV cache, see docs/caches.md (default {CACHES[0]})",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +105,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
     )
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="the same seed gives the same text (default: another each time)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,28 +119,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.top is not None and arguments.top < 1:
         raise ValueError(f"--top must be at least 1, but is {arguments.top}")
 
+    if arguments.no_cache and (arguments.prefix is not None or arguments.cache != CACHES[0]):
+        raise ValueError(
+            "--no-cache computes without a cache, so --cache and --prefix have no use: leave one of them out"
+        )
+
     import torch
 
     from pytransformer.cli.model_folder import check_device, encode, load_model
-    from pytransformer.generation import Sampler
-    from pytransformer.generation.defaults import with_defaults
+    from pytransformer.generation import Prefix
     from pytransformer.generation.prompts import check_generates
 
     # Whatever is wrong with an option is said before the model is loaded and the prompt printed.
     check_device(arguments.device)
-    seed = random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    Sampler(1, **{"temperature": TEMPERATURE, **given, "seed": seed})
-    if arguments.stop and "" in arguments.stop:
-        raise ValueError("--stop is empty: it would stop everything")
-    model, tokenizer = load_model(arguments.model, arguments.device)
-    options, taken = with_defaults(given, model.generation_config)
-    options = {"temperature": TEMPERATURE, **options, "seed": seed}
-    max_new_tokens = arguments.max_new_tokens
-    if max_new_tokens is None and (stated := (model.generation_config or {}).get("max_new_tokens")):
-        max_new_tokens = taken["max_new_tokens"] = int(stated)
-    arguments.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
+    given = given_sampling(arguments)
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
+    options, taken = sampling_options(given, arguments, model)
+    arguments.max_new_tokens = arguments.max_new_tokens or MAX_NEW_TOKENS
     check_generates(model.config)
     ids = encode(model, tokenizer, arguments.prompt)
     limit = model.config.max_seqlen
@@ -131,8 +149,34 @@ def run(arguments: argparse.Namespace) -> int:
         print_most_probable(model, tokenizer, prompt, arguments.top)
     else:
         tell_defaults(taken, model.generation_config)
-        print_continuation(model, tokenizer, prompt, arguments, options)
+        prefix = None if arguments.prefix is None else Prefix.load(arguments.prefix, model)
+        print_continuation(model, tokenizer, prompt, arguments, {**options, "prefix": prefix})
     return 0
+
+
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`add_sampling_options` that were given, and a seed; ValueError if one is out of range."""
+    from pytransformer.generation import Sampler
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given["seed"] = random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed
+    Sampler(1, **{"temperature": TEMPERATURE, **given})
+    if arguments.stop and "" in arguments.stop:
+        raise ValueError("--stop is empty: it would stop everything")
+    return given
+
+
+def sampling_options(
+    given: Mapping[str, Any], arguments: argparse.Namespace, model: Transformer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sampler's options, and those of the checkpoint among them; its limit of new tokens is put where none was given."""
+    from pytransformer.generation.defaults import with_defaults
+
+    options, taken = with_defaults(given, model.generation_config)
+    if arguments.max_new_tokens is None and (stated := (model.generation_config or {}).get("max_new_tokens")):
+        arguments.max_new_tokens = taken["max_new_tokens"] = int(stated)
+    return {"temperature": TEMPERATURE, **options}, taken
 
 
 def tell_defaults(taken: Mapping[str, Any], generation_config: Mapping[str, Any] | None) -> None:
@@ -191,7 +235,7 @@ def print_continuation(
 ) -> None:
     """Streams the prompt and what follows (of an encoder–decoder the target alone), then says on standard error why it ended.
 
-    ``options`` are the sampler's.
+    ``options`` are the sampler's, and the prefix.
     """
     from pytransformer.generation import Step, generate
 
@@ -217,6 +261,7 @@ def print_continuation(
             stop=arguments.stop,
             tokenizer=tokenizer,
             use_cache=not arguments.no_cache,
+            cache=arguments.cache,
             callback=arrived,
         )
         seconds = time.perf_counter() - started
@@ -230,4 +275,6 @@ def print_continuation(
     }[result.stop_reasons[0]]
     count = result.new_tokens[0]
     chance = f"; seed {options['seed']}" if options["temperature"] else ""
+    if (prefix := options["prefix"]) is not None:
+        reason += f"; {prefix.common(list(prompt))} of {prompt.shape[1]} tokens of the prompt from the prefix"
     print(f"[{count} tokens, {count / seconds:,.1f} tokens/s; {reason}{chance}]", file=sys.stderr)

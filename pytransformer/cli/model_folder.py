@@ -50,12 +50,13 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"--device {device} was asked for, but torch sees no GPU on this machine")
 
 
-def load_model(folder: Path, device: str | None) -> tuple[Transformer, Tokenizer]:
+def load_model(folder: Path, device: str | None, dtype: str | None = None) -> tuple[Transformer, Tokenizer]:
     """Model, in evaluation mode, and tokenizer, that of a training run or a public one.
 
     Args:
         folder: a training run or a model's own folder.
         device: by default "cuda" where there is a GPU, else "cpu".
+        dtype: name of the weights' dtype; by default as the folder has them.
 
     Raises:
         FileNotFoundError: there is no model or no tokenizer.
@@ -69,7 +70,11 @@ def load_model(folder: Path, device: str | None) -> tuple[Transformer, Tokenizer
     check_device(device)
     place = find_model(folder)
     tokenizer = Tokenizer.load(place)
-    model = load(place, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load(
+        place,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=None if dtype is None else getattr(torch, dtype),
+    )
     # Tokens that were added later may lie beyond a public model's embedding (Gemma 3's for images); encode() looks at the ids of a prompt.
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
@@ -78,8 +83,8 @@ def load_model(folder: Path, device: str | None) -> tuple[Transformer, Tokenizer
     return model, tokenizer
 
 
-def encode(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids, with what the model wants around a text.
+def encode(model: Transformer, tokenizer: Tokenizer, prompt: str, option: str = "--prompt") -> list[int]:
+    """The ids of a prompt that was given by an option, with what the model wants around a text.
 
     Raises:
         ValueError: a token that the model has no embedding for.
@@ -90,7 +95,7 @@ def encode(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
     for token_id in ids:
         if token_id >= vocab_size:
             raise ValueError(
-                f"--prompt has the token {tokenizer.label(token_id)!r} of id {token_id}, but the model's vocabulary is "
+                f"{option} has the token {tokenizer.label(token_id)!r} of id {token_id}, but the model's vocabulary is "
                 f"{vocab_size}"
             )
     return ids

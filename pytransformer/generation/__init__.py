@@ -1,21 +1,27 @@
 """Inference: prefill, then decoding one token per step with a KV cache."""
 
 from .caches import KVCache, NotEnoughMemory, PagedCache, PoolExhausted, Prefix, make_cache, predict_bytes
+from .chat import Chat, ContextFull, Turn
 from .defaults import checkpoint_options
 from .generate import generate, generate_stream
+from .kept import KeptCache
 from .prepare import prepare_for_decoding, release
 from .results import Generation, Step
 from .sampling import Sampler
 
 __all__ = [
+    "Chat",
+    "ContextFull",
     "Generation",
     "KVCache",
+    "KeptCache",
     "NotEnoughMemory",
     "PagedCache",
     "PoolExhausted",
     "Prefix",
     "Sampler",
     "Step",
+    "Turn",
     "checkpoint_options",
     "generate",
     "generate_stream",

@@ -19,6 +19,7 @@ from pytransformer.model.transformer import EncoderDecoder, Transformer
 from .caches import Prefix
 from .caches.sizes import split_kind
 from .edits import Constraint
+from .kept import KeptCache
 from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
 from .results import Generation, Step
 from .run import Run, Source
@@ -53,7 +54,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     return_log_probabilities: bool = False,
     use_cache: bool = True,
-    cache: str = "contiguous",
+    cache: str | KeptCache = "contiguous",
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
     decoder_start_token_id: int | Sequence[int] | None = None,
@@ -77,6 +78,7 @@ def generate(
         return_log_probabilities: results have those of the chosen tokens, see :class:`Generation`.
         use_cache: ``False`` computes the whole sequence again for every token: slow, for comparison.
         cache: kind of the cache: "contiguous", "paged", or quantised: "int8", "fp8", "paged-int8", "paged-fp8"; see docs/caches.md.
+            Or a :class:`KeptCache`, which stays for later calls that go on with the same text.
         prefix: what the prompts begin with and was computed before, see :class:`Prefix`; only what follows is computed. Prompts that begin
             otherwise are computed from where they do.
         pack_weights: on a CPU, decode from packed copies of the linear layers' weights (see :func:`prepare_for_decoding`), which are kept
@@ -181,7 +183,7 @@ def _start(
     tokenizer: Tokenizer | None = None,
     return_log_probabilities: bool = False,
     use_cache: bool = True,
-    cache: str = "contiguous",
+    cache: str | KeptCache = "contiguous",
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
     decoder_start_token_id: Any = None,
@@ -205,7 +207,12 @@ def _start(
         raise ValueError("decoder_start_token_id is for an encoder-decoder, this model has no encoder")
     else:
         rows, form = prompt_rows(prompts, model.config)
-    split_kind(cache)
+    if not isinstance(cache, KeptCache):
+        split_kind(cache)
+    elif not use_cache:
+        raise ValueError("cache is a KeptCache, which needs use_cache=True")
+    else:
+        cache.check_model(model, len(rows))
     if prefix is not None and (source is not None or not use_cache):
         raise ValueError("prefix is for models without an encoder, and for use_cache=True")
     eos_token_ids = end_tokens(eos_token_id, model.config)
@@ -216,7 +223,11 @@ def _start(
     run.form = form
     run.padding = padding if padding is not None else (eos_token_ids or (0,))[0]
     run.use_cache, run.pack_weights = use_cache, pack_weights
-    run.cache_kind, run.prefix = cache, prefix
+    run.prefix = prefix
+    if isinstance(cache, KeptCache):
+        run.kept = cache
+    else:
+        run.cache_kind = cache
     run.ends = {**dict.fromkeys(stop_tokens, "stop"), **dict.fromkeys(eos_token_ids, "eos")}
     if tokenizer is not None:
         contexts = [row.tolist() if source is None else [] for row in rows]

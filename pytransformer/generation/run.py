@@ -13,6 +13,7 @@ from pytransformer.nn.position import RotaryEmbedding
 
 from .bound import bind
 from .caches import Prefix, SequenceCache, make_cache
+from .kept import KeptCache
 from .prepare import prepare
 from .record import Record
 from .results import Step
@@ -60,6 +61,7 @@ class Run(Record):
         self.use_cache = True
         self.pack_weights: bool | None = None
         self.cache_kind = "contiguous"
+        self.kept: KeptCache | None = None  # in the place of a cache of its own
         self.prefix: Prefix | None = None
 
     def steps(self) -> Generator[Step, None, None]:
@@ -70,16 +72,25 @@ class Run(Record):
             return
         if self.use_cache:
             prepare(self.model, len(self.rows), self.max_new_tokens, self.pack_weights)
-        yield from self.with_cache() if self.use_cache else self.without_cache()
+        try:
+            yield from self.with_cache() if self.use_cache else self.without_cache()
+        except GeneratorExit:  # between two steps
+            raise
+        except BaseException:
+            if self.kept is not None:
+                self.kept.forget()  # what an unfinished step left in it
+            raise
 
     def with_cache(self) -> Generator[Step, None, None]:
         model, batch = self.model, len(self.rows)
         capacity = max(length + limit for length, (limit, _) in zip(self.prompt_lengths, self.limits))
         # The last token that is chosen is not fed again; a prompt alone must fit nevertheless.
         capacity = max(capacity - 1, *self.prompt_lengths)
-        cache = self._make_cache(capacity)
+        cache = self._make_cache(capacity) if self.kept is None else self.kept.open(self, capacity, self._rotaries())
         options = {} if self.source is None else self.source.options(cache)
-        known = 0 if self.prefix is None else self.prefix.fill(cache, model, self.rows)
+        known = cache.max_length
+        if known == 0 and self.prefix is not None:
+            known = self.prefix.fill(cache, model, self.rows)
         logits = self._prefill(cache, options, known)
         jumps = self._jumps_of_rope()
         dropped = [False] * batch
@@ -89,6 +100,8 @@ class Run(Record):
             yield step
             if self.finished:
                 return
+            if self.kept is not None:
+                self.kept.check_turn(self)
             ended = [reason is not None for reason in self.stop_reasons]
             if ended != dropped:
                 cache.drop(torch.tensor(ended, device=self.device), self._longest() - 1)  # the newest is not in yet

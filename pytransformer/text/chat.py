@@ -89,6 +89,8 @@ def render(
         text = _compiled(template).render(**arguments)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    except Exception as error:  # of Python itself, such as adding a number to a text
+        raise ValueError(f"the chat template fails on the conversation: {type(error).__name__}: {error}") from error
     return _cut_at_end(text, final) if continue_final_message else text
 
 

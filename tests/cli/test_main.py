@@ -13,7 +13,7 @@ from pytransformer.cli import info
 from pytransformer.cli import main as main_module
 from pytransformer.cli.main import build_parser, main, one_line
 
-COMMANDS = ("info", "verify", "warmup", "bench", "train", "generate", "convert", "inspect", "plot")
+COMMANDS = ("info", "verify", "warmup", "bench", "train", "generate", "chat", "prefix", "convert", "inspect", "plot")
 
 
 def test_help_imports_nothing_heavy():

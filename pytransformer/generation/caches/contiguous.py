@@ -91,6 +91,18 @@ class KVCache(SequenceCache):
             used.copy_(used[:, rows.to(tensor.device)])
         self._set_lengths(self.lengths[rows.to(self.lengths.device)])
 
+    def truncate(self, lengths: Tensor) -> None:
+        """See :class:`SequenceCache`; what lies behind is overwritten by what comes."""
+        if lengths.shape != (self.batch,) or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths must be integers of shape ({self.batch},), got {lengths.dtype} of shape {tuple(lengths.shape)}"
+            )
+        wanted, held = lengths.tolist(), self.lengths.tolist()
+        if any(not 0 <= new <= old for new, old in zip(wanted, held)):
+            raise ValueError(f"lengths must be from 0 to what the sequences have, {held}, got {wanted}")
+        self._set_lengths(lengths.to(self.lengths))
+        self.max_length = max(wanted)
+
     def write_prefix(self, part: CachePart, length: int) -> None:
         """See :class:`SequenceCache`."""
         for own, new in zip(self.part.tensors(), part.tensors()):

@@ -113,6 +113,14 @@ class SequenceCache:
         self._set_lengths(self.lengths.masked_fill(ended, 0))
         self.max_length = int(self.lengths.max()) if longest is None else longest
 
+    def truncate(self, lengths: Tensor) -> None:
+        """Forgets what sequences have beyond ``lengths``: integers (batch), at most the length of each.
+
+        Raises:
+            ValueError: wrong shape, dtype or values; nothing has changed then.
+        """
+        raise NotImplementedError
+
     def attended(self, seqlen: int) -> Tensor:
         """Lengths with ``seqlen`` tokens of this step appended: int32 (batch)."""
         if self._attended is None or self._attended[0] != seqlen:

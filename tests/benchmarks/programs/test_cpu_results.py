@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from pytransformer.benchmarks.programs import cpu_decode, cpu_training
+from pytransformer import TransformerConfig
+from pytransformer.benchmarks.programs import cpu_chat, cpu_decode, cpu_training
 
 
 def run_with(module, monkeypatch, path, seconds):
@@ -44,3 +45,22 @@ def test_a_run_replaces_the_result_of_the_one_before(module, monkeypatch, tmp_pa
     assert result["speedup_over_transformers"] == pytest.approx(2.0)
     assert result["environment"]["torch"]
     assert "2.00 × transformers" in capsys.readouterr().out
+
+
+def test_turns_of_a_tiny_model_are_measured_from_a_kept_cache(monkeypatch, tmp_path):
+    pytest.importorskip("transformers", reason="the result names its version")
+    tiny = TransformerConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=2, max_seqlen=64)
+    monkeypatch.setattr(TransformerConfig, "gpt2", lambda: tiny)
+    for name, value in (("BEFORE", 20), ("NEW", 3), ("LEAST_SPEEDUP", 0.0)):
+        monkeypatch.setattr(cpu_chat, name, value)
+    monkeypatch.setattr(
+        "sys.argv", ["cpu_chat", "--rounds", "2", "--tokens", "2", "--out", str(tmp_path / "chat.json")]
+    )
+    assert cpu_chat.main() == 0
+    result = json.loads((tmp_path / "chat.json").read_text())
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert list(rows) == [
+        "turn, kept cache", "turn, anew", "prefill, float32", "prefill, bfloat16", "decode, float32", "decode, float32, plain weights",
+        "decode, bfloat16", "decode, bfloat16, plain weights",
+    ]  # fmt: skip
+    assert all(row["tokens_per_second"] > 0 for row in rows.values()) and len(rows["turn, anew"]["turns"]) == 2
