@@ -1,5 +1,6 @@
 """Inference: prefill, then decoding one token per step with a KV cache."""
 
+from .beams import BeamOptions
 from .caches import KVCache, NotEnoughMemory, PagedCache, PoolExhausted, Prefix, make_cache, predict_bytes
 from .defaults import checkpoint_options
 from .generate import generate, generate_stream
@@ -8,6 +9,7 @@ from .results import Generation, Step
 from .sampling import Sampler
 
 __all__ = [
+    "BeamOptions",
     "Generation",
     "KVCache",
     "NotEnoughMemory",
