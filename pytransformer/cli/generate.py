@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Where neither the command nor the checkpoint says one.
 MAX_NEW_TOKENS = 200
 TEMPERATURE = 0.8
+_BEAMS = ("num_beams", "length_penalty")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -83,6 +84,18 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=float, metavar="X", help="above 1: tokens of the text so far become less probable"
     )
     group.add_argument(
+        "--num-beams",
+        type=int,
+        metavar="N",
+        help="above 1: search for the most probable text with N candidates side by side; it is shown when it is found",
+    )
+    group.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="with beams: divide a text's log-probability by its length to the power X; above 0 favours long texts (default 1)",
+    )
+    group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
     )
 
@@ -99,7 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from pytransformer.cli.model_folder import check_device, encode, load_model
-    from pytransformer.generation import Sampler
+    from pytransformer.generation import BeamOptions, Sampler
+    from pytransformer.generation.beams import check_greedy
     from pytransformer.generation.defaults import with_defaults
     from pytransformer.generation.prompts import check_generates
 
@@ -108,12 +122,17 @@ def run(arguments: argparse.Namespace) -> int:
     seed = random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    Sampler(1, **{"temperature": TEMPERATURE, **given, "seed": seed})
+    beams = {name: value for name in _BEAMS if (value := getattr(arguments, name)) is not None}
+    searched = BeamOptions(**{"num_beams": 2, **beams})  # a length penalty alone is for the checkpoint's beams
+    has_beams = beams.get("num_beams", 1) > 1
+    sampler = Sampler(1, **{"temperature": 0.0 if has_beams else TEMPERATURE, **given, "seed": seed})
+    if has_beams:
+        check_greedy(sampler, searched)
     if arguments.stop and "" in arguments.stop:
         raise ValueError("--stop is empty: it would stop everything")
     model, tokenizer = load_model(arguments.model, arguments.device)
-    options, taken = with_defaults(given, model.generation_config)
-    options = {"temperature": TEMPERATURE, **options, "seed": seed}
+    options, taken = with_defaults({**given, **beams}, model.generation_config)
+    options = {"temperature": TEMPERATURE if options.get("num_beams", 1) == 1 else 0.0, **options, "seed": seed}
     max_new_tokens = arguments.max_new_tokens
     if max_new_tokens is None and (stated := (model.generation_config or {}).get("max_new_tokens")):
         max_new_tokens = taken["max_new_tokens"] = int(stated)
@@ -206,6 +225,7 @@ def print_continuation(
         assert step.texts is not None  # there is a tokenizer
         show(step.texts[0])
 
+    has_beams = options.get("num_beams", 1) > 1
     show(arguments.prompt if continues else "")
     started = time.perf_counter()
     try:
@@ -217,8 +237,11 @@ def print_continuation(
             stop=arguments.stop,
             tokenizer=tokenizer,
             use_cache=not arguments.no_cache,
-            callback=arrived,
+            callback=None if has_beams else arrived,
         )
+        if has_beams:
+            assert result.texts is not None
+            show(result.texts[0])  # chosen at the end
         seconds = time.perf_counter() - started
     finally:
         show("\n")
