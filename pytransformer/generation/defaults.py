@@ -56,7 +56,7 @@ def with_defaults(
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     taken = {name: value for name, value in checkpoint_options(generation_config).items() if name not in chosen}
-    if chosen.get("temperature") or any(name in chosen for name in _LIMITS) or chosen.get("num_beams") == 1:
+    if any(name in chosen for name in ("temperature", *_LIMITS)) or chosen.get("num_beams") == 1:
         taken = {name: value for name, value in taken.items() if name not in _BEAMS}
     if chosen.get("num_beams", 1) != 1:
         taken = {name: value for name, value in taken.items() if name != "temperature" and name not in _LIMITS}
