@@ -10,6 +10,7 @@ import tokenizers
 import torch
 
 from pytransformer.generation import Prefix, generate, generate_stream
+from pytransformer.generation.beams import BeamRun
 from pytransformer.generation.caches import KVCache, PagedCache
 from pytransformer.text import Tokenizer
 from tests.model.configs import CONFIGS, FAMILY_CONFIGS, make_model, random_ids
@@ -314,7 +315,7 @@ def test_limits_are_each_prompts_own(device):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_what_is_allowed_may_be_less_than_the_beams(use_cache, device):
+def test_what_is_allowed_may_be_less_than_the_beams(use_cache, device, monkeypatch):
     """Places without a beam stay empty, fill again where a text branches, and their logits mean nothing."""
     model = make_model(CONFIG, 0, device)
     tree = {
@@ -327,15 +328,29 @@ def test_what_is_allowed_may_be_less_than_the_beams(use_cache, device):
         (1, 3, 5, 6): [20],
     }
 
-    def allowed(row, ids):
-        return tree[tuple(ids[2:])]
+    sums = BeamRun._sums
 
-    expected = {(1, 2, 20), (1, 3, 20), (1, 3, 4, 20), (1, 3, 5, 6, 20)}
+    def poisoned(run, logits, places):
+        logits[[row for row, reason in enumerate(run.stop_reasons) if reason is not None]] = math.nan
+        return sums(run, logits, places)
+
+    monkeypatch.setattr(BeamRun, "_sums", poisoned)
+
+    def allowed(row, ids):
+        return None if row == 2 else tree[tuple(ids[2:])]
+
+    def edit(ids, scores):
+        mask = torch.full_like(scores, -math.inf)
+        mask[tree[tuple(ids[2:])]] = 0.0
+        return scores + mask
+
     options = {"num_beams": 6, "eos_token_id": 20, "constraint": allowed, "use_cache": use_cache}
+    prompts = [[7, 8], [9, 8], [5, 5, 5]]
     for stopping in (True, False, "never"):
-        result = generate(model, [[7, 8], [9, 8]], 9, num_return_sequences=4, early_stopping=stopping, **options)
-        for found in new_tokens(result, 4):
-            assert {tokens for _, tokens in found} == expected
+        result = generate(model, prompts, 9, num_return_sequences=4, early_stopping=stopping, **options)
+        for prompt, found in zip(prompts[:2], new_tokens(result, 4)):
+            assert {tokens for _, tokens in found} == {(1, 2, 20), (1, 3, 20), (1, 3, 4, 20), (1, 3, 5, 6, 20)}
+            assert_found(found, beam_search(model, prompt, 9, 6, early_stopping=stopping, ends=(20,), edit=edit))
     with pytest.raises(ValueError, match="num_return_sequences=5, but of prompt 0 there are only 4 continuations"):
         generate(model, [[7, 8]], 9, num_return_sequences=5, **options)
 
