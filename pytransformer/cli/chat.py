@@ -82,7 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
     template = None if arguments.chat_template is None else arguments.chat_template.read_text(encoding="utf-8")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     _require_template(arguments.model, tokenizer, template)
-    options, taken = sampling_options(given, arguments, model)
+    # An answer is shown as it comes, so a checkpoint's beams are not for a conversation.
+    options, taken = sampling_options({**given, "num_beams": 1}, arguments, model)
+    del options["num_beams"]
     chat = Chat(
         model,
         tokenizer,

@@ -24,6 +24,7 @@ TEMPERATURE = 0.8
 # As in generation/caches/sizes.py, which would import torch for --help.
 CACHES = ("contiguous", "paged", "int8", "fp8", "paged-int8", "paged-fp8")
 DTYPES = ("float32", "bfloat16", "float16")
+_BEAMS = ("num_beams", "length_penalty")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,6 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"at most this many tokens (default: the checkpoint's, else {MAX_NEW_TOKENS})",
     )
     add_sampling_options(parser)
+    add_beam_options(parser)
     add_model_options(parser)
     parser.add_argument(
         "--prefix",
@@ -110,6 +112,22 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_beam_options(parser: argparse.ArgumentParser) -> None:
+    """Beam search in the place of sampling."""
+    parser.add_argument(
+        "--num-beams",
+        type=int,
+        metavar="N",
+        help="above 1: search for the most probable text with N candidates side by side; it is shown when it is found",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="with beams: divide a text's log-probability by its length to the power X; above 0 favours long texts (default 1)",
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and its continuation, or the most probable next tokens."""
     if not arguments.prompt:
@@ -132,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Whatever is wrong with an option is said before the model is loaded and the prompt printed.
     check_device(arguments.device)
-    given = given_sampling(arguments)
+    given = {**given_sampling(arguments), **given_beams(arguments)}
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     options, taken = sampling_options(given, arguments, model)
     arguments.max_new_tokens = arguments.max_new_tokens or MAX_NEW_TOKENS
@@ -167,6 +185,23 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def given_beams(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`add_beam_options` that were given; ValueError if one is out of range or the sampler's contradict it."""
+    from pytransformer.generation import BeamOptions, Sampler
+    from pytransformer.generation.beams import check_greedy
+
+    beams = {name: value for name in _BEAMS if (value := getattr(arguments, name)) is not None}
+    searched = BeamOptions(**{"num_beams": 2, **beams})  # a length penalty alone is for the checkpoint's beams
+    if beams.get("num_beams", 1) > 1:
+        limits = {
+            name: value
+            for name in ("temperature", "top_k", "top_p", "min_p")
+            if (value := getattr(arguments, name)) is not None
+        }
+        check_greedy(Sampler(1, **{"temperature": 0.0, **limits}), searched)
+    return beams
+
+
 def sampling_options(
     given: Mapping[str, Any], arguments: argparse.Namespace, model: Transformer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,7 +211,7 @@ def sampling_options(
     options, taken = with_defaults(given, model.generation_config)
     if arguments.max_new_tokens is None and (stated := (model.generation_config or {}).get("max_new_tokens")):
         arguments.max_new_tokens = taken["max_new_tokens"] = int(stated)
-    return {"temperature": TEMPERATURE, **options}, taken
+    return {"temperature": TEMPERATURE if options.get("num_beams", 1) == 1 else 0.0, **options}, taken
 
 
 def tell_defaults(taken: Mapping[str, Any], generation_config: Mapping[str, Any] | None) -> None:
@@ -250,6 +285,7 @@ def print_continuation(
         assert step.texts is not None  # there is a tokenizer
         show(step.texts[0])
 
+    has_beams = options.get("num_beams", 1) > 1
     show(arguments.prompt if continues else "")
     started = time.perf_counter()
     try:
@@ -262,8 +298,11 @@ def print_continuation(
             tokenizer=tokenizer,
             use_cache=not arguments.no_cache,
             cache=arguments.cache,
-            callback=arrived,
+            callback=None if has_beams else arrived,
         )
+        if has_beams:
+            assert result.texts is not None
+            show(result.texts[0])  # chosen at the end
         seconds = time.perf_counter() - started
     finally:
         show("\n")

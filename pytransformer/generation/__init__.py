@@ -1,5 +1,6 @@
 """Inference: prefill, then decoding one token per step with a KV cache."""
 
+from .beams import BeamOptions
 from .caches import KVCache, NotEnoughMemory, PagedCache, PoolExhausted, Prefix, make_cache, predict_bytes
 from .chat import Chat, ContextFull, Turn
 from .defaults import checkpoint_options
@@ -10,6 +11,7 @@ from .results import Generation, Step
 from .sampling import Sampler
 
 __all__ = [
+    "BeamOptions",
     "Chat",
     "ContextFull",
     "Generation",

@@ -67,6 +67,7 @@ class Edits:
         self._seen: Tensor | None = None  # (batch, vocab_size), of the prompt or new
         self._counts: Tensor | None = None  # (batch, vocab_size), new ones
         self._ids: list[list[int]] = []  # for the constraint, on the host
+        self._rows = list(range(batch))  # of the batch, that the sequences belong to
         self._ended = [False] * batch
         self._begun = False
 
@@ -109,6 +110,19 @@ class Edits:
         if ended is not None:
             self._ended = list(ended)
 
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Sequence b becomes what ``rows[b]`` was, with the row of the batch that it belongs to; there may be any number of them."""
+        if not self.active or list(rows) == list(range(len(self._rows))):
+            return
+        self._rows = [self._rows[row] for row in rows]
+        self._ended = [self._ended[row] for row in rows]
+        if self._constraint is not None:
+            self._ids = [list(self._ids[row]) for row in rows]
+        if self._seen is not None:
+            self._seen = self._seen[torch.tensor(rows, device=self._seen.device)]
+        if self._counts is not None:
+            self._counts = self._counts[torch.tensor(rows, device=self._counts.device)]
+
     def _begin(self, scores: Tensor) -> None:
         """What depends on the vocabulary, the dtype and the device."""
         self._begun = True
@@ -137,9 +151,9 @@ class Edits:
         """The constraint's tokens: boolean (batch, vocab_size)."""
         assert self._constraint is not None
         rows = []
-        for index, ids in enumerate(self._ids):
-            found = None if self._ended[index] else self._constraint(index, list(ids))
-            rows.append(_mask(found, scores.shape[1], f"row {index} in step {step}"))
+        for row, ids, is_over in zip(self._rows, self._ids, self._ended):
+            found = None if is_over else self._constraint(row, list(ids))
+            rows.append(_mask(found, scores.shape[1], f"row {row} in step {step}"))
         if any(row.device != scores.device for row in rows):
             # Those of the host go over together.
             if all(row.device.type == "cpu" for row in rows):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pytransformer.model.transformer import EncoderDecoder, Transformer
 
+from .beams import BeamOptions, BeamRun
 from .caches import Prefix
 from .caches.sizes import split_kind
 from .edits import Constraint
@@ -50,6 +51,10 @@ def generate(
     seed: int | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    num_return_sequences: int = 1,
     stop: str | int | Sequence[str | int] | None = None,
     tokenizer: Tokenizer | None = None,
     return_log_probabilities: bool = False,
@@ -72,6 +77,8 @@ def generate(
             :class:`Sampler`; the default is greedy. Of an encoder–decoder the target is what penalties and constraint see.
         eos_token_id: one or several end tokens; ``None`` = the configuration's, an empty sequence = none.
         pad_token_id: fills up sequences that ended early in a tensor of results; ``None`` = the configuration's, else the end token.
+        num_beams, length_penalty, early_stopping, num_return_sequences: beam search with ``num_beams`` above 1, see :class:`BeamOptions`;
+            with temperature 0 and without ``callback``.
         stop: strings that end a sequence where its new text has them, across the borders of tokens too, and ids of tokens that end it
             beside the end tokens; one or several. Strings need ``tokenizer``; one that is a special token means that token.
         tokenizer: the model's. Results then have the new texts, and those end before a stop string.
@@ -90,7 +97,12 @@ def generate(
         ValueError: a model that does not predict the next token.
         TypeError, ValueError: prompts that are empty, longer than the context, or not token ids; options out of range.
         ValueError: the logits of a sequence that goes on hold NaN, or nothing but -inf; the message names row and step.
+        ValueError: of a prompt there are not ``num_return_sequences`` different continuations.
     """
+    if callback is not None and num_beams != 1:
+        raise ValueError(
+            f"callback is told tokens as they are chosen, a beam search (num_beams={num_beams}) chooses at the end"
+        )
     sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -109,6 +121,10 @@ def generate(
         max_new_tokens,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        num_return_sequences=num_return_sequences,
         stop=stop,
         tokenizer=tokenizer,
         return_log_probabilities=return_log_probabilities,
@@ -135,7 +151,7 @@ def generate_stream(
     steps the model is in the mode it was in before, and may be used for other things, but its parameters must not be changed.
 
     Args:
-        options: as of :func:`generate`, without ``callback``.
+        options: as of :func:`generate`, without ``callback`` and beams.
 
     Returns:
         An iterator; its value in the end (of ``yield from``) is the :class:`Generation`.
@@ -143,7 +159,13 @@ def generate_stream(
     Raises:
         TypeError, ValueError: as of :func:`generate`, at once.
     """
-    return _stream(model, _start(model, prompts, max_new_tokens, **options))
+    run = _start(model, prompts, max_new_tokens, **options)
+    if isinstance(run, BeamRun):
+        raise ValueError(
+            f"generate_stream gives tokens as they are chosen, a beam search (num_beams={run.options.num_beams}) chooses at the end: "
+            "use generate"
+        )
+    return _stream(model, run)
 
 
 def _stream(model: Transformer, run: Run) -> Generator[Step, None, Generation]:
@@ -179,6 +201,10 @@ def _start(
     *,
     eos_token_id: Any = None,
     pad_token_id: Any = None,
+    num_beams: Any = 1,
+    length_penalty: Any = 1.0,
+    early_stopping: Any = False,
+    num_return_sequences: Any = 1,
     stop: Any = None,
     tokenizer: Tokenizer | None = None,
     return_log_probabilities: bool = False,
@@ -197,6 +223,7 @@ def _start(
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if pad_token_id is not None and not is_int(pad_token_id):
         raise TypeError(f"pad_token_id must be an int or None, got {pad_token_id!r}")
+    beams = BeamOptions(num_beams, length_penalty, early_stopping, num_return_sequences)
     check_generates(model.config)
     source: Source | None = None
     if isinstance(model, EncoderDecoder):
@@ -211,6 +238,8 @@ def _start(
         split_kind(cache)
     elif not use_cache:
         raise ValueError("cache is a KeptCache, which needs use_cache=True")
+    elif beams.num_beams > 1:
+        raise ValueError(f"cache is a KeptCache, which is of one sequence, but num_beams is {beams.num_beams}")
     else:
         cache.check_model(model, len(rows))
     if prefix is not None and (source is not None or not use_cache):
@@ -219,7 +248,11 @@ def _start(
     padding = model.config.pad_token_id if pad_token_id is None else int(pad_token_id)
     stop_tokens, stop_strings = stop_conditions(stop, tokenizer, model.config)
     sampler = Sampler(len(rows), prompts=rows, **sampling)
-    run = Run(model, rows, source, max_new_tokens, sampler)
+    run = (
+        Run(model, rows, source, max_new_tokens, sampler)
+        if beams.num_beams == 1
+        else BeamRun(model, rows, source, max_new_tokens, sampler, beams)
+    )
     run.form = form
     run.padding = padding if padding is not None else (eos_token_ids or (0,))[0]
     run.use_cache, run.pack_weights = use_cache, pack_weights

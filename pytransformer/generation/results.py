@@ -37,7 +37,9 @@ class Generation:
     Attributes:
         token_ids: prompts and new tokens, in the form of the prompts: a tensor (seqlen), or (batch, seqlen) filled up with the padding
             token where a sequence ended early; for a list of prompts a list of 1-D tensors. An end token that was produced is included,
-            and so are the tokens of a stop string. Of an encoder–decoder: the targets, from their first token on.
+            and so are the tokens of a stop string. Of an encoder–decoder: the targets, from their first token on. With
+            ``num_return_sequences`` = n above 1 there are n for each prompt, the best first, in the order of the prompts: a tensor
+            (n · batch, seqlen), of one prompt (n, seqlen), or a list; and so in everything below.
         stop_reasons: per sequence "eos" (an end token was produced), "stop" (a stop string or stop token), "length" (max_new_tokens) or
             "context" (the model's max_seqlen).
         prompt_lengths, new_tokens: per sequence, in tokens; of an encoder–decoder those of the target.
@@ -45,6 +47,8 @@ class Generation:
             as the model gave it, the softmax of the step's logits at temperature 1: without penalties, bias, constraint and limits, so
             that they tell what the model thinks of the text, however it was chosen.
         texts: per sequence the new text, without special tokens and cut before a stop string, if there was a tokenizer.
+        scores: of a beam search, per sequence: the sum of its new tokens' log-probabilities, as bias, penalties and constraint left them,
+            divided by their number ** length_penalty; ``None`` otherwise.
     """
 
     token_ids: Tensor | list[Tensor]
@@ -53,3 +57,4 @@ class Generation:
     new_tokens: list[int]
     log_probabilities: list[list[float]] | None = None
     texts: list[str] | None = None
+    scores: list[float] | None = None

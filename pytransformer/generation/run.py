@@ -35,6 +35,11 @@ class Source:
     def encode(self) -> None:
         self.memory = self.model.encode(self.ids, self.mask if self.is_ragged else None)
 
+    def repeat(self, times: int) -> None:
+        """Makes each source so many that follow each other, where there is no cache to share it in."""
+        assert self.memory is not None
+        self.memory, self.mask = self.memory.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0)
+
     def options(self, cache: SequenceCache | None) -> dict[str, Tensor | None]:
         """For the decoder: the memory, or with a cache its keys and values, which are made once and lie there."""
         assert self.memory is not None
@@ -53,6 +58,7 @@ class Run(Record):
         self, model: Transformer, rows: list[Tensor], source: Source | None, max_new_tokens: int, sampler: Sampler
     ) -> None:
         self.device = model.model.embed_tokens.weight.device
+        self.width = len(rows)  # sequences side by side, at most
         super().__init__([row.to(self.device) for row in rows], max_new_tokens, model.config.max_seqlen)
         self.model = model
         self.source = source
@@ -71,7 +77,7 @@ class Run(Record):
         if self.finished:
             return
         if self.use_cache:
-            prepare(self.model, len(self.rows), self.max_new_tokens, self.pack_weights)
+            prepare(self.model, self.width, self.max_new_tokens, self.pack_weights)
         try:
             yield from self.with_cache() if self.use_cache else self.without_cache()
         except GeneratorExit:  # between two steps
@@ -82,7 +88,7 @@ class Run(Record):
             raise
 
     def with_cache(self) -> Generator[Step, None, None]:
-        model, batch = self.model, len(self.rows)
+        model = self.model
         capacity = max(length + limit for length, (limit, _) in zip(self.prompt_lengths, self.limits))
         # The last token that is chosen is not fed again; a prompt alone must fit nevertheless.
         capacity = max(capacity - 1, *self.prompt_lengths)
@@ -93,7 +99,7 @@ class Run(Record):
             known = self.prefix.fill(cache, model, self.rows)
         logits = self._prefill(cache, options, known)
         jumps = self._jumps_of_rope()
-        dropped = [False] * batch
+        dropped = [False] * self.width
         decoder, head = bind(model)
         while True:
             tokens, step = self._choose(logits)
@@ -102,6 +108,7 @@ class Run(Record):
                 return
             if self.kept is not None:
                 self.kept.check_turn(self)
+            self._arrange(cache)
             ended = [reason is not None for reason in self.stop_reasons]
             if ended != dropped:
                 cache.drop(torch.tensor(ended, device=self.device), self._longest() - 1)  # the newest is not in yet
@@ -118,13 +125,18 @@ class Run(Record):
 
     def _make_cache(self, capacity: int) -> SequenceCache:
         weight = self.model.model.embed_tokens.weight
-        options = {"memory_seqlen": 0 if self.source is None else self.source.ids.shape[1]}
+        # Beams share their source's keys and values.
+        source = 0 if self.source is None else -(-self.source.ids.numel() // self.width)
+        options = {"memory_seqlen": source}
         if self.cache_kind.startswith("paged"):
             # The longest step is the prefill; where RoPE changes there is another one, of any length.
             options["longest_step"] = capacity if self._jumps_of_rope() else max(self.prompt_lengths)
         return make_cache(
-            self.cache_kind, self.model.config, len(self.rows), capacity, self.device, weight.dtype, **options
+            self.cache_kind, self.model.config, self.width, capacity, self.device, weight.dtype, **options
         )
+
+    def _arrange(self, cache: SequenceCache) -> None:
+        """Before the tokens that were chosen are fed: puts the cache's sequences where theirs are."""
 
     def _prefill(self, cache: SequenceCache, options: dict[str, Any], known: int = 0) -> Tensor:
         """Logits after everything that there is so far, which fills the cache; rows of ended sequences mean nothing.

@@ -24,7 +24,7 @@ _BLOCK = 64
 _UNIT = 2.0**61
 # A probability is off by some units in the last place of a float64, and so is a sum that "reaches" a limit exactly.
 _REACHED = 1.0 - 2.0**-50
-_NO_NUMBER, _NOTHING_ALLOWED = 1, 2
+NO_NUMBER, NOTHING_ALLOWED, INFINITE = 1, 2, 3
 
 
 class Sampler:
@@ -147,11 +147,21 @@ class Sampler:
         tokens, faults = self._draw(self.edits.apply(logits, self._step - 1))
         self.edits.count(tokens)
         # A broken model is one also where the constraint hides it.
-        return tokens, torch.where(logits.amax(dim=-1).isnan(), _NO_NUMBER, faults)
+        return tokens, torch.where(logits.amax(dim=-1).isnan(), NO_NUMBER, faults)
+
+    def log_scores(self, logits: Tensor) -> Tensor:
+        """What a beam search adds up: logarithms of the probabilities (batch, vocab_size), changed by bias, penalties and constraint.
+
+        As in transformers the logarithm comes first, and is of float32 (float64 stays). ``edits.count`` and ``edits.take`` are to be told
+        the tokens before the next step.
+        """
+        self._step += 1
+        scores = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+        return self.edits.apply(scores, self._step - 1) if self.edits.active else scores
 
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         best, greedy = logits.max(dim=-1)
-        faults = _NO_NUMBER * best.isnan() + _NOTHING_ALLOWED * (best == -math.inf)
+        faults = NO_NUMBER * best.isnan() + NOTHING_ALLOWED * (best == -math.inf)
         if self.temperature == 0.0:
             return greedy, faults
         scores, tokens = self._candidates(logits)
@@ -166,7 +176,11 @@ class Sampler:
 
     def refuse(self, faults: Sequence[int]) -> None:
         """ValueError if one of the latest step's faults is not 0."""
-        for fault, what in ((_NO_NUMBER, "hold NaN"), (_NOTHING_ALLOWED, "are all -inf, so that no token is allowed")):
+        for fault, what in (
+            (NO_NUMBER, "hold NaN"),
+            (NOTHING_ALLOWED, "are all -inf, so that no token is allowed"),
+            (INFINITE, "hold +inf, whose logarithm of a probability is no number"),
+        ):
             rows = [str(row) for row, found in enumerate(faults) if found == fault]
             if rows:
                 where = f"row{'s' if len(rows) > 1 else ''} {', '.join(rows)} of the batch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class NewText:
         from pytransformer.text import CharacterStream
 
         self._characters = CharacterStream(tokenizer, context)
-        self._stops = stops
+        self.stops = stops
         self._held = ""  # may be the beginning of a stop string
         self._pieces: list[str] = []
         self.is_stopped = False
@@ -79,6 +80,12 @@ class NewText:
     def text(self) -> str:
         """All that has been given out."""
         return "".join(self._pieces)
+
+    def fork(self) -> NewText:
+        """Another one that goes on from here."""
+        other = copy.copy(self)
+        other._characters, other._pieces = self._characters.fork(), list(self._pieces)
+        return other
 
     def push(self, token: int) -> str:
         """What is known to be part of the text since this token, perhaps nothing."""
@@ -90,7 +97,7 @@ class NewText:
 
     def _give(self, piece: str, last: bool) -> str:
         waiting = self._held + piece
-        places = [place for stop in self._stops if (place := waiting.find(stop)) >= 0]
+        places = [place for stop in self.stops if (place := waiting.find(stop)) >= 0]
         if places:
             self.is_stopped = True
             end = min(places)
@@ -102,8 +109,8 @@ class NewText:
 
     def _beginning(self, waiting: str) -> int:
         """How many characters at the end may be the beginning of a stop string."""
-        longest = max(map(len, self._stops), default=1) - 1
+        longest = max(map(len, self.stops), default=1) - 1
         for count in range(min(longest, len(waiting)), 0, -1):
-            if any(stop.startswith(waiting[-count:]) for stop in self._stops):
+            if any(stop.startswith(waiting[-count:]) for stop in self.stops):
                 return count
         return 0

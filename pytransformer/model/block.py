@@ -175,7 +175,9 @@ class Block(nn.Module):
             shared.trace.cross_attentions.append(weights)
         if shared.memory_kv is not None:
             kv = shared.memory_kv[self.index]
-            return self.cross_attention(x, keys_and_values=kv, **shared.memory_masks)  # type: ignore[no-any-return]
+            # Sequences that share a source are further queries to it: nobody sees the others, so nothing else changes.
+            queries = x.reshape(kv[0].shape[0], -1, x.shape[-1])
+            return self.cross_attention(queries, keys_and_values=kv, **shared.memory_masks).reshape(x.shape)  # type: ignore[no-any-return]
         return self.cross_attention(x, shared.memory, **shared.memory_masks)  # type: ignore[no-any-return]
 
     def _feed(self, x: Tensor, shared: Shared) -> Tensor:

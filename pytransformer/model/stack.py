@@ -18,7 +18,10 @@ from .heads import padding_mask
 
 
 class ModelCache(Protocol):
-    """What a :class:`Stack` asks of a cache: the layers' parts of it, and where each sequence stands."""
+    """What a :class:`Stack` asks of a cache: the layers' parts of it, and where each sequence stands.
+
+    Of an encoder–decoder ``memory_kv`` may be of fewer sources than there are sequences: each serves equally many that follow each other.
+    """
 
     memory_kv: list[tuple[Tensor, Tensor]] | None
 
@@ -148,6 +151,8 @@ class Stack(nn.Module):
         if memory_mask is not None:
             keys = shared.memory_kv[0][0] if memory is None and shared.memory_kv is not None else memory
             assert keys is not None
+            sources = keys.shape[0]
+            shape = sources, self.config.num_heads, batch * seqlen // sources
             shared.memory_masks = masks_of(self.names.memory_mask, memory_mask, *shape, keys.shape[1])
         self._place(shared, delta, own.get("key_padding_mask"), positions, cache)
         residual: Tensor | None = None

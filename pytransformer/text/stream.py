@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -70,6 +71,12 @@ class CharacterStream:
         self._ids = [token for token in context if token not in self._skipped]
         self._num_shown = len(self._ids)
         self._shown = self._text()
+
+    def fork(self) -> CharacterStream:
+        """Another one that goes on from here."""
+        other = copy.copy(self)
+        other._decoder, other._ids = copy.copy(self._decoder), list(self._ids)
+        return other
 
     def _text(self) -> str:
         if self._decoder is not None:

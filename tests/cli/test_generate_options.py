@@ -38,7 +38,8 @@ def generate(folder, device, capsys):
         shown = capsys.readouterr()
         return (shown.out, shown.err) if code == 0 else shown.err
 
-    return run
+    yield run
+    (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +73,23 @@ def test_what_is_not_given_is_the_checkpoints_and_is_told(generate):
         "--max-new-tokens", "2", do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.1,
     )  # fmt: skip
     assert "generation_config.json" not in err and "[2 tokens, " in err
-    _, err = generate(do_sample=False, num_beams=4, no_repeat_ngram_size=3, top_k=50)
+    _, err = generate(do_sample=False, no_repeat_ngram_size=3, top_k=50)
     assert "from the checkpoint's generation_config.json: temperature 0.0]" in err and "seed" not in err
-    assert "[not followed of the checkpoint's generation_config.json: num_beams 4, no_repeat_ngram_size 3]" in err
+    assert "[not followed of the checkpoint's generation_config.json: no_repeat_ngram_size 3]" in err
+    _, err = generate(do_sample=True, num_beams=4)
+    assert "[not followed of the checkpoint's generation_config.json: num_beams 4]" in err and "seed" in err
+
+
+def test_beams_come_from_the_command_or_the_checkpoint(generate):
+    out, err = generate("--num-beams", "3", "--stop", ".\n", temperature=0.7, top_k=3)
+    assert out == "xabc\n" and "generation_config.json" not in err and "seed" not in err
+    out, err = generate(num_beams=4, length_penalty=2.0, early_stopping=True, temperature=0.7)
+    assert out == f"x{TEXT}\n" and "seed" not in err
+    assert "json: temperature 0.0, num_beams 4, length_penalty 2.0, early_stopping True]" in err
+    out, err = generate("--length-penalty", "0.5", num_beams=2, length_penalty=2.0)
+    assert out == f"x{TEXT}\n" and "json: temperature 0.0, num_beams 2]" in err
+    _, err = generate("--temperature", "0.5", num_beams=4)
+    assert "generation_config.json" not in err and "seed" in err
 
 
 def test_a_repetition_penalty_is_felt(folder, tmp_path, device, capsys):
@@ -96,6 +111,10 @@ def test_a_repetition_penalty_is_felt(folder, tmp_path, device, capsys):
         (["--min-p", "2"], {}, "min_p must be from 0 (no limit) to 1, got 2.0"),
         (["--repetition-penalty", "0"], {}, "repetition_penalty must be finite and above 0"),
         (["--temperature", "0", "--top-k", "3"], {}, "top_k=3 limits what is drawn from, but temperature is 0"),
+        (["--num-beams", "0"], {}, "num_beams must be at least 1, got 0"),
+        (["--num-beams", "2", "--temperature", "0.5"], {}, "temperature=0.5 draws tokens, num_beams=2 searches"),
+        (["--num-beams", "2", "--top-k", "5"], {}, "top_k=5 limits what is drawn from, but temperature is 0"),
+        (["--length-penalty", "2"], {}, "length_penalty=2.0 is for beam search: give num_beams above 1"),
         (["--stop", ""], {}, "--stop is empty"),
         ([], {"top_p": 3}, "generation_config.json: top_p must be between 0 and 1, got 3"),
         ([], {"temperature": "hot"}, "generation_config.json: temperature must be a number or None, got 'hot'"),
@@ -113,6 +132,12 @@ def test_options_of_a_file():
     }
     assert checkpoint_options({"do_sample": False, "temperature": 0.7, "top_p": 0.9}) == {"temperature": 0.0}
     assert checkpoint_options({"temperature": 0.7, "top_k": 20}) == {"temperature": 0.7, "top_k": 20}
+    beams = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": "never", "num_return_sequences": 2}
+    assert checkpoint_options(beams) == {"temperature": 0.0, "num_beams": 4, "early_stopping": "never"}
+    assert not_followed(beams) == {}
+    assert checkpoint_options({**beams, "do_sample": True}) == {"temperature": 1.0}
+    assert not_followed({**beams, "do_sample": True}) == {"num_beams": 4}
+    assert checkpoint_options({"num_beams": 1, "length_penalty": 2.0}) == {}
     assert not_followed({"num_beams": 1, "min_length": 0, "suppress_tokens": [3]}) == {"suppress_tokens": (3,)}
 
 
@@ -124,3 +149,16 @@ def test_what_is_given_wins_over_what_contradicts_it():
     )
     assert with_defaults({"top_k": 5}, {"do_sample": False}) == ({"top_k": 5}, {})
     assert with_defaults({"top_k": 5}, drawn)[0]["top_k"] == 5
+    searched = {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True}
+    assert with_defaults({"length_penalty": 0.5}, searched) == (
+        {"temperature": 0.0, "num_beams": 4, "early_stopping": True, "length_penalty": 0.5},
+        {"temperature": 0.0, "num_beams": 4, "early_stopping": True},
+    )
+    for temperature in (0.0, 0.5):
+        assert with_defaults({"temperature": temperature}, searched) == ({"temperature": temperature}, {})
+    assert with_defaults({"top_k": 5}, searched) == ({"top_k": 5}, {})
+    assert with_defaults({"num_beams": 1}, searched)[0] == {"num_beams": 1, "temperature": 0.0}
+    assert with_defaults({"num_beams": 2}, drawn) == (
+        {"num_beams": 2, "repetition_penalty": 1.1},
+        {"repetition_penalty": 1.1},
+    )

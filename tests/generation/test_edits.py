@@ -207,3 +207,20 @@ def test_a_step_never_waits_for_the_device(counts, device, monkeypatch):
         "__index__",
     }
     assert bool(functions.names & reading) == counts
+
+
+def test_a_sequence_that_changes_its_place_takes_everything_along(device):
+    asked = []
+    sampler = Sampler(
+        2, repetition_penalty=2.0, frequency_penalty=1.0, prompts=[torch.tensor([1]), torch.tensor([2])],
+        constraint=lambda row, ids: asked.append((row, ids)),
+    )  # fmt: skip
+    logits, edits = torch.ones(2, 5, device=device), sampler.edits
+    edits.apply(logits, 0)
+    edits.count(torch.tensor([3, 4], device=device))
+    edits.take([3, 4], [True, False])
+    edits.reorder([1, 0, 1])
+    del asked[:]
+    first, second = [1.0, 1.0, 0.5, 1.0, -0.5], [1.0, 0.5, 1.0, -0.5, 1.0]
+    assert edits.apply(logits[[0, 0, 0]], 1).tolist() == [first, second, first]
+    assert asked == [(1, [2, 4]), (1, [2, 4])]  # about prompt 1, twice; prompt 0 has ended

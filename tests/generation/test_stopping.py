@@ -251,11 +251,14 @@ def test_a_fault_ends_the_stream_and_says_where(model):
 def test_the_snippets_of_the_page_run(model, tokenizer):
     page = Path(__file__).parents[2] / "docs/sampling.md"
     found = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len(found) == 2
+    assert len(found) == 3
     names = {"model": model, "tokenizer": tokenizer, "prompts": [[1, 2], [3], [4]], "prompt": [1, 2, 3]}
     for block in found:
         exec(compile(block, str(page), "exec"), names)
-    assert all(len(row) == count for row, count in zip(names["result"].log_probabilities, names["result"].new_tokens))
+        if result := names.get("result"):
+            values = result.log_probabilities or [None] * len(result.new_tokens)
+            assert all(row is None or len(row) == count for row, count in zip(values, result.new_tokens))
+    assert len(names["result"].scores) == 6
 
 
 SAMPLING = {

@@ -53,9 +53,12 @@ class KVCache(SequenceCache):
         require_memory(predict_bytes(kind, config, batch, capacity, dtype), self.lengths.device, f"the {kind} KV cache")
         shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
         self.k_cache, self.v_cache, self.k_scale, self.v_scale = new_part(shape, device, dtype, quantised)
-        self._layers = [
-            ContiguousLayer(self, *self.part.map(operator.itemgetter(index))) for index in range(config.num_layers)
-        ]
+        self._layers = self._first_rows(batch)
+
+    def _first_rows(self, batch: int) -> list[ContiguousLayer]:
+        """Each layer's part, of so many sequences."""
+        part = self.part.map(lambda tensor: tensor[:, :batch])
+        return [ContiguousLayer(self, *part.map(operator.itemgetter(index))) for index in range(self.config.num_layers)]
 
     @property
     def part(self) -> CachePart:
@@ -83,13 +86,20 @@ class KVCache(SequenceCache):
         bound = bound and self.k_scale is None
         self.is_direct = bound and self.lengths.tolist().count(self.max_length) == self.batch
 
-    def reorder(self, rows: Tensor) -> None:
-        """Sequence b becomes what ``rows[b]`` was, as beams need it; rows: integers (batch). What is there is copied."""
-        check_rows("rows", rows, self.batch)
-        for tensor in self.part.tensors():
-            used = raw(tensor)[:, :, : self.max_length]
-            used.copy_(used[:, rows.to(tensor.device)])
+    def reorder(self, rows: Tensor, shared: int = 0) -> None:
+        """See :class:`SequenceCache`. Copied is what changes its place, from token ``shared`` on."""
+        check_rows("rows", rows, self.batch, self.most)
+        order: list[int] = rows.tolist()
+        moves = [(row, place) for place, row in enumerate(order) if row != place]
+        if moves and shared < self.max_length:
+            sources, places = torch.tensor(moves, device=self.lengths.device).unbind(1)
+            for tensor in self.part.tensors():
+                used = raw(tensor)[:, :, shared : self.max_length]
+                used.index_copy_(1, places, used.index_select(1, sources))
         self._set_lengths(self.lengths[rows.to(self.lengths.device)])
+        if len(order) != self.batch:
+            self.batch = len(order)
+            self._layers = self._first_rows(self.batch)
 
     def truncate(self, lengths: Tensor) -> None:
         """See :class:`SequenceCache`; what lies behind is overwritten by what comes."""
@@ -106,7 +116,7 @@ class KVCache(SequenceCache):
     def write_prefix(self, part: CachePart, length: int) -> None:
         """See :class:`SequenceCache`."""
         for own, new in zip(self.part.tensors(), part.tensors()):
-            raw(own)[:, :, :length] = raw(new)[:, None, :length].to(own.device)
+            raw(own)[:, : self.batch, :length] = raw(new)[:, None, :length].to(own.device)
         self.advance(length)
 
     def read_prefix(self, row: int, length: int) -> CachePart:

@@ -87,7 +87,7 @@ class PagedCache(SequenceCache):
     @property
     def nbytes(self) -> int:
         """Bytes of all pages and tables, used or not."""
-        return sum(group.pool.part.nbytes + group.table.nbytes for group in self.groups)
+        return sum(group.pool.part.nbytes + group.all_tables.nbytes for group in self.groups)
 
     @property
     def used_bytes(self) -> int:
@@ -162,10 +162,11 @@ class PagedCache(SequenceCache):
                 group.clear(row)
         self._trim()
 
-    def reorder(self, rows: Tensor) -> None:
-        """Sequence b becomes what ``rows[b]`` was, as beams need it; rows: integers (batch). Pages are shared, nothing is copied."""
-        check_rows("rows", rows, self.batch)
+    def reorder(self, rows: Tensor, shared: int = 0) -> None:
+        """See :class:`SequenceCache`. Pages are shared, nothing is copied, whatever ``shared`` is."""
+        check_rows("rows", rows, self.batch, self.most)
         order: list[int] = rows.tolist()
+        self.batch = len(order)
         self._set_lengths(self.lengths[rows.to(self.lengths.device)])
         self._host_lengths = [self._host_lengths[row] for row in order]
         self._ended = [self._ended[row] for row in order]
@@ -221,6 +222,7 @@ class PageGroup:
         left: keys before itself that a token sees, -1 = all.
         pages: of each sequence, in order of its tokens; ``SCRATCH`` in the place of one that a window has passed.
         table: int32 (batch, max_pages), the same for the ops; ``SCRATCH`` where a sequence has no page.
+        all_tables: of as many sequences as there is memory for; ``table`` is the beginning of it.
     """
 
     def __init__(
@@ -232,7 +234,8 @@ class PageGroup:
         self.pages: list[list[int]] = [[] for _ in range(batch)]
         self._passed = [0] * batch  # pages in front that are freed
         self._host_table = torch.full((batch, max_pages), SCRATCH, dtype=torch.int32)
-        self.table = self._host_table.to(device)
+        self.all_tables = self._host_table.to(device)
+        self.table = self.all_tables
         self._changed: set[int] = set()
 
     def missing(self, spans: Mapping[int, tuple[int, int]]) -> int:
@@ -309,7 +312,8 @@ class PageGroup:
             self.pool.free(pages[passed[row] :])
         self.pages = [list(before[row]) for row in order]
         self._passed = [passed[row] for row in order]
-        self._changed.update(range(len(order)))
+        self._changed = set(range(len(order)))
+        self.table = self.all_tables[: len(order)]
 
     def upload(self) -> None:
         """Brings the table up to date, in its place."""
@@ -319,7 +323,7 @@ class PageGroup:
             pages = self.pages[row]
             self._host_table[row] = SCRATCH
             self._host_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-        self.table.copy_(self._host_table)
+        self.all_tables.copy_(self._host_table)
         self._changed.clear()
 
 

@@ -40,6 +40,8 @@ class SequenceCache:
             raise ValueError(f"capacity must be from 1 to the model's max_seqlen ({config.max_seqlen}), got {capacity}")
         self.config = config
         self.batch = batch
+        # Sequences that there is memory for; between two calls of reorder there may be fewer.
+        self.most = batch
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         # Of an encoder–decoder: what each layer's cross-attention made of the memory, once for all steps.
@@ -69,6 +71,18 @@ class SequenceCache:
 
     def read_prefix(self, row: int, length: int) -> CachePart:
         """The first ``length`` tokens of a sequence, copied."""
+        raise NotImplementedError
+
+    def reorder(self, rows: Tensor, shared: int = 0) -> None:
+        """Sequence b becomes what ``rows[b]`` was, as beams need it. The memory's keys and values stay as they are.
+
+        Args:
+            rows: integers, one for each sequence that there will be: any number up to what the cache was made for.
+            shared: the first tokens that are the same in sequence b and in ``rows[b]``, for every b: they need not be copied.
+
+        Raises:
+            ValueError: no such sequences, or more than there is memory for.
+        """
         raise NotImplementedError
 
     def expect(self, new_tokens: Sequence[int]) -> None:
@@ -137,8 +151,10 @@ class SequenceCache:
         self.max_length = 0
 
 
-def check_rows(name: str, rows: Tensor, batch: int) -> None:
-    """ValueError unless ``batch`` integers, each the index of a sequence."""
-    if rows.shape != (batch,) or rows.is_floating_point():
-        raise ValueError(f"{name} must be integers of shape ({batch},), got {rows.dtype} of shape {tuple(rows.shape)}")
+def check_rows(name: str, rows: Tensor, batch: int, most: int) -> None:
+    """ValueError unless 1 to ``most`` integers, each the index of one of ``batch`` sequences."""
+    if rows.ndim != 1 or not 1 <= len(rows) <= most or rows.is_floating_point():
+        raise ValueError(
+            f"{name} must be integers of shape (n,), n from 1 to {most}, got {rows.dtype} of shape {tuple(rows.shape)}"
+        )
     check_values(name, rows, 0, batch - 1, "sequences")

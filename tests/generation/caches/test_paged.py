@@ -119,8 +119,51 @@ def test_sequences_that_branch_share_pages_until_they_write(device):
         cache.advance(2)
     # The first page is everybody's still; the half-full one became three, and each got one more.
     assert pool.used_pages == 1 + 3 + 3
-    with pytest.raises(ValueError, match=r"rows must be integers of shape \(3,\)"):
-        caches[0].reorder(torch.tensor([0]))
+    for cache in caches:
+        for rows in (torch.zeros(4, dtype=torch.int64), torch.zeros(3), torch.zeros(0, dtype=torch.int64)):
+            with pytest.raises(ValueError, match=r"rows must be integers of shape \(n,\), n from 1 to 3"):
+                cache.reorder(rows)
+        with pytest.raises(ValueError, match="rows must hold sequences from 0 to 2, got 3"):
+            cache.reorder(torch.tensor([0, 3]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "int8", "paged-fp8"])
+def test_sequences_may_become_fewer_and_more(kind, device):
+    """As many as there is memory for: those that are left out are forgotten, and a prefill may be of some of them."""
+    config = CONFIGS["mistral-window"]
+    model = make_model(config, 0, device)
+    cache, plain = (make_cache(kind, config, batch, 20, device) for batch in (4, 4))
+    ids = random_ids(config, (2, 9), 0, device)
+    whole = cache.nbytes
+    cache.reorder(torch.arange(2))
+    for own, rows in ((cache, ids), (plain, ids[[1, 1, 0, 1]])):
+        model(rows, cache=own)
+        own.advance(9)
+    cache.reorder(torch.tensor([1, 1, 0, 1]))
+    assert cache.nbytes == whole == plain.nbytes and cache.batch == 4
+    for seed, order in enumerate(([1, 0, 3, 2], [2, 2, 0], [0, 1, 1, 2], [3])):
+        tokens = random_ids(config, (cache.batch, 1), seed, device)
+        logits = [model(tokens, cache=own) for own in (cache, plain)]
+        torch.testing.assert_close(*logits)
+        for own in (cache, plain):
+            own.advance(1)
+            # The tokens before are the same where they come from one prompt.
+            own.reorder(torch.tensor(order))
+    assert cache.batch == 1 and cache.lengths.tolist() == [13]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [0, 5, 7])
+def test_shared_tokens_are_not_copied(shared, device):
+    cache = KVCache(CONFIGS["llama"], 2, 9, device=device)
+    cache.advance(7)
+    for tensor in cache.part.tensors():
+        tensor[:] = torch.arange(2, device=device)[None, :, None, None, None]
+    cache.reorder(torch.tensor([1, 1]), shared)
+    for tensor in cache.part.tensors():
+        assert bool((tensor[:, 0, :shared] == 0).all() and (tensor[:, 0, shared:7] == 1).all())
+        assert bool((tensor[:, 0, 7:] == 0).all() and (tensor[:, 1] == 1).all())
 
 
 @torch.no_grad()
