@@ -113,6 +113,21 @@ class SequenceCache:
         self._set_lengths(self.lengths.masked_fill(ended, 0))
         self.max_length = int(self.lengths.max()) if longest is None else longest
 
+    def truncate(self, lengths: Tensor | Sequence[int]) -> None:
+        """Takes back the newest tokens, so that each sequence has as many as ``lengths`` (batch) says; between two steps.
+
+        What was taken back is seen by nobody, and is overwritten by the tokens that follow.
+
+        Raises:
+            TypeError, ValueError: not one integer for each sequence, from 0 to the tokens that it has. Of a paged cache also: tokens that a
+                window passed would be seen again, and their pages are gone. Nothing has changed then.
+        """
+        self._truncate(_checked_lengths(lengths, self.lengths.tolist()))
+
+    def _truncate(self, lengths: list[int]) -> None:
+        self._set_lengths(torch.tensor(lengths, dtype=torch.int32, device=self.lengths.device))
+        self.max_length = max(lengths)
+
     def attended(self, seqlen: int) -> Tensor:
         """Lengths with ``seqlen`` tokens of this step appended: int32 (batch)."""
         if self._attended is None or self._attended[0] != seqlen:
@@ -127,6 +142,20 @@ class SequenceCache:
         """Forgets every token; the memory is kept."""
         self._set_lengths(torch.zeros_like(self.lengths))
         self.max_length = 0
+
+
+def _checked_lengths(lengths: Tensor | Sequence[int], before: list[int]) -> list[int]:
+    given = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if not isinstance(given, list) or not all(isinstance(length, int) for length in given):
+        raise TypeError(f"lengths must be integers of shape ({len(before)},), got {given}")
+    if len(given) != len(before):
+        raise ValueError(f"lengths must be one for each of the {len(before)} sequences, got {len(given)}")
+    for row, (length, limit) in enumerate(zip(given, before)):
+        if not 0 <= length <= limit:
+            raise ValueError(
+                f"lengths must be from 0 to the tokens of each sequence, got {length} for sequence {row}, which has {limit}"
+            )
+    return given
 
 
 def check_rows(name: str, rows: Tensor, batch: int) -> None:
