@@ -2,18 +2,21 @@
 
 from .caches import KVCache, NotEnoughMemory, PagedCache, PoolExhausted, Prefix, make_cache, predict_bytes
 from .defaults import checkpoint_options
+from .drafts import DraftModel, PromptLookup
 from .generate import generate, generate_stream
 from .prepare import prepare_for_decoding, release
 from .results import Generation, Step
 from .sampling import Sampler
 
 __all__ = [
+    "DraftModel",
     "Generation",
     "KVCache",
     "NotEnoughMemory",
     "PagedCache",
     "PoolExhausted",
     "Prefix",
+    "PromptLookup",
     "Sampler",
     "Step",
     "checkpoint_options",

@@ -18,11 +18,13 @@ from pytransformer.model.transformer import EncoderDecoder, Transformer
 
 from .caches import Prefix
 from .caches.sizes import split_kind
+from .drafts import DraftModel, PromptLookup, check_draft
 from .edits import Constraint
 from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
 from .results import Generation, Step
 from .run import Run, Source
 from .sampling import Sampler
+from .speculative import SpeculativeRun
 from .stopping import NewText, stop_conditions
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def generate(
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
     decoder_start_token_id: int | Sequence[int] | None = None,
+    draft: DraftModel | PromptLookup | Transformer | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> Generation:
     """Continues each prompt until an end token, ``max_new_tokens``, or the model's context limit.
@@ -82,6 +85,9 @@ def generate(
         pack_weights: on a CPU, decode from packed copies of the linear layers' weights (see :func:`prepare_for_decoding`), which are kept
             for later calls; ``False`` frees them; ``None`` = if they are there already, or so many tokens are asked for that it pays.
         decoder_start_token_id: of an encoder–decoder: the token that each target starts with, or several; ``None`` = the configuration's.
+        draft: speculative decoding, see docs/speculative.md: who proposes tokens, several of which the model then checks in one pass. The
+            distribution of what is generated is the same; greedy, and with :class:`PromptLookup`, the tokens are, up to rounding. A
+            Transformer is a :class:`DraftModel` with its defaults.
         callback: called after each step; what it raises ends the generation.
 
     Raises:
@@ -115,9 +121,10 @@ def generate(
         prefix=prefix,
         pack_weights=pack_weights,
         decoder_start_token_id=decoder_start_token_id,
+        draft=draft,
         **sampling,
     )
-    with _evaluation(list(model.modules())):
+    with _evaluation(run.modules()):
         for step in run.steps():
             if callback is not None:
                 callback(step)
@@ -141,11 +148,11 @@ def generate_stream(
     Raises:
         TypeError, ValueError: as of :func:`generate`, at once.
     """
-    return _stream(model, _start(model, prompts, max_new_tokens, **options))
+    return _stream(_start(model, prompts, max_new_tokens, **options))
 
 
-def _stream(model: Transformer, run: Run) -> Generator[Step, None, Generation]:
-    steps, modules = run.steps(), list(model.modules())
+def _stream(run: Run) -> Generator[Step, None, Generation]:
+    steps, modules = run.steps(), run.modules()
     try:
         while True:
             with torch.no_grad(), _evaluation(modules):
@@ -185,6 +192,7 @@ def _start(
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
     decoder_start_token_id: Any = None,
+    draft: Any = None,
     **sampling: Any,
 ) -> Run:
     """Checks everything; nothing is computed yet."""
@@ -212,7 +220,12 @@ def _start(
     padding = model.config.pad_token_id if pad_token_id is None else int(pad_token_id)
     stop_tokens, stop_strings = stop_conditions(stop, tokenizer, model.config)
     sampler = Sampler(len(rows), prompts=rows, **sampling)
-    run = Run(model, rows, source, max_new_tokens, sampler)
+    if draft is None:
+        run = Run(model, rows, source, max_new_tokens, sampler)
+    elif not use_cache:
+        raise ValueError("draft is for use_cache=True: without a cache every pass is over the whole sequence anyway")
+    else:
+        run = SpeculativeRun(model, rows, source, max_new_tokens, sampler, check_draft(draft, model))
     run.form = form
     run.padding = padding if padding is not None else (eos_token_ids or (0,))[0]
     run.use_cache, run.pack_weights = use_cache, pack_weights

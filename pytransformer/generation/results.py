@@ -45,6 +45,7 @@ class Generation:
             as the model gave it, the softmax of the step's logits at temperature 1: without penalties, bias, constraint and limits, so
             that they tell what the model thinks of the text, however it was chosen.
         texts: per sequence the new text, without special tokens and cut before a stop string, if there was a tokenizer.
+        drafted, accepted: of speculative decoding, per sequence how many tokens were proposed, and how many of those stayed.
     """
 
     token_ids: Tensor | list[Tensor]
@@ -53,3 +54,5 @@ class Generation:
     new_tokens: list[int]
     log_probabilities: list[list[float]] | None = None
     texts: list[str] | None = None
+    drafted: list[int] | None = None
+    accepted: list[int] | None = None
