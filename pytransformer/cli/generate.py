@@ -54,6 +54,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--no-cache", action="store_true", help="compute the whole sequence again for each token, for comparison"
     )
+    drafts = parser.add_mutually_exclusive_group()
+    drafts.add_argument(
+        "--prompt-lookup",
+        type=int,
+        metavar="N",
+        help="propose up to N tokens at a time from where the text ended alike before, and check them in one pass",
+    )
+    drafts.add_argument(
+        "--draft", type=Path, metavar="FOLDER", help="let a smaller model with the same tokenizer propose tokens"
+    )
     parser.add_argument("--device", help='"cuda" or "cpu" (default: a GPU if there is one)')
     parser.set_defaults(run=run)
 
@@ -96,6 +106,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.top is not None and arguments.top < 1:
         raise ValueError(f"--top must be at least 1, but is {arguments.top}")
 
+    if arguments.prompt_lookup is not None and arguments.prompt_lookup < 1:
+        raise ValueError(f"--prompt-lookup must be at least 1, but is {arguments.prompt_lookup}")
+    if arguments.no_cache and (arguments.prompt_lookup or arguments.draft):
+        raise ValueError("--no-cache is for plain decoding: leave --prompt-lookup and --draft out")
+
     import torch
 
     from pytransformer.cli.model_folder import check_device, encode, load_model
@@ -130,9 +145,28 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.top is not None:
         print_most_probable(model, tokenizer, prompt, arguments.top)
     else:
+        draft = find_draft(model, tokenizer, arguments)
         tell_defaults(taken, model.generation_config)
-        print_continuation(model, tokenizer, prompt, arguments, options)
+        print_continuation(model, tokenizer, prompt, arguments, options, draft)
     return 0
+
+
+def find_draft(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Any:
+    """What ``--prompt-lookup`` or ``--draft`` says, or ``None``; ValueError if the draft's tokens are not the model's."""
+    from pytransformer.cli.model_folder import load_model
+    from pytransformer.generation import DraftModel, PromptLookup
+    from pytransformer.generation.drafts import check_draft
+
+    if arguments.prompt_lookup is not None:
+        return PromptLookup(num_tokens=arguments.prompt_lookup)
+    if arguments.draft is None:
+        return None
+    small, own = load_model(arguments.draft, arguments.device)
+    if own.vocab_size != tokenizer.vocab_size or any(
+        own.token(token) != tokenizer.token(token) for token in range(own.vocab_size)
+    ):
+        raise ValueError(f"--draft {arguments.draft} has another tokenizer than --model {arguments.model}")
+    return check_draft(DraftModel(small), model)
 
 
 def tell_defaults(taken: Mapping[str, Any], generation_config: Mapping[str, Any] | None) -> None:
@@ -188,10 +222,11 @@ def print_continuation(
     prompt: torch.Tensor,
     arguments: argparse.Namespace,
     options: dict[str, Any],
+    draft: Any = None,
 ) -> None:
     """Streams the prompt and what follows (of an encoder–decoder the target alone), then says on standard error why it ended.
 
-    ``options`` are the sampler's.
+    ``options`` are the sampler's, ``draft`` is that of :func:`pytransformer.generation.generate`.
     """
     from pytransformer.generation import Step, generate
 
@@ -217,6 +252,7 @@ def print_continuation(
             stop=arguments.stop,
             tokenizer=tokenizer,
             use_cache=not arguments.no_cache,
+            draft=draft,
             callback=arrived,
         )
         seconds = time.perf_counter() - started
@@ -230,4 +266,7 @@ def print_continuation(
     }[result.stop_reasons[0]]
     count = result.new_tokens[0]
     chance = f"; seed {options['seed']}" if options["temperature"] else ""
-    print(f"[{count} tokens, {count / seconds:,.1f} tokens/s; {reason}{chance}]", file=sys.stderr)
+    kept = ""
+    if result.drafted is not None and result.accepted is not None:
+        kept = f"; {result.accepted[0]} of {result.drafted[0]} proposed tokens kept"
+    print(f"[{count} tokens, {count / seconds:,.1f} tokens/s{kept}; {reason}{chance}]", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,6 +48,7 @@ class SequenceCache:
         # Whether a step may write and read by plain slices: see KVCache.choose_path.
         self.is_direct = False
         self._attended: tuple[int, Tensor] | None = None  # the same for every layer of a step
+        self._masks: dict[tuple[int, int, int], Tensor] = {}  # likewise, of layers with one window
         # The longest length, known without asking the device.
         self.max_length = 0
 
@@ -134,9 +136,25 @@ class SequenceCache:
             self._attended = (seqlen, self.lengths + seqlen)
         return self._attended[1]
 
+    def causal_mask(self, seqlen: int, first: int, left: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of a step's queries, where all sequences have one length: (seqlen, keys from ``first`` on).
+
+        ``left``: keys before itself that a token sees, -1 = all.
+        """
+        key = (seqlen, first, left)
+        if key not in self._masks:
+            places = torch.arange(first, self.max_length + seqlen, device=self.lengths.device)
+            before = places[-seqlen:, None] - places
+            hidden = before < 0 if left < 0 else (before < 0) | (before > left)
+            self._masks[key] = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, -math.inf
+            )
+        return self._masks[key]
+
     def _set_lengths(self, lengths: Tensor) -> None:
         self.lengths = lengths
         self._attended = None
+        self._masks = {}
 
     def reset(self) -> None:
         """Forgets every token; the memory is kept."""

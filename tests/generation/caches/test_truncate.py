@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pytransformer import TransformerConfig
+from pytransformer.generation import DraftModel, PromptLookup, generate
 from pytransformer.generation.caches import KINDS, KVCache, PagedCache, make_cache
 from pytransformer.generation.caches.part import raw
 from tests.model.configs import CONFIGS, make_model, random_ids
@@ -109,6 +110,18 @@ def test_pages_that_a_window_passed_do_not_come_back(device):
     cache.truncate([0, 28])
     feed(model, cache, ids[:, :2])
     assert cache.lengths.tolist() == [2, 30]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_tokens_that_were_not_accepted_leave_a_paged_cache(name, small_pages, device):
+    """Small pages, poisoned when they are freed: whoever reads what was taken back finds NaN."""
+    model, small = make_model(CONFIGS[name], 0, device), make_model(CONFIGS[name], 1, device)
+    prompts = [random_ids(model.config, (length,), length, device) for length in (1, 9, 4, 17)]
+    plain = generate(model, prompts, 20, eos_token_id=())
+    for draft in (DraftModel(small, 5), DraftModel(model, 3), PromptLookup(1, 4)):
+        found = generate(model, prompts, 20, eos_token_id=(), cache="paged", draft=draft)
+        assert all(map(torch.equal, found.token_ids, plain.token_ids)) and sum(found.drafted) > 0
+    assert len(small_pages) == 3
 
 
 @pytest.mark.parametrize(
