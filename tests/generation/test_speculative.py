@@ -10,7 +10,7 @@ import torch
 
 from pytransformer import TransformerConfig
 from pytransformer.generation import DraftModel, PromptLookup, Sampler, generate, generate_stream, speculative
-from pytransformer.generation.drafts import NgramIndex
+from pytransformer.generation.drafts import ModelDrafter, NgramIndex
 from pytransformer.training.tokenizer import TextTokenizer
 from tests.generation.caches.support import GENERATING
 from tests.generation.test_sampling import chi_square, limited
@@ -287,6 +287,26 @@ def test_a_draft_with_a_shorter_context_stops_proposing(model, device):
     )
     assert same_tokens(found, plain)
     assert found.drafted[0] > 0 and found.drafted[3] == 0
+
+
+def test_a_draft_model_proposes_what_it_says_itself(model, monkeypatch):
+    """Also after some of its proposals were refused and left its cache."""
+    prompts, small = parts(model)
+    seen = []
+    propose = ModelDrafter.propose
+
+    def watched(drafter, counts):
+        found = propose(drafter, counts)
+        run = drafter._run
+        texts = [row.tolist() + new for row, new in zip(run.rows, run.new_tokens)]
+        seen.extend((text, tokens) for text, tokens in zip(texts, found.tokens) if tokens)
+        return found
+
+    monkeypatch.setattr(ModelDrafter, "propose", watched)
+    result = generate(model, prompts, 12, eos_token_id=(), draft=DraftModel(small, 3))
+    assert 0 < sum(result.accepted) < sum(result.drafted)
+    for text, tokens in seen[::3]:
+        assert generate(small, text, len(tokens), eos_token_id=()).token_ids[len(text) :].tolist() == tokens
 
 
 def test_both_models_get_their_mode_back(model, device):
