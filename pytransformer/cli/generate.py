@@ -63,6 +63,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--no-cache", action="store_true", help="compute the whole sequence again for each token, for comparison"
     )
+    drafts = parser.add_mutually_exclusive_group()
+    drafts.add_argument(
+        "--prompt-lookup",
+        type=int,
+        metavar="N",
+        help="propose up to N tokens at a time from where the text ended alike before, and check them in one pass",
+    )
+    drafts.add_argument(
+        "--draft", type=Path, metavar="FOLDER", help="let a smaller model with the same tokenizer propose tokens"
+    )
     parser.set_defaults(run=run)
 
 
@@ -141,6 +151,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             "--no-cache computes without a cache, so --cache and --prefix have no use: leave one of them out"
         )
+    if arguments.prompt_lookup is not None and arguments.prompt_lookup < 1:
+        raise ValueError(f"--prompt-lookup must be at least 1, but is {arguments.prompt_lookup}")
+    if arguments.no_cache and (arguments.prompt_lookup or arguments.draft):
+        raise ValueError("--no-cache is for plain decoding: leave --prompt-lookup and --draft out")
 
     import torch
 
@@ -166,9 +180,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.top is not None:
         print_most_probable(model, tokenizer, prompt, arguments.top)
     else:
+        draft = find_draft(model, tokenizer, arguments)
         tell_defaults(taken, model.generation_config)
         prefix = None if arguments.prefix is None else Prefix.load(arguments.prefix, model)
-        print_continuation(model, tokenizer, prompt, arguments, {**options, "prefix": prefix})
+        print_continuation(model, tokenizer, prompt, arguments, {**options, "prefix": prefix, "draft": draft})
     return 0
 
 
@@ -212,6 +227,24 @@ def sampling_options(
     if arguments.max_new_tokens is None and (stated := (model.generation_config or {}).get("max_new_tokens")):
         arguments.max_new_tokens = taken["max_new_tokens"] = int(stated)
     return {"temperature": TEMPERATURE if options.get("num_beams", 1) == 1 else 0.0, **options}, taken
+
+
+def find_draft(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Any:
+    """What ``--prompt-lookup`` or ``--draft`` says, or ``None``; ValueError if the draft's tokens are not the model's."""
+    from pytransformer.cli.model_folder import load_model
+    from pytransformer.generation import DraftModel, PromptLookup
+    from pytransformer.generation.drafts import check_draft
+
+    if arguments.prompt_lookup is not None:
+        return PromptLookup(num_tokens=arguments.prompt_lookup)
+    if arguments.draft is None:
+        return None
+    small, own = load_model(arguments.draft, arguments.device)
+    if own.vocab_size != tokenizer.vocab_size or any(
+        own.token(token) != tokenizer.token(token) for token in range(own.vocab_size)
+    ):
+        raise ValueError(f"--draft {arguments.draft} has another tokenizer than --model {arguments.model}")
+    return check_draft(DraftModel(small), model)
 
 
 def tell_defaults(taken: Mapping[str, Any], generation_config: Mapping[str, Any] | None) -> None:
@@ -270,7 +303,7 @@ def print_continuation(
 ) -> None:
     """Streams the prompt and what follows (of an encoder–decoder the target alone), then says on standard error why it ended.
 
-    ``options`` are the sampler's, and the prefix.
+    ``options`` are the sampler's, the prefix and the draft.
     """
     from pytransformer.generation import Step, generate
 
@@ -314,6 +347,9 @@ def print_continuation(
     }[result.stop_reasons[0]]
     count = result.new_tokens[0]
     chance = f"; seed {options['seed']}" if options["temperature"] else ""
+    kept = ""
+    if result.drafted is not None and result.accepted is not None:
+        kept = f"; {result.accepted[0]} of {result.drafted[0]} proposed tokens kept"
     if (prefix := options["prefix"]) is not None:
         reason += f"; {prefix.common(list(prompt))} of {prompt.shape[1]} tokens of the prompt from the prefix"
-    print(f"[{count} tokens, {count / seconds:,.1f} tokens/s; {reason}{chance}]", file=sys.stderr)
+    print(f"[{count} tokens, {count / seconds:,.1f} tokens/s{kept}; {reason}{chance}]", file=sys.stderr)

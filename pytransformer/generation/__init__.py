@@ -4,6 +4,7 @@ from .beams import BeamOptions
 from .caches import KVCache, NotEnoughMemory, PagedCache, PoolExhausted, Prefix, make_cache, predict_bytes
 from .chat import Chat, ContextFull, Turn
 from .defaults import checkpoint_options
+from .drafts import DraftModel, PromptLookup
 from .generate import generate, generate_stream
 from .kept import KeptCache
 from .prepare import prepare_for_decoding, release
@@ -14,6 +15,7 @@ __all__ = [
     "BeamOptions",
     "Chat",
     "ContextFull",
+    "DraftModel",
     "Generation",
     "KVCache",
     "KeptCache",
@@ -21,6 +23,7 @@ __all__ = [
     "PagedCache",
     "PoolExhausted",
     "Prefix",
+    "PromptLookup",
     "Sampler",
     "Step",
     "Turn",

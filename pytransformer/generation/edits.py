@@ -71,8 +71,8 @@ class Edits:
         self._ended = [False] * batch
         self._begun = False
 
-    def apply(self, logits: Tensor, step: int) -> Tensor:
-        """Logits (batch, vocab_size) as they are to be chosen from, in float32 (float64 stays); ``step`` is for messages."""
+    def apply(self, logits: Tensor, step: int | Sequence[int]) -> Tensor:
+        """Logits (batch, vocab_size) to be chosen from, in float32 (float64 stays); ``step``, one or per row, for messages."""
         # transformers computes in float32, whatever the model does.
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if not self._begun:
@@ -93,12 +93,14 @@ class Edits:
             scores = scores.masked_fill(~self._allowed(scores, step), -math.inf)
         return scores
 
-    def count(self, tokens: Tensor) -> None:
-        """Counts a step's tokens (batch) on the device."""
+    def count(self, tokens: Tensor, counted: Tensor | None = None) -> None:
+        """Counts a step's tokens (batch) on the device; ``counted`` (batch, boolean): of which sequences, ``None`` = of all."""
+        where = tokens[:, None]
         if self._seen is not None:
-            self._seen.scatter_(1, tokens[:, None], True)
+            self._seen.scatter_(1, where, True if counted is None else self._seen.gather(1, where) | counted[:, None])
         if self._counts is not None:
-            self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens, dtype=self._counts.dtype)[:, None])
+            ones = torch.ones_like(tokens) if counted is None else counted
+            self._counts.scatter_add_(1, where, ones[:, None].to(self._counts.dtype))
 
     def take(self, chosen: Sequence[int | None], ended: Sequence[bool] | None = None) -> None:
         """The same tokens on the host, where the constraint wants them; it is not asked about sequences that have ``ended``."""
@@ -147,13 +149,14 @@ class Edits:
         if self._constraint is not None:
             self._ids = [row.tolist() for row in self._prompts]
 
-    def _allowed(self, scores: Tensor, step: int) -> Tensor:
+    def _allowed(self, scores: Tensor, step: int | Sequence[int]) -> Tensor:
         """The constraint's tokens: boolean (batch, vocab_size)."""
         assert self._constraint is not None
         rows = []
-        for row, ids, is_over in zip(self._rows, self._ids, self._ended):
+        steps = [step] * len(self._rows) if isinstance(step, int) else step
+        for row, ids, is_over, own_step in zip(self._rows, self._ids, self._ended, steps):
             found = None if is_over else self._constraint(row, list(ids))
-            rows.append(_mask(found, scores.shape[1], f"row {row} in step {step}"))
+            rows.append(_mask(found, scores.shape[1], f"row {row} in step {own_step}"))
         if any(row.device != scores.device for row in rows):
             # Those of the host go over together.
             if all(row.device.type == "cpu" for row in rows):

@@ -19,12 +19,14 @@ from pytransformer.model.transformer import EncoderDecoder, Transformer
 from .beams import BeamOptions, BeamRun
 from .caches import Prefix
 from .caches.sizes import split_kind
+from .drafts import DraftModel, PromptLookup, check_draft
 from .edits import Constraint
 from .kept import KeptCache
 from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
 from .results import Generation, Step
 from .run import Run, Source
 from .sampling import Sampler
+from .speculative import SpeculativeRun
 from .stopping import NewText, stop_conditions
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def generate(
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
     decoder_start_token_id: int | Sequence[int] | None = None,
+    draft: DraftModel | PromptLookup | Transformer | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> Generation:
     """Continues each prompt until an end token, ``max_new_tokens``, or the model's context limit.
@@ -91,6 +94,9 @@ def generate(
         pack_weights: on a CPU, decode from packed copies of the linear layers' weights (see :func:`prepare_for_decoding`), which are kept
             for later calls; ``False`` frees them; ``None`` = if they are there already, or so many tokens are asked for that it pays.
         decoder_start_token_id: of an encoder–decoder: the token that each target starts with, or several; ``None`` = the configuration's.
+        draft: speculative decoding, see docs/speculative.md: who proposes tokens, several of which the model then checks in one pass. The
+            distribution of what is generated is the same; greedy, and with :class:`PromptLookup`, the tokens are, up to rounding. A
+            Transformer is a :class:`DraftModel` with its defaults.
         callback: called after each step; what it raises ends the generation.
 
     Raises:
@@ -133,9 +139,10 @@ def generate(
         prefix=prefix,
         pack_weights=pack_weights,
         decoder_start_token_id=decoder_start_token_id,
+        draft=draft,
         **sampling,
     )
-    with _evaluation(list(model.modules())):
+    with _evaluation(run.modules()):
         for step in run.steps():
             if callback is not None:
                 callback(step)
@@ -165,11 +172,11 @@ def generate_stream(
             f"generate_stream gives tokens as they are chosen, a beam search (num_beams={run.options.num_beams}) chooses at the end: "
             "use generate"
         )
-    return _stream(model, run)
+    return _stream(run)
 
 
-def _stream(model: Transformer, run: Run) -> Generator[Step, None, Generation]:
-    steps, modules = run.steps(), list(model.modules())
+def _stream(run: Run) -> Generator[Step, None, Generation]:
+    steps, modules = run.steps(), run.modules()
     try:
         while True:
             with torch.no_grad(), _evaluation(modules):
@@ -213,6 +220,7 @@ def _start(
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
     decoder_start_token_id: Any = None,
+    draft: Any = None,
     **sampling: Any,
 ) -> Run:
     """Checks everything; nothing is computed yet."""
@@ -248,11 +256,19 @@ def _start(
     padding = model.config.pad_token_id if pad_token_id is None else int(pad_token_id)
     stop_tokens, stop_strings = stop_conditions(stop, tokenizer, model.config)
     sampler = Sampler(len(rows), prompts=rows, **sampling)
-    run = (
-        Run(model, rows, source, max_new_tokens, sampler)
-        if beams.num_beams == 1
-        else BeamRun(model, rows, source, max_new_tokens, sampler, beams)
-    )
+    run: Run
+    if beams.num_beams > 1:
+        if draft is not None:
+            raise ValueError(
+                f"draft is for plain decoding, a beam search (num_beams={beams.num_beams}) has its own candidates"
+            )
+        run = BeamRun(model, rows, source, max_new_tokens, sampler, beams)
+    elif draft is None:
+        run = Run(model, rows, source, max_new_tokens, sampler)
+    elif not use_cache:
+        raise ValueError("draft is for use_cache=True: without a cache every pass is over the whole sequence anyway")
+    else:
+        run = SpeculativeRun(model, rows, source, max_new_tokens, sampler, check_draft(draft, model))
     run.form = form
     run.padding = padding if padding is not None else (eos_token_ids or (0,))[0]
     run.use_cache, run.pack_weights = use_cache, pack_weights

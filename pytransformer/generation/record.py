@@ -57,22 +57,30 @@ class Record:
                     values[index] = None
                 continue
             assert token is not None
-            new = self.new_tokens[index]
-            new.append(token)
-            limit, limit_reason = self.limits[index]
-            reason = self.ends.get(token) or (limit_reason if len(new) == limit else None)
-            if values is not None and self.log_probabilities is not None:
-                self.log_probabilities[index].append(values[index])  # type: ignore[arg-type]
-            if texts is not None and self.texts is not None:
-                text = self.texts[index]
-                texts[index] = text.push(token)
-                if text.is_stopped:
-                    reason = "stop"
-                elif reason is not None:
-                    texts[index] += text.finish()
-            self.stop_reasons[index] = reason
+            text = self.take(index, token, None if values is None else values[index])
+            if texts is not None:
+                texts[index] = text
         index = max(len(new) for new in self.new_tokens) - 1
         return Step(index, chosen, logits, list(self.stop_reasons), values, texts)
+
+    def take(self, index: int, token: int, value: float | None) -> str:
+        """Takes in a token of one sequence, and its log-probability; finds whether the sequence ends with it. The text known since."""
+        new = self.new_tokens[index]
+        new.append(token)
+        limit, limit_reason = self.limits[index]
+        reason = self.ends.get(token) or (limit_reason if len(new) == limit else None)
+        if value is not None and self.log_probabilities is not None:
+            self.log_probabilities[index].append(value)
+        known = ""
+        if self.texts is not None:
+            text = self.texts[index]
+            known = text.push(token)
+            if text.is_stopped:
+                reason = "stop"
+            elif reason is not None:
+                known += text.finish()
+        self.stop_reasons[index] = reason
+        return known
 
     def result(self) -> Generation:
         """All of it, in the form of the prompts."""

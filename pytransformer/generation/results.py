@@ -49,6 +49,7 @@ class Generation:
         texts: per sequence the new text, without special tokens and cut before a stop string, if there was a tokenizer.
         scores: of a beam search, per sequence: the sum of its new tokens' log-probabilities, as bias, penalties and constraint left them,
             divided by their number ** length_penalty; ``None`` otherwise.
+        drafted, accepted: of speculative decoding, per sequence how many tokens were proposed, and how many of those stayed.
     """
 
     token_ids: Tensor | list[Tensor]
@@ -58,3 +59,5 @@ class Generation:
     log_probabilities: list[list[float]] | None = None
     texts: list[str] | None = None
     scores: list[float] | None = None
+    drafted: list[int] | None = None
+    accepted: list[int] | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytransformer.model.transformer import EncoderDecoder, Transformer
+from pytransformer.nn.linear import MAX_PACKED_ROWS
 from pytransformer.nn.position import RotaryEmbedding
 
 from .bound import bind
@@ -69,6 +70,7 @@ class Run(Record):
         self.cache_kind = "contiguous"
         self.kept: KeptCache | None = None  # in the place of a cache of its own
         self.prefix: Prefix | None = None
+        self.longest_step = 1  # tokens of one sequence, after the prompt
 
     def steps(self) -> Generator[Step, None, None]:
         """All of it, one step at a time; for a model in evaluation mode, without gradients."""
@@ -77,7 +79,7 @@ class Run(Record):
         if self.finished:
             return
         if self.use_cache:
-            prepare(self.model, self.width, self.max_new_tokens, self.pack_weights)
+            prepare(self.model, self._packed_rows(), self.max_new_tokens, self.pack_weights)
         try:
             yield from self.with_cache() if self.use_cache else self.without_cache()
         except GeneratorExit:  # between two steps
@@ -87,17 +89,17 @@ class Run(Record):
                 self.kept.forget()  # what an unfinished step left in it
             raise
 
+    def _packed_rows(self) -> int:
+        """Rows of the products of a step, for which weights are packed: those up to ``MAX_PACKED_ROWS`` cost next to the same."""
+        return max(self.width, min(self.width * self.longest_step, MAX_PACKED_ROWS))
+
+    def modules(self) -> list[nn.Module]:
+        """All that has to be in evaluation mode."""
+        return list(self.model.modules())
+
     def with_cache(self) -> Generator[Step, None, None]:
         model = self.model
-        capacity = max(length + limit for length, (limit, _) in zip(self.prompt_lengths, self.limits))
-        # The last token that is chosen is not fed again; a prompt alone must fit nevertheless.
-        capacity = max(capacity - 1, *self.prompt_lengths)
-        cache = self._make_cache(capacity) if self.kept is None else self.kept.open(self, capacity, self._rotaries())
-        options = {} if self.source is None else self.source.options(cache)
-        known = cache.max_length
-        if known == 0 and self.prefix is not None:
-            known = self.prefix.fill(cache, model, self.rows)
-        logits = self._prefill(cache, options, known)
+        cache, options, logits = self._begin()
         jumps = self._jumps_of_rope()
         dropped = [False] * self.width
         decoder, head = bind(model)
@@ -113,7 +115,7 @@ class Run(Record):
             if ended != dropped:
                 cache.drop(torch.tensor(ended, device=self.device), self._longest() - 1)  # the newest is not in yet
                 dropped = ended
-            if any(self._crosses(length) for length in jumps):
+            if any(self._crossing(length) for length in jumps):
                 # Other frequencies from here on, for the tokens before too.
                 cache.reset()
                 logits = self._prefill(cache, options)
@@ -123,6 +125,20 @@ class Run(Record):
             cache.advance(1, self._longest())
             logits = head(hidden[:, 0])
 
+    def _begin(self) -> tuple[SequenceCache, dict[str, Any], Tensor]:
+        """A cache with the prompts in it, the decoder's options for a source, and the logits (batch, vocab_size) behind the prompts."""
+        capacity = max(length + limit for length, (limit, _) in zip(self.prompt_lengths, self.limits))
+        # The last token that is chosen is not fed again; a prompt alone must fit nevertheless.
+        capacity = max(capacity - 1, *self.prompt_lengths)
+        cache = (
+            self._make_cache(capacity) if self.kept is None else self.kept.open(self, capacity, rotaries(self.model))
+        )
+        options = {} if self.source is None else self.source.options(cache)
+        known = cache.max_length
+        if known == 0 and self.prefix is not None:
+            known = self.prefix.fill(cache, self.model, self.rows)
+        return cache, options, self._prefill(cache, options, known)
+
     def _make_cache(self, capacity: int) -> SequenceCache:
         weight = self.model.model.embed_tokens.weight
         # Beams share their source's keys and values.
@@ -130,7 +146,9 @@ class Run(Record):
         options = {"memory_seqlen": source}
         if self.cache_kind.startswith("paged"):
             # The longest step is the prefill; where RoPE changes there is another one, of any length.
-            options["longest_step"] = capacity if self._jumps_of_rope() else max(self.prompt_lengths)
+            options["longest_step"] = (
+                capacity if self._jumps_of_rope() else max(self.longest_step, *self.prompt_lengths)
+            )
         return make_cache(
             self.cache_kind, self.model.config, self.width, capacity, self.device, weight.dtype, **options
         )
@@ -138,25 +156,23 @@ class Run(Record):
     def _arrange(self, cache: SequenceCache) -> None:
         """Before the tokens that were chosen are fed: puts the cache's sequences where theirs are."""
 
-    def _prefill(self, cache: SequenceCache, options: dict[str, Any], known: int = 0) -> Tensor:
+    def _prefill(
+        self, cache: SequenceCache, options: dict[str, Any], known: int = 0, without_newest: Collection[int] = ()
+    ) -> Tensor:
         """Logits after everything that there is so far, which fills the cache; rows of ended sequences mean nothing.
 
-        ``known``: tokens of each sequence that the cache has already.
+        Args:
+            known: tokens of each sequence that the cache has already.
+            without_newest: sequences whose newest token stays out.
         """
         rows = [row.tolist() + new for row, new in zip(self.rows, self.new_tokens)]
+        rows = [row[:-1] if index in without_newest else row for index, row in enumerate(rows)]
         rows = [row[known:] if reason is None else row[:1] for row, reason in zip(rows, self.stop_reasons)]
-        ids, lengths = self._padded(rows)
-        real = None
-        if any(rotary.depends_on_length for rotary in self._rotaries()):
-            real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+        ids, lengths, real = padded(self.model, rows)
         cache.expect([len(row) for row in rows])
         hidden = self.model.model(ids, real, cache=cache, **options)
         cache.advance(lengths, known + max(map(len, rows)))
         return self._last_logits(hidden, lengths)
-
-    def _rotaries(self) -> list[RotaryEmbedding]:
-        rotaries = (self.model.model.rotary, self.model.model.local_rotary)
-        return [rotary for rotary in rotaries if rotary is not None]
 
     def _jumps_of_rope(self) -> set[int]:
         """Lengths behind which RoPE has quite other frequencies.
@@ -164,17 +180,20 @@ class Run(Record):
         "dynamic" has slightly other ones with every token; keys in the cache keep those that they were rotated by, as in transformers.
         """
         return {
-            rotary.original_length for rotary in self._rotaries() if rotary.depends_on_length and not rotary.is_dynamic
+            rotary.original_length
+            for rotary in rotaries(self.model)
+            if rotary.depends_on_length and not rotary.is_dynamic
         }
 
-    def _crosses(self, length: int) -> bool:
-        """Whether some sequence that goes on has its newest token, not fed yet, as the first one behind ``length``."""
+    def _crossing(self, length: int) -> list[int]:
+        """Sequences that go on and have their newest token, not fed yet, as the first one behind ``length``."""
         totals = (len(row) + len(new) for row, new in zip(self.rows, self.new_tokens))
-        return any(total == length + 1 for total, reason in zip(totals, self.stop_reasons) if reason is None)
+        reasons = enumerate(zip(totals, self.stop_reasons))
+        return [index for index, (total, reason) in reasons if reason is None and total == length + 1]
 
     def without_cache(self) -> Generator[Step, None, None]:
         while not self.finished:
-            ids, lengths = self._padded([row.tolist() + new for row, new in zip(self.rows, self.new_tokens)])
+            ids, lengths, _ = padded(self.model, [row.tolist() + new for row, new in zip(self.rows, self.new_tokens)])
             options: dict[str, Any] = {} if self.source is None else self.source.options(None)
             real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
             hidden = self.model.model(ids, real, **options)
@@ -207,8 +226,21 @@ class Run(Record):
         sampler.edits.take(step.tokens, [reason is not None for reason in self.stop_reasons])
         return tokens, step
 
-    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids (batch, longest), padded on the right with token 0, which nothing sees, and lengths (batch)."""
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        return ids, torch.tensor([len(row) for row in rows], device=self.device)
+
+def padded(model: Transformer, rows: list[list[int]]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids (batch, longest), padded on the right with token 0, which nothing sees; lengths (batch); and which tokens are real.
+
+    The last (batch, longest) is the decoder's mask, and ``None`` where it need not know: RoPE's frequencies may depend on the real length.
+    """
+    device = model.model.embed_tokens.weight.device
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    if not any(rotary.depends_on_length for rotary in rotaries(model)):
+        return ids, lengths, None
+    return ids, lengths, torch.arange(longest, device=device) < lengths[:, None]
+
+
+def rotaries(model: Transformer) -> list[RotaryEmbedding]:
+    """The model's tables of RoPE."""
+    return [rotary for rotary in (model.model.rotary, model.model.local_rotary) if rotary is not None]

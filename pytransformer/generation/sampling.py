@@ -21,7 +21,7 @@ from .prompts import is_int
 _BLOCK = 64
 # Probabilities are summed as integers of this unit. Such sums are exact in any order: they neither shrink nor grow along a large
 # vocabulary, are the same on every device, and where a token of weight 0 stands they do not move, so that it can never be drawn.
-_UNIT = 2.0**61
+UNIT = 2.0**61
 # A probability is off by some units in the last place of a float64, and so is a sum that "reaches" a limit exactly.
 _REACHED = 1.0 - 2.0**-50
 NO_NUMBER, NOTHING_ALLOWED, INFINITE = 1, 2, 3
@@ -112,9 +112,7 @@ class Sampler:
             prompts=prompts,
         )
         seeds = _seeds(seed, batch) if self.temperature > 0.0 or seed is not None else []
-        self._generators = [torch.Generator().manual_seed(s) for s in seeds] if self.temperature > 0.0 else []
-        self._uniforms: Tensor | None = None
-        self._used = 0
+        self.uniforms = Uniforms(seeds) if self.temperature > 0.0 else None
         self._step = 0
 
     def choose(self, logits: Tensor) -> Tensor:
@@ -142,12 +140,12 @@ class Sampler:
         told the tokens before the next step.
         """
         self._step += 1
+        uniforms = None if self.uniforms is None else self.uniforms.all_at(self._step - 1, logits.device)
         if not self.edits.active:
-            return self._draw(logits)
-        tokens, faults = self._draw(self.edits.apply(logits, self._step - 1))
+            return self.draw_by(logits, uniforms)
+        tokens, faults = self.draw_by(self.edits.apply(logits, self._step - 1), uniforms)
         self.edits.count(tokens)
-        # A broken model is one also where the constraint hides it.
-        return tokens, torch.where(logits.amax(dim=-1).isnan(), NO_NUMBER, faults)
+        return tokens, self.with_hidden_faults(faults, logits)
 
     def log_scores(self, logits: Tensor) -> Tensor:
         """What a beam search adds up: logarithms of the probabilities (batch, vocab_size), changed by bias, penalties and constraint.
@@ -159,23 +157,41 @@ class Sampler:
         scores = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
         return self.edits.apply(scores, self._step - 1) if self.edits.active else scores
 
-    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def draw_by(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens and faults (n), of logits (n, vocab_size) as they are after penalties, with a number for each row (n) to draw by.
+
+        ``uniforms`` may be ``None`` at temperature 0.
+        """
         best, greedy = logits.max(dim=-1)
-        faults = NO_NUMBER * best.isnan() + NOTHING_ALLOWED * (best == -math.inf)
-        if self.temperature == 0.0:
+        faults = _faults(best)
+        if uniforms is None:
             return greedy, faults
         scores, tokens = self._candidates(logits)
-        # By inverting the distribution function: one number per sequence decides, whatever the size of the batch.
-        cumulative = _weights(scores).cumsum(dim=-1)
-        total = cumulative[:, -1:]
-        # A uniform number is below 1, but its product with the total may round up to it.
-        threshold = (self._next_uniforms(logits.device)[:, None] * total.double()).long().minimum(total - 1)
-        # The first token whose sum is above the threshold: there is one, and its own weight is not 0.
-        index = torch.searchsorted(cumulative, threshold, right=True)
+        index = pick(_weights(scores), uniforms)[:, None]
         return (index if tokens is None else tokens.gather(-1, index))[:, 0], faults
 
-    def refuse(self, faults: Sequence[int]) -> None:
-        """ValueError if one of the latest step's faults is not 0."""
+    def weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`draw_by` draws by at a temperature above 0, in order of id, as weights for :func:`pick`; and faults.
+
+        Args:
+            logits: (n, vocab_size) as they are after penalties.
+
+        Returns:
+            int64 (n, vocab_size), which sum up to about 2^61, and (n).
+        """
+        scores, tokens = self._candidates(logits)
+        found = _weights(scores)
+        if tokens is not None:
+            found = torch.zeros(logits.shape, dtype=found.dtype, device=found.device).scatter_(-1, tokens, found)
+        return found, _faults(logits.amax(dim=-1))
+
+    @staticmethod
+    def with_hidden_faults(faults: Tensor, logits: Tensor) -> Tensor:
+        """Faults with those that a constraint hides: a broken model is one there too. ``logits``: as the model gave them."""
+        return torch.where(logits.amax(dim=-1).isnan(), NO_NUMBER, faults)
+
+    def refuse(self, faults: Sequence[int], step: int | None = None) -> None:
+        """ValueError if one of a step's faults is not 0; ``None`` = the latest step's."""
         for fault, what in (
             (NO_NUMBER, "hold NaN"),
             (NOTHING_ALLOWED, "are all -inf, so that no token is allowed"),
@@ -184,9 +200,8 @@ class Sampler:
             rows = [str(row) for row, found in enumerate(faults) if found == fault]
             if rows:
                 where = f"row{'s' if len(rows) > 1 else ''} {', '.join(rows)} of the batch"
-                raise ValueError(
-                    f"no token can be chosen in step {self._step - 1} for {where}: the logits there {what}"
-                )
+                step = self._step - 1 if step is None else step
+                raise ValueError(f"no token can be chosen in step {step} for {where}: the logits there {what}")
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores of the tokens that stay, dropped ones −inf, in float64, and their ids (``None`` = in order of id)."""
@@ -228,13 +243,49 @@ class Sampler:
         """Whether to pick out the tokens that stay: cheaper from there on, but their number must be known, for which a GPU would wait."""
         return logits.device.type == "cpu"
 
-    def _next_uniforms(self, device: torch.device) -> Tensor:
-        if self._uniforms is None or self._used == _BLOCK:
+
+class Uniforms:
+    """Uniform numbers from 0 to below 1, float64, in a stream for each sequence: its n-th new token has the n-th of them.
+
+    Args:
+        seeds: one for each sequence.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = list(seeds)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._numbers: Tensor | None = None  # (batch, drawn so far)
+
+    def all_at(self, index: int, device: torch.device) -> Tensor:
+        """Every sequence's number ``index``: (batch)."""
+        return self._until(index, device)[:, index]
+
+    def at(self, rows: Tensor, indices: Tensor, most: int) -> Tensor:
+        """Numbers ``indices`` (n), none above ``most``, of the sequences ``rows`` (n): (n)."""
+        return self._until(most, rows.device)[rows, indices]
+
+    def derived(self, purpose: int) -> Uniforms:
+        """Other streams, of seeds that follow from these: for each ``purpose`` others."""
+        # An odd factor keeps different seeds different.
+        return Uniforms([(seed * 0x9E3779B97F4A7C15 + purpose * 0x3C6EF372FE94F82B) % 2**63 for seed in self.seeds])
+
+    def _until(self, index: int, device: torch.device) -> Tensor:
+        while self._numbers is None or self._numbers.shape[1] <= index:
             block = [torch.rand(_BLOCK, generator=g, dtype=torch.float64) for g in self._generators]
-            self._uniforms = torch.stack(block).to(device, non_blocking=True)
-            self._used = 0
-        self._used += 1
-        return self._uniforms[:, self._used - 1]
+            new = torch.stack(block).to(device, non_blocking=True)
+            self._numbers = new if self._numbers is None else torch.cat([self._numbers, new], dim=1)
+        return self._numbers
+
+
+def pick(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Indices (n) drawn by int64 weights (n, any), each with a sum from 1 to 2^62, with a number from 0 to below 1 for each row (n)."""
+    # By inverting the distribution function: one number per sequence decides, whatever the size of the batch.
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # A uniform number is below 1, but its product with the total may round up to it.
+    threshold = (uniforms[:, None] * total.double()).long().minimum(total - 1)
+    # The first token whose sum is above the threshold: there is one, and its own weight is not 0.
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -252,6 +303,11 @@ def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
     return chosen.masked_fill(best == -math.inf, math.nan)[:, 0]
 
 
+def _faults(best: Tensor) -> Tensor:
+    """What is wrong with rows of these largest logits (n); 0 = nothing."""
+    return NO_NUMBER * best.isnan() + NOTHING_ALLOWED * (best == -math.inf)
+
+
 @functools.cache
 def _least_score(min_p: float) -> float:
     """The logarithm of the smallest probability, in units of the largest, that is ``min_p`` when both are rounded to float32.
@@ -265,8 +321,8 @@ def _least_score(min_p: float) -> float:
 
 
 def _weights(scores: Tensor) -> Tensor:
-    """Probabilities of float64 scores, in units of 1 / _UNIT."""
-    return torch.softmax(scores, dim=-1).mul_(_UNIT).long()
+    """Probabilities of float64 scores, in units of 1 / UNIT."""
+    return torch.softmax(scores, dim=-1).mul_(UNIT).long()
 
 
 def _seeds(seed: Any, batch: int) -> list[int]:

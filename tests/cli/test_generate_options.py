@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -162,3 +163,26 @@ def test_what_is_given_wins_over_what_contradicts_it():
         {"num_beams": 2, "repetition_penalty": 1.1},
         {"repetition_penalty": 1.1},
     )
+
+
+@pytest.mark.parametrize("options", [["--prompt-lookup", "3"], ["--draft"]], ids=["lookup", "draft"])
+def test_drafts_change_the_speed_and_not_the_text(generate, folder, options):
+    options = [*options, str(folder)] if options == ["--draft"] else options
+    out, err = generate("--temperature", "0", *options)
+    assert out == f"x{TEXT}\n" and re.search(r"; \d+ of \d+ proposed tokens kept; stopped at", err)
+
+
+def test_drafts_that_cannot_serve_are_refused(generate, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    _constant_model(other, TextTokenizer.train(["hello hello"] * 9, 260), [1])
+    for options, message in (
+        (["--prompt-lookup", "0"], "--prompt-lookup must be at least 1, but is 0"),
+        (
+            ["--prompt-lookup", "3", "--no-cache"],
+            "--no-cache is for plain decoding: leave --prompt-lookup and --draft out",
+        ),
+        (["--draft", str(other)], "has another tokenizer than --model"),
+        (["--draft", str(tmp_path / "none")], "no model folder"),
+    ):
+        assert message in generate(*options)

@@ -188,7 +188,7 @@ def test_the_last_token_comes_only_if_it_may(device):
         for options in ({}, {"top_p": 1 - 1e-9}, {"top_k": last + 1}):
             sampler = Sampler(1, temperature=1.0, seed=0, **options)
             for uniform, token in ((1 - 2.0**-53, last), (0.0, 0)):
-                sampler._uniforms, sampler._used = torch.full((1, 64), uniform, dtype=torch.float64, device=device), 0
+                sampler.uniforms._numbers = torch.full((1, 64), uniform, dtype=torch.float64, device=device)
                 assert sampler.choose(logits).tolist() == [token]
 
 

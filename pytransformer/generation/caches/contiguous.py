@@ -101,18 +101,6 @@ class KVCache(SequenceCache):
             self.batch = len(order)
             self._layers = self._first_rows(self.batch)
 
-    def truncate(self, lengths: Tensor) -> None:
-        """See :class:`SequenceCache`; what lies behind is overwritten by what comes."""
-        if lengths.shape != (self.batch,) or lengths.is_floating_point():
-            raise ValueError(
-                f"lengths must be integers of shape ({self.batch},), got {lengths.dtype} of shape {tuple(lengths.shape)}"
-            )
-        wanted, held = lengths.tolist(), self.lengths.tolist()
-        if any(not 0 <= new <= old for new, old in zip(wanted, held)):
-            raise ValueError(f"lengths must be from 0 to what the sequences have, {held}, got {wanted}")
-        self._set_lengths(lengths.to(self.lengths))
-        self.max_length = max(wanted)
-
     def write_prefix(self, part: CachePart, length: int) -> None:
         """See :class:`SequenceCache`."""
         for own, new in zip(self.part.tensors(), part.tensors()):
@@ -211,6 +199,8 @@ class ContiguousLayer:
         if cache.is_direct and seqlen == 1 and plain:
             end = cache.max_length + 1
             return self._attend_to(q, slice(0 if window[0] < 0 else max(end - 1 - window[0], 0), end), softmax_scale)
+        if cache.is_direct and cache.max_length and plain:
+            return self._attend_causally(q, window[0], softmax_scale)
         table = self._table()
         if cache.max_length == 0 and not self.scales and not table:
             # Prefill: the new tokens are all there is, so this is ordinary causal attention. Padding on the right is seen by padding only.
@@ -251,6 +241,22 @@ class ContiguousLayer:
         k, v = self.k_cache[:, keys].transpose(1, 2), self.v_cache[:, keys].transpose(1, 2)
         grouped = q.reshape(batch, k.shape[1], num_heads // k.shape[1], head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, scale=softmax_scale).view(q.shape)
+
+    def _attend_causally(self, q: Tensor, left: int, softmax_scale: float | None) -> Tensor:
+        """Several queries per sequence, each of which sees the keys up to its own; ``left`` of them before it (-1 = all)."""
+        batch, seqlen, num_heads, head_dim = q.shape
+        end = self._cache.max_length + seqlen
+        first = 0 if left < 0 else max(end - seqlen - left, 0)
+        k, v = self.k_cache[:, first:end].transpose(1, 2), self.v_cache[:, first:end].transpose(1, 2)
+        group = num_heads // k.shape[1]
+        mask = self._cache.causal_mask(seqlen, first, left, q.dtype)
+        if group == 1:
+            return F.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, attn_mask=mask, scale=softmax_scale
+            ).transpose(1, 2)
+        grouped = q.transpose(1, 2).reshape(batch, k.shape[1], group * seqlen, head_dim)
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(group, 1), scale=softmax_scale)
+        return out.reshape(batch, num_heads, seqlen, head_dim).transpose(1, 2)
 
 
 def _quantising_backend(k: Tensor) -> str | None:

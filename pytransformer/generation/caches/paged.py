@@ -152,6 +152,19 @@ class PagedCache(SequenceCache):
                     group.clear(row)
         self._trim()
 
+    def _truncate(self, lengths: list[int]) -> None:
+        for group in self.groups:
+            for row, length in enumerate(lengths):
+                if not self._ended[row]:
+                    group.check_kept(row, length)
+        super()._truncate(lengths)
+        self._host_lengths = list(lengths)
+        for group in self.groups:
+            for row, length in enumerate(lengths):
+                if length == 0 and not self._ended[row]:
+                    group.clear(row)
+        self._trim()
+
     def reset(self) -> None:
         """Forgets every token and frees every page."""
         super().reset()
@@ -277,6 +290,15 @@ class PageGroup:
             pages[gone] = [SCRATCH] * (passed - self._passed[row])
             self._passed[row] = passed
             self._changed.add(row)
+
+    def check_kept(self, row: int, length: int) -> None:
+        """ValueError if the token behind the first ``length`` would see keys whose pages are freed."""
+        first_kept = self._passed[row] * self.pool.page_size
+        if length > 0 and max(length - self.left, 0) < first_kept:
+            raise ValueError(
+                f"lengths has {length} for sequence {row}: layers with a window of {self.left + 1} tokens would see tokens from "
+                f"{max(length - self.left, 0)} on again, and have freed those before {first_kept}; keep more, or use a contiguous cache"
+            )
 
     def clear(self, row: int) -> None:
         """Frees a sequence's pages."""

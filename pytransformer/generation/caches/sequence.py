@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +50,7 @@ class SequenceCache:
         # Whether a step may write and read by plain slices: see KVCache.choose_path.
         self.is_direct = False
         self._attended: tuple[int, Tensor] | None = None  # the same for every layer of a step
+        self._masks: dict[tuple[int, int, int], Tensor] = {}  # likewise, of layers with one window
         # The longest length, known without asking the device.
         self.max_length = 0
 
@@ -127,13 +129,20 @@ class SequenceCache:
         self._set_lengths(self.lengths.masked_fill(ended, 0))
         self.max_length = int(self.lengths.max()) if longest is None else longest
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Forgets what sequences have beyond ``lengths``: integers (batch), at most the length of each.
+    def truncate(self, lengths: Tensor | Sequence[int]) -> None:
+        """Takes back the newest tokens, so that each sequence has as many as ``lengths`` (batch) says; between two steps.
+
+        What was taken back is seen by nobody, and is overwritten by the tokens that follow.
 
         Raises:
-            ValueError: wrong shape, dtype or values; nothing has changed then.
+            TypeError, ValueError: not one integer for each sequence, from 0 to the tokens that it has. Of a paged cache also: tokens that a
+                window passed would be seen again, and their pages are gone. Nothing has changed then.
         """
-        raise NotImplementedError
+        self._truncate(_checked_lengths(lengths, self.lengths.tolist()))
+
+    def _truncate(self, lengths: list[int]) -> None:
+        self._set_lengths(torch.tensor(lengths, dtype=torch.int32, device=self.lengths.device))
+        self.max_length = max(lengths)
 
     def attended(self, seqlen: int) -> Tensor:
         """Lengths with ``seqlen`` tokens of this step appended: int32 (batch)."""
@@ -141,14 +150,44 @@ class SequenceCache:
             self._attended = (seqlen, self.lengths + seqlen)
         return self._attended[1]
 
+    def causal_mask(self, seqlen: int, first: int, left: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of a step's queries, where all sequences have one length: (seqlen, keys from ``first`` on).
+
+        ``left``: keys before itself that a token sees, -1 = all.
+        """
+        key = (seqlen, first, left)
+        if key not in self._masks:
+            places = torch.arange(first, self.max_length + seqlen, device=self.lengths.device)
+            before = places[-seqlen:, None] - places
+            hidden = before < 0 if left < 0 else (before < 0) | (before > left)
+            self._masks[key] = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, -math.inf
+            )
+        return self._masks[key]
+
     def _set_lengths(self, lengths: Tensor) -> None:
         self.lengths = lengths
         self._attended = None
+        self._masks = {}
 
     def reset(self) -> None:
         """Forgets every token; the memory is kept."""
         self._set_lengths(torch.zeros_like(self.lengths))
         self.max_length = 0
+
+
+def _checked_lengths(lengths: Tensor | Sequence[int], before: list[int]) -> list[int]:
+    given = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if not isinstance(given, list) or not all(isinstance(length, int) for length in given):
+        raise TypeError(f"lengths must be integers of shape ({len(before)},), got {given}")
+    if len(given) != len(before):
+        raise ValueError(f"lengths must be one for each of the {len(before)} sequences, got {len(given)}")
+    for row, (length, limit) in enumerate(zip(given, before)):
+        if not 0 <= length <= limit:
+            raise ValueError(
+                f"lengths must be from 0 to the tokens of each sequence, got {length} for sequence {row}, which has {limit}"
+            )
+    return given
 
 
 def check_rows(name: str, rows: Tensor, batch: int, most: int) -> None:
