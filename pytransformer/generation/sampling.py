@@ -142,24 +142,45 @@ class Sampler:
         told the tokens before the next step.
         """
         self._step += 1
+        uniforms = self._next_uniforms(logits.device) if self.temperature > 0.0 else None
         if not self.edits.active:
-            return self._draw(logits)
-        tokens, faults = self._draw(self.edits.apply(logits, self._step - 1))
+            return self._draw(logits, uniforms)
+        tokens, faults = self._draw(self.edits.apply(logits, self._step - 1), uniforms)
         self.edits.count(tokens)
         # A broken model is one also where the constraint hides it.
         return tokens, torch.where(logits.amax(dim=-1).isnan(), _NO_NUMBER, faults)
 
-    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def limits(self) -> tuple[float, int | None, float, float]:
+        """What decides how it draws, beside the random numbers and the edits."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+    @staticmethod
+    def draw_together(samplers: Sequence[Sampler], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`draw` of each of these samplers gives for its row of logits, computed at once.
+
+        Each is for one sequence, has the same ``limits`` as the others, and no active edits.
+        """
+        for sampler in samplers:
+            sampler._step += 1
+        first, uniforms = samplers[0], None
+        if first.temperature > 0.0:
+            host = torch.cat([sampler._next_uniforms(torch.device("cpu")) for sampler in samplers])
+            uniforms = (host.pin_memory() if logits.is_cuda else host).to(logits.device, non_blocking=True)
+        return first._draw(logits, uniforms)
+
+    def _draw(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``uniforms``: float64 (batch), from 0 to below 1; ``None`` = greedy."""
         best, greedy = logits.max(dim=-1)
         faults = _NO_NUMBER * best.isnan() + _NOTHING_ALLOWED * (best == -math.inf)
-        if self.temperature == 0.0:
+        if uniforms is None:
             return greedy, faults
         scores, tokens = self._candidates(logits)
         # By inverting the distribution function: one number per sequence decides, whatever the size of the batch.
         cumulative = _weights(scores).cumsum(dim=-1)
         total = cumulative[:, -1:]
         # A uniform number is below 1, but its product with the total may round up to it.
-        threshold = (self._next_uniforms(logits.device)[:, None] * total.double()).long().minimum(total - 1)
+        threshold = (uniforms[:, None] * total.double()).long().minimum(total - 1)
         # The first token whose sum is above the threshold: there is one, and its own weight is not 0.
         index = torch.searchsorted(cumulative, threshold, right=True)
         return (index if tokens is None else tokens.gather(-1, index))[:, 0], faults
