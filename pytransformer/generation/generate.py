@@ -101,7 +101,7 @@ def generate(
         "constraint": constraint,
         "seed": seed,
     }
-    run = _start(
+    run = start(
         model,
         prompts,
         max_new_tokens,
@@ -117,7 +117,7 @@ def generate(
         decoder_start_token_id=decoder_start_token_id,
         **sampling,
     )
-    with _evaluation(list(model.modules())):
+    with evaluation(list(model.modules())):
         for step in run.steps():
             if callback is not None:
                 callback(step)
@@ -141,14 +141,14 @@ def generate_stream(
     Raises:
         TypeError, ValueError: as of :func:`generate`, at once.
     """
-    return _stream(model, _start(model, prompts, max_new_tokens, **options))
+    return _stream(model, start(model, prompts, max_new_tokens, **options))
 
 
 def _stream(model: Transformer, run: Run) -> Generator[Step, None, Generation]:
     steps, modules = run.steps(), list(model.modules())
     try:
         while True:
-            with torch.no_grad(), _evaluation(modules):
+            with torch.no_grad(), evaluation(modules):
                 step = next(steps, None)
             if step is None:
                 return run.result()
@@ -158,7 +158,7 @@ def _stream(model: Transformer, run: Run) -> Generator[Step, None, Generation]:
 
 
 @contextmanager
-def _evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
+def evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
     """The modules in evaluation mode, and afterwards each as it was."""
     training = [module for module in modules if module.training]
     for module in training:
@@ -170,7 +170,7 @@ def _evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-def _start(
+def start(
     model: Transformer,
     prompts: Any,
     max_new_tokens: Any,
@@ -187,7 +187,7 @@ def _start(
     decoder_start_token_id: Any = None,
     **sampling: Any,
 ) -> Run:
-    """Checks everything; nothing is computed yet."""
+    """A call of :func:`generate` with everything checked and nothing computed yet."""
     if not is_int(max_new_tokens):
         raise TypeError(f"max_new_tokens must be an int, got {max_new_tokens!r}")
     max_new_tokens = int(max_new_tokens)

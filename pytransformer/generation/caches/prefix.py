@@ -108,7 +108,7 @@ class Prefix:
                 f"prefix holds {self.part.k.dtype}, the cache {own[0]}: make the prefix with the same kind of cache "
                 "(Prefix.of(model, token_ids, cache=...)) and a model of the same dtype"
             )
-        limits = _lengths_that_change_rope(model)
+        limits = lengths_that_change_rope(model)
         if limits and max(map(len, rows)) > min(limits):
             return 0  # its keys were rotated for shorter sequences
         count = self.common(rows)
@@ -196,13 +196,14 @@ def _named(part: CachePart) -> dict[str, Tensor]:
 def _check_model(model: Any, length: int) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError("a prefix is of a model without an encoder: an encoder-decoder's target depends on the source")
-    limits = _lengths_that_change_rope(model)
+    limits = lengths_that_change_rope(model)
     if limits and length > min(limits):
         raise ValueError(
             f"token_ids must have at most {min(limits)} tokens, got {length}: behind that RoPE's frequencies depend on the whole length"
         )
 
 
-def _lengths_that_change_rope(model: Transformer) -> set[int]:
+def lengths_that_change_rope(model: Transformer) -> set[int]:
+    """Lengths behind which RoPE's frequencies depend on the whole length; none for most models."""
     rotaries = (model.model.rotary, model.model.local_rotary)
     return {rotary.original_length for rotary in rotaries if rotary is not None and rotary.depends_on_length}
