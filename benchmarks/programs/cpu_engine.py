@@ -20,8 +20,8 @@ from pytransformer import Transformer, TransformerConfig
 from pytransformer.benchmarks.harness.paths import RESULTS
 from pytransformer.benchmarks.programs import cpu
 from pytransformer.generation import Engine, Request
-from pytransformer.generation.generate import evaluation, start
 from pytransformer.generation.engine import Statistics
+from pytransformer.generation.generate import evaluation, start
 
 RESULT = RESULTS / "cpu/engine.json"
 LEAST_SPEEDUP = 2.0

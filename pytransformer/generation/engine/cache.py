@@ -98,10 +98,11 @@ class EngineLayer(PagedLayer):
         k_norm: RMSNorm | None,
     ) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
-        options: dict[str, Any] = {"rotary": rotary, "positions": positions, "q_norm": q_norm, "k_norm": k_norm}
+        options: dict[str, Any] = {"rotary": rotary, "q_norm": q_norm, "k_norm": k_norm}
         if self._paged.starts is None:
-            return super().append(q, k, v, **options)
-        return super().append(q[:, 0], k[:, 0], v[:, 0], **options)[:, None]
+            return super().append(q, k, v, positions=positions, **options)
+        positions = None if positions is None else positions.flatten()
+        return super().append(q[:, 0], k[:, 0], v[:, 0], positions=positions, **options)[:, None]
 
     def attend(self, q: Tensor, **options: Any) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
