@@ -112,7 +112,9 @@ class Engine:
         self._entries: dict[int, _Entry] = {}
         self._events: list[Event] = []  # of the next step
         self._next_id = 0
-        self._bound: tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None = None  # while it is not idle
+        # While it is not idle: what computes a step.
+        self._bound: tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None = None
+        self._modules: list[torch.nn.Module] = []
         self._fingerprint: str | None = None
         self._is_stepping = False
         self._ended: Counter[str] = Counter()
@@ -177,7 +179,9 @@ class Engine:
         self._is_stepping = True
         try:
             if self._entries:
-                with evaluation(list(self.model.modules())):
+                if self._bound is None:
+                    self._modules = list(self.model.modules())
+                with evaluation(self._modules):
                     self._events += self._advance()
         finally:
             self._is_stepping = False

@@ -109,6 +109,37 @@ def test_log_probabilities_penalties_and_constraints_are_those_of_generate(model
             assert event.log_probability == event.result.log_probabilities[0][-1]
 
 
+def test_texts_and_stop_strings_of_each_request(model):
+    """Written by constraints, so that a stop string lies across tokens; what may be its beginning is held back."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from pytransformer.text import Tokenizer
+
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={c: i for i, c in enumerate("abcdefghijklmnopq")}, merges=[])
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = Tokenizer(backend)
+
+    def writing(text):
+        return lambda row, ids: [ord(text[len(ids) - 2]) - ord("a")]
+
+    requests = [
+        Request([1, 2], 5, constraint=writing(text), stop=stop)
+        for text, stop in (("abcde", "cd"), ("edcba", ["x", "ba"]), ("aabbc", 2))
+    ]
+    ends = run(engine_of(model, tokenizer=tokenizer), requests)
+    assert [(ends[place].stop_reason, ends[place].result.texts) for place in range(3)] == [
+        ("stop", ["ab"]), ("stop", ["edc"]), ("stop", ["aabbc"]),
+    ]  # fmt: skip
+    engine = engine_of(model, tokenizer=tokenizer)
+    engine.add(Request([1, 2], 5, constraint=writing("abcde"), stop="cq"))
+    events = [event for _ in range(3) for event in engine.step()]
+    assert [event.text for event in events] == ["a", "b", ""]  # "c" may be the beginning of the stop string
+    engine.cancel(0)
+    (event,) = engine.step()
+    assert (event.text, event.result.texts) == ("c", ["abc"])
+
+
 def test_events_tell_each_token_once_and_the_end_with_the_last(model):
     engine = engine_of(model)
     identity = engine.add(Request(PROMPT, 3, stop=[16]))
@@ -223,7 +254,6 @@ def test_a_model_that_breaks_for_one_sequence_breaks_no_other(model):
 def test_a_step_that_raises_can_be_done_again(model):
     engine = engine_of(model, num_pages=24)
     requests = [Request(PROMPT, 6), Request(PROMPT[:3], 6, temperature=1.0, seed=5)]
-    hook = None
 
     def break_down(*_):
         raise RuntimeError("out of order")
@@ -236,7 +266,6 @@ def test_a_step_that_raises_can_be_done_again(model):
         with pytest.raises(RuntimeError, match="out of order"):
             engine.step()
     hook.remove()
-    engine._bound = None  # bound with the hook, through the modules: as good, but slower
     ends = {event.id: event for event in engine.run() if event.stop_reason}
     assert ends.pop(cancelled).stop_reason == "cancelled"
     for identity, event in ends.items():

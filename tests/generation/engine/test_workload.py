@@ -7,8 +7,10 @@ import random
 import pytest
 
 from pytransformer.generation import Engine, Request, generate
+from pytransformer.generation.caches.prefix import lengths_that_change_rope
+from tests.generation.caches.support import GENERATING
 from tests.generation.engine.support import MIXED, TINY, alone_of, random_requests, run, tiny_model, work_through
-from tests.model.configs import CONFIGS, make_model, random_ids
+from tests.model.configs import make_model, random_ids
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +35,35 @@ def test_every_request_gets_what_it_gets_alone(models, name, seed):
     assert (statistics.tokens_reused > 0) == (seed != 2)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# Every kind of positions, windows, sinks, QK-norm, experts, and tables of RoPE by layer.
+KINDS = (
+    "original-post-norm-sinusoidal",
+    "llama-partial-interleaved",
+    "mistral-window",
+    "alibi-window-geglu",
+    "no-positions-gelu",
+    "gemma3",
+    "olmo2",
+    "falcon-alibi",
+    "bloom",
+    "longrope",
+    "dynamic-ntk",
+    "sinks-biases",
+    "gpt-oss",
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model(name):
-    """Ragged prompts in chunks beside decoding sequences, pages shared and preempted, in models of every choice."""
-    model = make_model(CONFIGS[name], 0, "cpu")
+    """Ragged prompts in chunks beside decoding sequences, pages shared and preempted."""
+    model = make_model(GENERATING[name], 0, "cpu")
     stem = random_ids(model.config, (7,), 1, "cpu").tolist()
-    prompts = [stem[:length] + random_ids(model.config, (2,), length, "cpu").tolist() for length in (1, 7, 4, 7)]
-    requests = [
-        Request(prompt, 9 + index, **({"temperature": 1.0, "top_p": 0.9, "seed": index} if index % 2 else {}))
-        for index, prompt in enumerate(prompts)
-    ]
+    longest = min(lengths_that_change_rope(model), default=model.config.max_seqlen)
+    requests = []
+    for index, shared in enumerate((1, 7, 4, 7)):
+        prompt = (stem[:shared] + random_ids(model.config, (2,), shared, "cpu").tolist())[: longest - 2]
+        sampling = {"temperature": 1.0, "top_p": 0.9, "seed": index} if index % 2 else {}
+        requests.append(Request(prompt, min(9 + index, longest - len(prompt)), **sampling))
     engine = Engine(model, max_batch=3, page_size=3, num_pages=9, prefill_chunk=4, poison=True)
     for place, event in run(engine, requests).items():
         request = requests[place]
@@ -61,7 +82,7 @@ def test_quantised_pages(models, kind):
 
 def test_hundreds_of_requests_through_few_pages(models):
     """The short form of the workload below."""
-    workload(models["tiny"], 400)
+    workload(models["tiny"], 300)
 
 
 @pytest.mark.slow
