@@ -36,11 +36,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="sequences at a time, on both sides")
     arguments = parser.parse_args()
-    config = TransformerConfig.gpt2(vocab_size=16384, hidden_size=512, num_layers=8, num_heads=8, max_seqlen=CONTEXT)
     result = cpu.new_result("GPT-2 style, 8 layers of 512, vocabulary 16384, float32", arguments.threads)
-    torch.manual_seed(0)
-    model = Transformer(config).eval()
-    requests = skewed_requests(arguments.requests, config.vocab_size)
+    model = make_model()
+    requests = skewed_requests(arguments.requests, model.config.vocab_size)
     tokens = sum(request.max_new_tokens for request in requests)
     result["requests"] = {
         "count": len(requests),
@@ -50,15 +48,7 @@ def main() -> int:
         "new_tokens_of_each": [request.max_new_tokens for request in requests],
     }
     result["same_tokens"] = check_same_tokens(model, requests[: 2 * arguments.batch], arguments.batch)
-    seconds: dict[str, list[float]] = {"engine": [], "static batches": []}
-    for index in range(arguments.rounds):
-        begun = time.perf_counter()
-        _, statistics = by_engine(model, requests, arguments.batch)
-        seconds["engine"].append(time.perf_counter() - begun)
-        begun = time.perf_counter()
-        static_batches(model, requests, arguments.batch)
-        seconds["static batches"].append(time.perf_counter() - begun)
-        cpu.show_progress("round", index + 1, arguments.rounds)
+    seconds, statistics = measure(model, requests, arguments.batch, arguments.rounds)
     result["engine"] = dataclasses.asdict(statistics)
     timings = {
         name: cpu.add_row(result, name, found, unit="run", tokens=tokens, samples="runs")
@@ -69,6 +59,29 @@ def main() -> int:
     print(f"\n{speedup:.2f} × static batches (target {LEAST_SPEEDUP})")
     cpu.write(arguments.out, result)
     return 0 if speedup >= LEAST_SPEEDUP else 1
+
+
+def make_model() -> Transformer:
+    """Random weights, the same each time."""
+    torch.manual_seed(0)
+    config = TransformerConfig.gpt2(vocab_size=16384, hidden_size=512, num_layers=8, num_heads=8, max_seqlen=CONTEXT)
+    return Transformer(config).eval()
+
+
+def measure(
+    model: Transformer, requests: Sequence[Request], batch: int, rounds: int
+) -> tuple[dict[str, list[float]], Statistics]:
+    """Seconds of each run over all requests, the two sides in turn; and the engine's statistics."""
+    seconds: dict[str, list[float]] = {"engine": [], "static batches": []}
+    for index in range(rounds):
+        begun = time.perf_counter()
+        _, statistics = by_engine(model, requests, batch)
+        seconds["engine"].append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        static_batches(model, requests, batch)
+        seconds["static batches"].append(time.perf_counter() - begun)
+        cpu.show_progress("round", index + 1, rounds)
+    return seconds, statistics
 
 
 def skewed_requests(count: int, vocab_size: int) -> list[Request]:

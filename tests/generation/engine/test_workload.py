@@ -86,6 +86,7 @@ def test_hundreds_of_requests_through_few_pages(models):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a minute and a half alone on a core
 def test_ten_thousand_requests_through_few_pages(models):
     """Adds, stops, cancels, shared beginnings and preemptions, with freed pages that hold NaN."""
     workload(models["tiny"], 10_000)
