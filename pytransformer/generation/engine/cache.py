@@ -31,7 +31,11 @@ class EngineCache(PagedCache):
     longest_piece = 1
 
     def begin(
-        self, rows: Sequence[int], lengths: Sequence[int], new_tokens: Sequence[Sequence[int]]
+        self,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        new_tokens: Sequence[Sequence[int]],
+        chosen: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """Before a step, when all of its pages have been taken.
 
@@ -39,9 +43,10 @@ class EngineCache(PagedCache):
             rows: that take part.
             lengths: tokens of each in the cache.
             new_tokens: of each, at least one.
+            chosen: places among the rows of those whose last token is followed by one that is to be chosen.
 
         Returns:
-            The new tokens (total, 1), and the place of each row's last one among them (rows): int64.
+            The new tokens (total, 1), and the places of the last ones of ``chosen`` among them (chosen): int64.
         """
         for group in self.groups:
             group.upload()
@@ -51,10 +56,9 @@ class EngineCache(PagedCache):
         tokens = list(itertools.chain.from_iterable(new_tokens))
         places = list(itertools.chain.from_iterable(map(range, lengths, ends)))
         # All of it goes to the device in one piece.
-        parts = [tokens, places, list(rows), list(lengths), ends, starts, [start - 1 for start in starts[1:]]]
-        host = torch.tensor(list(itertools.chain.from_iterable(parts)))
-        host = host.pin_memory() if self.lengths.is_cuda else host
-        on_device = torch.split(host.to(self.lengths.device, non_blocking=True), [len(part) for part in parts])
+        parts = [tokens, places, list(rows), list(lengths), ends, starts, [starts[place + 1] - 1 for place in chosen]]
+        numbers = upload(list(itertools.chain.from_iterable(parts)), self.lengths.device)
+        on_device = torch.split(numbers, [len(part) for part in parts])
         ids, places_of_tokens, row_index, step_lengths, step_ends, step_starts, last = on_device
         self._places: Tensor = places_of_tokens
         self._set_lengths(step_lengths.int())
@@ -79,6 +83,13 @@ class EngineCache(PagedCache):
 
     def _make_layer(self, group: PageGroup, part: CachePart) -> PagedLayer:
         return EngineLayer(self, group, *part)
+
+
+def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Integers of the host as int64 on the device, without waiting for it."""
+    host = torch.tensor(numbers, device="cpu")
+    # From pageable memory the copy would wait.
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 class EngineLayer(PagedLayer):

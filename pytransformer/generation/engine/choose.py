@@ -11,6 +11,8 @@ from torch import Tensor
 from pytransformer.generation.run import Run
 from pytransformer.generation.sampling import Sampler, log_probabilities
 
+from .cache import upload
+
 
 class Choice(NamedTuple):
     """A token, or why there is none; ``log_probability`` if it was asked for."""
@@ -32,7 +34,7 @@ def choose(runs: Sequence[Run], logits: Tensor) -> list[Choice]:
     tokens, faults = (torch.cat([part[place] for part in parts]) for place in range(2))
     rows = [tokens, faults]
     if any(runs[index].log_probabilities is not None for index in order):
-        rows.append(log_probabilities(logits[order], tokens).view(torch.int64))
+        rows.append(log_probabilities(logits.index_select(0, upload(order, logits.device)), tokens).view(torch.int64))
     host = torch.stack(rows).cpu()
     found, faults_found = host[:2].tolist()
     values = host[2].view(torch.float64).tolist() if len(rows) > 2 else [None] * len(order)
@@ -59,7 +61,7 @@ def _draw(
         except Exception as error:
             failed[index] = error
     for indices in alike.values():
-        rows = logits if len(indices) == len(logits) else logits[indices]
+        rows = logits if len(indices) == len(logits) else logits.index_select(0, upload(indices, logits.device))
         parts.append(Sampler.draw_together([samplers[index] for index in indices], rows))
         order += indices
     return order, parts, failed

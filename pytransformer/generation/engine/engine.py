@@ -222,18 +222,19 @@ class Engine:
         """A step, in evaluation mode."""
         decoder, head = self._prepared()
         pieces = self._scheduler.plan()
+        chosen = [place for place, piece in enumerate(pieces) if piece.completes]
         ids, last = self._cache.begin(
             [piece.job.row for piece in pieces],  # type: ignore[misc]
             [piece.job.cached for piece in pieces],
             [piece.job.tokens[piece.job.cached : piece.job.cached + piece.size] for piece in pieces],
+            chosen,
         )
         hidden = decoder(ids, cache=self._cache)[:, 0]
-        chosen = [place for place, piece in enumerate(pieces) if piece.completes]
         self._count(pieces)
         if not chosen:
             return []
         entries = [self._entries[pieces[place].job.id] for place in chosen]
-        logits = head(hidden.index_select(0, last if len(chosen) == len(pieces) else last[chosen]))
+        logits = head(hidden.index_select(0, last))
         choices = choose([entry.run for entry in entries], logits)
         return [self._take(*taken) for taken in zip(entries, choices, logits[:, None])]
 

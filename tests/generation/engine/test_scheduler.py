@@ -52,7 +52,7 @@ def random_job(rng, identity, stems):
     return Job(identity, tokens, len(tokens), rng.choice([0.0, 0.0, 1.0]))
 
 
-@pytest.mark.parametrize(("count", "windows"), [(10_000, (-1,)), (3_000, (4, -1))], ids=["full", "window and full"])
+@pytest.mark.parametrize(("count", "windows"), [(10_000, (-1,)), (2_000, (4, -1))], ids=["full", "window and full"])
 def test_thousands_of_requests(count, windows):
     """Adds, stops, cancels, shared beginnings and preemptions: every token sees what it should, and all pages come back."""
     rng = random.Random(1)
@@ -85,7 +85,7 @@ def test_thousands_of_requests(count, windows):
                 del ends[job]
                 scheduler.remove(job)
     assert not scheduler.waiting and not scheduler.running
-    assert min(scheduler.preemptions, scheduler.reused, scheduler.recomputed) > 100
+    assert min(scheduler.preemptions, scheduler.reused, scheduler.recomputed) > 30
     for group in pages.groups:
         assert group.pool.used_pages == 0 and group.pool.free_pages == 12 and not any(group.pages)
 

@@ -63,8 +63,8 @@ def test_every_kind_of_model(name):
     for index, shared in enumerate((1, 7, 4, 7)):
         prompt = (stem[:shared] + random_ids(model.config, (2,), shared, "cpu").tolist())[: longest - 2]
         sampling = {"temperature": 1.0, "top_p": 0.9, "seed": index} if index % 2 else {}
-        requests.append(Request(prompt, min(9 + index, longest - len(prompt)), **sampling))
-    engine = Engine(model, max_batch=3, page_size=3, num_pages=9, prefill_chunk=4, poison=True)
+        requests.append(Request(prompt, min(6 + index, longest - len(prompt)), **sampling))
+    engine = Engine(model, max_batch=3, page_size=3, num_pages=8, prefill_chunk=4, poison=True)
     for place, event in run(engine, requests).items():
         request = requests[place]
         expected = generate(model, request.prompt, request.max_new_tokens, **request.options())
@@ -82,7 +82,7 @@ def test_quantised_pages(models, kind):
 
 def test_hundreds_of_requests_through_few_pages(models):
     """The short form of the workload below."""
-    workload(models["tiny"], 300)
+    workload(models["tiny"], 200)
 
 
 @pytest.mark.slow
