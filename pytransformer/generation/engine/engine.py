@@ -230,13 +230,15 @@ class Engine:
             chosen,
         )
         hidden = decoder(ids, cache=self._cache)[:, 0]
-        self._count(pieces)
-        if not chosen:
-            return []
         entries = [self._entries[pieces[place].job.id] for place in chosen]
-        logits = head(hidden.index_select(0, last))
-        choices = choose([entry.run for entry in entries], logits)
-        return [self._take(*taken) for taken in zip(entries, choices, logits[:, None])]
+        taken: list[tuple[_Entry, Choice, Tensor]] = []
+        if entries:
+            logits = head(hidden.index_select(0, last))
+            choices = choose([entry.run for entry in entries], logits)
+            taken = list(zip(entries, choices, logits[:, None]))
+        # The model is through: nothing has been counted before, so that a step in which it raises can be done again.
+        self._count(pieces)
+        return [self._take(*one) for one in taken]
 
     def _prepared(self) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
         """The model's decoder and head, made ready when the engine was idle before."""

@@ -95,6 +95,21 @@ class PoolMachine(RuleBasedStateMachine):
             self.names[name] = page
             self.pool.part.k[:, page] = name
 
+    @rule(count=st.integers(1, 3))
+    def a_sequence_comes_and_goes(self, count: int) -> None:
+        """Its pages lie idle."""
+        if count > self.pool.free_pages:
+            return
+        self.allocate(count)
+        pages = self.owned.pop()
+        for page in pages:
+            assert self.pool.remember(page, self.content[page])
+            self.names[self.content[page]] = page
+        self.pool.free(pages)
+        for page in pages:
+            self.idle.append(page)
+            self.idle_content[page] = self.content.pop(page)
+
     @precondition(lambda self: self.idle)
     @rule(data=st.data())
     def take_up_an_idle_page(self, data: st.DataObject) -> None:
@@ -151,7 +166,7 @@ class PoolMachine(RuleBasedStateMachine):
                 assert self.pool.part.k[0, page].unique().tolist() == [self.content[page]]
         for page in self.idle:
             assert self.pool.part.k[0, page].unique().tolist() == [self.idle_content[page]]
-        assert all(self.pool.find(name) == page for name, page in self.names.items()) and self.pool.find(0.0) is None
+        assert all(self.pool.find(name) == self.names.get(name) for name in range(-1, int(self.stamp) + 1))
         assert self.pool.idle_pages == len(self.idle)
         assert self.pool.used_pages == len(self.content) and self.pool.free_pages + self.pool.used_pages == 6
 

@@ -251,14 +251,15 @@ def test_a_model_that_breaks_for_one_sequence_breaks_no_other(model):
     assert_no_page_is_lost(engine)
 
 
-def test_a_step_that_raises_can_be_done_again(model):
+@pytest.mark.parametrize("part", ["block", "head"])
+def test_a_step_that_raises_can_be_done_again(model, part):
     engine = engine_of(model, num_pages=24)
-    requests = [Request(PROMPT, 6), Request(PROMPT[:3], 6, temperature=1.0, seed=5)]
+    requests = [Request(PROMPT[:3], 6, temperature=1.0, seed=5), Request(PROMPT, 6)]
 
     def break_down(*_):
         raise RuntimeError("out of order")
 
-    hook = model.model.layers[0].register_forward_hook(break_down)
+    hook = {"block": model.model.layers[0], "head": model.lm_head}[part].register_forward_hook(break_down)
     places = {engine.add(request): place for place, request in enumerate(requests)}
     cancelled = engine.add(Request(PROMPT, 3))
     engine.cancel(cancelled)
