@@ -5,6 +5,7 @@ from .caches import KVCache, NotEnoughMemory, PagedCache, PoolExhausted, Prefix,
 from .chat import Chat, ContextFull, Turn
 from .defaults import checkpoint_options
 from .drafts import DraftModel, PromptLookup
+from .engine import Engine, Event, Request, Statistics
 from .generate import generate, generate_stream
 from .kept import KeptCache
 from .prepare import prepare_for_decoding, release
@@ -16,6 +17,8 @@ __all__ = [
     "Chat",
     "ContextFull",
     "DraftModel",
+    "Engine",
+    "Event",
     "Generation",
     "KVCache",
     "KeptCache",
@@ -24,7 +27,9 @@ __all__ = [
     "PoolExhausted",
     "Prefix",
     "PromptLookup",
+    "Request",
     "Sampler",
+    "Statistics",
     "Step",
     "Turn",
     "checkpoint_options",

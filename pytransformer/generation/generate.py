@@ -121,7 +121,7 @@ def generate(
         "constraint": constraint,
         "seed": seed,
     }
-    run = _start(
+    run = start(
         model,
         prompts,
         max_new_tokens,
@@ -142,7 +142,7 @@ def generate(
         draft=draft,
         **sampling,
     )
-    with _evaluation(run.modules()):
+    with evaluation(run.modules()):
         for step in run.steps():
             if callback is not None:
                 callback(step)
@@ -166,7 +166,7 @@ def generate_stream(
     Raises:
         TypeError, ValueError: as of :func:`generate`, at once.
     """
-    run = _start(model, prompts, max_new_tokens, **options)
+    run = start(model, prompts, max_new_tokens, **options)
     if isinstance(run, BeamRun):
         raise ValueError(
             f"generate_stream gives tokens as they are chosen, a beam search (num_beams={run.options.num_beams}) chooses at the end: "
@@ -179,7 +179,7 @@ def _stream(run: Run) -> Generator[Step, None, Generation]:
     steps, modules = run.steps(), run.modules()
     try:
         while True:
-            with torch.no_grad(), _evaluation(modules):
+            with torch.no_grad(), evaluation(modules):
                 step = next(steps, None)
             if step is None:
                 return run.result()
@@ -189,7 +189,7 @@ def _stream(run: Run) -> Generator[Step, None, Generation]:
 
 
 @contextmanager
-def _evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
+def evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
     """The modules in evaluation mode, and afterwards each as it was."""
     training = [module for module in modules if module.training]
     for module in training:
@@ -201,7 +201,7 @@ def _evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-def _start(
+def start(
     model: Transformer,
     prompts: Any,
     max_new_tokens: Any,
@@ -223,7 +223,7 @@ def _start(
     draft: Any = None,
     **sampling: Any,
 ) -> Run:
-    """Checks everything; nothing is computed yet."""
+    """A call of :func:`generate` with everything checked and nothing computed yet."""
     if not is_int(max_new_tokens):
         raise TypeError(f"max_new_tokens must be an int, got {max_new_tokens!r}")
     max_new_tokens = int(max_new_tokens)

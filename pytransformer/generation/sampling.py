@@ -157,6 +157,27 @@ class Sampler:
         scores = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
         return self.edits.apply(scores, self._step - 1) if self.edits.active else scores
 
+    @property
+    def limits(self) -> tuple[float, int | None, float, float]:
+        """What decides how it draws, beside the random numbers and the edits."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+    @staticmethod
+    def draw_together(samplers: Sequence[Sampler], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`draw` of each of these samplers gives for its row of logits, computed at once.
+
+        Each is for one sequence, has the same ``limits`` as the others, and no active edits.
+        """
+        for sampler in samplers:
+            sampler._step += 1
+        first, uniforms = samplers[0], None
+        if first.temperature > 0.0:
+            host_device = torch.device("cpu")
+            numbers = [(sampler.uniforms, sampler._step - 1) for sampler in samplers]
+            host = torch.cat([own.all_at(step, host_device) for own, step in numbers if own is not None])
+            uniforms = (host.pin_memory() if logits.is_cuda else host).to(logits.device, non_blocking=True)
+        return first.draw_by(logits, uniforms)
+
     def draw_by(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens and faults (n), of logits (n, vocab_size) as they are after penalties, with a number for each row (n) to draw by.
 

@@ -132,6 +132,10 @@ class ContiguousLayer:
         """Where the pages of the sequences are, if there are pages."""
         return {}
 
+    def _read_table(self) -> dict[str, Any]:
+        """The same for the new tokens' queries."""
+        return self._table()
+
     def _before_writing(self, seqlen: int) -> None:
         """ValueError unless so many tokens fit."""
         self._cache.require(seqlen)
@@ -201,7 +205,7 @@ class ContiguousLayer:
             return self._attend_to(q, slice(0 if window[0] < 0 else max(end - 1 - window[0], 0), end), softmax_scale)
         if cache.is_direct and cache.max_length and plain:
             return self._attend_causally(q, window[0], softmax_scale)
-        table = self._table()
+        table = self._read_table()
         if cache.max_length == 0 and not self.scales and not table:
             # Prefill: the new tokens are all there is, so this is ordinary causal attention. Padding on the right is seen by padding only.
             result = attention(

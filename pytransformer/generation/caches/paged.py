@@ -78,11 +78,14 @@ class PagedCache(SequenceCache):
             group = PageGroup(pool, layers, left, batch, -(-capacity // page_size), self.lengths.device)
             self.groups.append(group)
             for place, index in enumerate(layers):
-                self._layers[index] = PagedLayer(self, group, *pool.part.map(operator.itemgetter(place)))
+                self._layers[index] = self._make_layer(group, pool.part.map(operator.itemgetter(place)))
         self._host_lengths = [0] * batch
         self._ended = [False] * batch
         self._expected: list[int] | None = None
         self._reserved: int | None = None
+
+    def _make_layer(self, group: PageGroup, part: CachePart) -> PagedLayer:
+        return PagedLayer(self, group, *part)
 
     @property
     def nbytes(self) -> int:
@@ -303,10 +306,23 @@ class PageGroup:
     def clear(self, row: int) -> None:
         """Frees a sequence's pages."""
         if self.pages[row]:
-            self.pool.free(self.pages[row][self._passed[row] :])
+            # The last ones first: of pages that lie idle, the beginning of a sequence is then kept for longest.
+            self.pool.free(self.pages[row][self._passed[row] :][::-1])
             self._changed.add(row)
         self.pages[row] = []
         self._passed[row] = 0
+
+    def held(self, row: int) -> int:
+        """How many pages a sequence has."""
+        return len(self.pages[row]) - self._passed[row]
+
+    def adopt(self, row: int, pages: Sequence[int]) -> None:
+        """Begins an empty sequence with pages that hold what it begins with; ``SCRATCH`` in front for those that a window has passed."""
+        passed = pages.count(SCRATCH)
+        self.pool.share(pages[passed:])
+        self.pages[row] = list(pages)
+        self._passed[row] = passed
+        self._changed.add(row)
 
     def begin(self, row: int, length: int) -> int:
         """Pages for the first ``length`` tokens of an empty sequence, without those that a window has passed: the first page."""

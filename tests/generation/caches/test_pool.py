@@ -30,6 +30,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = PagePool(6, 2, 1, 1, 2, poison=True)
         self.owned: list[list[int]] = []
         self.content: dict[int, float] = {}
+        self.names: dict[float, int] = {}  # content -> the page that is found by it
+        self.idle: list[int] = []  # named pages without owners, the longest idle first
+        self.idle_content: dict[int, float] = {}
         self.stamp = 0.0
 
     def write(self, page: int) -> None:
@@ -43,8 +46,16 @@ class PoolMachine(RuleBasedStateMachine):
             with pytest.raises(PoolExhausted, match=f"{count} pages of 2 tokens are needed and {free} of 6 are free"):
                 self.pool.allocate(count)
             return
+        plain = 6 - len(self.content) - len(self.idle)
         pages = self.pool.allocate(count)
         assert not set(pages) & set(self.content)
+        # Idle pages are taken when no other is left, in the order in which they became idle.
+        evicted = self.idle[: max(count - plain, 0)]
+        assert set(pages) & set(self.idle) == set(evicted)
+        del self.idle[: len(evicted)]
+        for page in evicted:
+            del self.names[self.idle_content.pop(page)]
+        assert bool(self.pool.part.k[:, pages].isnan().all())
         self.owned.append(pages)
         for page in pages:
             self.write(page)
@@ -61,8 +72,61 @@ class PoolMachine(RuleBasedStateMachine):
     def free(self, data: st.DataObject) -> None:
         pages = self.owned.pop(data.draw(st.integers(0, len(self.owned) - 1)))
         self.pool.free(pages)
-        for page in set(pages) - {page for pages in self.owned for page in pages}:
-            del self.content[page]
+        kept = {page for pages in self.owned for page in pages}
+        last = [page for place, page in enumerate(pages) if page not in kept and page not in pages[place + 1 :]]
+        for page in last:  # a page that is freed twice goes with the second time
+            content = self.content.pop(page)
+            if page in self.names.values():
+                self.idle.append(page)
+                self.idle_content[page] = content
+            else:
+                assert bool(self.pool.part.k[:, page].isnan().all())
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data(), name=st.none() | st.just(-1.0))
+    def remember(self, data: st.DataObject, name: float | None) -> None:
+        page = data.draw(st.sampled_from(sorted(self.content)))
+        name = self.content[page] if name is None else name
+        taken = name in self.names and self.names[name] != page
+        assert self.pool.remember(page, name) == (not taken)
+        if not taken:
+            self.content[page] = name
+            self.names = {other: place for other, place in self.names.items() if place != page}
+            self.names[name] = page
+            self.pool.part.k[:, page] = name
+
+    @rule(count=st.integers(1, 3))
+    def a_sequence_comes_and_goes(self, count: int) -> None:
+        """Its pages lie idle."""
+        if count > self.pool.free_pages:
+            return
+        self.allocate(count)
+        pages = self.owned.pop()
+        for page in pages:
+            assert self.pool.remember(page, self.content[page])
+            self.names[self.content[page]] = page
+        self.pool.free(pages)
+        for page in pages:
+            self.idle.append(page)
+            self.idle_content[page] = self.content.pop(page)
+
+    @precondition(lambda self: self.idle)
+    @rule(data=st.data())
+    def take_up_an_idle_page(self, data: st.DataObject) -> None:
+        page = data.draw(st.sampled_from(self.idle))
+        assert self.pool.find(self.idle_content[page]) == page
+        self.pool.share([page])
+        self.idle.remove(page)
+        self.content[page] = self.idle_content.pop(page)
+        self.owned.append([page])
+
+    @rule(page=st.integers(1, 6))
+    def forget(self, page: int) -> None:
+        self.pool.forget([page])
+        self.names = {name: place for name, place in self.names.items() if place != page}
+        if page in self.idle:
+            self.idle.remove(page)
+            del self.idle_content[page]
             assert bool(self.pool.part.k[:, page].isnan().all())
 
     @precondition(lambda self: any(self.owned))
@@ -76,15 +140,20 @@ class PoolMachine(RuleBasedStateMachine):
             return
         before = self.content[page]
         copy = self.pool.own(page)
+        if copy == page:  # written to by its only owner: not what its name says any more
+            self.names = {name: place for name, place in self.names.items() if place != page}
+        elif copy in self.idle:
+            self.idle.remove(copy)
+            del self.names[self.idle_content.pop(copy)]
         assert self.pool.part.k[0, copy].unique().tolist() == [before]
         pages[pages.index(page)] = copy
         self.write(copy)
 
     @rule(page=st.integers(-1, 8))
     def a_page_that_is_free_cannot_be_freed_or_shared(self, page: int) -> None:
-        if page in self.content:
+        if page in self.content or page in self.idle:
             page = 0  # of nobody
-        for refused in (self.pool.free, self.pool.share):
+        for refused in (self.pool.free, self.pool.share, lambda pages: self.pool.remember(pages[0], "it")):
             with pytest.raises(ValueError, match=r"cannot be|page must be from 1 to 6"):
                 refused([page])
 
@@ -95,13 +164,17 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.owners(page) == owners
             if owners:
                 assert self.pool.part.k[0, page].unique().tolist() == [self.content[page]]
+        for page in self.idle:
+            assert self.pool.part.k[0, page].unique().tolist() == [self.idle_content[page]]
+        assert all(self.pool.find(name) == self.names.get(name) for name in range(-1, int(self.stamp) + 1))
+        assert self.pool.idle_pages == len(self.idle)
         assert self.pool.used_pages == len(self.content) and self.pool.free_pages + self.pool.used_pages == 6
 
 
 class CacheMachine(RuleBasedStateMachine):
     """Sequences that grow, end, branch and begin alike, each token with a number of its own as key."""
 
-    @initialize(num_pages=st.sampled_from([None, 5]), page_size=st.integers(1, 4))
+    @initialize(num_pages=st.sampled_from([None, 5, 4]), page_size=st.integers(1, 4))
     def make(self, num_pages: int | None, page_size: int) -> None:
         self.cache = PagedCache(
             CONFIG, BATCH, CAPACITY, device=CPU, page_size=page_size, num_pages=num_pages, poison=True
@@ -132,6 +205,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.advance(torch.tensor(counts))
         for row, count in enumerate(counts):
             self.tokens[row] += new[row, :count].tolist()
+
+    @rule(row=st.integers(0, BATCH - 1), lengths=st.lists(st.integers(1, 3), max_size=4))
+    def grow_alone_and_branch(self, row: int, lengths: list[int]) -> None:
+        """Pages are few: only where all sequences share long beginnings are there too few for the copies alone."""
+        self.reset()
+        for length in lengths:
+            self.append([length * (index == row) for index in range(BATCH)], expected=True)
+        self.branch([row] * BATCH, [1] * BATCH)
 
     @precondition(lambda self: not any(self.ended))
     @rule(row=st.integers(0, BATCH - 1))
@@ -194,6 +275,30 @@ PoolMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30
 CacheMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestPool = PoolMachine.TestCase
 TestCache = CacheMachine.TestCase
+
+
+@pytest.mark.parametrize("num_pages", [2, 3])
+def test_copies_are_counted_before_anything_changes(num_pages):
+    """Three sequences share two pages, of which the second is half full: to go on, two of them need copies of it."""
+    cache = PagedCache(CONFIG, BATCH, CAPACITY, device=CPU, page_size=4, num_pages=num_pages, poison=True)
+    k = torch.ones(BATCH, 6, 1, 4)
+
+    def append(tokens):
+        for layer in range(3):
+            cache.layer(layer).append(tokens, tokens, tokens, rotary=None, positions=None, q_norm=None, k_norm=None)
+
+    cache.expect([6, 0, 0])
+    append(k)
+    cache.advance(torch.tensor([6, 0, 0]))
+    cache.reorder(torch.zeros(BATCH, dtype=torch.int64))
+    before = [(list(map(list, group.pages)), group.pool.free_pages, group.table.tolist()) for group in cache.groups]
+    with pytest.raises(
+        PoolExhausted, match=f"2 pages of 4 tokens are needed and {num_pages - 2} of {num_pages} are free"
+    ):
+        append(k[:, :1])
+    assert before == [(group.pages, group.pool.free_pages, group.table.tolist()) for group in cache.groups]
+    cache.drop(torch.tensor([False, True, True]))
+    append(k[:, :1])  # the last owner keeps it
 
 
 def test_freeing_twice_in_one_call_is_refused_and_changes_nothing():
