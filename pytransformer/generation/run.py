@@ -68,8 +68,6 @@ class Run(Record):
             self.source.encode()
         if self.finished:
             return
-        if self.use_cache:
-            prepare(self.model, len(self.rows), self.max_new_tokens, self.pack_weights)
         yield from self.with_cache() if self.use_cache else self.without_cache()
 
     def with_cache(self) -> Generator[Step, None, None]:
@@ -83,10 +81,14 @@ class Run(Record):
         logits = self._prefill(cache, options, known)
         jumps = self._jumps_of_rope()
         dropped = [False] * batch
-        decoder, head = bind(model)
+        decoder: Any = None
         while True:
             tokens, step = self._choose(logits)
             yield step
+            if decoder is None and not (self.finished and self.pack_weights is None):
+                # Not before: the first token need not wait for weights to be packed, or looked through for changes.
+                prepare(model, batch, self.max_new_tokens, self.pack_weights)
+                decoder, head = bind(model)
             if self.finished:
                 return
             ended = [reason is not None for reason in self.stop_reasons]
@@ -125,7 +127,9 @@ class Run(Record):
         if any(rotary.depends_on_length for rotary in self._rotaries()):
             real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
         cache.expect([len(row) for row in rows])
-        hidden = self.model.model(ids, real, cache=cache, **options)
+        decoder, _ = bind(self.model, packed=False)
+        cache.choose_path(bound=decoder is not self.model.model)
+        hidden = decoder(ids, real, cache=cache, **options)
         cache.advance(lengths, known + max(map(len, rows)))
         return self._last_logits(hidden, lengths)
 
