@@ -16,7 +16,6 @@ from torch import Tensor
 from pytransformer.model.config import TransformerConfig
 from pytransformer.nn import RMSNorm, RotaryEmbedding
 from pytransformer.ops.attention import attention
-from pytransformer.ops.backend import requested_backend
 from pytransformer.ops.decode_attention import decode_attention
 from pytransformer.ops.kv_append import kv_append
 
@@ -166,7 +165,6 @@ class ContiguousLayer:
             k_norm_weight=None if k_norm is None else k_norm.weight,
             norm_eps=1e-6 if k_norm is None or k_norm.eps is None else k_norm.eps,
             norm_weight_offset=0.0 if k_norm is None else k_norm.weight_offset,
-            backend=_quantising_backend(k) if self.scales else None,
             **self.scales,
             **self._table(),
         )
@@ -229,8 +227,3 @@ class ContiguousLayer:
         k, v = self.k_cache[:, keys].transpose(1, 2), self.v_cache[:, keys].transpose(1, 2)
         grouped = q.reshape(batch, k.shape[1], num_heads // k.shape[1], head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, scale=softmax_scale).view(q.shape)
-
-
-def _quantising_backend(k: Tensor) -> str | None:
-    """On a CPU the reference, by name: it alone quantises there, and is asked for as such so that it warns of nothing."""
-    return "reference" if k.device.type == "cpu" and requested_backend(None) in (None, "torch") else None
