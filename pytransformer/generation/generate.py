@@ -19,6 +19,7 @@ from pytransformer.model.transformer import EncoderDecoder, Transformer
 from .caches import Prefix
 from .caches.sizes import split_kind
 from .edits import Constraint
+from .graphs import check_option
 from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
 from .results import Generation, Step
 from .run import Run, Source
@@ -56,6 +57,7 @@ def generate(
     cache: str = "contiguous",
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
+    cuda_graph: bool | None = None,
     decoder_start_token_id: int | Sequence[int] | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> Generation:
@@ -81,6 +83,8 @@ def generate(
             otherwise are computed from where they do.
         pack_weights: on a CPU, decode from packed copies of the linear layers' weights (see :func:`prepare_for_decoding`), which are kept
             for later calls; ``False`` frees them; ``None`` = if they are there already, or so many tokens are asked for that it pays.
+        cuda_graph: on a GPU, record the decode step once and replay it for every token (see graphs.py); ``None`` = where it can be and
+            enough tokens are asked for.
         decoder_start_token_id: of an encoder–decoder: the token that each target starts with, or several; ``None`` = the configuration's.
         callback: called after each step; what it raises ends the generation.
 
@@ -114,6 +118,7 @@ def generate(
         cache=cache,
         prefix=prefix,
         pack_weights=pack_weights,
+        cuda_graph=cuda_graph,
         decoder_start_token_id=decoder_start_token_id,
         **sampling,
     )
@@ -184,6 +189,7 @@ def _start(
     cache: str = "contiguous",
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
+    cuda_graph: bool | None = None,
     decoder_start_token_id: Any = None,
     **sampling: Any,
 ) -> Run:
@@ -216,6 +222,7 @@ def _start(
     run.form = form
     run.padding = padding if padding is not None else (eos_token_ids or (0,))[0]
     run.use_cache, run.pack_weights = use_cache, pack_weights
+    run.cuda_graph = check_option(cuda_graph, model, use_cache)
     run.cache_kind, run.prefix = cache, prefix
     run.ends = {**dict.fromkeys(stop_tokens, "stop"), **dict.fromkeys(eos_token_ids, "eos")}
     if tokenizer is not None:

@@ -11,8 +11,10 @@ from torch import Tensor
 from pytransformer.model.transformer import EncoderDecoder, Transformer
 from pytransformer.nn.position import RotaryEmbedding
 
+from . import graphs
 from .bound import bind
 from .caches import Prefix, SequenceCache, make_cache
+from .graphs import RecordedStep
 from .prepare import prepare
 from .record import Record
 from .results import Step
@@ -59,6 +61,7 @@ class Run(Record):
         self.sampler = sampler
         self.use_cache = True
         self.pack_weights: bool | None = None
+        self.cuda_graph: bool | None = None
         self.cache_kind = "contiguous"
         self.prefix: Prefix | None = None
 
@@ -82,6 +85,7 @@ class Run(Record):
         jumps = self._jumps_of_rope()
         dropped = [False] * batch
         decoder: Any = None
+        recorded: RecordedStep | None = None
         while True:
             tokens, step = self._choose(logits)
             yield step
@@ -89,6 +93,8 @@ class Run(Record):
                 # Not before: the first token need not wait for weights to be packed, or looked through for changes.
                 prepare(model, batch, self.max_new_tokens, self.pack_weights)
                 decoder, head = bind(model)
+                if self._records():
+                    recorded = RecordedStep(decoder, head, cache, required=bool(self.cuda_graph))
             if self.finished:
                 return
             ended = [reason is not None for reason in self.stop_reasons]
@@ -100,10 +106,19 @@ class Run(Record):
                 cache.reset()
                 logits = self._prefill(cache, options)
                 continue
-            cache.choose_path(bound=decoder is not model.model)
-            hidden = decoder(tokens[:, None], cache=cache, **options)
+            if recorded is not None:
+                cache.choose_path(bound=False)
+                logits = recorded(tokens)
+            else:
+                cache.choose_path(bound=decoder is not model.model)
+                logits = head(decoder(tokens[:, None], cache=cache, **options)[:, 0])
             cache.advance(1, self._longest())
-            logits = head(hidden[:, 0])
+
+    def _records(self) -> bool:
+        """Whether the decode step becomes a CUDA graph."""
+        if self.cuda_graph is None:
+            return self.max_new_tokens >= graphs.WORTHWHILE_TOKENS and graphs.why_not_recorded(self.model) is None
+        return self.cuda_graph
 
     def _make_cache(self, capacity: int) -> SequenceCache:
         weight = self.model.model.embed_tokens.weight

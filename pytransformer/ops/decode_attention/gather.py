@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from pytransformer.ops.decode_attention.call import DecodeCall
 
 Span = tuple[int, int]
+_LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
 
 
 def gather(call: DecodeCall, start: int, spans: list[Span]) -> tuple[Tensor, Tensor]:
@@ -29,17 +28,25 @@ def widen(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``code · scale`` in at least float32, rounded to ``dtype``; codes (…, heads, dim), scale (heads) or (…, heads)."""
     wide = torch.promote_types(dtype, torch.float32)
     if codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu":
-        # torch converts them one after another there: a table of all 256 takes a third of the time.
-        places = codes.view(torch.uint8).int().flatten()
-        found = _values_of_float8().index_select(0, places).view(codes.shape).to(wide)
+        found = _float8_values(codes).to(wide)
     else:
         found = codes.to(wide)
     return found.mul_(scale.to(wide)[..., None]).to(dtype)
 
 
-@functools.cache
-def _values_of_float8() -> Tensor:
-    return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
+def _float8_values(codes: Tensor) -> Tensor:
+    """float8_e4m3fn as float32: torch converts one after another on a CPU, these passes run in vectors.
+
+    Moved by seven bits a code is a float16 whose exponent is smaller by 8, subnormal numbers included; the sign, which widening to 16 bits
+    has copied into the exponent too, is taken out there. Only the two codes for NaN become numbers, beyond all others.
+    """
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    values = bits.view(torch.float16).float().mul_(256.0)
+    if values.numel():
+        low, high = values.aminmax()
+        if bool(high > _LARGEST_FLOAT8) or bool(low < -_LARGEST_FLOAT8):
+            values.masked_fill_(values.abs() > _LARGEST_FLOAT8, torch.nan)
+    return values
 
 
 def _slots(call: DecodeCall, start: int, spans: list[Span]) -> Tensor:
