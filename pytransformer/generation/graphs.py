@@ -123,7 +123,7 @@ class RecordedStep:
 def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The step as a function that replays it; the tensor it returns is the same each time, and overwritten."""
     # Compiling, loading and choosing of kernels, and cuBLAS's workspace, must not fall into the recording.
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()

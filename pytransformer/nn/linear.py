@@ -22,7 +22,7 @@ MIN_PACKED_ELEMENTS = 1 << 16
 # From so many rows on it pays to let oneDNN reorder a plain weight within the call, if an activation is to follow (see product).
 _MIN_FUSED_ROWS = 64
 # What oneDNN does to a product before it leaves the registers, in the words of torch's op.
-_FUSED = {
+_FUSED: dict[str | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
     "relu": ("relu", [], ""),
     "gelu": ("gelu", [], "none"),

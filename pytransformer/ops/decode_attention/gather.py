@@ -70,8 +70,7 @@ def _slots(call: DecodeCall, start: int, spans: list[Span]) -> Tensor:
             else call.cache_batch_idx[start:stop]
         )
         slots = rows.long()[:, None] * size + keys
-    empty = (firsts >= lasts)[:, None]
-    return slots.masked_fill_(empty, 0)
+    return torch.where((firsts >= lasts)[:, None], 0, slots)
 
 
 def _take(cache: Tensor, scale: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:

@@ -72,9 +72,9 @@ def _write_positions(call: AppendCall, k: Tensor, cache_seqlens: Tensor) -> None
     starts = None if call.cu_seqlens is None else call.cu_seqlens.tolist()
     start = _common_length(lengths)
     if start is not None and starts is None and call.block_table is None and call.cache_batch_idx is None:
-        places = slice(start, start + k.shape[1])
+        common = slice(start, start + k.shape[1])
         for cache, scale, new in _sides(call, k):
-            _put(cache, scale, (slice(None), places), new)
+            _put(cache, scale, (slice(None), common), new)
         return
     if starts is None:
         places = _places(call, cache_seqlens, k.shape[1])

@@ -73,7 +73,9 @@ def test_generate_tells_both_batches_and_the_prefill_apart(monkeypatch, tmp_path
     assert run(1.0, 1.9) == 1  # the prefill
     assert run(1.2, 1.0) == 1  # batch 1
     result = json.loads(path.read_text())
-    assert result["prefill_speedup"] == pytest.approx(2.0) and result["speedup_at_batch_8"] == pytest.approx(2 / 1.2, rel=1e-5)
+    assert result["prefill_speedup"] == pytest.approx(2.0) and result["speedup_at_batch_8"] == pytest.approx(
+        2 / 1.2, rel=1e-5
+    )
     assert [(row["part"], row["batch"]) for row in result["rows"][::4]] == [
         ("decode", 1),
         ("decode", 8),
