@@ -185,6 +185,10 @@ class BeamRun(Run):
                     beam.text = text
         yield from super().steps()
 
+    def why_not_recorded(self) -> str:
+        """See :class:`Run`."""
+        return "a beam search moves its sequences between two steps"
+
     def without_cache(self) -> Generator[Step, None, None]:
         """See :class:`Run`."""
         steps = super().without_cache()

@@ -7,6 +7,8 @@ measured to be that. Within one call of ``generate`` nothing changes but the tok
 A stand-in has the attributes of a module and the functions of its class (``Block.forward`` is ``Block.forward``), but is a plain object:
 calling it does not go through ``nn.Module``. Linear layers and norms are replaced by functions with their weights bound. What a model
 computes is therefore written down in one place only, in nn/ and model/.
+
+The prompt goes the same way: there it is oneDNN's products, which apply GELU before they write their result, that save time.
 """
 
 from __future__ import annotations
@@ -30,14 +32,15 @@ from pytransformer.ops.backend import requested_backend
 _STAND_INS: tuple[type[nn.Module], ...] = (Stack, Block, Attention, FeedForward)
 
 
-def bind(model: Transformer) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+def bind(model: Transformer, *, packed: bool = True) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
     """(decoder, head) that compute what ``model.model`` and ``model.lm_head`` do, as long as no parameter changes.
 
-    Where :func:`why_not_bound` has a reason these are the modules themselves.
+    ``packed``: from packed copies of the weights where there are some, which must be up to date. Where :func:`why_not_bound` has a reason
+    these are the modules themselves.
     """
     if why_not_bound(model) is not None:
         return model.model, model.lm_head
-    return _bound(model.model), _bound_head(model.lm_head)
+    return _bound(model.model, packed), _bound_head(model.lm_head, packed)
 
 
 def why_not_bound(model: Transformer) -> str | None:
@@ -59,14 +62,16 @@ def why_not_bound(model: Transformer) -> str | None:
     return None
 
 
-def _bound(module: nn.Module) -> Any:
+def _bound(module: nn.Module, packed: bool) -> Any:
     """The stand-in of a module, or the module itself where it has none."""
     if type(module) is Linear or type(module) is RowBlocks:
-        return module.product()
+        return module.product(packed=packed)
     if type(module) is LayerNorm or type(module) is RMSNorm:
         return _bound_norm(module)
+    if type(module) is FeedForward and (product := module.product(packed=packed)) is not None:
+        return product
     if isinstance(module, nn.ModuleList):
-        return [_bound(child) for child in module]
+        return [_bound(child, packed) for child in module]
     if type(module) not in _STAND_INS:
         return module
     stand_in = _stand_in_class(type(module))()  # type: ignore[arg-type]
@@ -75,7 +80,7 @@ def _bound(module: nn.Module) -> Any:
     for name, child in module.named_children():
         # The norms of q and k are not called but handed to the cache, which fuses them.
         keep = isinstance(module, Attention) and not isinstance(child, (Linear, RowBlocks))
-        setattr(stand_in, name, child if keep else _bound(child))
+        setattr(stand_in, name, child if keep else _bound(child, packed))
     for name in (name for name, child in module._modules.items() if child is None):
         setattr(stand_in, name, None)
     for name, parameter in module._parameters.items():
@@ -89,8 +94,8 @@ def _stand_in_class(kind: type[nn.Module]) -> type:
     return type(f"Bound{kind.__name__}", (), {**functions, "__call__": kind.forward})
 
 
-def _bound_head(module: LMHead) -> Callable[[Tensor], Tensor]:
-    product, softcap = module.product(), module.softcap
+def _bound_head(module: LMHead, packed: bool) -> Callable[[Tensor], Tensor]:
+    product, softcap = module.product(packed=packed), module.softcap
     if module.transform is None and module.scale == 1.0:
         return product if softcap == 0.0 else lambda x: softcap * torch.tanh(product(x) / softcap)
     return module

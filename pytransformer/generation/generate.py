@@ -21,6 +21,7 @@ from .caches import Prefix
 from .caches.sizes import split_kind
 from .drafts import DraftModel, PromptLookup, check_draft
 from .edits import Constraint
+from .graphs import check_option
 from .kept import KeptCache
 from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
 from .results import Generation, Step
@@ -64,6 +65,7 @@ def generate(
     cache: str | KeptCache = "contiguous",
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
+    cuda_graph: bool | None = None,
     decoder_start_token_id: int | Sequence[int] | None = None,
     draft: DraftModel | PromptLookup | Transformer | None = None,
     callback: Callable[[Step], object] | None = None,
@@ -93,6 +95,8 @@ def generate(
             otherwise are computed from where they do.
         pack_weights: on a CPU, decode from packed copies of the linear layers' weights (see :func:`prepare_for_decoding`), which are kept
             for later calls; ``False`` frees them; ``None`` = if they are there already, or so many tokens are asked for that it pays.
+        cuda_graph: on a GPU, record the decode step once and replay it for every token (see graphs.py); ``None`` = where it can be and
+            enough tokens are asked for.
         decoder_start_token_id: of an encoder–decoder: the token that each target starts with, or several; ``None`` = the configuration's.
         draft: speculative decoding, see docs/speculative.md: who proposes tokens, several of which the model then checks in one pass. The
             distribution of what is generated is the same; greedy, and with :class:`PromptLookup`, the tokens are, up to rounding. A
@@ -138,6 +142,7 @@ def generate(
         cache=cache,
         prefix=prefix,
         pack_weights=pack_weights,
+        cuda_graph=cuda_graph,
         decoder_start_token_id=decoder_start_token_id,
         draft=draft,
         **sampling,
@@ -219,6 +224,7 @@ def start(
     cache: str | KeptCache = "contiguous",
     prefix: Prefix | None = None,
     pack_weights: bool | None = None,
+    cuda_graph: bool | None = None,
     decoder_start_token_id: Any = None,
     draft: Any = None,
     **sampling: Any,
@@ -272,6 +278,9 @@ def start(
     run.form = form
     run.padding = padding if padding is not None else (eos_token_ids or (0,))[0]
     run.use_cache, run.pack_weights = use_cache, pack_weights
+    run.cuda_graph = check_option(cuda_graph, model, use_cache)
+    if run.cuda_graph and (reason := run.why_not_recorded()) is not None:
+        raise ValueError(f"cuda_graph=True asks for a CUDA graph of the decode step, but {reason}")
     run.prefix = prefix
     if isinstance(cache, KeptCache):
         run.kept = cache

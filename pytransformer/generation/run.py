@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from pytransformer.model.transformer import EncoderDecoder, Transformer
 from pytransformer.nn.linear import MAX_PACKED_ROWS
 from pytransformer.nn.position import RotaryEmbedding
 
+from . import graphs
 from .bound import bind
 from .caches import Prefix, SequenceCache, make_cache
+from .graphs import RecordedStep
 from .kept import KeptCache
 from .prepare import prepare
 from .record import Record
@@ -67,6 +69,7 @@ class Run(Record):
         self.sampler = sampler
         self.use_cache = True
         self.pack_weights: bool | None = None
+        self.cuda_graph: bool | None = None
         self.cache_kind = "contiguous"
         self.kept: KeptCache | None = None  # in the place of a cache of its own
         self.prefix: Prefix | None = None
@@ -78,8 +81,6 @@ class Run(Record):
             self.source.encode()
         if self.finished:
             return
-        if self.use_cache:
-            prepare(self.model, self._packed_rows(), self.max_new_tokens, self.pack_weights)
         try:
             yield from self.with_cache() if self.use_cache else self.without_cache()
         except GeneratorExit:  # between two steps
@@ -89,9 +90,15 @@ class Run(Record):
                 self.kept.forget()  # what an unfinished step left in it
             raise
 
-    def _packed_rows(self) -> int:
-        """Rows of the products of a step, for which weights are packed: those up to ``MAX_PACKED_ROWS`` cost next to the same."""
-        return max(self.width, min(self.width * self.longest_step, MAX_PACKED_ROWS))
+    def prepared(self) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+        """(decoder, head) for the steps behind the prompts, with packed weights if that pays.
+
+        Not for the prompts: the first token need not wait for weights to be packed, or looked through for changes.
+        """
+        # Products of up to MAX_PACKED_ROWS rows cost next to the same.
+        rows = max(self.width, min(self.width * self.longest_step, MAX_PACKED_ROWS))
+        prepare(self.model, rows, self.max_new_tokens, self.pack_weights)
+        return bind(self.model)
 
     def modules(self) -> list[nn.Module]:
         """All that has to be in evaluation mode."""
@@ -102,10 +109,15 @@ class Run(Record):
         cache, options, logits = self._begin()
         jumps = self._jumps_of_rope()
         dropped = [False] * self.width
-        decoder, head = bind(model)
+        decoder: Any = None
+        recorded: RecordedStep | None = None
         while True:
             tokens, step = self._choose(logits)
             yield step
+            if decoder is None and not (self.finished and self.pack_weights is None):
+                decoder, head = self.prepared()
+                if self._records():
+                    recorded = RecordedStep(decoder, head, cache, required=bool(self.cuda_graph))
             if self.finished:
                 return
             if self.kept is not None:
@@ -120,10 +132,24 @@ class Run(Record):
                 cache.reset()
                 logits = self._prefill(cache, options)
                 continue
-            cache.choose_path(bound=decoder is not model.model)
-            hidden = decoder(tokens[:, None], cache=cache, **options)
+            if recorded is not None:
+                cache.choose_path(bound=False)
+                logits = recorded(tokens)
+            else:
+                cache.choose_path(bound=decoder is not model.model)
+                logits = head(decoder(tokens[:, None], cache=cache, **options)[:, 0])
             cache.advance(1, self._longest())
-            logits = head(hidden[:, 0])
+
+    def _records(self) -> bool:
+        """Whether the decode step becomes a CUDA graph."""
+        if self.cuda_graph is None:
+            is_worthwhile = self.max_new_tokens >= graphs.WORTHWHILE_TOKENS
+            return is_worthwhile and self.why_not_recorded() is None and graphs.why_not_recorded(self.model) is None
+        return self.cuda_graph
+
+    def why_not_recorded(self) -> str | None:
+        """The reason why this kind of run cannot record its step as a CUDA graph, or ``None``."""
+        return None
 
     def _begin(self) -> tuple[SequenceCache, dict[str, Any], Tensor]:
         """A cache with the prompts in it, the decoder's options for a source, and the logits (batch, vocab_size) behind the prompts."""
@@ -170,7 +196,9 @@ class Run(Record):
         rows = [row[known:] if reason is None else row[:1] for row, reason in zip(rows, self.stop_reasons)]
         ids, lengths, real = padded(self.model, rows)
         cache.expect([len(row) for row in rows])
-        hidden = self.model.model(ids, real, cache=cache, **options)
+        decoder, _ = bind(self.model, packed=False)
+        cache.choose_path(bound=decoder is not self.model.model)
+        hidden = decoder(ids, real, cache=cache, **options)
         cache.advance(lengths, known + max(map(len, rows)))
         return self._last_logits(hidden, lengths)
 

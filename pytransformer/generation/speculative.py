@@ -18,14 +18,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pytransformer.model.transformer import Transformer
 
-from .bound import bind
 from .caches import SequenceCache
 from .drafts import Drafter, DraftModel, ModelDrafter, PromptLookup, Proposals, make_drafter
 from .results import Generation, Step
@@ -93,7 +92,7 @@ class SpeculativeRun(Run):
     def with_cache(self) -> Generator[Step, None, None]:
         cache, options, logits = self._begin()
         self.drafter.begin()
-        decoder, head = bind(self.model)
+        decoder: Any = None
         jumps = self._jumps_of_rope()
         batch = len(self.rows)
         self._accept(logits[:, None], Proposals.none(batch), self._open())
@@ -101,6 +100,8 @@ class SpeculativeRun(Run):
             yield from self._ready()
             if not self._open():
                 return
+            if decoder is None:
+                decoder, head = self.prepared()
             if self.kept is not None:
                 self.kept.check_turn(self)
             self._drop_ended(cache)
@@ -125,6 +126,9 @@ class SpeculativeRun(Run):
             counts = self._accept(head(hidden), proposals, going)
             # What was not accepted is padding: the cache forgets it.
             self._advance(cache, counts)
+
+    def why_not_recorded(self) -> str:
+        return "speculative decoding gives its steps other shapes each time"
 
     def result(self) -> Generation:
         found = super().result()

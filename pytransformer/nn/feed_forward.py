@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,6 +112,21 @@ class FeedForward(nn.Module):
         if self.training and self.dropout > 0.0:
             inner = F.dropout(inner, self.dropout)
         return self.down_proj(inner)  # type: ignore[no-any-return]
+
+    def product(self, *, packed: bool = True) -> Callable[[Tensor], Tensor] | None:
+        """:meth:`forward` in evaluation mode as a function that checks nothing, with the weights of this moment (:meth:`Linear.product`).
+
+        ``None`` for a gated network, and where something else stands in the place of a projection.
+        """
+        if (
+            self.activation in GATED_ACTIVATIONS
+            or type(self.up_proj) is not Linear
+            or type(self.down_proj) is not Linear
+        ):
+            return None
+        up = self.up_proj.product(self.activation, packed=packed)
+        down = self.down_proj.product(packed=packed)
+        return lambda x: down(up(x))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, dropout={self.dropout}"

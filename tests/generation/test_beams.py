@@ -214,7 +214,7 @@ def test_a_prompt_is_computed_once_and_one_length_takes_the_direct_path(device, 
     generate(model, ids, 6, num_beams=4, eos_token_id=())
     assert shapes[0] == (2, 5)
     assert set(shapes[1:]) <= {(8, 1)}  # empty where the steps are bound to stand-ins
-    assert len(direct) == 5 and all(direct)
+    assert len(direct) == 6 and all(direct)  # the prefill's too
     assert copied[:2] == [(2, 0), (8, 0)]  # before the prefill, and after it
     assert all(size == 8 and shared >= 5 for size, shared in copied[2:])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pytransformer import TransformerConfig
-from pytransformer.generation import DraftModel, PromptLookup, Sampler, generate, generate_stream, speculative
+from pytransformer.generation import DraftModel, PromptLookup, Sampler, generate, generate_stream, run, speculative
 from pytransformer.generation.drafts import ModelDrafter, NgramIndex
 from pytransformer.training.tokenizer import TextTokenizer
 from tests.generation.caches.support import GENERATING
@@ -259,7 +259,7 @@ def test_a_fault_is_told_where_plain_decoding_meets_it(model, draft, monkeypatch
         return logits
 
     monkeypatch.setattr(type(model.lm_head), "forward", spoil)
-    monkeypatch.setattr(speculative, "bind", lambda model: (model.model, model.lm_head))
+    monkeypatch.setattr(run, "bind", lambda model, packed=True: (model.model, model.lm_head))
     steps = []
     small = make_model(CONFIG, 1, prompts[0].device) if isinstance(draft, DraftModel) else None
     with pytest.raises(ValueError, match="in step 5 for row 2 of the batch: the logits there hold NaN"):

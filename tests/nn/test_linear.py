@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pytransformer.nn import Linear, linear
+from pytransformer.nn import FeedForward, Linear, linear
 from pytransformer.verification import SEEDS, Contract
 
 needs_packing = pytest.mark.skipif(
@@ -40,6 +40,38 @@ def test_packed_results_are_as_near_as_plain_ones(rows, dtype, bias):
             assert actual.shape == (count, 1, 257) and actual.dtype == dtype
             contract.add(name, actual=actual, plain=plain, golden=golden)
     contract.check()
+
+
+@needs_packing
+@pytest.mark.parametrize(("packed", "library"), [(True, "onednn"), (True, "mkl"), (False, "onednn")])
+@pytest.mark.parametrize("activation", linear.ACTIVATIONS)
+def test_an_activation_inside_the_product_is_as_near_as_behind_it(activation, packed, library, monkeypatch):
+    """Plain weights with few rows and with many; packed ones by both libraries."""
+    if linear._works(library, torch.float32):
+        monkeypatch.setattr(linear, "_library", lambda rows, dtype: library)
+    contract = Contract(torch.float32)
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        module = Linear(300, 257, device=CPU)
+        assert module.pack()
+        product = module.product(activation, packed=packed)
+        for rows in (1, 70):
+            x, activate = torch.randn(2, rows, 300), linear.ACTIVATIONS[activation]
+            with torch.no_grad():
+                golden = activate(F.linear(x.double(), module.weight.double(), module.bias.double()))
+                plain = activate(F.linear(x, module.weight, module.bias))
+                contract.add(f"{rows} rows", actual=product(x), plain=plain, golden=golden)
+    contract.check()
+
+
+@torch.no_grad()
+def test_a_feed_forward_as_a_function_follows_what_its_projections_are():
+    module = FeedForward(32, 64, activation="gelu_tanh", device=CPU)
+    x = torch.randn(3, 32)
+    assert torch.equal(module.product()(x), module(x))
+    assert FeedForward(32, 64, activation="swiglu", device=CPU).product() is None
+    module.up_proj = torch.nn.Linear(32, 64)
+    assert module.product() is None
 
 
 @pytest.fixture

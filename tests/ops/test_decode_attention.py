@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pytransformer
 from pytransformer.ops import checks
 from pytransformer.ops.backend import use_backend
-from pytransformer.ops.decode_attention import CHOICE, decode_attention
+from pytransformer.ops.decode_attention import CHOICE, by_torch, decode_attention
+from pytransformer.ops.decode_attention.gather import widen
 from pytransformer.verification import SEEDS, Contract
 from tests.kernels.decode_contract import EDGE_LENGTHS, Decode, draw, golden
 
@@ -355,6 +356,39 @@ def test_generation_on_a_cpu_copies_no_cache(heads, batch_lengths):
     with _Allocations(q, cache, lengths) as allocations:
         decode_attention(q, cache[0], cache[1], lengths, backend="torch")
     assert allocations.largest <= q.numel()
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("page_size", [0, 3])
+@pytest.mark.parametrize("at_once", [1, 2**24])
+def test_the_bits_of_a_sequence_on_a_cpu_are_its_own(at_once, page_size, cache_dtype, monkeypatch):
+    """Neighbours of the same length, of others and without keys; gathered one by one and all at once."""
+    monkeypatch.setattr(by_torch, "_MOST_GATHERED", at_once)
+    case = Decode(
+        lengths=(20, 20, 0, 37, 20), heads=(4, 2), page_size=page_size, cache_dtype=cache_dtype, scale_per_token=True,
+        options={"window": (25, -1)},
+    )  # fmt: skip
+    inputs = draw(case, 0, torch.device("cpu"))
+    call = {**inputs.tensors, **inputs.options, "backend": "torch"}
+    together = decode_attention(**call)
+    per_sequence = {"q", "cache_seqlens", "block_table"} | (
+        {"k_cache", "v_cache", "k_scale", "v_scale"} if not page_size else set()
+    )
+    for row in range(5):
+        alone = {
+            name: value[row : row + 1] if name in per_sequence and value is not None else value
+            for name, value in call.items()
+        }
+        assert torch.equal(decode_attention(**alone)[0], together[row])
+    assert together.isfinite().all() and not together[2].any() and together[3].any()
+
+
+def test_every_code_of_float8_is_widened_exactly():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(8, 2, 16)
+    scale = torch.rand(8, 2)
+    expected = codes.float() * scale[..., None]
+    assert torch.equal(widen(codes, scale, torch.float32).nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert expected.isnan().sum() == 2
 
 
 # --- torch's machinery --------------------------------------------------------------------------------------------------------------------

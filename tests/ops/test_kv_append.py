@@ -77,10 +77,16 @@ def test_norm_and_rope(place, dtype, device):
 def test_quantised(cache_dtype, scale_per_token, device):
     case = replace(PLACES["pages-of-3"], cache_dtype=cache_dtype, scale_per_token=scale_per_token)
     call = draw(case, 1, device)
-    for backend in ("triton", "reference", None):
+    for backend in ("triton", "torch", "reference", None):
         assert_same(run(call, backend), run_reference(call))
-    with pytest.raises(NotImplementedError, match="torch has no fused quantisation for a cache"):
-        run(call, "torch")
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_torch_quantises_as_the_reference_does(places, device):
+    """Wherever the places come from: the very codes and scales."""
+    case = replace(PLACES[places], cache_dtype=torch.float8_e4m3fn, scale_per_token=True)
+    call = draw(case, 3, device)
+    assert_same(run(call, "torch"), run_reference(call))
 
 
 def test_positions_of_one_row_serve_all_sequences(device):

@@ -16,7 +16,6 @@ from torch import Tensor
 from pytransformer.model.config import TransformerConfig
 from pytransformer.nn import RMSNorm, RotaryEmbedding
 from pytransformer.ops.attention import attention
-from pytransformer.ops.backend import requested_backend
 from pytransformer.ops.decode_attention import decode_attention
 from pytransformer.ops.kv_append import kv_append
 
@@ -180,7 +179,6 @@ class ContiguousLayer:
             k_norm_weight=None if k_norm is None else k_norm.weight,
             norm_eps=1e-6 if k_norm is None or k_norm.eps is None else k_norm.eps,
             norm_weight_offset=0.0 if k_norm is None else k_norm.weight_offset,
-            backend=_quantising_backend(k) if self.scales else None,
             **self.scales,
             **self._table(),
         )
@@ -261,8 +259,3 @@ class ContiguousLayer:
         grouped = q.transpose(1, 2).reshape(batch, k.shape[1], group * seqlen, head_dim)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(group, 1), scale=softmax_scale)
         return out.reshape(batch, num_heads, seqlen, head_dim).transpose(1, 2)
-
-
-def _quantising_backend(k: Tensor) -> str | None:
-    """On a CPU the reference, by name: it alone quantises there, and is asked for as such so that it warns of nothing."""
-    return "reference" if k.device.type == "cpu" and requested_backend(None) in (None, "torch") else None

@@ -90,6 +90,14 @@ class SequenceCache:
     def expect(self, new_tokens: Sequence[int]) -> None:
         """Says before a step how many of each sequence's new tokens are real; without it all may be, until ``advance`` says."""
 
+    def reserve(self, seqlen: int) -> None:
+        """Before a step: room for ``seqlen`` more tokens of each sequence; what raises does so before anything is written."""
+        self.require(seqlen)
+
+    def forget_step(self) -> None:
+        """Forgets what the layers of a step share, so that the next step makes it anew from the lengths."""
+        self._attended = None
+
     def choose_path(self, bound: bool) -> None:
         """Before each step: whether the step is bound (see bound.py)."""
 
@@ -166,7 +174,10 @@ class SequenceCache:
         return self._masks[key]
 
     def _set_lengths(self, lengths: Tensor) -> None:
-        self.lengths = lengths
+        if lengths.shape == self.lengths.shape:
+            self.lengths.copy_(lengths)  # in place: a recorded step (graphs.py) reads them there
+        else:
+            self.lengths = lengths  # sequences have become fewer or more
         self._attended = None
         self._masks = {}
 

@@ -1,13 +1,15 @@
 """Decode attention by torch's own functions: the path of machines without a GPU.
 
-The lengths are read, which on a GPU waits for it. Sequences of one length that need no selection of keys are one call of
-scaled_dot_product_attention, where the query heads that share a key head become rows of one matrix instead of repeating the keys. The
-others are computed one after another, by scaled_dot_product_attention if it can serve, else over tiles of keys that are taken from the
-cache, and dequantised, one tile at a time.
+The lengths are read, which on a GPU waits for it. One query per sequence without terms of its own is the step of text generation: pages and
+codes of all sequences are gathered and widened at once, and neighbours of one length are one call of scaled_dot_product_attention, where
+the query heads that share a key head become rows of one matrix instead of repeating the keys. A sequence's bits do not depend on its
+neighbours: each is a problem of its own in such a call, and none is padded. All else is computed one sequence after another, by
+scaled_dot_product_attention if it can serve, else over tiles of keys that are taken from the cache, and dequantised, one tile at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -20,17 +22,18 @@ from pytransformer.ops.attention.by_torch import attend_by_sdpa, serves_by_sdpa
 from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.attention.tiles import Problem
 from pytransformer.ops.backend import Backend, Outputs
-from pytransformer.ops.cache_checks import QUANTISED_DTYPES
 from pytransformer.ops.decode_attention.call import DecodeCall, first_visible_key
+from pytransformer.ops.decode_attention.gather import Span, gather, widen
+
+# Keys that are gathered at once, in elements: 64 MB of float32, and as many values. One sequence may have more.
+_MOST_GATHERED = 2**24
 
 
 def attend(call: DecodeCall) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of a checked call, contiguous; lse is None unless ``call.return_lse``."""
     lengths = call.cache_seqlens.tolist()
-    if _is_one_rectangle(call, lengths) and not call.return_lse and call.softcap == 0 and call.sinks is None:
-        first = first_visible_key(call, 0, lengths[0])
-        keys = slice(first, lengths[0])
-        return _attend_plain(call, call.q, call.k_cache[:, keys], call.v_cache[:, keys]).contiguous(), None
+    if _is_plain(call):
+        return _attend_single_queries(call, lengths), None
     out, lse = _outputs(call)
     starts = None if call.cu_seqlens_q is None else call.cu_seqlens_q.tolist()
     for sequence, length in enumerate(lengths):
@@ -51,26 +54,41 @@ def _outputs(call: DecodeCall) -> tuple[Tensor, Tensor | None]:
     return out, torch.empty(shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
 
-def _is_one_rectangle(call: DecodeCall, lengths: list[int]) -> bool:
-    """Whether all sequences are one slice of the cache and every query sees all of it."""
-    if (
-        call.q.ndim != 4
-        or call.q.shape[1] != 1
-        or call.k_cache.dtype in QUANTISED_DTYPES
-        or not lengths
-        or lengths[0] == 0
-    ):
+def _is_plain(call: DecodeCall) -> bool:
+    """Whether each sequence has one query, which sees all keys from some place on, and nothing but its products with them."""
+    if call.q.ndim != 4 or call.q.shape[1] != 1 or call.return_lse or call.softcap > 0:
         return False
-    if (
-        call.block_table is not None
-        or call.cache_batch_idx is not None
-        or call.cache_leftpad is not None
-        or call.mask is not None
-        or call.bias is not None
-        or call.alibi_slopes is not None
-    ):
-        return False
-    return lengths.count(lengths[0]) == len(lengths)
+    return call.mask is None and call.bias is None and call.alibi_slopes is None and call.sinks is None
+
+
+def _attend_single_queries(call: DecodeCall, lengths: list[int]) -> Tensor:
+    """The result of a call that :func:`_is_plain`."""
+    spans = [(first_visible_key(call, sequence, length), length) for sequence, length in enumerate(lengths)]
+    if call.block_table is call.k_scale is call.cache_batch_idx is call.cache_leftpad is None:
+        return _attend_runs(call, 0, spans, call.k_cache, call.v_cache)
+    longest = max((last - first for first, last in spans), default=0)
+    if longest == 0:
+        return _outputs(call)[0].zero_()
+    step = max(1, _MOST_GATHERED // (longest * call.k_cache.shape[2] * call.k_cache.shape[3]))
+    parts = []
+    for start in range(0, len(spans), step):
+        some = spans[start : start + step]
+        parts.append(_attend_runs(call, start, [(0, last - first) for first, last in some], *gather(call, start, some)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_runs(call: DecodeCall, start: int, spans: list[Span], k: Tensor, v: Tensor) -> Tensor:
+    """The sequences from ``start`` on over their keys in k and v, whose row 0 is the first one's; a run of one span is one call."""
+    q = call.q[start : start + len(spans)]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    for (first, last), run in itertools.groupby(range(len(spans)), spans.__getitem__):
+        places = list(run)
+        rows = slice(places[0], places[-1] + 1)
+        if first < last:
+            out[rows] = _attend_plain(call, q[rows], k[rows, first:last], v[rows, first:last])
+        else:
+            out[rows] = 0
+    return out
 
 
 def _attend_plain(call: DecodeCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -147,10 +165,7 @@ def _keys(call: DecodeCall, cache: Tensor, scale: Tensor | None, sequence: int, 
         row = sequence if call.cache_batch_idx is None else int(call.cache_batch_idx[sequence])
         found = cache[row, slots]
         scale = scale[row, slots] if scale is not None and per_token else scale
-    if scale is not None:
-        wide = torch.promote_types(call.q.dtype, torch.float32)
-        found = (found.to(wide) * scale.to(wide)[..., None]).to(call.q.dtype)
-    return found[None]
+    return (found if scale is None else widen(found, scale, call.q.dtype))[None]
 
 
 def _reference(call: DecodeCall) -> Outputs:

@@ -6,26 +6,19 @@ For sequences of one length, the inner loop of text generation, the write is one
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops.backend import Backend, Limit, Outputs
-from pytransformer.ops.cache_checks import QUANTISED_DTYPES
 from pytransformer.ops.kv_append.call import AppendCall, count_tokens, refusal, unless_empty
 from pytransformer.ops.norm import rms_norm
 from pytransformer.ops.rope import rope
+from pytransformer.reference.kv_cache import per_token_scale, quantize
 
 _LIMITS = (
-    Limit(
-        "quantised caches",
-        lambda call: (
-            "torch has no fused quantisation for a cache; the reference serves int8 and float8_e4m3fn"
-            if call.k_cache.dtype in QUANTISED_DTYPES
-            else None
-        ),
-    ),
     Limit(
         "anything on a GPU",
         lambda call: (
@@ -79,33 +72,66 @@ def _write_positions(call: AppendCall, k: Tensor, cache_seqlens: Tensor) -> None
     starts = None if call.cu_seqlens is None else call.cu_seqlens.tolist()
     start = _common_length(lengths)
     if start is not None and starts is None and call.block_table is None and call.cache_batch_idx is None:
-        places = slice(start, start + k.shape[1])
-        call.k_cache[:, places].copy_(k)
-        call.v_cache[:, places].copy_(call.v)
+        common = slice(start, start + k.shape[1])
+        for cache, scale, new in _sides(call, k):
+            _put(cache, scale, (slice(None), common), new)
         return
-    for sequence, length in enumerate(lengths):
-        new = sequence if starts is None else slice(starts[sequence], starts[sequence + 1])
-        new_k, new_v = k[new], call.v[new]
-        count = new_k.shape[0]
-        if call.block_table is not None:
-            page_size = call.k_cache.shape[1]
-            position = torch.arange(length, length + count)
-            place = (call.block_table[sequence, position // page_size].long(), position % page_size)
-            call.k_cache.index_put_(place, new_k)
-            call.v_cache.index_put_(place, new_v)
-        else:
-            row = sequence if call.cache_batch_idx is None else int(call.cache_batch_idx[sequence])
-            call.k_cache[row, length : length + count].copy_(new_k)
-            call.v_cache[row, length : length + count].copy_(new_v)
+    if starts is None:
+        places = _places(call, cache_seqlens, k.shape[1])
+        for cache, scale, new in _sides(call, k):
+            _put(cache, scale, places, new)
+        return
+    for sequence in range(len(lengths)):
+        one = slice(starts[sequence], starts[sequence + 1])
+        alone = slice(sequence, sequence + 1)
+        rows, slots = _places(call, cache_seqlens[alone], starts[sequence + 1] - starts[sequence], alone)
+        for cache, scale, new in _sides(call, k):
+            _put(cache, scale, (rows[0], slots[0]), new[one])
+
+
+def _sides(call: AppendCall, k: Tensor) -> tuple[tuple[Tensor, Tensor | None, Tensor], ...]:
+    """(cache, scale, new tokens) of keys and of values."""
+    return (call.k_cache, call.k_scale, k), (call.v_cache, call.v_scale, call.v)
+
+
+def _places(
+    call: AppendCall, cache_seqlens: Tensor, count: int, sequences: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """(row or page, slot) of the next ``count`` tokens of some sequences: int64 (sequences, count) each."""
+    position = cache_seqlens.long()[:, None] + torch.arange(count)
+    if call.block_table is not None:
+        page_size = call.k_cache.shape[1]
+        return call.block_table[sequences].gather(1, position // page_size).long(), position % page_size
+    rows = torch.arange(call.cache_seqlens.shape[0]) if call.cache_batch_idx is None else call.cache_batch_idx.long()  # type: ignore[union-attr]
+    return rows[sequences, None].expand_as(position), position
+
+
+def _put(cache: Tensor, scale: Tensor | None, places: Any, new: Tensor) -> None:
+    """Writes new tokens (…, num_kv_heads, head_dim) to their places, as codes into a cache that holds codes."""
+    if scale is None:
+        cache[places] = new
+        return
+    if scale.ndim > 1:
+        of_token = per_token_scale(new, cache.dtype)
+        scale[places] = of_token
+    else:
+        of_token = scale
+    # float8 cannot be indexed, but its bytes can.
+    _raw(cache)[places] = _raw(quantize(new, of_token[..., None], cache.dtype))
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """float8 as its bytes."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def _write_slots(call: AppendCall, k: Tensor, slot_mapping: Tensor) -> None:
     page_size = call.k_cache.shape[1]
     written = slot_mapping >= 0
     slots = slot_mapping[written]
-    place = (slots // page_size, slots % page_size)
-    for cache, new in ((call.k_cache, k), (call.v_cache, call.v)):
-        cache.index_put_(place, new.reshape(-1, *new.shape[-2:])[written])
+    places = (slots // page_size, slots % page_size)
+    for cache, scale, new in _sides(call, k):
+        _put(cache, scale, places, new.reshape(-1, *new.shape[-2:])[written])
 
 
 def _reference(call: AppendCall) -> Outputs:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pytransformer import TransformerConfig
-from pytransformer.benchmarks.programs import cpu_chat, cpu_decode, cpu_training
+from pytransformer.benchmarks.programs import cpu_chat, cpu_decode, cpu_generate, cpu_training
 
 
 def run_with(module, monkeypatch, path, seconds):
@@ -64,3 +64,40 @@ def test_turns_of_a_tiny_model_are_measured_from_a_kept_cache(monkeypatch, tmp_p
         "decode, bfloat16", "decode, bfloat16, plain weights",
     ]  # fmt: skip
     assert all(row["tokens_per_second"] > 0 for row in rows.values()) and len(rows["turn, anew"]["turns"]) == 2
+
+
+def test_generate_tells_both_batches_and_the_prefill_apart(monkeypatch, tmp_path):
+    """A target that is missed is the exit status, whichever it is; what could not run is named."""
+    pytest.importorskip("transformers", reason="these comparisons are with transformers")
+    rows = {"transformers, static cache": [2.0], "transformers, dynamic cache": [3.0], "weights only, F.linear": [0.99]}
+
+    def run(ours, long_prompt):
+        def measure(variants, rounds, tokens):
+            assert "transformers, dynamic cache" in variants
+            return {"pytransformer": [ours if tokens > 1 else long_prompt], **rows}
+
+        monkeypatch.setattr(cpu_generate, "measure", measure)
+        return cpu_generate.main()
+
+    monkeypatch.setattr(cpu_generate.models, "transformers_model", lambda config: torch.nn.Identity())
+    monkeypatch.setattr(
+        cpu_generate.models, "from_transformers", lambda theirs, config: cpu_generate.Transformer(config, device="meta")
+    )
+    monkeypatch.setattr(cpu_generate, "check_same_tokens", lambda ours, theirs, prompt: 24)
+    monkeypatch.setattr(cpu_generate, "chains", lambda model: {})
+    monkeypatch.setattr(cpu_generate, "works", lambda result, name, run, count: True)
+    monkeypatch.setattr(cpu_generate, "ctranslate2_variant", lambda result, theirs, prompt, folder: {})
+    path = tmp_path / "generate.json"
+    monkeypatch.setattr("sys.argv", ["cpu_generate", "--out", str(path)])
+    assert run(1.0, 1.0) == 0
+    assert run(1.0, 1.9) == 1  # the prefill
+    assert run(1.2, 1.0) == 1  # batch 1
+    result = json.loads(path.read_text())
+    assert result["prefill_speedup"] == pytest.approx(2.0) and result["speedup_at_batch_8"] == pytest.approx(
+        2 / 1.2, rel=1e-5
+    )
+    assert [(row["part"], row["batch"]) for row in result["rows"][::4]] == [
+        ("decode", 1),
+        ("decode", 8),
+        ("prefill", 1),
+    ]
