@@ -263,6 +263,14 @@ SURFACES: dict[str, Surface] = {
         },
         function_of(pytransformer.grouped_linear),
     ),
+    "quantized_linear": Surface(
+        "Ops",
+        lambda batch, seqlen: {
+            **sequence(batch, seqlen), "weight": torch.randint(-127, 128, (8, 16), dtype=torch.int8), "scale": torch.rand(8) / 64,
+            "bias": torch.randn(8),
+        },
+        function_of(pytransformer.quantized_linear),
+    ),
     "linear_attention": Surface("Ops", qkv, function_of(pytransformer.linear_attention), numbers={"causal": True, "normalize": True}),
     # --- modules ---
     "nn.Attention": Surface(
