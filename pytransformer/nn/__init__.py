@@ -8,11 +8,13 @@ from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchReport, patch, unpatch
 from .position import AlibiBias, AlibiSlopes, RelativeBias, RelativeKeys, RotaryEmbedding, SinusoidalPositions
+from .quantized import Codes, QuantizedLinear, round_to_nearest
 
 __all__ = [
     "AlibiBias",
     "AlibiSlopes",
     "Attention",
+    "Codes",
     "Experts",
     "FeedForward",
     "LayerCache",
@@ -21,6 +23,7 @@ __all__ = [
     "MixtureOfExperts",
     "MultiheadAttention",
     "PatchReport",
+    "QuantizedLinear",
     "RMSNorm",
     "RelativeBias",
     "RelativeKeys",
@@ -28,5 +31,6 @@ __all__ = [
     "RowBlocks",
     "SinusoidalPositions",
     "patch",
+    "round_to_nearest",
     "unpatch",
 ]
