@@ -1,7 +1,7 @@
 """A linear layer whose weight is held as 8- or 4-bit codes, made from one in full precision.
 
 Weights are rounded to the nearest code here; ``model/gptq.py`` chooses codes by what the layer's inputs make of them. On a CPU the layer
-can be prepared for decoding like :class:`pytransformer.nn.Linear`: its codes are packed for torch's own kernel, which takes bfloat16 inputs.
+can be prepared for decoding like :class:`pytransformer.nn.Linear`: its codes are packed for torch's own kernel of bfloat16 inputs.
 """
 
 from __future__ import annotations
