@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pytransformer import __version__
-from pytransformer.cli import bench, convert, generate, info, inspect, plot, train, verify, warmup
+from pytransformer.cli import bench, convert, generate, info, inspect, plot, quantize, train, verify, warmup
 
 ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pytransformer {__version__}")
     parser.set_defaults(debug=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, verify, warmup, bench, train, generate, convert, inspect, plot):
+    for module in (info, verify, warmup, bench, train, generate, convert, quantize, inspect, plot):
         module.add_parser(subparsers)
     _add_debug(parser)
     return parser

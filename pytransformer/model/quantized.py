@@ -49,7 +49,7 @@ def quantize(
         raise ValueError(
             f"model must hold its weights in full precision, it is quantised to {model.config.quantization!r}"
         )
-    layers = dict(_layers(model))
+    layers = dict(layers_of(model))
     made = {}
     for name, layer in layers.items():
         if any(parameter.is_meta for parameter in layer.parameters()):
@@ -69,7 +69,7 @@ def replace_layers(model: nn.Module, config: TransformerConfig) -> None:
     """Puts layers without codes yet in the place of linear ones, as a quantised configuration says, for a state_dict to fill."""
     if config.quantization is not None:
         bits, group_size = parse(config.quantization)
-        _put(model, {name: _empty(layer, bits, group_size) for name, layer in _layers(model)})
+        _put(model, {name: _empty(layer, bits, group_size) for name, layer in layers_of(model)})
 
 
 def parse(quantization: str) -> tuple[int, int]:
@@ -103,7 +103,7 @@ def memory_of(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Linear | RowBlocks]]:
+def layers_of(model: nn.Module) -> Iterator[tuple[str, Linear | RowBlocks]]:
     """Name and layer of all that are quantised. A subclass may do anything with its weight, so exactly these."""
     for name, module in model.named_modules():
         if type(module) in (Linear, RowBlocks, LMHead):
