@@ -39,8 +39,8 @@ def gptq(
 ) -> Callable[[str, nn.Module], Codes]:
     """What :func:`pytransformer.model.quantized.quantize` takes as ``quantizer``: codes of each layer by GPTQ.
 
-    The inputs of all layers are those of the model in full precision. Hessians of several layers, up to 2 GB, are added up in one reading of
-    the text. A layer that the text never reaches is rounded to the nearest.
+    The inputs of all layers are those of the model in full precision. Hessians of several layers, up to 2 GB, are added up in one reading
+    of the text. A layer that the text never reaches is rounded to the nearest.
 
     Args:
         model: a decoder, in full precision; the one that is quantised.

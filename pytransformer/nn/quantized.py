@@ -1,7 +1,7 @@
 """A linear layer whose weight is held as 8- or 4-bit codes, made from one in full precision.
 
 Weights are rounded to the nearest code here; ``model/gptq.py`` chooses codes by what the layer's inputs make of them. On a CPU the layer
-can be prepared for decoding like :class:`pytransformer.nn.Linear`: its codes are packed for torch's own kernel of bfloat16 inputs.
+can be prepared for decoding like :class:`pytransformer.nn.Linear`: its codes are packed for torch's own kernels.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class QuantizedLinear(nn.Module):
         self._packed = None
 
     def product(self) -> Callable[[Tensor], Tensor]:
-        """x (…, in_features) -> x Wᵀ + bias, without autograd; with packed codes x is rounded to bfloat16, and so is the product."""
-        return self.forward if self._packed is None else self._packed.product(self.out_features, self.bias)
+        """x (…, in_features) -> x Wᵀ + bias, without autograd; with packed codes x is rounded: see packed_codes.py."""
+        return self.forward if self._packed is None else self._packed.product(self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         scale = self.scale.data

@@ -117,5 +117,5 @@ def test_what_is_refused_leaves_the_model_as_it_was(models, tmp_path: Path):
         quantize(quantised, 8)
     with pytest.raises(ValueError, match="family must be 'pytransformer' or None, got 'llama'"):
         save(quantised, tmp_path / "model", family="llama")
-    with pytest.raises(ValueError, match="quantization must be one of None, 'int8', .*, got 'int3'"):
+    with pytest.raises(ValueError, match=r"quantization must be one of None, 'int8', .*, got 'int3'"):
         TransformerConfig(**SIZES, quantization="int3")

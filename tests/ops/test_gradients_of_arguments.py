@@ -135,7 +135,7 @@ CALLS = {
         lambda: {
             "x": torch.randn(6, 64),
             "weight": torch.randint(256, (8, 32), dtype=torch.uint8),
-            "scale": torch.rand(8, 2),
+            "scale": torch.rand(8, 2) / 16,
             "zero_point": torch.randint(16, (8, 2), dtype=torch.uint8),
             "bias": torch.randn(8),
         },
