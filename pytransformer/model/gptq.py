@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pytransformer.nn import Codes
-from pytransformer.nn.quantized import check_bits, grid_of, packed_halves, round_to_nearest
+from pytransformer.nn.quantized import Codes, check_bits, grid_of, packed_halves, round_to_nearest
 
 from .heads import LMHead
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pytransformer.nn import Codes, Linear, QuantizedLinear, RowBlocks, round_to_nearest
-from pytransformer.nn.quantized import check_bits
+from pytransformer.nn import Linear, QuantizedLinear, RowBlocks
+from pytransformer.nn.quantized import Codes, check_bits, round_to_nearest
 
 from .config import TransformerConfig
 from .heads import LMHead, QuantizedLMHead

@@ -8,13 +8,12 @@ from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchReport, patch, unpatch
 from .position import AlibiBias, AlibiSlopes, RelativeBias, RelativeKeys, RotaryEmbedding, SinusoidalPositions
-from .quantized import Codes, QuantizedLinear, round_to_nearest
+from .quantized import QuantizedLinear
 
 __all__ = [
     "AlibiBias",
     "AlibiSlopes",
     "Attention",
-    "Codes",
     "Experts",
     "FeedForward",
     "LayerCache",
@@ -31,6 +30,5 @@ __all__ = [
     "RowBlocks",
     "SinusoidalPositions",
     "patch",
-    "round_to_nearest",
     "unpatch",
 ]

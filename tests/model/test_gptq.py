@@ -9,7 +9,7 @@ from torch import Tensor
 from pytransformer import Transformer, TransformerConfig
 from pytransformer.model.gptq import choose_codes, gptq, hessians
 from pytransformer.model.quantized import layers_of, quantize
-from pytransformer.nn import round_to_nearest
+from pytransformer.nn.quantized import round_to_nearest
 from pytransformer.reference import dequantize
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from pytransformer.nn import Linear, QuantizedLinear, RowBlocks, round_to_nearest
+from pytransformer.nn import Linear, QuantizedLinear, RowBlocks
 from pytransformer.nn.packed_codes import why_not_packed
+from pytransformer.nn.quantized import round_to_nearest
 from pytransformer.reference import dequantize
 from pytransformer.verification import Contract
 

@@ -299,6 +299,10 @@ SURFACES: dict[str, Surface] = {
     "nn.Linear": Surface(
         "Modules", sequence, ptnn.Linear, positional, numbers={"in_features": 16, "out_features": 8}
     ),
+    "nn.QuantizedLinear": Surface(
+        "Modules", sequence, lambda **numbers: ptnn.QuantizedLinear.of(torch.nn.Linear(numbers["in_features"], numbers["out_features"])),
+        positional, numbers={"in_features": 16, "out_features": 8},
+    ),
     "nn.RowBlocks": Surface(
         "Modules", sequence, lambda: ptnn.RowBlocks([torch.randn(8, 16), torch.randn(4, 16)], torch.randn(12)), positional
     ),
