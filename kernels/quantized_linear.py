@@ -49,14 +49,11 @@ class QuantizedConfig:
     num_stages: int
 
 
-def product_config(num_rows: int, dtype: torch.dtype, bits: int = 8) -> QuantizedConfig:
+def product_config(num_rows: int, dtype: torch.dtype) -> QuantizedConfig:
     """Of y and dx."""
-    if dtype == torch.float32 and bits == 4:
-        # Without matrix units both factors are held in registers, here of two products and two sums: larger tiles spill.
-        return QuantizedConfig(16, 32, 16, 4, 2)
     if dtype == torch.float32:
-        # Without matrix units: 32 results of each of 128 threads, whose factors are read again and again.
-        return QuantizedConfig(16 if num_rows <= 16 else 64, 64, 32, 4, 2)
+        # Without matrix units both factors are held in registers, the codes in several forms: larger tiles spill.
+        return QuantizedConfig(16, 32, 32, 4, 2)
     if num_rows <= 16:
         # Decoding: bound by reading codes. Few columns make many programs (4096 columns fill 128 SMs), long tiles many bytes under way.
         return QuantizedConfig(16, 32, 128, 4, 4)
@@ -262,7 +259,7 @@ class QuantizedForward(_Launch):
         self._copies_bias = bias is not None and bias.stride(-1) != 1
         if x.shape[0] == 0:
             return
-        config = config or product_config(x.shape[0], x.dtype, 4 if weight.dtype == torch.uint8 else 8)
+        config = config or product_config(x.shape[0], x.dtype)
         arguments = (None, self._dense(x).stride(0), None, None, None, None, None, x.shape[0])
         constants = {
             **_common(x.dtype, weight, scale, zero_point, allow_tf32, config),
@@ -295,7 +292,7 @@ class QuantizedBackward(_Launch):
         super().__init__(dy, num_in)
         if dy.shape[0] == 0:
             return
-        config = config or product_config(dy.shape[0], dy.dtype, 4 if weight.dtype == torch.uint8 else 8)
+        config = config or product_config(dy.shape[0], dy.dtype)
         arguments = (None, self._dense(dy).stride(0), None, None, None, None, dy.shape[0])
         constants = {
             **_common(dy.dtype, weight, scale, zero_point, allow_tf32, config),

