@@ -266,7 +266,8 @@ SURFACES: dict[str, Surface] = {
     "quantized_linear": Surface(
         "Ops",
         lambda batch, seqlen: {
-            **sequence(batch, seqlen), "weight": (torch.arange(128).view(8, 16) * 37 % 255 - 127).to(torch.int8), "scale": torch.rand(8) / 64,
+            **sequence(batch, seqlen), "weight": (torch.arange(128).view(8, 16) * 37 % 255 - 127).to(torch.int8),
+            "scale": torch.rand(8) / 64,
             "bias": torch.randn(8),
         },
         function_of(pytransformer.quantized_linear),
