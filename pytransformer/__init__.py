@@ -23,6 +23,7 @@ _EXPORTS = {
     "kv_append": "pytransformer.ops.kv_append",
     "linear_cross_entropy": "pytransformer.ops.linear_cross_entropy",
     "grouped_linear": "pytransformer.ops.grouped_linear",
+    "quantized_linear": "pytransformer.ops.quantized_linear",
     "swiglu": "pytransformer.ops.activation",
     "geglu": "pytransformer.ops.activation",
     "gelu": "pytransformer.ops.activation",
@@ -58,6 +59,7 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "load",
+    "quantized_linear",
     "rms_norm",
     "rope",
     "rope_tables",
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from pytransformer.ops.linear_cross_entropy import linear_cross_entropy
     from pytransformer.ops.norm import layer_norm, rms_norm
     from pytransformer.ops.overview import backends
+    from pytransformer.ops.quantized_linear import quantized_linear
     from pytransformer.ops.rope import rope, rope_tables
     from pytransformer.precompile import warmup
 

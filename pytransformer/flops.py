@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # The modules that define the ops.
-from pytransformer.ops import attention, decode_attention, grouped_linear, linear_cross_entropy  # noqa: F401
+from pytransformer.ops import attention, decode_attention, grouped_linear, linear_cross_entropy, quantized_linear  # noqa: F401
 from pytransformer.ops.registered import REGISTERED, RegisteredOp
 
 
@@ -77,6 +77,11 @@ def _grouped_linear_backward(call: Any) -> int:
     return _grouped_linear(call) * (int(call.want_dx) + int(call.want_dweight))
 
 
+def _quantized_linear_backward(call: Any) -> int:
+    codes_of_byte = 2 if call.weight.dtype == torch.uint8 else 1
+    return int(2 * call.dy.numel() * call.weight.shape[1] * codes_of_byte)
+
+
 # By the name of a registered op, of its call.
 _FORMULAS: dict[str, Callable[[Any], int]] = {
     "attention_forward": _attention,
@@ -84,6 +89,8 @@ _FORMULAS: dict[str, Callable[[Any], int]] = {
     "decode_attention": _decode_attention,
     "grouped_linear_forward": _grouped_linear,
     "grouped_linear_backward": _grouped_linear_backward,
+    "quantized_linear_forward": _head,
+    "quantized_linear_backward": _quantized_linear_backward,
     "linear_cross_entropy_total": _head_with_gradients,
     "linear_cross_entropy_losses": _head,
     "linear_cross_entropy_backward": _head_with_gradients,

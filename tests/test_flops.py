@@ -66,6 +66,13 @@ def test_the_linear_head_counts_as_the_unfused_one(reduction: str, device):
     assert count(fused) == count(plain) + again
 
 
+def test_a_quantised_layer_counts_as_if_it_were_not():
+    x, codes, scale = torch.randn(7, 64, requires_grad=True), torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 2)
+    forward = 2 * 7 * 64 * 8
+    assert count(lambda: pytransformer.quantized_linear(x, codes, scale)) == forward
+    assert count(lambda: pytransformer.quantized_linear(x, codes, scale).sum().backward()) == 2 * forward
+
+
 def test_a_grouped_product_counts_that_of_each_row():
     x, weight = torch.randn(7, 16, requires_grad=True), torch.randn(3, 8, 16, requires_grad=True)
     offsets = torch.tensor([0, 2, 2, 7], dtype=torch.int32)

@@ -79,11 +79,16 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=dtype,
             progress=lambda count: progress.advance(task, count),
         )
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, arguments.target / name)
+    copy_tokenizer(source, arguments.target)
     print(arguments.target)
     return 0
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies what belongs to a tokenizer from one model's folder to another."""
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def parse_size(text: str) -> int:

@@ -9,7 +9,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pytransformer import __version__
-from pytransformer.cli import bench, chat, convert, generate, info, inspect, plot, prefix, train, verify, warmup
+from pytransformer.cli import (
+    bench,
+    chat,
+    convert,
+    generate,
+    info,
+    inspect,
+    plot,
+    prefix,
+    quantize,
+    train,
+    verify,
+    warmup,
+)
 
 ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -31,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pytransformer {__version__}")
     parser.set_defaults(debug=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, verify, warmup, bench, train, generate, chat, prefix, convert, inspect, plot):
+    for module in (info, verify, warmup, bench, train, generate, chat, prefix, convert, quantize, inspect, plot):
         module.add_parser(subparsers)
     _add_debug(parser)
     return parser

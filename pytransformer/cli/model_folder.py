@@ -89,13 +89,18 @@ def encode(model: Transformer, tokenizer: Tokenizer, prompt: str, option: str = 
     Raises:
         ValueError: a token that the model has no embedding for.
     """
+    ids = tokenizer.encode(prompt)
+    check_vocabulary(model, tokenizer, ids, "--prompt")
+    return ids
+
+
+def check_vocabulary(model: Transformer, tokenizer: Tokenizer, ids: list[int], option: str) -> None:
+    """ValueError, naming the option that the text came by, for a token that the model has no embedding for."""
     config = model.config
     vocab_size = config.src_vocab_size if config.is_encoder_decoder else config.vocab_size
-    ids = tokenizer.encode(prompt)
     for token_id in ids:
         if token_id >= vocab_size:
             raise ValueError(
                 f"{option} has the token {tokenizer.label(token_id)!r} of id {token_id}, but the model's vocabulary is "
                 f"{vocab_size}"
             )
-    return ids

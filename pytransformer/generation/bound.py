@@ -14,7 +14,7 @@ The prompt goes the same way: there it is oneDNN's products, which apply GELU be
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytransformer.model.block import Block
-from pytransformer.model.heads import LMHead
+from pytransformer.model.heads import LMHead, QuantizedLMHead
 from pytransformer.model.stack import Stack
 from pytransformer.model.transformer import Transformer
-from pytransformer.nn import Attention, FeedForward, LayerNorm, Linear, RMSNorm, RowBlocks
+from pytransformer.nn import Attention, FeedForward, LayerNorm, Linear, QuantizedLinear, RMSNorm, RowBlocks
 from pytransformer.ops.backend import requested_backend
 
 # Modules whose forward code may run over a stand-in; a subclass may do anything, so exactly these.
+_LAYERS = (Linear, RowBlocks, QuantizedLinear)
 _STAND_INS: tuple[type[nn.Module], ...] = (Stack, Block, Attention, FeedForward)
 
 
@@ -52,7 +53,7 @@ def why_not_bound(model: Transformer) -> str | None:
         return "a backend other than torch was asked for"
     if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return "training, autograd, autocast and torch.compile need the modules"
-    if any(type(parameter) is not nn.Parameter or parameter.dtype != weight.dtype for parameter in model.parameters()):
+    if any(type(parameter) is not nn.Parameter or parameter.dtype != weight.dtype for parameter in _parameters(model)):
         return "parameters of several dtypes, or of a subclass of nn.Parameter"
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "a global module hook is set"
@@ -62,9 +63,16 @@ def why_not_bound(model: Transformer) -> str | None:
     return None
 
 
+def _parameters(model: Transformer) -> Iterator[nn.Parameter]:
+    """All but codes and their scales, which have dtypes of their own."""
+    for module in model.modules():
+        own = [module.bias] if isinstance(module, QuantizedLinear) else module._parameters.values()
+        yield from (parameter for parameter in own if parameter is not None)
+
+
 def _bound(module: nn.Module, packed: bool) -> Any:
     """The stand-in of a module, or the module itself where it has none."""
-    if type(module) is Linear or type(module) is RowBlocks:
+    if isinstance(module, _LAYERS) and type(module) in _LAYERS:
         return module.product(packed=packed)
     if type(module) is LayerNorm or type(module) is RMSNorm:
         return _bound_norm(module)
@@ -79,7 +87,7 @@ def _bound(module: nn.Module, packed: bool) -> Any:
     vars(stand_in).update((name, value) for name, value in vars(module).items() if not name.startswith("_"))
     for name, child in module.named_children():
         # The norms of q and k are not called but handed to the cache, which fuses them.
-        keep = isinstance(module, Attention) and not isinstance(child, (Linear, RowBlocks))
+        keep = isinstance(module, Attention) and not isinstance(child, _LAYERS)
         setattr(stand_in, name, child if keep else _bound(child, packed))
     for name in (name for name, child in module._modules.items() if child is None):
         setattr(stand_in, name, None)
@@ -94,9 +102,9 @@ def _stand_in_class(kind: type[nn.Module]) -> type:
     return type(f"Bound{kind.__name__}", (), {**functions, "__call__": kind.forward})
 
 
-def _bound_head(module: LMHead, packed: bool) -> Callable[[Tensor], Tensor]:
+def _bound_head(module: LMHead | QuantizedLMHead, packed: bool) -> Callable[[Tensor], Tensor]:
     product, softcap = module.product(packed=packed), module.softcap
-    if module.transform is None and module.scale == 1.0:
+    if module.transform is None and module.scale_of_features == 1.0:
         return product if softcap == 0.0 else lambda x: softcap * torch.tanh(product(x) / softcap)
     return module
 

@@ -25,6 +25,7 @@ from .families import read_config as read_family_config
 from .families.family import within_vocabulary
 from .families.weights import Weight
 from .filling import OWN, fill, fit, likeness, own_family, without_collector
+from .quantized import names_of_codes
 from .tensor_files import WEIGHTS_FILE, TensorFiles
 from .transformer import Transformer
 from .writing import CONFIG_FILE, Piece, write_model
@@ -73,10 +74,22 @@ def save(
     if meta:
         raise ValueError(f"parameters on the meta device have no values to save: {', '.join(meta)}")
     outline = {name: _outline(value) for name, value in values.items()}
+    if model.config.quantization is not None:
+        if family not in (None, OWN):
+            raise ValueError(
+                "a quantised model is saved in our own layout, as no other tool reads its codes: family must be "
+                f"{OWN!r} or None, got {family!r}"
+            )
+        family = OWN
     target = _target(model.config.family if family is None else family)
     written = None if target is None else write_config(target, model.config)
+    codes = names_of_codes(model)
     weights = mapping.to_write(target or own_family(outline), model.config, outline)
-    pieces = [piece for weight in weights for piece in _Taken(weight, model.config, values, dtype).pieces()]
+    pieces = [
+        piece
+        for weight in weights
+        for piece in _Taken(weight, model.config, values, None if weight.ours in codes else dtype).pieces()
+    ]
     texts = {CONFIG_FILE: _config_text(model.config, written, pieces)}
     if model.generation_config is not None:
         texts[GENERATION_FILE] = json.dumps(model.generation_config, indent=2) + "\n"

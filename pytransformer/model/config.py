@@ -101,6 +101,8 @@ class TransformerConfig:
         tie_embeddings: the head uses the token embedding's weight.
         scale_embeddings: token embeddings × sqrt(hidden_size), rounded to the embedding's dtype.
         type_vocab_size: entries of the token types' embedding (BERT); 0 = none.
+        quantization: ``None``, or how the weights of linear layers are held: "int8", or "int4-32", "int4-64", "int4-128" with the columns
+            of a group (:func:`pytransformer.model.quantized.quantize` sets it).
         initializer_range: standard deviation of the initial weights; the projections into the residual stream are smaller by
             sqrt(2 · num_layers) (GPT-2), embeddings that are scaled start with hidden_size^-½.
         bos_token_id, eos_token_id, pad_token_id: special tokens; several end tokens are given as a tuple.
@@ -200,6 +202,7 @@ class TransformerConfig:
     tie_embeddings: bool = None  # type: ignore[assignment]  # filled in: True for language models
     scale_embeddings: bool = False
     type_vocab_size: int = 0
+    quantization: str | None = None
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None

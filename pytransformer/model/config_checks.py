@@ -22,6 +22,7 @@ CHOICES = {
     "problem": ("multi_class", "multi_label", "binary", "regression"),
     "pooling": (None, "first", "last", "mean"),
     "parallel_norms": (1, 2),
+    "quantization": (None, "int8", "int4-32", "int4-64", "int4-128"),
 }
 _FLAGS = (
     "causal", "share_embeddings", "positions_skip_padding", "sinusoidal_halves", "rope_interleaved", "alibi_bfloat16", "norm_bias",

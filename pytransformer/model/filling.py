@@ -19,6 +19,7 @@ from pytransformer.nn import Linear, RowBlocks
 from .config import TransformerConfig
 from .families import FAMILIES, CheckpointError, Family, mapping
 from .families.weights import ROW_FORMS, same
+from .quantized import names_of_codes
 from .tensor_files import TensorFiles
 from .transformer import Transformer
 
@@ -128,21 +129,25 @@ def fill(
     """Puts the files' tensors into a model on the meta device."""
     names = {group[0]: group for group in found.tied}
     modules = dict(model.named_modules(remove_duplicate=False))
+    fixed = names_of_codes(model)
     dtypes = []
     for weight in found.weights:
         stored = [files.tensor(name) for name in weight.theirs]
-        parts = [part.to(device, dtype if part.is_floating_point() else None) for part in stored]
+        wanted = None if weight.ours in fixed else dtype
+        parts = [part.to(device, wanted if part.is_floating_point() else None) for part in stored]
         in_place = mapped and all(part.data_ptr() == before.data_ptr() for part, before in zip(parts, stored))
         if in_place and isinstance(weight.form, ROW_FORMS) and _put_blocks(modules, weight.ours, parts):
             continue
         tensor = weight.form.join(parts, weight.side(model.config))
-        if dtype is not None:
-            tensor = tensor.to(dtype)
+        if wanted is not None and tensor.is_floating_point():
+            tensor = tensor.to(wanted)
         if not in_place:
             shared = any(tensor.untyped_storage()._cdata == part.untyped_storage()._cdata for part in stored)
             tensor = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-        parameter = nn.Parameter(tensor)
-        dtypes.append(parameter.dtype)
+        place, _, kind = names[weight.ours][0].rpartition(".")
+        parameter = nn.Parameter(tensor, requires_grad=modules[place]._parameters[kind].requires_grad)
+        if parameter.requires_grad:
+            dtypes.append(parameter.dtype)
         for name in names[weight.ours]:
             place, _, kind = name.rpartition(".")
             modules[place]._parameters[kind] = parameter  # nothing that setattr checks can be wrong here

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytransformer.nn import Linear
+from pytransformer.nn import Linear, QuantizedLinear, RowBlocks
 
 from .block import make_norm
 from .config import TransformerConfig
@@ -23,7 +24,31 @@ _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LMHead(Linear):
+class _LogitsOf(nn.Module):
+    """What stands before and behind the weight of a head."""
+
+    softcap: float
+    scale_of_features: float
+    activation: Callable[[Tensor], Tensor] | None
+    transform: nn.Module | None
+    transform_norm: nn.Module | None
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the weight multiplies, of the same shape: for losses that never make the logits."""
+        if self.scale_of_features != 1.0:
+            hidden = hidden * self.scale_of_features
+        if self.transform is not None:
+            assert self.activation is not None
+            hidden = self.activation(self.transform(hidden))
+        return hidden if self.transform_norm is None else self.transform_norm(hidden)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Hidden states (…, hidden) to logits (…, vocab_size)."""
+        logits: Tensor = super().forward(self.features(input))
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap > 0.0 else logits
+
+
+class LMHead(_LogitsOf, Linear):
     """Hidden states to logits (…, vocab_size): what :meth:`features` makes of them, times the weight, with the configuration's softcap."""
 
     def __init__(
@@ -39,27 +64,32 @@ class LMHead(Linear):
         if weight_device is not None:
             self.weight = nn.Parameter(torch.empty(self.weight.shape, device=weight_device, dtype=self.weight.dtype))
         self.softcap = config.logit_softcap
-        self.scale = config.logit_scale
+        self.scale_of_features = config.logit_scale
         self.activation = _ACTIVATIONS.get(config.head_transform)
-        self.transform: Linear | None = None
-        self.transform_norm: nn.Module | None = None
+        self.transform = None
+        self.transform_norm = None
         if config.head_transform is not None:
             self.transform = Linear(width, width, device=device, dtype=dtype)
             if config.head == "masked_lm":
                 self.transform_norm = make_norm(config, device=device, dtype=dtype)
 
-    def features(self, hidden: Tensor) -> Tensor:
-        """What the weight multiplies, of the same shape: for losses that never make the logits."""
-        if self.scale != 1.0:
-            hidden = hidden * self.scale
-        if self.transform is not None:
-            assert self.activation is not None
-            hidden = self.activation(self.transform(hidden))
-        return hidden if self.transform_norm is None else self.transform_norm(hidden)
 
-    def forward(self, input: Tensor) -> Tensor:
-        logits = super().forward(self.features(input))
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap > 0.0 else logits
+class QuantizedLMHead(_LogitsOf, QuantizedLinear):
+    """A :class:`LMHead` over codes; with tied embeddings the embedding keeps the weight that the codes were made from."""
+
+    @classmethod
+    def like(cls, linear: nn.Linear | RowBlocks, bits: int, group_size: int, **options: Any) -> QuantizedLMHead:
+        """As of :class:`pytransformer.nn.QuantizedLinear`, with what stands around the weight of a :class:`LMHead`."""
+        assert isinstance(linear, LMHead)
+        head = super().like(linear, bits, group_size, **options)
+        assert isinstance(head, QuantizedLMHead)
+        head.softcap, head.scale_of_features, head.activation = (
+            linear.softcap,
+            linear.scale_of_features,
+            linear.activation,
+        )
+        head.transform, head.transform_norm = linear.transform, linear.transform_norm
+        return head
 
 
 class Classifier(Linear):

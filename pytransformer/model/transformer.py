@@ -20,7 +20,8 @@ from pytransformer.nn.experts import load_balancing_loss, router_z_loss
 from . import generator
 from .block import Block, Trace
 from .config import TransformerConfig
-from .heads import Classifier, LMHead, pool
+from .heads import Classifier, LMHead, QuantizedLMHead, pool
+from .quantized import codes_not_counted, replace_layers
 from .stack import ModelCache, Names, Stack
 
 
@@ -85,13 +86,14 @@ class Transformer(nn.Module):
         self.generation_config: dict[str, Any] | None = None
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self._make_stacks(**place)
-        self.lm_head: LMHead = None  # type: ignore[assignment]  # where nothing predicts tokens
+        self.lm_head: LMHead | QuantizedLMHead = None  # type: ignore[assignment]  # where nothing predicts tokens
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size, **place) if config.pooler else None
         self.classifier: Classifier | None = None
         if config.head in ("lm", "masked_lm"):
             self.lm_head = LMHead(config, **place, weight_device="meta" if config.tie_embeddings else None)
         elif config.head == "classification":
             self.classifier = Classifier(config, **place)
+        replace_layers(self, config)
         self.tie_weights()
         self.register_load_state_dict_post_hook(_tie_after_load)  # type: ignore[no-untyped-call]
         self.reset_parameters()
@@ -101,8 +103,13 @@ class Transformer(nn.Module):
 
     def tie_weights(self) -> None:
         """Makes the head's weight the embedding's, if the configuration says so. Moving and loading do it by themselves."""
-        if self.config.tie_embeddings and self.lm_head is not None:
+        if self.has_tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether the head's weight is the embedding's; codes of it are a weight of their own."""
+        return self.config.tie_embeddings and isinstance(self.lm_head, LMHead)
 
     def make_tables(self, device: torch.device) -> None:
         """Computes the tables of positions that are on the meta device; they are in no state_dict."""
@@ -115,7 +122,7 @@ class Transformer(nn.Module):
 
     def tied_names(self) -> dict[str, str]:
         """Names of the state_dict that are second names, and what for."""
-        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_embeddings else {}
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.has_tied_head else {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -136,7 +143,7 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=spread)
             elif isinstance(module, nn.Linear):
-                if not (module is self.lm_head and self.config.tie_embeddings):
+                if not (module is self.lm_head and self.has_tied_head):
                     nn.init.normal_(module.weight, std=spread)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -258,8 +265,8 @@ class Transformer(nn.Module):
         return generate(self, input_ids, max_new_tokens, **options).token_ids
 
     def num_parameters(self) -> int:
-        """Number of weights, those that are tied counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of weights, those that are tied counted once; a weight of which there are codes counts as one."""
+        return sum(parameter.numel() for parameter in self.parameters()) + codes_not_counted(self)
 
     def num_active_parameters(self) -> int:
         """Number of weights that one token meets: of the experts those that it goes to."""

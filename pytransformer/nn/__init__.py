@@ -8,6 +8,7 @@ from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchReport, patch, unpatch
 from .position import AlibiBias, AlibiSlopes, RelativeBias, RelativeKeys, RotaryEmbedding, SinusoidalPositions
+from .quantized import QuantizedLinear
 
 __all__ = [
     "AlibiBias",
@@ -21,6 +22,7 @@ __all__ = [
     "MixtureOfExperts",
     "MultiheadAttention",
     "PatchReport",
+    "QuantizedLinear",
     "RMSNorm",
     "RelativeBias",
     "RelativeKeys",

@@ -13,6 +13,7 @@ from pytransformer.ops import (
     linear_attention,
     linear_cross_entropy,
     norm,
+    quantized_linear,
     rope,
 )
 from pytransformer.ops.backend import BackendChoice
@@ -27,6 +28,7 @@ CHOICES: tuple[BackendChoice, ...] = (
     kv_append.CHOICE,
     linear_cross_entropy.CHOICE,
     grouped_linear.CHOICE,
+    quantized_linear.CHOICE,
     activation.SWIGLU_CHOICE,
     activation.GEGLU_CHOICE,
     activation.GELU_CHOICE,

@@ -17,6 +17,7 @@ from .linear_attention import linear_attention
 from .loss import linear_cross_entropy
 from .norm import layer_norm, rms_norm
 from .positions import alibi_bias_of_keys, relative_bucket, sinusoidal_positions
+from .quantized_linear import dequantize, quantized_linear
 from .rope import rope, rope_frequencies, rope_tables
 from .teaching_weights import convert_teaching
 from .transformer import Transformer
@@ -28,6 +29,7 @@ __all__ = [
     "attention",
     "convert_teaching",
     "decode_attention",
+    "dequantize",
     "geglu",
     "gelu",
     "grouped_linear",
@@ -38,6 +40,7 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "load_balancing_loss",
+    "quantized_linear",
     "relative_bucket",
     "rms_norm",
     "rope",

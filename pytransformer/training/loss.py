@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pytransformer.model.heads import QuantizedLMHead
 from pytransformer.model.transformer import Transformer
 from pytransformer.ops.linear_cross_entropy import linear_cross_entropy
 from pytransformer.training.data import IGNORE_INDEX
@@ -24,6 +25,9 @@ def summed_loss(model: Transformer, inputs: torch.Tensor, targets: torch.Tensor)
         targets: int64 (batch, seqlen): the inputs shifted by one; −100 = no target here.
     """
     head = model.lm_head
+    if isinstance(head, QuantizedLMHead):  # of codes there is no fused loss: the logits are made
+        logits = head(model.model(inputs)).flatten(0, -2).float()
+        return torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return linear_cross_entropy(
         head.features(model.model(inputs)),
         head.weight,

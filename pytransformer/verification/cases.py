@@ -257,6 +257,24 @@ def _grouped(name: str, *ends: int) -> Case:
     return Case("grouped_linear", name, inputs, actual, golden, gradients=("x", "weight", "bias"))
 
 
+def _quantized(name: str, bits: int) -> Case:
+    def inputs(size: int) -> Tensors:
+        x, bias = torch.randn(11 * size, 64), torch.randn(40)
+        if bits == 8:
+            codes = torch.randint(-127, 128, (40, 64), dtype=torch.int8)
+            return {"x": x, "weight": codes, "scale": torch.rand(40) / 64, "bias": bias}
+        codes, zero_point = torch.randint(256, (40, 32)).byte(), torch.randint(16, (40, 2)).byte()
+        return {"x": x, "weight": codes, "scale": torch.rand(40, 2) / 8, "zero_point": zero_point, "bias": bias}
+
+    def actual(tensors: Mapping[str, Tensor], backend: str) -> Tensors:
+        return {"y": pytransformer.quantized_linear(**tensors, backend=backend)}
+
+    def golden(tensors: Mapping[str, Tensor]) -> Tensors:
+        return {"y": reference.quantized_linear(**tensors)}
+
+    return Case("quantized_linear", name, inputs, actual, golden, gradients=("x", "bias"))
+
+
 def _activation(op: str, name: str, *inputs: str, columns: int, **options: object) -> Case:
     def draw(size: int) -> Tensors:
         return {key: 2 * torch.randn(9 * size, columns) for key in inputs}
@@ -293,6 +311,8 @@ CASES: tuple[Case, ...] = (
     _cross_entropy("smoothing, softcap, z-loss", label_smoothing=0.1, softcap=5.0, z_loss=1e-3, reduction="sum"),
     _grouped("ragged, an empty group", 5, 5, 22),
     _grouped("all rows in one group", 0, 0, 19),
+    _quantized("int8", 8),
+    _quantized("int4, zero points", 4),
     _activation("swiglu", "gate and up in one", "gate", columns=400),
     _activation("geglu", "two tensors", "gate", "up", columns=200),
     _activation("gelu", "tanh", "x", columns=384, approximate="tanh"),

@@ -11,11 +11,20 @@ import torch
 from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
 from pytransformer.kernels.kv_append import kv_append_forward
 from pytransformer.kernels.linear_cross_entropy import cross_entropy, logits_buffer
+from tests.compile.cases.quantized_linear import codes_of
 from tests.kernels.append_contract import call_of as append_call
 from tests.kernels.attention_contract import backward, forward
 from tests.kernels.decode_contract import call_of as decode_call
 from tests.support.launch_recorder import record_launches
-from tests.support.launchers import grouped_backward, grouped_forward, norm_backward, norm_forward, rope_rotate
+from tests.support.launchers import (
+    grouped_backward,
+    grouped_forward,
+    norm_backward,
+    norm_forward,
+    quantized_backward,
+    quantized_forward,
+    rope_rotate,
+)
 
 ARCH = 90
 SIZES = (1, 2, 7, 16, 33, 128)
@@ -175,6 +184,16 @@ def _grouped(training: bool) -> Callable[[int, int], object]:
     return call
 
 
+def _quantized(bits: int, training: bool) -> Callable[[int, int], object]:
+    def call(batch: int, seqlen: int) -> object:
+        codes = codes_of(bits, 48, 128)
+        if training:
+            return quantized_backward(_empty(batch * seqlen, 48), *codes)
+        return quantized_forward(_empty(batch * seqlen, 128), *codes, _empty(48))
+
+    return call
+
+
 # Name: call of two sizes, the most keys of a kernel, and why more than one.
 CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "norm": (_norm(256), 1, ""),
@@ -193,6 +212,15 @@ CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "linear_cross_entropy": (_cross_entropy, 1, ""),
     "grouped_linear": (_grouped(False), 3, "groups of up to 16 rows, up to 64, or more"),
     "grouped_linear, backward": (_grouped(True), 3, "groups of up to 16 rows, up to 64, or more"),
+    **{
+        f"quantized_linear, int{bits}{', backward' if training else ''}": (
+            _quantized(bits, training),
+            3,
+            "up to 16 rows, up to 64, or more",
+        )
+        for bits in (8, 4)
+        for training in (False, True)
+    },
     "kv_append, prefill": (functools.partial(_append, capacity=128), 2, "few tokens are spread over programs"),
     "kv_append, decode": (lambda batch, capacity: _append(batch, 1, capacity), 1, ""),
     "kv_append, decode, paged": (lambda batch, max_pages: _append(batch, 1, max_pages, 16), 1, ""),

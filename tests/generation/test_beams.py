@@ -12,6 +12,7 @@ import torch
 from pytransformer.generation import Prefix, generate, generate_stream
 from pytransformer.generation.beams import BeamRun
 from pytransformer.generation.caches import KVCache, PagedCache
+from pytransformer.generation.caches.contiguous import ContiguousLayer
 from pytransformer.text import Tokenizer
 from tests.model.configs import CONFIGS, FAMILY_CONFIGS, make_model, random_ids
 
@@ -197,9 +198,7 @@ def test_a_prompt_is_computed_once_and_one_length_takes_the_direct_path(device, 
     model = make_model(CONFIG, 0, device)
     ids = random_ids(CONFIG, (2, 5), 0, device)
     shapes, direct, copied = [], [], []
-    embed = model.model._embed
-    monkeypatch.setattr(model.model, "_embed", lambda ids, *rest: shapes.append(tuple(ids.shape)) or embed(ids, *rest))
-    choose_path, reorder = KVCache.choose_path, KVCache.reorder
+    choose_path, reorder, append = KVCache.choose_path, KVCache.reorder, ContiguousLayer.append
 
     def chosen(cache, bound):
         choose_path(cache, bound)
@@ -209,11 +208,16 @@ def test_a_prompt_is_computed_once_and_one_length_takes_the_direct_path(device, 
         copied.append((len(rows), shared))
         reorder(cache, rows, shared)
 
+    def appended(layer, q, k, v, **options):
+        shapes.append(tuple(k.shape[:2]))
+        return append(layer, q, k, v, **options)
+
     monkeypatch.setattr(KVCache, "choose_path", chosen)
     monkeypatch.setattr(KVCache, "reorder", reordered)
+    monkeypatch.setattr(ContiguousLayer, "append", appended)
     generate(model, ids, 6, num_beams=4, eos_token_id=())
-    assert shapes[0] == (2, 5)
-    assert set(shapes[1:]) <= {(8, 1)}  # empty where the steps are bound to stand-ins
+    layers = CONFIG.num_layers
+    assert shapes == [(2, 5)] * layers + [(8, 1)] * layers * 5
     assert len(direct) == 6 and all(direct)  # the prefill's too
     assert copied[:2] == [(2, 0), (8, 0)]  # before the prefill, and after it
     assert all(size == 8 and shared >= 5 for size, shared in copied[2:])

@@ -177,7 +177,7 @@ def test_the_report_says_what_serves_and_what_does_not(monkeypatch):
 def test_the_overview_names_every_op():
     table = backends("cpu")
     assert list(table) == [choice.op for choice in CHOICES]
-    assert len(table) == 12
+    assert len(table) == 13
     for row in table.values():
         assert set(row) == {"cuda", "triton", "torch", "reference"}
         assert row["reference"] == "serves"

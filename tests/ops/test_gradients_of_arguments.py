@@ -130,6 +130,18 @@ CALLS = {
         lambda: {"x": torch.randn(6, 16), "weight": torch.randn(3, 8, 16), "bias": torch.randn(3, 8)},
         {"offsets": torch.tensor([0, 2, 2, 6], dtype=torch.int32)},
     ),
+    "quantized_linear": Call(
+        "quantized_linear",
+        lambda: {
+            "x": torch.randn(6, 64),
+            "weight": torch.randint(256, (8, 32), dtype=torch.uint8),
+            "scale": torch.rand(8, 2) / 16,
+            "zero_point": torch.randint(16, (8, 2), dtype=torch.uint8),
+            "bias": torch.randn(8),
+        },
+        {},
+        ("scale",),
+    ),
     "linear_attention": Call(
         "linear_attention",
         lambda: {**qkv(), "decay": torch.rand(2), "S": torch.randn(2, 2, 16, 16), "z": torch.rand(2, 2, 16)},

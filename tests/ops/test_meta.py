@@ -97,6 +97,15 @@ CALLS: dict[str, tuple[Callable[[Make], Any], ...]] = {
         lambda make: pytransformer.grouped_linear(make(10, 16), make(2, 24, 16), starts(make), bias=make(2, 24)),
         lambda make: pytransformer.grouped_linear(make(10, 16), make(2, 24, 16), starts(make)),
     ),
+    "quantized_linear": (
+        lambda make: pytransformer.quantized_linear(
+            make(3, 4, 64), integers(make, 24, 64, dtype=torch.int8), make(24).detach(), bias=make(24)
+        ),
+        lambda make: pytransformer.quantized_linear(
+            make(12, 64), integers(make, 24, 32, dtype=torch.uint8), make(24, 2).detach(),
+            zero_point=integers(make, 24, 2, dtype=torch.uint8),
+        ),
+    ),
     "linear_attention": (
         lambda make: pytransformer.linear_attention(
             make(2, 5, 4, 16), make(2, 5, 2, 16), make(2, 5, 2, 16), causal=True, decay=make(2), return_state=True

@@ -122,6 +122,16 @@ CALLS = {
             ),
         ),
     ),
+    "quantized_linear": Differentiated(
+        ("quantized_linear_forward",),
+        lambda: {"x": torch.randn(6, 16), "bias": torch.randn(8)},
+        lambda backend, **tensors: (
+            pytransformer.quantized_linear(
+                **tensors, weight=torch.ones(8, 16, dtype=torch.int8, device=tensors["x"].device),
+                scale=torch.ones(8, device=tensors["x"].device), backend=backend,
+            ),
+        ),
+    ),
     "linear_cross_entropy": Differentiated(("linear_cross_entropy_total",), head, loss("mean")),
     "linear_cross_entropy, none": Differentiated(("linear_cross_entropy_losses",), head, loss("none")),
 }  # fmt: skip

@@ -12,10 +12,12 @@ from pytransformer.kernels.activation import ActivationBackward, ActivationForwa
 from pytransformer.kernels.grouped_linear import GroupedBackward, GroupedForward
 from pytransformer.kernels.norm.backward import NormBackward
 from pytransformer.kernels.norm.forward import NormForward
+from pytransformer.kernels.quantized_linear import QuantizedBackward, QuantizedForward
 from pytransformer.kernels.rope import RopeLaunch
 from pytransformer.ops.activation import ActivationCall, ActivationGradientCall
 from pytransformer.ops.grouped_linear.call import GroupedLinearCall, GroupedLinearGradientCall
 from pytransformer.ops.norm.call import NormCall, NormGradientCall
+from pytransformer.ops.quantized_linear.call import QuantizedLinearCall, QuantizedLinearGradientCall
 from pytransformer.ops.rope.call import RopeCall
 
 
@@ -160,4 +162,41 @@ def grouped_by(module: Any) -> dict[str, Any]:
     return {
         "forward": functools.partial(grouped_forward, launch=module.GroupedForward),
         "backward": functools.partial(grouped_backward, launch=module.GroupedBackward),
+    }
+
+
+def quantized_forward(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    launch: Any = QuantizedForward,
+    **options: Any,
+) -> Tensor:
+    """The product with codes by the Triton kernel, or by the class ``launch`` of a broken copy."""
+    call = QuantizedLinearCall(x, weight, scale, zero_point, bias)
+    return launch(call, **options)(call)  # type: ignore[no-any-return]
+
+
+def quantized_backward(
+    dy: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    launch: Any = QuantizedBackward,
+    **options: Any,
+) -> Tensor:
+    """Its gradient to x by the Triton kernel, or by the class ``launch`` of a broken copy."""
+    call = QuantizedLinearGradientCall(dy, weight, scale, zero_point)
+    return launch(call, **options)(call)  # type: ignore[no-any-return]
+
+
+def quantized_by(module: Any) -> dict[str, Any]:
+    """Both by a broken copy of the kernel file, under the names ``forward`` and ``backward``."""
+    return {
+        "forward": functools.partial(quantized_forward, launch=module.QuantizedForward),
+        "backward": functools.partial(quantized_backward, launch=module.QuantizedBackward),
     }

@@ -263,6 +263,16 @@ SURFACES: dict[str, Surface] = {
         },
         function_of(pytransformer.grouped_linear),
     ),
+    "quantized_linear": Surface(
+        "Ops",
+        lambda batch, seqlen: {
+            **sequence(batch, seqlen), "weight": (torch.arange(128).view(8, 16) * 37 % 255 - 127).to(torch.int8),
+            "scale": torch.rand(8) / 64,
+            "bias": torch.randn(8),
+        },
+        function_of(pytransformer.quantized_linear),
+        lambda target, tensors: target(**{**tensors, "scale": tensors["scale"].detach()}),
+    ),
     "linear_attention": Surface("Ops", qkv, function_of(pytransformer.linear_attention), numbers={"causal": True, "normalize": True}),
     # --- modules ---
     "nn.Attention": Surface(
@@ -290,6 +300,10 @@ SURFACES: dict[str, Surface] = {
     ),
     "nn.Linear": Surface(
         "Modules", sequence, ptnn.Linear, positional, numbers={"in_features": 16, "out_features": 8}
+    ),
+    "nn.QuantizedLinear": Surface(
+        "Modules", sequence, lambda **numbers: ptnn.QuantizedLinear.of(torch.nn.Linear(numbers["in_features"], numbers["out_features"])),
+        positional, numbers={"in_features": 16, "out_features": 8},
     ),
     "nn.RowBlocks": Surface(
         "Modules", sequence, lambda: ptnn.RowBlocks([torch.randn(8, 16), torch.randn(4, 16)], torch.randn(12)), positional

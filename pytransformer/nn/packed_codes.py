@@ -1,0 +1,146 @@
+"""Codes reordered for torch's own CPU kernels for few rows, which read them at nearly the speed of memory.
+
+4 bits: bfloat16 inputs; the kernel computes (code - 8) · scale + zero and adds up in float32, takes scale and zero in bfloat16 and rounds
+the sum to it.
+
+8 bits: oneDNN multiplies whole numbers of 8 bits, four times as many at once as floats. An input of 8 bits would lose too much, so it is
+handed over as two, which the kernel takes as two rows beside each other and reads the weight once for both:
+
+    x ≈ s · (high + low / 254),   s = max |x| / 127,   high and low whole numbers from -127 to 127
+
+That is 16 bits of the row's largest magnitude: more than bfloat16 holds of any value above a hundredth of it. Sums of products of whole
+numbers are exact. (torch's own 8-bit weight kernel takes bfloat16 and half again the time on the chain of a GPT-2's weights.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pytransformer.reference import dequantize
+
+# A step with more rows than these is faster as a product of whole blocks in float32.
+MAX_PACKED_ROWS = 16
+_ROWS_OF_TILE = 16
+_LOW = 254.0
+Product = Callable[[Tensor], Tensor]
+
+
+class PackedCodes:
+    """A packed copy of codes, as of :func:`pytransformer.quantized_linear`."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+        self._source = _identity(weight, scale)
+        self._rows = weight.shape[0]
+        weight, scale = weight.detach(), scale.detach()
+        if weight.dtype == torch.int8:
+            self._multiply = _multiply_int8(weight, scale)
+        else:
+            self._multiply = _multiply_int4(weight, scale, zero_point)
+
+    def is_of(self, weight: Tensor, scale: Tensor) -> bool:
+        """Whether these are still the tensors that were packed, and nothing that torch has counted was written to them."""
+        return self._source == _identity(weight, scale)
+
+    def product(self, bias: Tensor | None) -> Product:
+        """The layer as a function of x (…, in_features) alone, which checks nothing."""
+        multiply, out_features = self._multiply, self._rows
+
+        def product(x: Tensor) -> Tensor:
+            y = multiply(x if x.ndim == 2 else x.view(-1, x.shape[-1])).to(x.dtype)
+            if bias is not None:
+                y = y + bias
+            return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
+
+        return product
+
+
+def why_not_packed(weight: Tensor, rows: int = 1) -> str | None:
+    """The reason why codes would be left as they are, or ``None``."""
+    if weight.device.type != "cpu":
+        return f"packing is for CPUs, the weight is on {weight.device}"
+    if not 1 <= rows <= MAX_PACKED_ROWS:
+        return f"packing is for 1 to {MAX_PACKED_ROWS} rows, got {rows}"
+    if weight.is_inference():
+        return "the weight was made under torch.inference_mode(), which does not count writes"
+    if not _works(weight.dtype):
+        return f"this build of torch has no kernel on this CPU for codes of {weight.dtype}"
+    return None
+
+
+def _identity(weight: Tensor, scale: Tensor) -> tuple[int, ...]:
+    return weight.data_ptr(), weight._version, scale.data_ptr(), scale._version
+
+
+def _multiply_int8(weight: Tensor, scale: Tensor) -> Product:
+    """x (rows, in_features) -> float32 (rows, out_features)."""
+    codes = torch.ops.onednn.qlinear_prepack(weight, [2, weight.shape[1]])
+    scales, zeros = scale.float(), torch.zeros(len(scale), dtype=torch.int64)
+    linear = torch.ops.onednn.qlinear_pointwise.default
+    shares = torch.tensor([[1 / 127, 1 / 127 / _LOW]])
+    norm, mm, float32 = torch.linalg.vector_norm, torch.mm, torch.float32
+
+    def multiply(x: Tensor) -> Tensor:
+        count = x.shape[0]
+        # 1e-30: a row of zeros is divided by something.
+        largest = norm(x, torch.inf, -1, True, dtype=float32).clamp_(min=1e-30)
+        scaled = x * (127.0 / largest)
+        parts = scaled.new_empty(2 * count, x.shape[1])
+        high, low = parts[:count], parts[count:]
+        torch.round(scaled, out=high)
+        torch.sub(scaled, high, out=low).mul_(_LOW)
+        # Whole numbers from 1 to 255 that stand for those from -127; the conversion cuts off.
+        numbers = parts.add_(128.5).to(torch.uint8)
+        y: Tensor = linear(numbers, 1.0, 128, codes, scales, zeros, None, 1.0, 0, float32, "none", [], "")
+        if count == 1:
+            y = mm(largest * shares, y)
+        else:
+            y = (y[:count] + y[count:] / _LOW) * (largest / 127)
+        return y
+
+    return multiply
+
+
+def _multiply_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Product:
+    """x (rows, in_features) -> bfloat16 (rows, out_features)."""
+    out_features = weight.shape[0]
+    padding = -out_features % _ROWS_OF_TILE  # rows of the head: the kernel wants whole tiles
+    ones = torch.ones_like(scale, dtype=torch.float32)
+    codes = dequantize(weight, ones, torch.zeros_like(scale, dtype=torch.uint8)).to(torch.int32)
+    group_size = codes.shape[1] // scale.shape[1]
+    # What is added is rounded by at most 1/64 of a step.
+    zero = 0 * ones if zero_point is None else (8 - zero_point.float()) * scale.float()
+    table = torch.stack((scale.float().t(), zero.t()), dim=-1)
+    table = torch.nn.functional.pad(table, (0, 0, 0, padding)).to(torch.bfloat16).contiguous()
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, padding))
+    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    linear, bfloat16 = torch.ops.aten._weight_int4pack_mm_for_cpu.default, torch.bfloat16
+
+    def multiply(x: Tensor) -> Tensor:
+        y: Tensor = linear(x.to(bfloat16), codes, group_size, table)
+        return y[:, :out_features] if padding else y
+
+    return multiply
+
+
+@functools.cache
+def _works(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has the kernel and it multiplies rightly on this CPU, found by trying it."""
+    try:
+        with torch.no_grad():
+            if dtype == torch.int8:
+                # Sums of two products of the largest numbers are beyond 16 bits, in which CPUs without VNNI may add them up.
+                weight = torch.full((16, 64), 127, dtype=torch.int8)
+                weight[::2] = -128
+                x, scale, zero_point = torch.ones(2, 64), torch.ones(16), None
+            else:
+                weight, zero_point = (torch.arange(16 * 16) * 37 % 256).to(torch.uint8).view(16, 16), None
+                x, scale = torch.eye(32)[3:5], torch.ones(16, 1)
+            expected = x @ dequantize(weight, scale, zero_point).t()
+            found = PackedCodes(weight, scale, zero_point).product(None)(x)
+            return torch.allclose(found, expected, rtol=1e-5, atol=0.0)
+    except (AttributeError, RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False

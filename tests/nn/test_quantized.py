@@ -1,0 +1,135 @@
+"""QuantizedLinear: codes by rounding, the layer against the weight its codes stand for, the packed product, moving and copying."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from pytransformer.nn import Linear, QuantizedLinear, RowBlocks
+from pytransformer.nn.packed_codes import why_not_packed
+from pytransformer.nn.quantized import round_to_nearest
+from pytransformer.reference import dequantize
+from pytransformer.verification import Contract
+
+KINDS = [(8, 64), (4, 32), (4, 64)]
+packs = pytest.mark.skipif(
+    why_not_packed(torch.zeros(16, 64, dtype=torch.int8)) is not None, reason="this torch has no 4-bit kernel here"
+)
+
+
+def draw(bits: int, group_size: int, features: tuple[int, int] = (128, 40)) -> tuple[Linear, QuantizedLinear]:
+    torch.manual_seed(0)
+    linear = Linear(*features)
+    return linear, QuantizedLinear.of(linear, bits, group_size)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), KINDS)
+def test_no_weight_is_further_than_half_a_step_from_its_code(bits, group_size):
+    weight = torch.randn(24, 128) * torch.logspace(-6, 3, 24)[:, None]
+    weight[3] = 0.0
+    weight[4] = weight[4].abs() + 1  # a group that does not reach 0
+    codes = round_to_nearest(weight, bits, group_size)
+    error = (dequantize(*codes, torch.float32) - weight).abs().view(24, -1, group_size).amax(dim=-1)
+    # A step may have been rounded down by 2^-9, which the outermost of 127 or 15 codes lacks; a zero point is rounded to a code.
+    slack = {8: 0.5 + 127 / 256, 4: 1.0 + 15 / 256}[bits]
+    steps = codes.scale.float()[:, None] if bits == 8 else codes.scale.float()
+    assert bool((error <= slack * steps).all())
+    assert bool((dequantize(*codes, torch.float32)[3] == 0).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(value):
+    weight = torch.zeros(4, 32)
+    weight[1, 2] = value
+    with pytest.raises(ValueError, match="weight must be finite"):
+        round_to_nearest(weight)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), KINDS)
+def test_the_layer_is_that_of_the_weight_it_stands_for(bits, group_size):
+    linear, layer = draw(bits, group_size)
+    x = torch.randn(2, 3, 128, requires_grad=True)
+    y, expected = layer(x), F.linear(x, layer.dequantized(), linear.bias)
+    assert layer.bias is linear.bias
+    assert_close(y, expected)
+    wanted = (x, linear.bias)
+    assert_close(torch.autograd.grad(y.sum(), wanted), torch.autograd.grad(expected.sum(), wanted))
+    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["bias"]
+
+
+def test_row_blocks_are_one_layer():
+    blocks = RowBlocks([torch.randn(8, 32), torch.randn(4, 32)], torch.randn(12))
+    layer = QuantizedLinear.of(blocks, 4, 32)
+    assert torch.equal(layer.weight, round_to_nearest(blocks.weight, 4, 32).weight) and layer.bias is blocks.bias
+
+
+@packs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (3, 1)])
+@pytest.mark.parametrize(("bits", "group_size"), KINDS)
+def test_the_packed_product_is_within_the_contract_of_bfloat16(bits, group_size, shape, dtype):
+    """Also of float32 inputs, which are rounded; the rows of the weight are not a multiple of the kernel's tile."""
+    contract = Contract(torch.bfloat16)
+    for seed in range(3):
+        linear, layer = draw(bits, group_size)
+        torch.manual_seed(seed)
+        x = torch.randn(*shape, 128).to(torch.bfloat16)
+        layer.to(dtype)
+        assert layer.pack() and layer.is_packed
+        y = layer.product()(x.to(dtype))
+        assert y.dtype == dtype and y.shape == (*shape, 40)
+        weight, bias = layer.dequantized(torch.float64), linear.bias.double()
+        plain = F.linear(x, weight.to(torch.bfloat16), bias.to(torch.bfloat16))
+        golden = F.linear(x.double(), weight, layer.bias.double())
+        contract.add("y", actual=y.to(torch.bfloat16), plain=plain, golden=golden, kind="output")
+    contract.check()
+
+
+@packs
+def test_a_packed_copy_is_made_anew_when_codes_change():
+    linear, layer = draw(8, 64)
+    x = torch.randn(1, 128)
+    assert layer.pack()
+    first = layer._packed
+    assert layer.pack() and layer._packed is first
+    layer.set_codes(round_to_nearest(-linear.weight, 8))
+    assert layer.pack() and layer._packed is not first
+    with torch.no_grad():
+        assert_close(layer.product()(x), layer(x), atol=0.05, rtol=0)
+    assert copy.deepcopy(layer)._packed is None
+    layer.unpack()
+    assert not layer.is_packed and torch.equal(layer.product()(x), layer(x))
+
+
+def test_what_is_not_packed():
+    codes = torch.zeros(16, 64, dtype=torch.int8)
+    assert "1 to 16 rows, got 17" in why_not_packed(codes, 17)
+    assert "on meta" in why_not_packed(codes.to("meta"))
+    _, layer = draw(8, 64)
+    assert not layer.pack(17) and torch.equal(layer.product()(torch.ones(1, 128)), layer(torch.ones(1, 128)))
+
+
+def test_scales_keep_their_dtype_when_the_model_is_moved():
+    _, layer = draw(4, 32)
+    scale = layer.scale.clone()
+    for moved in (layer.half(), layer.double(), layer.to("meta")):
+        assert moved.scale.dtype == torch.bfloat16 and moved.weight.dtype == torch.uint8
+        assert not moved.scale.requires_grad
+        assert moved.scale.is_meta or torch.equal(moved.scale, scale)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 3}, "bits must be 8 or 4, got 3"),
+        ({"bits": 4, "group_size": 48}, "group_size must be one of 32, 64, 128, got 48"),
+        ({"bits": 4, "group_size": 128}, r"group_size must divide in_features \(64\), got 128"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        QuantizedLinear(64, 8, **options)
