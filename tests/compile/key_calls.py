@@ -119,6 +119,14 @@ def _attention(batch: int, seqlen: int) -> object:
     return out
 
 
+def attention_long(batch: int, power: int) -> object:
+    """Of ``8 ** power`` · 1k tokens, heads as models have them: batch strides that pass 2^31 in a tile's rows, row strides that do not."""
+    seqlen = 1024 * 8**power
+    q, k = _empty(batch, seqlen, 32, 128), _empty(batch, seqlen, 8, 128)
+    out, lse = forward(q, k, k, softmax_scale=0.1, causal=True)
+    return backward(out, q, k, k, out=out, lse=lse, dlse=None, softmax_scale=0.1, causal=True)
+
+
 def _attention_packed(batch: int, seqlen: int) -> object:
     q, k = (tensor.flatten(0, 1) for tensor in _heads(batch, seqlen))
     bounds = _integers(batch + 1)
