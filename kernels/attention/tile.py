@@ -425,7 +425,8 @@ def distances(rows, cols, edges):
 @triton.jit
 def score_terms(scores, rows, start_n, keys, options, here, edges, traits, MASKED: tl.constexpr):
     """Adds bias and ALiBi and hides what may not be seen, of the queries ``rows`` and the keys ``start_n + keys``, index tensors that
-    broadcast against each other; ``here`` is what :func:`head_options` says of this batch and head. ``MASKED``: the window or the end of the keys cuts the tile."""
+    broadcast against each other; ``here`` is what :func:`head_options` says of this batch and head. ``MASKED``: the window or the end of
+    the keys cuts the tile."""
     cols = start_n + keys
     if options.alibi_ptr is not None:
         scores -= here.alibi_slope * distances(rows, cols, edges)

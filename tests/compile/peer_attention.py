@@ -1,9 +1,9 @@
 """A peer for the figures of our attention kernel: causal forward as Triton's tutorial goes about it, with tensor descriptors.
 
-Queries, keys and values lie as (batch · heads · seqlen, head_dim), and whole tiles move through host descriptors (the TMA from sm_90 on); a
-first loop over the tiles before the diagonal needs no mask, a second one over the diagonal's has the causal test. It has no option beside
-the group of heads, takes lengths that are multiples of the tiles, and is only compiled, never run: what it is good for is to say what a plain
-Triton kernel costs in registers and instructions. Tiles, warps and stages are those that the tutorial's search allows and that spill least.
+Queries, keys and values lie as (batch · heads · seqlen, head_dim), and whole tiles move through host descriptors (the TMA from sm_90 on). A
+first loop over the tiles before the diagonal needs no mask, a second one over the diagonal's has the causal test. It has no option but the
+group of heads, takes lengths that are multiples of the tiles, and is only compiled, never run: what it is good for is to say what a plain
+Triton kernel costs in registers and instructions.
 """
 
 from __future__ import annotations

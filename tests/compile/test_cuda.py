@@ -18,7 +18,7 @@ KNOWN_STACKS = {
     # Statistics of rows wider than 16384 columns; outside the loop over memory.
     ("norm_forward_wide_kernel", "8", "sm_100"): 24,
 }
-# Most accesses of local memory in a hot loop that are known, by a pattern of the kernel's name. All 255 registers are taken in each of them.
+# Most accesses of local memory in a hot loop that are known, by a pattern of the kernel's name: all 255 registers are taken in each.
 KNOWN_LOCAL_LOOPS = {
     # A word for each 64 keys, in about a thousand instructions. One counter less, positions read from shared memory at each step, and the
     # warp's first row computed again all made it more.
