@@ -2,8 +2,8 @@
 
     python tools/kernel_table.py [--check]
 
-Read: benchmarks/results/gate/triton.json, peer.json and cuda.json (what compiles now: `make gate-figures`), before.json (the same figures of
-the kernels before their loops were looked at).
+Read: benchmarks/results/gate/triton.json, peer.json and cuda.json (what compiles now: `make gate-figures`), before.json (the same figures
+of the kernels before their loops were looked at).
 """
 
 from __future__ import annotations
@@ -56,25 +56,28 @@ CUDA = {
             ("dk/dv", "backward", "backward_dkv"),
         )
     },
-    "decode, d128, bfloat16": "decode_attention_split_bfloat16_plain decode::decode_split_kernel<__nv_bfloat16, __nv_bfloat16, 128> sm_90",
-    "decode, d128, 8-bit cache": "decode_attention_split_bfloat16_widened decode::decode_split_kernel<__nv_bfloat16, signed char, 128> sm_90",
+    **{
+        f"decode, d128, {title} cache": f"decode_attention_split_bfloat16_{file} "
+        f"decode::decode_split_kernel<__nv_bfloat16, {element}, 128> sm_90"
+        for title, file, element in (("bfloat16", "plain", "__nv_bfloat16"), ("8-bit", "widened", "signed char"))
+    },
 }
 
 HEAD = """# Kernels in their machine code
 
 <!-- Written by tools/kernel_table.py from benchmarks/results/gate; do not edit. -->
 
-The gate compiles every kernel in every shipped configuration without a GPU (`make gate`) and finds its **hot loops**: innermost loops, by their
-backward branches, that have the kernel's matrix instructions or, without any, move its global memory. A kernel without such a loop is
-judged whole, in brackets. Attention is compiled at 8,192 tokens with 32 heads in groups of 4, causal, bfloat16. All figures are for sm_90;
-those of sm_80 and sm_100 and each class of instruction are in `benchmarks/results/gate/`. An attention kernel's first loop has the tiles that
-every row sees whole; the others have those that the diagonal or an end cuts.
+The gate compiles every kernel in every shipped configuration without a GPU (`make gate`) and finds its **hot loops**: innermost loops, by
+their backward branches, that have the kernel's matrix instructions or, without any, move its global memory. A kernel without such a loop
+is judged whole, in brackets. Attention is compiled at 8,192 tokens with 32 heads in groups of 4, causal, bfloat16. All figures are for
+sm_90; those of sm_80 and sm_100 and each class of instruction are in `benchmarks/results/gate/`. An attention kernel's first loop has the
+tiles that every row sees whole; the others have those that the diagonal or an end cuts.
 
-The **issue ratio** compares the clocks in which a loop's instructions are issued, `instructions · warps / 4`, with those that its bytes of global
-memory take at 18.6 bytes per clock and SM (4.3 TB/s on an H200). Above 0.8 a kernel whose floor is memory waits for issue instead, and
-the gate fails unless a reason is listed in `tests/support/compile_gate.py`. Of attention, whose tiles are read again and again from L2, it says
-nothing. Local memory in a hot loop fails as well. The gate cannot see latency, bank conflicts or what a cache serves: it is no
-substitute for a measurement.
+The **issue ratio** compares the clocks in which a loop's instructions are issued, `instructions · warps / 4`, with those that its bytes
+of global memory take at 18.6 bytes per clock and SM (4.3 TB/s on an H200). Above 0.8 a kernel whose floor is memory waits for issue
+instead, and the gate fails unless a reason is listed in `tests/support/compile_gate.py`. Of attention, whose tiles are read again and
+again from L2, it says nothing. Local memory in a hot loop fails as well. The gate cannot see latency, bank conflicts or what a cache
+serves: it is no substitute for a measurement.
 """
 COLUMNS = "| kernel | registers | blocks per SM | hot loops, instructions | EX2 | integer | matrix | barriers | local | issue ratio |"
 RULE = "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|"
@@ -93,21 +96,26 @@ def loops(kept: dict[str, Any], name: str | None = None) -> str:
     return " / ".join(texts)
 
 
-def row(title: str, kept: dict[str, Any]) -> str:
-    """A kernel's line."""
+def row(title: str, kept: dict[str, Any], streams: bool) -> str:
+    """A kernel's line; ``streams``: with its issue ratios."""
     barriers = " / ".join(str(loop["cta_barriers"]) for loop in kept["loops"])
-    is_attention = any(loop["classes"].get("matrix") for loop in kept["loops"]) and "decode" not in title
     ratios = ["" if loop["issue_ratio"] is None else f"{loop['issue_ratio']:.2f}" for loop in kept["loops"]]
     columns = [
         title, str(kept["registers"]), str(kept["blocks_per_sm"]), loops(kept), loops(kept, "ex2"), loops(kept, "integer"),
-        loops(kept, "matrix"), barriers, loops(kept, "local"), "" if is_attention else " / ".join(ratios),
+        loops(kept, "matrix"), barriers, loops(kept, "local"), " / ".join(ratios) if streams else "",
     ]  # fmt: skip
     return "| " + " | ".join(columns) + " |"
 
 
 def table(chosen: dict[str, str], figures: Figures) -> list[str]:
     """Lines of the kernels that have figures of their loops."""
-    rows = [row(title, figures[name]) for title, name in chosen.items() if "loops" in figures.get(name, {})]
+    # Where bytes go through L2 again and again, or are loaded by a loop around the one that multiplies (CUDA), a ratio says nothing.
+    streams = {title for title in chosen if chosen is TRITON and not title.startswith("attention")}
+    rows = [
+        row(title, figures[name], title in streams)
+        for title, name in chosen.items()
+        if "loops" in figures.get(name, {})
+    ]
     return [COLUMNS, RULE, *rows]
 
 
@@ -133,8 +141,9 @@ def page() -> str:
         ["## Triton", "", *table(TRITON, triton)],
         [
             "",
-            "The peer is attention written as Triton's tutorial goes about it, with tensor descriptors (`tests/compile/peer_attention.py`): no options, no",
-            "lengths beside multiples of the tile. Ours takes 128 keys a tile at both sizes; of 128 keys the peer's diagonal is one tile and no loop.",
+            "The peer is attention written as Triton's tutorial goes about it, with tensor descriptors",
+            "(`tests/compile/peer_attention.py`): no options, no lengths but multiples of the tile. Ours takes 128 keys a tile at both",
+            "sizes; of 128 keys the peer's diagonal is one tile and no loop.",
             "",
             *table(PEER, load("peer")),
         ],
