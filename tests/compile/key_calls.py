@@ -120,8 +120,8 @@ def _attention(batch: int, seqlen: int) -> object:
 
 
 def attention_long(batch: int, power: int) -> object:
-    """Of ``8 ** power`` · 1k tokens, heads as models have them: batch strides that pass 2^31 in a tile's rows, row strides that do not."""
-    seqlen = 1024 * 8**power
+    """Of ``128 · 8^power`` tokens, heads as models have them: from 8k on, the batch's stride times a tile's rows passes 2^31."""
+    seqlen = 128 * 8**power
     q, k = _empty(batch, seqlen, 32, 128), _empty(batch, seqlen, 8, 128)
     out, lse = forward(q, k, k, softmax_scale=0.1, causal=True)
     return backward(out, q, k, k, out=out, lse=lse, dlse=None, softmax_scale=0.1, causal=True)

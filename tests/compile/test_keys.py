@@ -24,6 +24,6 @@ def test_new_lengths_of_masks_and_biases_need_few_new_kernels() -> None:
 
 
 def test_long_sequences_need_no_new_kernel() -> None:
-    """8k and 64k tokens, one sequence or two: what lies between tiles, heads and sequences needs no wider offsets inside a tile."""
-    counts = {kernel: len(keys) for kernel, keys in keys_by_kernel(attention_long, (1, 2)).items()}
+    """1k, 8k and 64k tokens: what lies between tiles, heads and sequences needs no wider offsets inside a tile."""
+    counts = {kernel: len(keys) for kernel, keys in keys_by_kernel(attention_long, (1, 2, 3)).items()}
     assert len(counts) == 3 and set(counts.values()) == {1}, counts
