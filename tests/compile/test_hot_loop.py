@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from tests.support.compile_gate import hot_loop_complaints
-from tests.support.hot_loop import BYTES_PER_CLOCK, class_of, hot_loops, innermost, read
+from tests.support.compile_gate import Case, complaints, hot_loop_complaints
+from tests.support.hot_loop import BYTES_PER_CLOCK, Loop, class_of, hot_loops, innermost, read
 from tests.support.occupancy import blocks_per_sm
 from tests.support.sass import Statistics
 
@@ -88,6 +90,18 @@ def test_local_memory_in_a_hot_loop_is_a_complaint():
         "accesses local memory 1 times in a hot loop"
     ]
     assert not hot_loop_complaints(Statistics(loops=tuple(hot_loops(CUOBJDUMP + STRAIGHT))))
+
+
+def test_a_streaming_kernel_that_waits_for_issue_is_a_complaint():
+    loop = Loop({"float": 400, "global": 2}, cta_barriers=0, bytes_per_thread=32)
+    statistics = Statistics(registers=32, num_warps=4, loops=(loop,))
+
+    def found(case: str, kernel: str) -> list[str]:
+        return complaints(Case(case, lambda: None, 90), SimpleNamespace(name=kernel), statistics)
+
+    assert found("rope-half", "rope_kernel") == ["issues for 1.83 of the time that its bytes take, 0.8 are allowed"]
+    assert not found("attention_forward", "attention_forward_kernel")  # its tiles come from L2
+    assert not found("decode_attention-bfloat16-d128-int8-page0", "_decode_split_kernel")  # known, with the reason
 
 
 @pytest.mark.parametrize(
