@@ -373,14 +373,19 @@ def query_ranges(start_n, edges, traits, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def visible(rows, start_n, keys, edges, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+def visible(rows, start_n, keys, edges, traits):
     """Which scores of queries ``rows`` and keys ``start_n + keys`` exist at all. What ends a row is folded into one last key of it, and a
     first one where the window ends there, counted from ``start_n``: one comparison of each score, not one for each reason."""
     last = tl.where(rows < edges.seqlen_q, edges.seqlen_k - 1, -1)
-    if HAS_RIGHT:
+    if traits.HAS_RIGHT:
         last = tl.minimum(last, rows + (edges.seqlen_k - edges.seqlen_q + edges.window_right))
-    keep = keys <= last - start_n
-    if HAS_LEFT:
+    if (
+        traits.BLOCK_DV > 128
+    ):  # costs a few instructions more, and of the forward kernel's registers fewer: 8 bytes of spills, not 52
+        keep = start_n + keys <= last
+    else:
+        keep = keys <= last - start_n
+    if traits.HAS_LEFT:
         keep = keep & (keys >= rows + (edges.seqlen_k - edges.seqlen_q - edges.window_left) - start_n)
     return keep
 
@@ -444,7 +449,7 @@ def score_terms(scores, rows, start_n, keys, options, here, edges, traits, MASKE
         attend = tl.load(padding_ptrs, mask=cols < edges.seqlen_k, other=0)
         scores = tl.where(attend != 0, scores, float("-inf"))
     if MASKED:
-        scores = tl.where(visible(rows, start_n, keys, edges, traits.HAS_LEFT, traits.HAS_RIGHT), scores, float("-inf"))
+        scores = tl.where(visible(rows, start_n, keys, edges, traits), scores, float("-inf"))
     return scores
 
 
