@@ -62,14 +62,16 @@ test-all: test gate sanitize ## all of it: the slow tests, and the kernels under
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --ignore=tests/compile --ignore=tests/cuda
 	bash tools/test_oldest_triton.sh
 
-gate-figures: $(VENV)/.dev ## commits to what the kernels compile to now (benchmarks/results/gate)
+gate-figures: $(VENV)/.dev ## commits to what the kernels compile to now (benchmarks/results/gate, docs/kernels.md)
 	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 PYTRANSFORMER_UPDATE_FIGURES=1 $(BIN)/python -m pytest --timeout $(COMPILE_SECONDS) tests/compile
+	$(BIN)/python tools/kernel_table.py
 
 lint: $(VENV)/.dev ## ruff (lint and format), and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python tools/readme_numbers.py --check
+	$(BIN)/python tools/kernel_table.py --check
 
 types: $(VENV)/.dev ## mypy --strict on pytransformer/
 	$(BIN)/mypy

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import COMMON_OPTIONS, cdiv, next_power_of_2, on_device
-from .mathematics import tanh
+from .mathematics import LOG2E, tanh
 
 # Rows of the buffer start at multiples of this many elements, so that 128-bit accesses and the matrix products' loads are aligned
 # whatever the vocabulary's size.
@@ -63,21 +63,117 @@ def _capped(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EXACT_TANH: tl.constexpr,
+    WHOLE: tl.constexpr = False,
 ):
-    """float32 logits with bias and softcap; -inf behind the vocabulary's end."""
+    """float32 logits with bias and softcap; -inf behind the vocabulary's end, before which all of them are where ``WHOLE``."""
     inside = cols < vocab_size
     values = logits.to(tl.float32)
     if HAS_BIAS:
-        values += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        if WHOLE:
+            values += tl.load(bias_ptr + cols).to(tl.float32)
+        else:
+            values += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         values = softcap * tanh(values / softcap, EXACT_TANH)
-    return tl.where(inside, values, float("-inf"))
+    if not WHOLE:
+        values = tl.where(inside, values, float("-inf"))
+    return values
+
+
+@triton.jit
+def _load_logits(ptrs, cols, padded_size, WHOLE: tl.constexpr, EVICTION: tl.constexpr):
+    """Behind the vocabulary's end the buffer holds anything; to load it too keeps the mask a multiple of the vector width."""
+    if WHOLE:
+        logits = tl.load(ptrs, eviction_policy=EVICTION)
+    else:
+        logits = tl.load(ptrs, mask=cols < padded_size, other=0.0, eviction_policy=EVICTION)
+    return logits
+
+
+@triton.jit
+def _exp(x):
+    """e^x by the hardware's 2^x. Results below 2^-126 are 0, which spares the three instructions that scale them."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _softcap_slope(capped, softcap):
+    """d softcap(s) / ds from the capped logit: 1 - tanh²."""
+    ratio = capped / softcap
+    return 1.0 - ratio * ratio
 
 
 @triton.jit
 def _finite(maximum):
     """A maximum to subtract before exp: of infinite ones the difference would be NaN, where exp(-inf) = 0 and exp(inf) = inf are right."""
     return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def _with_block(
+    state,
+    logits_row,
+    start,
+    bias_ptr,
+    vocab_size,
+    padded_size,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT_TANH: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """``state`` = (maxima, sums of exponentials less those, plain sums) of all groups, with one more block of logits."""
+    maxima, totals, plain_sums = state
+    cols = start + tl.arange(0, BLOCK_COLS)
+    logits = _load_logits(logits_row + cols, cols, padded_size, WHOLE, "evict_last")
+    values = _capped(logits, bias_ptr, cols, vocab_size, softcap, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH, WHOLE)
+    grouped = tl.reshape(values, [BLOCK_COLS // GROUP, GROUP])
+    if HAS_SMOOTHING:
+        inside = values if WHOLE else tl.where(cols < vocab_size, values, 0.0)
+        plain_sums += tl.sum(tl.reshape(inside, [BLOCK_COLS // GROUP, GROUP]), axis=1)
+    before = maxima
+    maxima = tl.maximum(before, tl.max(grouped, axis=1))
+    shifts = _finite(maxima)
+    totals = totals * _exp(before - shifts) + tl.sum(_exp(grouped - shifts[:, None]), axis=1)
+    return maxima, totals, plain_sums
+
+
+@triton.jit
+def _write_gradient(
+    logits_row,
+    start,
+    bias_ptr,
+    vocab_size,
+    padded_size,
+    shift,
+    factor,
+    everywhere,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT_TANH: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Overwrites a block of logits with ``(factor · exp(s - shift) - everywhere) · softcap'``, which lacks the target's share."""
+    cols = start + tl.arange(0, BLOCK_COLS)
+    logits = _load_logits(logits_row + cols, cols, padded_size, WHOLE, "evict_first")
+    values = _capped(logits, bias_ptr, cols, vocab_size, softcap, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH, WHOLE)
+    gradient = _exp(values - shift) * factor
+    if HAS_SMOOTHING:
+        gradient -= everywhere
+    if HAS_SOFTCAP:
+        gradient *= _softcap_slope(values, softcap)
+    gradient = gradient.to(logits_row.dtype.element_ty)
+    if WHOLE:
+        tl.store(logits_row + cols, gradient)
+    else:
+        tl.store(logits_row + cols, gradient, mask=cols < padded_size)
 
 
 @triton.jit
@@ -127,24 +223,25 @@ def cross_entropy_kernel(
         maxima = tl.full([BLOCK_COLS // GROUP], float("-inf"), tl.float32)
         totals = tl.zeros([BLOCK_COLS // GROUP], tl.float32)
         plain_sums = tl.zeros([BLOCK_COLS // GROUP], tl.float32)
-        for start in range(0, padded_size, BLOCK_COLS):
-            cols = start + lanes
-            # Behind the vocabulary's end the buffer holds anything; to load it too keeps the mask a multiple of the vector width.
-            logits = tl.load(logits_row + cols, mask=cols < padded_size, other=0.0, eviction_policy="evict_last")
-            values = _capped(logits, bias_ptr, cols, vocab_size, softcap, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
-            grouped = tl.reshape(values, [BLOCK_COLS // GROUP, GROUP])
-            if HAS_SMOOTHING:
-                inside = tl.reshape(tl.where(cols < vocab_size, values, 0.0), [BLOCK_COLS // GROUP, GROUP])
-                plain_sums += tl.sum(inside, axis=1)
-            before = maxima
-            maxima = tl.maximum(before, tl.max(grouped, axis=1))
-            shifts = _finite(maxima)
-            totals = totals * tl.exp(before - shifts) + tl.sum(tl.exp(grouped - shifts[:, None]), axis=1)
+        # Blocks before the vocabulary's end need no masks; what is left is at most one block.
+        whole_end = vocab_size // BLOCK_COLS * BLOCK_COLS
+        state = maxima, totals, plain_sums
+        for start in range(0, whole_end, BLOCK_COLS):
+            state = _with_block(
+                state, logits_row, start, bias_ptr, vocab_size, padded_size, softcap, HAS_BIAS, HAS_SMOOTHING,
+                HAS_SOFTCAP, EXACT_TANH, BLOCK_COLS, GROUP, True,
+            )  # fmt: skip
+        if whole_end < padded_size:
+            state = _with_block(
+                state, logits_row, whole_end, bias_ptr, vocab_size, padded_size, softcap, HAS_BIAS, HAS_SMOOTHING,
+                HAS_SOFTCAP, EXACT_TANH, BLOCK_COLS, GROUP, False,
+            )  # fmt: skip
+        maxima, totals, plain_sums = state
 
         maximum = tl.max(maxima, axis=0)
         shift = _finite(maximum)
         # A group of nothing but -inf has the sum 0 and a shift that says nothing.
-        total = tl.sum(tl.where(maxima == float("-inf"), totals, totals * tl.exp(_finite(maxima) - shift)), axis=0)
+        total = tl.sum(tl.where(maxima == float("-inf"), totals, totals * _exp(_finite(maxima) - shift)), axis=0)
         log_total = tl.log(total)
         lse = shift + log_total
         # The small part is added last: lse itself would lose it where logits are large.
@@ -161,18 +258,25 @@ def cross_entropy_kernel(
             factor = dloss * (1.0 + 2.0 * z_loss * lse) / total
             everywhere = dloss * (label_smoothing / vocab_size)
             onehot = dloss * (1.0 - label_smoothing)
-            for start in range(0, padded_size, BLOCK_COLS):
-                cols = start + lanes
-                logits = tl.load(logits_row + cols, mask=cols < padded_size, other=0.0, eviction_policy="evict_first")
-                values = _capped(logits, bias_ptr, cols, vocab_size, softcap, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
-                gradient = tl.exp(values - shift) * factor
-                if HAS_SMOOTHING:
-                    gradient -= everywhere
-                gradient = tl.where(cols == target, gradient - onehot, gradient)
-                if HAS_SOFTCAP:
-                    ratio = values / softcap
-                    gradient *= 1.0 - ratio * ratio
-                tl.store(logits_row + cols, gradient.to(logits_ptr.dtype.element_ty), mask=cols < padded_size)
+            for start in range(0, whole_end, BLOCK_COLS):
+                _write_gradient(
+                    logits_row, start, bias_ptr, vocab_size, padded_size, shift, factor, everywhere, softcap,
+                    HAS_BIAS, HAS_SMOOTHING, HAS_SOFTCAP, EXACT_TANH, BLOCK_COLS, True,
+                )  # fmt: skip
+            if whole_end < padded_size:
+                _write_gradient(
+                    logits_row, whole_end, bias_ptr, vocab_size, padded_size, shift, factor, everywhere, softcap,
+                    HAS_BIAS, HAS_SMOOTHING, HAS_SOFTCAP, EXACT_TANH, BLOCK_COLS, False,
+                )  # fmt: skip
+            # One logit is the target: to look for it among all would cost a third of the loop.
+            tl.debug_barrier()
+            gradient = _exp(at_target - shift) * factor
+            if HAS_SMOOTHING:
+                gradient -= everywhere
+            gradient -= onehot
+            if HAS_SOFTCAP:
+                gradient *= _softcap_slope(at_target, softcap)
+            tl.store(logits_row + target, gradient.to(logits_ptr.dtype.element_ty), mask=is_word)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- launcher
@@ -216,6 +320,7 @@ def cross_entropy(
     if rows == 0:
         return
     config = config or cross_entropy_config(vocab_size)
+    has_options = bias is not None or label_smoothing > 0 or softcap > 0
     with on_device(logits):
         cross_entropy_kernel[(rows,)](
             logits, logits.stride(0), bias, targets, dlosses, losses,
@@ -229,5 +334,7 @@ def cross_entropy(
             BLOCK_COLS=config.block_cols,
             GROUP=16 // logits.element_size(),  # as many as one 128-bit load brings
             num_warps=config.num_warps,
+            # Two programs of 32 warps on an SM, or three of 16: without options nothing is spilled for it.
+            maxnreg=None if has_options else 32 if config.num_warps == 32 else 40,
             **COMMON_OPTIONS,
         )  # fmt: skip

@@ -74,8 +74,8 @@ def normalised_again(
         )  # fmt: skip
         scores = common.row_products(q, k, traits.HEAD_DIM, traits.PRECISION, traits.STREAMED)
         scores = common.scaled_scores(scores, softmax_scale, softcap, traits)
-        rows, cols = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
-        scores = common.score_terms(scores, rows, cols, options, here, edges, traits, True)
+        rows, keys = (start_m + offs_m)[:, None], offs_n[None, :]
+        scores = common.score_terms(scores, rows, start_n, keys, options, here, edges, traits, True)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = common.exponentials(scores, origin[:, None], 1.0, True)
@@ -191,8 +191,8 @@ def attention_backward_dq_kernel(
             )
             capped = common.row_products(q, k, traits.HEAD_DIM, traits.PRECISION, traits.STREAMED)
             capped = common.scaled_scores(capped, softmax_scale, softcap, traits)
-            rows, cols = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
-            scores = common.score_terms(capped, rows, cols, options, here, edges, traits, run > 0)
+            rows, keys = (start_m + offs_m)[:, None], offs_n[None, :]
+            scores = common.score_terms(capped, rows, start_n, keys, options, here, edges, traits, run > 0)
             p = common.weights(scores, shift[:, None], norm[:, None], factor, traits.SCALE_FIRST)
             dp = common.row_products(dout, v, traits.VALUE_DIM, traits.PRECISION, traits.STREAMED)
             if dropout_seed_ptr is not None:
@@ -203,9 +203,9 @@ def attention_backward_dq_kernel(
             if dbias_ptr is not None:
                 dbias_rows_ptr = dbias_ptr + rows.to(tl.int64) * dbias_strides.row
                 inside = row_exists[:, None] & (offs_n[None, :] < keys_left)
-                tl.store(dbias_rows_ptr + cols, ds.to(dbias_ptr.dtype.element_ty), mask=inside)
+                tl.store(dbias_rows_ptr + (start_n + keys), ds.to(dbias_ptr.dtype.element_ty), mask=inside)
             if dslopes_ptr is not None:
-                distances = common.distances(rows, cols, edges)
+                distances = common.distances(rows, start_n + keys, edges)
                 dslopes -= tl.sum(ds * distances, 1)
                 from_dp += tl.sum(p * dp, 1)
                 mean_distance += tl.sum(p * distances, 1)
@@ -263,11 +263,14 @@ def attention_backward_dkv_kernel(
     factor = softmax_scale * LOG2E
     bounds = common.query_ranges(start_n, edges, traits, BLOCK_M, BLOCK_N)
     for run in tl.static_range(3 if traits.HAS_RIGHT else 2):
-        # One loop over (head of the group, query tile), so that loads run ahead across heads too.
+        # One loop over (head of the group, query tile), so that loads run ahead across heads too. Two counters: dividing a step costs a
+        # tenth of the loop's instructions.
         tiles = bounds[2 * run + 1] - bounds[2 * run]
-        for step in tl.range(0, tiles * traits.HEADS_PER_KV, num_stages=None if run == 0 else 1):
-            head = place.head * traits.HEADS_PER_KV + step // tiles
-            start_m = (bounds[2 * run] + step % tiles) * BLOCK_M
+        head_32 = place.head.to(tl.int32) * traits.HEADS_PER_KV
+        tile_m = bounds[2 * run]
+        for _ in tl.range(0, tiles * traits.HEADS_PER_KV, num_stages=None if run == 0 else 1):
+            head = tl.cast(head_32, tl.int64)  # of 32 bits: its products with strides are one instruction
+            start_m = tile_m * BLOCK_M
             first_row = tl.cast(start_m, tl.int64)
             rows_left = edges.seqlen_q - start_m
             q_tile_ptr = q_ptr + head * q_strides.head + first_row * q_strides.seq
@@ -292,8 +295,8 @@ def attention_backward_dkv_kernel(
             else:
                 capped = tl.dot(k.data, tl.trans(q.data), input_precision=traits.PRECISION)
             capped = common.scaled_scores(capped, softmax_scale, softcap, traits)
-            rows, cols = (start_m + offs_m)[None, :], (start_n + offs_n)[:, None]
-            scores = common.score_terms(capped, rows, cols, options, here, edges, traits, run > 0)
+            rows, keys = (start_m + offs_m)[None, :], offs_n[:, None]
+            scores = common.score_terms(capped, rows, start_n, keys, options, here, edges, traits, run > 0)
             p = common.weights(scores, shift[None, :], norm[None, :], factor, traits.SCALE_FIRST)
             if traits.EXACT:
                 dp = tl.trans(common.row_products(dout, v, traits.VALUE_DIM, traits.PRECISION, traits.STREAMED))
@@ -310,6 +313,9 @@ def attention_backward_dkv_kernel(
             if traits.HAS_SOFTCAP:
                 ds = ds * common.softcap_slope(capped, softcap)
             dk = tl.dot(ds.to(q.data.dtype), q.data, dk, input_precision=traits.PRECISION)
+            was_last = tile_m + 1 == bounds[2 * run + 1]
+            head_32 += was_last
+            tile_m = tl.where(was_last, bounds[2 * run], tile_m + 1)
     common.store_tile(
         dk_ptr, dk_strides.seq, keys_left, offs_n, offs_d, dk * softmax_scale, traits.HEAD_DIM, traits.BLOCK_D
     )

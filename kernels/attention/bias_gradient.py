@@ -122,8 +122,8 @@ def attention_bias_gradient_kernel(
                     )
                     scores = common.row_products(q, k, traits.HEAD_DIM, traits.PRECISION, traits.STREAMED)
                     scores = common.scaled_scores(scores, softmax_scale, softcap, traits)
-                    rows, cols = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
-                    scores = common.score_terms(scores, rows, cols, options, here, edges, traits, True)
+                    rows, keys = (start_m + offs_m)[:, None], offs_n[None, :]
+                    scores = common.score_terms(scores, rows, start_n, keys, options, here, edges, traits, True)
                     p = common.weights(scores, shift[:, None], norm[:, None], 1.0, traits.SCALE_FIRST)
                     dp = common.row_products(dout, v, traits.VALUE_DIM, traits.PRECISION, traits.STREAMED)
                     if dropout_seed_ptr is not None:

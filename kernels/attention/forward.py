@@ -98,8 +98,8 @@ def attention_forward_kernel(
             )
             scores = common.row_products(q, k, traits.HEAD_DIM, traits.PRECISION, traits.STREAMED)
             scores = common.scaled_scores(scores, softmax_scale, softcap, traits)
-            rows, cols = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
-            scores = common.score_terms(scores, rows, cols, options, here, edges, traits, run > 0)
+            rows, keys = (start_m + offs_m)[:, None], offs_n[None, :]
+            scores = common.score_terms(scores, rows, start_n, keys, options, here, edges, traits, run > 0)
             tile_max = tl.max(scores, 1)
             if not traits.SCALE_FIRST:
                 tile_max = tile_max * factor

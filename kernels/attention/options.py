@@ -124,8 +124,9 @@ def window_limits(causal: bool, window: tuple[int, int]) -> tuple[int, int]:
 
 
 def needs_wide_offsets(block: int, *strides: RowStrides) -> bool:
-    """Whether an offset *inside* a tile can pass 2^31 (between tiles they are 64-bit always)."""
-    return max(abs(stride) for of_tensor in strides for stride in of_tensor) * block >= 2**31
+    """Whether an offset *inside* a tile of ``block`` rows can pass 2^31. Inside one, only rows and features are stepped over: between
+    tiles, heads and sequences offsets are 64-bit always, so that no stride of theirs counts."""
+    return max(abs(of_tensor.seq) for of_tensor in strides) * block >= 2**31
 
 
 def dot_precision(dtype: torch.dtype, allow_tf32: bool) -> str:

@@ -128,6 +128,14 @@ def _attention(batch: int, seqlen: int) -> object:
     return out
 
 
+def attention_long(batch: int, power: int) -> object:
+    """Of ``128 · 8^power`` tokens, heads as models have them: from 8k on, the batch's stride times a tile's rows passes 2^31."""
+    seqlen = 128 * 8**power
+    q, k = _empty(batch, seqlen, 32, 128), _empty(batch, seqlen, 8, 128)
+    out, lse = forward(q, k, k, softmax_scale=0.1, causal=True)
+    return backward(out, q, k, k, out=out, lse=lse, dlse=None, softmax_scale=0.1, causal=True)
+
+
 def _attention_packed(batch: int, seqlen: int) -> object:
     q, k = (tensor.flatten(0, 1) for tensor in _heads(batch, seqlen))
     bounds = _integers(batch + 1)

@@ -18,6 +18,14 @@ KNOWN_STACKS = {
     # Statistics of rows wider than 16384 columns; outside the loop over memory.
     ("norm_forward_wide_kernel", "8", "sm_100"): 24,
 }
+# Most accesses of local memory in a hot loop that are known, by a pattern of the kernel's name: all 255 registers are taken in each.
+KNOWN_LOCAL_LOOPS = {
+    # A word for each 64 keys, in about a thousand instructions. One counter less, positions read from shared memory at each step, and the
+    # warp's first row computed again all made it more.
+    r"attention_forward_kernel<\w+, 128, ": 4,
+    r"attention_backward_dq_kernel<\w+, 128, \w+> sm_(80|100)": 9,
+    r"norm_forward_(parts|wide)_kernel<__nv_bfloat16, 8> sm_100": 18,
+}
 # These files hold no kernel, but choose among those of others.
 DISPATCHERS = {"norm_forward"}
 # Kernels that stream tensors through registers, in the instances for 16-byte accesses: 8 elements of 16 bits, 4 of 32.
@@ -52,6 +60,26 @@ def test_no_kernel_uses_local_memory(kernels):
         if got.stack_bytes > KNOWN_STACKS.get((function, width, arch), MAX_STACK_BYTES):
             spilling[name] = (got.stack_bytes, got.count(gate_figures.LOCAL_ACCESS))
     assert not spilling, "(bytes, accesses) of local memory"
+
+
+def test_hot_loops_stay_out_of_local_memory(kernels):
+    found = {}
+    for name, got in kernels.items():
+        most = max((loop.classes.get("local", 0) for loop in got.loops if loop.is_loop), default=0)
+        known = (accesses for pattern, accesses in KNOWN_LOCAL_LOOPS.items() if re.search(pattern, name))
+        if most > next(known, 0):
+            found[name] = most
+    assert not found, "accesses of local memory in a hot loop"
+
+
+def test_blocks_that_are_compiled_in_are_known(kernels):
+    """Two attention forward blocks of 4 warps share an SM of sm_90 up to a width of 128, as forward.cuh says."""
+    for name, got in kernels.items():
+        if re.search(r"attention_(forward|backward_d\w+)_kernel|decode_split", name):
+            figures = gate_figures.figures(got, gate_figures.arch_of(name))
+            assert got.num_warps > 0 and figures["blocks_per_sm"] >= 1, name
+            if "attention_forward_kernel" in name and ", 256" not in name:
+                assert figures["blocks_per_sm"] >= 2, name
 
 
 def test_attention_uses_tensor_cores(kernels):

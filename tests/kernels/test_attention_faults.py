@@ -48,13 +48,13 @@ class Fault:
 
 
 FAULTS = {
-    "causal mask removed": Fault("tile", "keep = keep & (distance >= -edges.window_right)", "keep = keep & (distance >= -99)"),
-    "window off by one": Fault("tile", "& (distance <= edges.window_left)", "& (distance < edges.window_left)", WINDOW),
+    "causal mask removed": Fault("tile", "edges.seqlen_q + edges.window_right)", "edges.seqlen_q + 99)"),
+    "window off by one": Fault("tile", "keep & (keys >= rows", "keep & (keys > rows", WINDOW),
     "left edge of the window removed": Fault(
-        "tile", "keep = keep & (distance <= edges.window_left)", "keep = keep & (distance <= 99)", WINDOW
+        "tile", "edges.seqlen_q - edges.window_left) - start_n", "edges.seqlen_q - 99) - start_n", WINDOW
     ),
     "end of the keys not masked": Fault(
-        "tile", "keep = (cols < edges.seqlen_k) & (rows < edges.seqlen_q)", "keep = (cols >= 0) & (rows >= 0)", Case((20, 33))
+        "tile", "last = tl.where(rows < edges.seqlen_q, edges.seqlen_k - 1, -1)", "last = rows * 0 + 99", Case((20, 33))
     ),
     "loads not masked at the end": Fault(
         "tile", "mask=offs_row[:, None] < rows_left, other=0.0", "mask=offs_row[:, None] >= 0, other=0.0"
@@ -74,7 +74,7 @@ FAULTS = {
         "tile", "inside_begin = (tl.maximum(last + low_shift, 0) + BLOCK - 1) // BLOCK", "inside_begin = begin", WINDOW
     ),
     "lengths aligned top-left": Fault(
-        "tile", "distance = rows + (edges.seqlen_k - edges.seqlen_q) - cols", "distance = rows - cols"
+        "tile", "rows + (edges.seqlen_k - edges.seqlen_q + edges.window_right)", "rows + edges.window_right"
     ),
     "two programs for one tile": Fault("tile", "tile = within // slots_here", "tile = within // slots_here // 2 * 2"),
     "rows of the neighbouring sequence": Fault(
@@ -106,6 +106,7 @@ FAULTS = {
     "one head of the group forgotten": Fault(
         "backward", "tl.range(0, tiles * traits.HEADS_PER_KV,", "tl.range(0, tiles * traits.HEADS_PER_KV - tiles,"
     ),
+    "group of heads stepped through by tiles": Fault("backward", "head_32 += was_last", "head_32 += 0"),
     "delta not subtracted": Fault("backward", "ds = p * (dp - delta[None, :])", "ds = p * dp"),
     "softcap without its slope": Fault("backward", "* common.softcap_slope(capped, softcap)", "", SOFTCAP, times=2),
     "dv without dropout": Fault("backward", "kept = tl.where(keep, p * dropout.scale, 0.0)", "kept = p", DROPOUT),

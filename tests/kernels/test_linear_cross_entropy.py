@@ -208,16 +208,19 @@ def test_no_rows(device):
 
 FAULTS = {
     "a block's maximum is not carried on": ("maxima = tl.maximum(before, tl.max(grouped, axis=1))", "maxima = tl.max(grouped, axis=1)"),
-    "sums are not rescaled": ("totals = totals * tl.exp(before - shifts) +", "totals = totals +"),
-    "groups are not brought to one maximum": ("totals * tl.exp(_finite(maxima) - shift))", "totals)"),
-    "the padding counts": ('return tl.where(inside, values, float("-inf"))', "return tl.where(cols >= 0, values, 0.0)"),
-    "the target's share is forgotten": ("tl.where(cols == target, gradient - onehot, gradient)", "gradient"),
+    "sums are not rescaled": ("totals = totals * _exp(before - shifts) +", "totals = totals +"),
+    "groups are not brought to one maximum": ("totals * _exp(_finite(maxima) - shift))", "totals)"),
+    "the padding counts": ('values = tl.where(inside, values, float("-inf"))', "values = tl.where(cols >= 0, values, 0.0)"),
+    "the target's share is forgotten": ("gradient -= onehot", "gradient -= 0.0"),
     "smoothing by the columns of the buffer": ("(label_smoothing / vocab_size)", "(label_smoothing / padded_size)"),
-    "softcap has no slope": ("gradient *= 1.0 - ratio * ratio", "gradient *= 1.0"),
+    "softcap has no slope": ("return 1.0 - ratio * ratio", "return 1.0 - 0.0 * ratio"),
     "z-loss has no gradient": ("(1.0 + 2.0 * z_loss * lse) / total", "1.0 / total"),
     "ignored rows keep their logits": ("tl.store(logits_row + start + lanes, zeros,", "tl.store(logits_row + start + lanes, zeros + 1,"),
     "the losses' gradient is not used": ("dloss = tl.load(dlosses_ptr + row).to(tl.float32)", "dloss = 1.0"),
     "bias is not read": ("values += tl.load(bias_ptr + cols, mask=inside, other=0.0)", "values += tl.zeros_like(cols)"),
+    "bias of whole blocks is not read": ("values += tl.load(bias_ptr + cols).to(tl.float32)", "values += 0.0"),
+    "the last block is forgotten": ("if whole_end < padded_size:\n            state", "if whole_end < 0:\n            state"),
+    "the last block keeps its logits": ("if whole_end < padded_size:\n                _write", "if whole_end < 0:\n                _write"),
 }  # fmt: skip
 
 

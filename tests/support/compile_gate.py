@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,31 @@ KNOWN_COMPLAINTS = {
     ("3.6", "attention_forward-bfloat16-d256-causal-sm_90"): "spills 72 bytes",
     # All options at once: it waits for each product before the next.
     ("3.6", "attention_backward-bfloat16-d64-options-sm_90"): "ptxas warns: ptxas info    : (C7515)",
+}
+
+# Kernels whose floor is the bytes they move: above this ratio of issue to memory (tests/support/hot_loop.py) they wait for issue instead.
+MAX_ISSUE_RATIO = 0.8
+STREAMING = frozenset(
+    {
+        "activation_forward_kernel",
+        "activation_backward_kernel",
+        "cross_entropy_kernel",
+        "_decode_split_kernel",
+        "_kv_append_kernel",
+        "norm_forward_kernel",
+        "norm_forward_wide_kernel",
+        "norm_backward_kernel",
+        "rope_kernel",
+    }
+)
+# Cases that do, and why, by a pattern of their names.
+KNOWN_ISSUE_BOUND = {
+    r"decode_attention-.*-(float8|int8)": "the cache's 8 bits are taken apart by hand",
+    r"decode_attention-float32": "exact float32 products run on the FMA units",
+    r"decode_attention-.*-(q8|q40|packed)": "the rows of several tokens share the bytes: it waits for products",
+    r"linear_cross_entropy-.*-bfloat16-everything": "softcap's tanh, an exponential and a division more for each logit",
+    r"norm_backward-backward-layer-128": "two reductions of each row, and only 128 columns to share them",
+    r"activation-(geglu|gelu)": "erf or tanh of each element, forward and backward",
 }
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
@@ -93,6 +119,16 @@ def all_cases(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Case]:
         yield from cases(op, architectures)
 
 
+def hot_loop_complaints(statistics: Statistics) -> list[str]:
+    """What is wrong with the hot loops of a kernel, of Triton or CUDA: nothing of theirs may lie in local memory."""
+    local = [loop.classes["local"] for loop in statistics.loops if loop.is_loop and "local" in loop.classes]
+    return [f"accesses local memory {number} times in a hot loop" for number in local]
+
+
+def _is_known_to_be_issue_bound(case: Case) -> bool:
+    return any(re.match(pattern, str(case)) for pattern in KNOWN_ISSUE_BOUND)
+
+
 def complaints(case: Case, launch: Launch, statistics: Statistics) -> list[str]:
     """What is wrong with what came of compiling a launch of a case; nothing if it may ship."""
     if statistics.error is not None:
@@ -100,6 +136,10 @@ def complaints(case: Case, launch: Launch, statistics: Statistics) -> list[str]:
     found = [f"ptxas warns: {line}" for line in statistics.warnings]
     if statistics.spill_bytes > MAX_SPILL_BYTES:
         found.append(f"spills {statistics.spill_bytes} bytes per thread, {MAX_SPILL_BYTES} are allowed")
+    found += hot_loop_complaints(statistics)
+    ratio = max((loop.issue_ratio(case.arch) or 0.0 for loop in statistics.loops), default=0.0)
+    if launch.name in STREAMING and ratio > MAX_ISSUE_RATIO and not _is_known_to_be_issue_bound(case):
+        found.append(f"issues for {ratio:.2f} of the time that its bytes take, {MAX_ISSUE_RATIO} are allowed")
     with assume_arch(case.arch) as limits:
         if statistics.shared_memory > limits.shared_memory:
             found.append(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import triton
 
 from tests.support.emulator import ROOT, builder
-from tests.support.sass import INSTRUCTION, Statistics
+from tests.support.hot_loop import hot_loops
+from tests.support.occupancy import cuda_blocks
+from tests.support.sass import Statistics, count_instructions
 
 # PYTRANSFORMER_COMPILE_ARCHS=90 narrows them down, as it does for the Triton kernels.
 ARCHITECTURES = tuple(os.environ.get("PYTRANSFORMER_COMPILE_ARCHS", "80,90,100").split(","))
@@ -36,8 +37,10 @@ def compile_all() -> Path:
 
 
 def statistics(folder: Path) -> dict[str, Statistics]:
-    """Of every kernel in the objects of a folder, by "file kernel<...> sm_90"."""
+    """Of every kernel in the objects of a folder, by "file kernel<...> sm_90". Where the block is compiled in, its warps and dynamic shared
+    memory are there too; else ``num_warps`` is 0, and ``shared_memory`` what is static."""
     found = {}
+    blocks = cuda_blocks(tuple(map(int, ARCHITECTURES)))
     # Not all that lies there: a source that was renamed has left its object behind.
     for name in re.findall(r"^build (\S+\.cu\.o):", (folder / "build.ninja").read_text(), re.MULTILINE):
         path, file = folder / name, unit(name)
@@ -45,13 +48,27 @@ def statistics(folder: Path) -> dict[str, Statistics]:
         for key, text in _sections(_run("cuobjdump", "-sass", str(path))):
             registers, stack, shared, _ = map(int, _USAGE.search(usage[key]).groups())  # type: ignore[union-attr]
             arch, function = key
-            found[f"{file} {readable(function)} sm_{arch}"] = Statistics(
+            kernel = readable(function)
+            warps, dynamic = blocks.get((*_deciding(kernel), int(arch)), (0, 0))
+            found[f"{file} {kernel} sm_{arch}"] = Statistics(
                 registers=registers,
                 stack_bytes=stack,
-                shared_memory=shared,
-                instructions=dict(sorted(Counter(INSTRUCTION.findall(text)).items())),
+                shared_memory=shared + dynamic,
+                num_warps=warps,
+                instructions=count_instructions(text),
+                loops=tuple(hot_loops(text)),
             )
     return found
+
+
+def _deciding(kernel: str) -> tuple[str, str]:
+    """The name of a kernel and those of its template arguments that decide how large its block is, as cuda_blocks.cpp prints them."""
+    name, _, rest = kernel.split("::")[-1].partition("<")
+    arguments = rest.rstrip(">").split(", ")
+    width = next((argument for argument in arguments if argument.isdigit()), "")
+    if name != "decode_split_kernel":
+        return name, width
+    return name, f"{'plain' if arguments[0] == arguments[1] else 'widened'} {width}"
 
 
 def unit(name: str) -> str:

@@ -10,10 +10,13 @@ import json
 import re
 import subprocess
 from collections.abc import Mapping
+from typing import Any
 
 import triton
 
 from tests.support.emulator import ROOT, builder
+from tests.support.hot_loop import Loop
+from tests.support.occupancy import blocks_per_sm
 from tests.support.sass import GLOBAL_128_BIT, GLOBAL_ACCESS, TENSOR_MEMORY_MMA, WARP_GROUP_MMA, Statistics
 
 FOLDER = ROOT / "benchmarks/results/gate"
@@ -24,8 +27,8 @@ NOTEWORTHY = 0.10
 
 
 def compiler(kind: str) -> str:
-    """What the figures of a kind ("triton" or "cuda") depend on beside the sources."""
-    if kind == "triton":
+    """What the figures of a kind ("triton", "peer" or "cuda") depend on beside the sources."""
+    if kind != "cuda":
         ptxas = ROOT / triton.knobs.nvidia.ptxas.path
         release = re.search(
             r"V[\d.]+", subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
@@ -35,15 +38,37 @@ def compiler(kind: str) -> str:
     return f"nvcc {builder().nvcc_version(nvcc)}"
 
 
-def figures(statistics: Statistics) -> dict[str, int]:
-    """What is kept of a compiled kernel."""
+def arch_of(name: str) -> int:
+    """The compute capability in a kernel's name: both kinds have an "sm_90" in it."""
+    found = re.search(r"\bsm_(\d+)", name)
+    assert found is not None, name
+    return int(found.group(1))
+
+
+def loop_figures(loop: Loop, arch: int) -> dict[str, Any]:
+    """What is kept of a hot loop: instructions, of each class that occurs, and what they wait for."""
+    ratio = loop.issue_ratio(arch)
+    return {
+        "is_loop": loop.is_loop,
+        "instructions": loop.instructions,
+        "cta_barriers": loop.cta_barriers,
+        "bytes_per_thread": loop.bytes_per_thread,
+        "issue_ratio": None if ratio is None else round(ratio, 2),
+        "classes": dict(loop.classes),
+    }
+
+
+def figures(statistics: Statistics, arch: int) -> dict[str, Any]:
+    """What is kept of a compiled kernel. ``blocks_per_sm`` is None where only a call knows the block."""
     accesses = statistics.count(GLOBAL_ACCESS)
     wide = statistics.count(GLOBAL_128_BIT)
+    warps = statistics.num_warps
     return {
         "registers": statistics.registers,
         "spill_bytes": statistics.spill_bytes,
         "stack_bytes": statistics.stack_bytes,
         "shared_memory": statistics.shared_memory,
+        "blocks_per_sm": blocks_per_sm(arch, statistics.registers, warps, statistics.shared_memory) if warps else None,
         "instructions": sum(statistics.instructions.values()),
         "mma": statistics.count(WARP_MMA),
         "wgmma": statistics.count(WARP_GROUP_MMA),
@@ -54,13 +79,25 @@ def figures(statistics: Statistics) -> dict[str, int]:
         "global_128_bit": wide,
         "global_narrower": accesses - wide,
         "local": statistics.count(LOCAL_ACCESS),
+        "loops": [loop_figures(loop, arch) for loop in statistics.loops],
     }
+
+
+def flat(kept: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of :func:`figures` by one name each, those of loops as "loop 0 integer"."""
+    numbers = {name: value for name, value in kept.items() if name != "loops" and value is not None}
+    loops = kept.get("loops", [])
+    numbers["loops"] = len(loops)
+    for number, loop in enumerate(loops):
+        parts = {name: value for name, value in loop.items() if isinstance(value, int)} | loop["classes"]
+        numbers |= {f"loop {number} {name}": value for name, value in parts.items()}
+    return numbers
 
 
 def write(kind: str, kernels: Mapping[str, Statistics]) -> None:
     """Makes these the committed figures of a kind."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    lines = [f"    {json.dumps(name)}: {json.dumps(figures(kernels[name]))}" for name in sorted(kernels)]
+    lines = [f"    {json.dumps(name)}: {json.dumps(figures(kernels[name], arch_of(name)))}" for name in sorted(kernels)]
     text = f'{{\n  "compiler": {json.dumps(compiler(kind))},\n  "kernels": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
     (FOLDER / f"{kind}.json").write_text(text)
 
@@ -78,7 +115,9 @@ def compare(kind: str, kernels: Mapping[str, Statistics]) -> tuple[list[str], li
                 f"{name} has no committed figures: run `make gate-figures` and commit {FOLDER.name}/{kind}.json"
             )
             continue
-        for figure, value in figures(statistics).items():
-            if abs(value - before[figure]) > NOTEWORTHY * before[figure]:
-                changes.append(f"{name}: {figure} {before[figure]} -> {value}")
+        old, new = flat(before), flat(figures(statistics, arch_of(name)))
+        for figure in sorted(old.keys() | new.keys()):
+            value = new.get(figure, 0)
+            if abs(value - old.get(figure, 0)) > NOTEWORTHY * old.get(figure, 0):
+                changes.append(f"{name}: {figure} {old.get(figure, 0)} -> {value}")
     return wrong, changes

@@ -26,10 +26,11 @@ from typing import Any
 import triton
 from triton.runtime.cache import get_cache_manager
 
+from tests.support.hot_loop import Loop, hot_loops
 from tests.support.launch_recorder import Launch
 
 # Raised when what is recorded changes, so that older records are not read.
-_RECORD_VERSION = "1"
+_RECORD_VERSION = "2"
 _RECORD_FILE = "sass_statistics.json"
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
@@ -60,6 +61,7 @@ class Statistics:
         num_warps: warps per block that Triton launches.
         warnings: of ptxas, about serialised warp-group instructions.
         instructions: how often each SASS instruction occurs, by its name with modifiers (``LDG.E.128``).
+        loops: those that do the work, in the order of the code; see :func:`tests.support.hot_loop.hot_loops`.
         seconds: that compiling took when it was done.
     """
 
@@ -71,6 +73,7 @@ class Statistics:
     num_warps: int = 0
     warnings: tuple[str, ...] = ()
     instructions: dict[str, int] = dataclasses.field(default_factory=dict)
+    loops: tuple[Loop, ...] = ()
     seconds: float = 0.0
 
     def count(self, pattern: str | re.Pattern[str]) -> int:
@@ -84,7 +87,8 @@ def compile_launch(launch: Launch) -> Statistics:
     path = cache.get_file(_RECORD_FILE)
     if path is not None:
         record = json.loads(Path(path).read_text())
-        return Statistics(**{**record, "warnings": tuple(record["warnings"])})
+        loops = tuple(Loop(**loop) for loop in record["loops"])
+        return Statistics(**{**record, "warnings": tuple(record["warnings"]), "loops": loops})
     statistics = _compile(launch)
     if statistics.error is None:
         cache.put(json.dumps(dataclasses.asdict(statistics)), _RECORD_FILE, binary=False)
@@ -107,6 +111,7 @@ def _compile(launch: Launch) -> Statistics:
         registers, spills, stack, warnings = parse_ptxas_log(output.getvalue())
     except ValueError as error:
         return Statistics(error=str(error))
+    listing = disassemble(compiled.asm["cubin"])
     return Statistics(
         registers=registers,
         spill_bytes=spills,
@@ -114,7 +119,8 @@ def _compile(launch: Launch) -> Statistics:
         shared_memory=int(compiled.metadata.shared),
         num_warps=int(compiled.metadata.num_warps),
         warnings=warnings,
-        instructions=count_instructions(compiled.asm["cubin"]),
+        instructions=count_instructions(listing),
+        loops=tuple(hot_loops(listing)),
         seconds=time.perf_counter() - begin,
     )
 
@@ -139,13 +145,17 @@ def _first_lines(error: BaseException, number: int = 12) -> str:
     return "\n".join(lines[:number])
 
 
-def count_instructions(cubin: bytes) -> dict[str, int]:
-    """How often each instruction occurs in the machine code, by name."""
+def disassemble(cubin: bytes) -> str:
+    """The machine code as nvdisasm prints it."""
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        listing = subprocess.run([nvdisasm, "-c", path], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([nvdisasm, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+def count_instructions(listing: str) -> dict[str, int]:
+    """How often each instruction occurs in a listing, by name."""
     return dict(sorted(Counter(INSTRUCTION.findall(listing)).items()))
 
 
