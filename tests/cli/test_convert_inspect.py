@@ -62,6 +62,8 @@ def test_there_and_back_with_the_tokenizers_files(own, tmp_path, capsys):
 
 def test_what_cannot_be_converted_is_one_line(own, tmp_path, capsys):
     target = tmp_path / "new"
+    (tmp_path / "file").write_text("")
+    assert "file is a file: give the folder" in error_of(capsys, "inspect", tmp_path / "file")
     assert "no model folder" in error_of(capsys, "convert", tmp_path / "missing", target)
     assert f"{own} holds a model already" in error_of(capsys, "convert", own, own)
     assert "family must be one of pytransformer, " in error_of(capsys, "convert", own, target, "--to", "gpt-17")
