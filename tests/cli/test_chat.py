@@ -96,7 +96,8 @@ def test_commands(piped, expected):
     expected.reset()
     fourth = "".join(expected.say("what"))
     lines = [
-        "/system", "Hello", "what", "/undo", "what", "/system Be long.", "/undo", "what", "/reset", "what", "/help", "/quit now", "not said",
+        "/system", "Hello", "what", "/undo", "what", "/system Be long.", "/undo", "what", "/reset", "what", "/help", "/quit now",
+        "not said",
     ]  # fmt: skip
     shown = piped(lines, "--system", "Be short.")
     assert shown.out.splitlines() == "\n".join([first, second, second, third, fourth]).splitlines()
