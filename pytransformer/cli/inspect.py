@@ -100,7 +100,8 @@ def facts(found: Description) -> dict[str, str]:
 
         eight_bits = predict_bytes("int8", config, 1, config.max_seqlen)
         shown["KV cache of 8 bits"] = (
-            f"{_size(eight_bits)} for the whole context, without windows (cache='int8' or 'fp8')"
+            f"{_size(eight_bits)} for the whole context{' of the target' * config.is_encoder_decoder}, without windows "
+            "(cache='int8' or 'fp8')"
         )
     return shown
 
