@@ -74,12 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, but is {arguments.max_new_tokens}")
 
-    from pytransformer.cli.model_folder import check_device, load_model
+    from pytransformer.cli.model_folder import check_device, load_model, read_text
     from pytransformer.generation import Chat
 
     check_device(arguments.device)
     given = given_sampling(arguments)
-    template = None if arguments.chat_template is None else arguments.chat_template.read_text(encoding="utf-8")
+    template = None if arguments.chat_template is None else read_text(arguments.chat_template, "--chat-template")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     _require_template(arguments.model, tokenizer, template)
     # An answer is shown as it comes, so a checkpoint's beams are not for a conversation.
@@ -136,7 +136,7 @@ class Conversation:
         for text in self._messages():
             if not text.strip():
                 continue
-            if text.strip() == "/quit":
+            if text.split()[0] == "/quit":
                 return
             try:
                 if text.startswith("/") and not text.startswith("//"):

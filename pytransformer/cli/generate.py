@@ -6,7 +6,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from pytransformer.cli.train import DEFAULT_FOLDER
 if TYPE_CHECKING:
     import torch
 
+    from pytransformer.generation import Generation, Prefix, Step
     from pytransformer.model.transformer import Transformer
     from pytransformer.text import Tokenizer
 
@@ -25,6 +26,7 @@ TEMPERATURE = 0.8
 CACHES = ("contiguous", "paged", "int8", "fp8", "paged-int8", "paged-fp8")
 DTYPES = ("float32", "bfloat16", "float16")
 _BEAMS = ("num_beams", "length_penalty")
+_NOT_WITH_TOP = ("prefix", "no-cache", "prompt-lookup", "draft", "num-beams", "length-penalty")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -142,24 +144,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and its continuation, or the most probable next tokens."""
     if not arguments.prompt:
         raise ValueError("--prompt is empty: generation needs a token to start from")
-    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, but is {arguments.max_new_tokens}")
-    if arguments.top is not None and arguments.top < 1:
-        raise ValueError(f"--top must be at least 1, but is {arguments.top}")
-
-    if arguments.no_cache and (arguments.prefix is not None or arguments.cache != CACHES[0]):
-        raise ValueError(
-            "--no-cache computes without a cache, so --cache and --prefix have no use: leave one of them out"
-        )
-    if arguments.prompt_lookup is not None and arguments.prompt_lookup < 1:
-        raise ValueError(f"--prompt-lookup must be at least 1, but is {arguments.prompt_lookup}")
-    if arguments.no_cache and (arguments.prompt_lookup or arguments.draft):
-        raise ValueError("--no-cache is for plain decoding: leave --prompt-lookup and --draft out")
+    _check_options(arguments)
 
     import torch
 
     from pytransformer.cli.model_folder import check_device, encode, load_model
-    from pytransformer.generation import Prefix
     from pytransformer.generation.prompts import check_generates
 
     # Whatever is wrong with an option is said before the model is loaded and the prompt printed.
@@ -180,11 +169,30 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.top is not None:
         print_most_probable(model, tokenizer, prompt, arguments.top)
     else:
-        draft = find_draft(model, tokenizer, arguments)
+        draft = find_draft(model, tokenizer, arguments, options.get("num_beams", 1))
         tell_defaults(taken, model.generation_config)
-        prefix = None if arguments.prefix is None else Prefix.load(arguments.prefix, model)
+        prefix = find_prefix(model, arguments)
         print_continuation(model, tokenizer, prompt, arguments, {**options, "prefix": prefix, "draft": draft})
     return 0
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """ValueError for what is wrong with the options by themselves."""
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, but is {arguments.max_new_tokens}")
+    if arguments.top is not None and arguments.top < 1:
+        raise ValueError(f"--top must be at least 1, but is {arguments.top}")
+    if arguments.no_cache and (arguments.prefix is not None or arguments.cache != CACHES[0]):
+        raise ValueError(
+            "--no-cache computes without a cache, so --cache and --prefix have no use: leave one of them out"
+        )
+    if arguments.prompt_lookup is not None and arguments.prompt_lookup < 1:
+        raise ValueError(f"--prompt-lookup must be at least 1, but is {arguments.prompt_lookup}")
+    if arguments.no_cache and (arguments.prompt_lookup or arguments.draft):
+        raise ValueError("--no-cache is for plain decoding: leave --prompt-lookup and --draft out")
+    unused = [name for name in _NOT_WITH_TOP if vars(arguments)[name.replace("-", "_")]]
+    if arguments.top is not None and unused:
+        raise ValueError(f"--top generates nothing, so --{unused[0]} has no use: leave one of them out")
 
 
 def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -229,12 +237,17 @@ def sampling_options(
     return {"temperature": TEMPERATURE if options.get("num_beams", 1) == 1 else 0.0, **options}, taken
 
 
-def find_draft(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Any:
-    """What ``--prompt-lookup`` or ``--draft`` says, or ``None``; ValueError if the draft's tokens are not the model's."""
+def find_draft(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespace, num_beams: int) -> Any:
+    """What ``--prompt-lookup`` or ``--draft`` says, or ``None``; ValueError for beams, or if the draft's tokens are not the model's."""
     from pytransformer.cli.model_folder import load_model
     from pytransformer.generation import DraftModel, PromptLookup
     from pytransformer.generation.drafts import check_draft
 
+    if num_beams > 1 and (arguments.prompt_lookup or arguments.draft):
+        raise ValueError(
+            f"--prompt-lookup and --draft are for plain decoding, but {num_beams} beams are asked for, by --num-beams or the checkpoint: "
+            "give --num-beams 1, or leave the draft out"
+        )
     if arguments.prompt_lookup is not None:
         return PromptLookup(num_tokens=arguments.prompt_lookup)
     if arguments.draft is None:
@@ -245,6 +258,22 @@ def find_draft(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Nam
     ):
         raise ValueError(f"--draft {arguments.draft} has another tokenizer than --model {arguments.model}")
     return check_draft(DraftModel(small), model)
+
+
+def find_prefix(model: Transformer, arguments: argparse.Namespace) -> Prefix | None:
+    """What ``--prefix`` says, or ``None``; ValueError if it is another model's, or for another kind of cache."""
+    from pytransformer.generation import Prefix
+    from pytransformer.generation.caches.sizes import split_kind
+
+    if arguments.prefix is None:
+        return None
+    prefix = Prefix.load(arguments.prefix, model)
+    if prefix.part.quantised != split_kind(arguments.cache)[1]:
+        raise ValueError(
+            f"--prefix {arguments.prefix} holds keys and values of {prefix.part.quantised or 'full precision'}, which --cache "
+            f"{arguments.cache} does not take: make one with `pytransformer prefix --cache {arguments.cache}`"
+        )
+    return prefix
 
 
 def tell_defaults(taken: Mapping[str, Any], generation_config: Mapping[str, Any] | None) -> None:
@@ -305,40 +334,27 @@ def print_continuation(
 
     ``options`` are the sampler's, the prefix and the draft.
     """
-    from pytransformer.generation import Step, generate
+    from pytransformer.generation import generate, generate_stream
 
     # What an encoder–decoder writes is a text of its own, not the prompt's continuation.
-    continues = not model.config.is_encoder_decoder
-
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    def arrived(step: Step) -> None:
-        assert step.texts is not None  # there is a tokenizer
-        show(step.texts[0])
-
-    has_beams = options.get("num_beams", 1) > 1
-    show(arguments.prompt if continues else "")
+    before = "" if model.config.is_encoder_decoder else arguments.prompt
+    options |= {
+        "stop": arguments.stop, "tokenizer": tokenizer, "use_cache": not arguments.no_cache, "cache": arguments.cache
+    }  # fmt: skip
     started = time.perf_counter()
-    try:
-        result = generate(
-            model,
-            prompt,
-            arguments.max_new_tokens,
-            **options,
-            stop=arguments.stop,
-            tokenizer=tokenizer,
-            use_cache=not arguments.no_cache,
-            cache=arguments.cache,
-            callback=None if has_beams else arrived,
-        )
-        if has_beams:
-            assert result.texts is not None
-            show(result.texts[0])  # chosen at the end
-        seconds = time.perf_counter() - started
-    finally:
-        show("\n")
+    if options.get("num_beams", 1) > 1:
+        result = generate(model, prompt, arguments.max_new_tokens, **options)
+        assert result.texts is not None  # there is a tokenizer
+        _show(f"{before}{result.texts[0]}\n")  # chosen at the end
+    else:
+        # Refuses options that contradict each other before anything is shown.
+        steps = generate_stream(model, prompt, arguments.max_new_tokens, **options)
+        _show(before)
+        try:
+            result = _shown(steps)
+        finally:
+            _show("\n")
+    seconds = time.perf_counter() - started
     reason = {
         "eos": "stopped at the end-of-text token",
         "stop": "stopped before a --stop text",
@@ -353,3 +369,20 @@ def print_continuation(
     if (prefix := options["prefix"]) is not None:
         reason += f"; {prefix.common(list(prompt))} of {prompt.shape[1]} tokens of the prompt from the prefix"
     print(f"[{count} tokens, {count / seconds:,.1f} tokens/s{kept}; {reason}{chance}]", file=sys.stderr)
+
+
+def _shown(steps: Generator[Step, None, Generation]) -> Generation:
+    """Shows the text of each step as it comes; what the steps end with."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            result: Generation = end.value
+            return result
+        assert step.texts is not None  # there is a tokenizer
+        _show(step.texts[0])
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

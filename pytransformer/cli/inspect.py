@@ -53,6 +53,8 @@ def table(found: Description) -> Table:
 
 def facts(found: Description) -> dict[str, str]:
     """What is shown, by its name."""
+    from pytransformer.model.quantized import parse
+
     config = found.config
     kind = f"{found.family} ({found.model_class})" if found.model_class else found.family
     layers = f"{config.num_layers}"
@@ -78,6 +80,11 @@ def facts(found: Description) -> dict[str, str]:
     }
     if found.active_parameters != found.parameters:
         shown["for one token"] = f"{found.active_parameters:,}"
+    if config.quantization is not None:
+        bits, group_size = parse(config.quantization)
+        shown["quantisation"] = (
+            f"codes of {bits} bits, a scale for each {'row' if bits == 8 else f'{group_size} columns'}"
+        )
     shown["dtype"] = ", ".join(
         name if len(found.dtypes) == 1 else f"{name} ({count:,})" for name, count in found.dtypes.items()
     )
@@ -93,7 +100,8 @@ def facts(found: Description) -> dict[str, str]:
 
         eight_bits = predict_bytes("int8", config, 1, config.max_seqlen)
         shown["KV cache of 8 bits"] = (
-            f"{_size(eight_bits)} for the whole context, without windows (cache='int8' or 'fp8')"
+            f"{_size(eight_bits)} for the whole context{' of the target' * config.is_encoder_decoder}, without windows "
+            "(cache='int8' or 'fp8')"
         )
     return shown
 

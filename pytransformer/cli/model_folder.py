@@ -15,12 +15,15 @@ def find_model(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no model, with what is missing.
+        NotADirectoryError: it is a file.
         ValueError: the newest checkpoint is damaged.
     """
     from pytransformer.model.checkpoint import CONFIG_FILE
     from pytransformer.training.checkpoint import CheckpointStore
     from pytransformer.training.run import CHECKPOINTS, has_run
 
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: give the folder that holds the model")
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder {folder}: train one with `pytransformer train --out {folder}`")
     if has_run(folder):
@@ -48,6 +51,16 @@ def check_device(device: str | None) -> None:
         raise ValueError(f'--device must be "cuda" or "cpu", but is {device!r}')
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device} was asked for, but torch sees no GPU on this machine")
+
+
+def read_text(path: Path, option: str) -> str:
+    """The text of a file that was given by ``option``; ValueError that names both unless it is UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{option} {path} must be UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
 
 
 def load_model(folder: Path, device: str | None, dtype: str | None = None) -> tuple[Transformer, Tokenizer]:
@@ -90,7 +103,7 @@ def encode(model: Transformer, tokenizer: Tokenizer, prompt: str, option: str = 
         ValueError: a token that the model has no embedding for.
     """
     ids = tokenizer.encode(prompt)
-    check_vocabulary(model, tokenizer, ids, "--prompt")
+    check_vocabulary(model, tokenizer, ids, option)
     return ids
 
 

@@ -42,13 +42,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the folder and says what it holds."""
-    from pytransformer.cli.model_folder import check_device, encode, load_model
+    from pytransformer.cli.model_folder import check_device, encode, load_model, read_text
     from pytransformer.generation import Prefix
     from pytransformer.generation.caches.sizes import in_words
     from pytransformer.generation.prompts import check_generates
 
     check_device(arguments.device)
-    text = sys.stdin.read() if str(arguments.text) == "-" else arguments.text.read_text(encoding="utf-8")
+    text = sys.stdin.read() if str(arguments.text) == "-" else read_text(arguments.text, "--text")
     if not text:
         raise ValueError(f"--text {arguments.text} is empty: there is nothing to keep")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)

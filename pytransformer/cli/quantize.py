@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pytransformer.model.transformer import Transformer
 
 METHODS = ("rtn", "gptq")
+GROUP_SIZE = 64
 # Tokens that a text is cut into pieces of, unless the model takes fewer; and most tokens of the calibration text that are read.
 _WINDOW = 512
 _CALIBRATION_TOKENS = 128 * 512
@@ -37,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of a weight (default 8)")
     parser.add_argument(
-        "--group-size", type=int, default=64, metavar="N", help="columns with one scale, with 4 bits (default 64)"
+        "--group-size", type=int, metavar="N", help=f"columns with one scale, with 4 bits (default {GROUP_SIZE})"
     )
     parser.add_argument(
         "--method",
@@ -64,19 +65,21 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.act_order and arguments.method != "gptq":
         raise ValueError("--act-order is for --method gptq")
 
-    from pytransformer.cli.model_folder import find_model
+    from pytransformer.cli.model_folder import find_model, read_text
     from pytransformer.model.checkpoint import CONFIG_FILE, load, save
     from pytransformer.model.quantized import memory_of, quantize
     from pytransformer.nn.quantized import check_bits
 
-    check_bits(arguments.bits, arguments.group_size)
+    if arguments.bits == 8 and arguments.group_size is not None:
+        raise ValueError(f"--group-size {arguments.group_size} is for --bits 4: with 8 bits each row has a scale")
+    group_size = GROUP_SIZE if arguments.group_size is None else arguments.group_size
+    check_bits(arguments.bits, group_size)
     source = find_model(arguments.source)
     if (arguments.out / CONFIG_FILE).exists():
         raise FileExistsError(f"{arguments.out} holds a model already; give another folder")
-    texts = {
-        name: path.read_text(encoding="utf-8") for name in ("calibration", "text") if (path := vars(arguments)[name])
-    }
+    texts = {name: read_text(path, f"--{name}") for name in ("calibration", "text") if (path := vars(arguments)[name])}
     model = load(source, device="cpu")
+    _check_texts(model, texts)
     windows = {name: windows_of(model, source, name, text) for name, text in texts.items()}
     before = memory_of(model), perplexity(model, windows.get("text"))
     quantizer = None
@@ -84,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         from pytransformer.model.gptq import gptq
 
         batches = windows["calibration"][: max(1, _CALIBRATION_TOKENS // windows["calibration"][0].shape[1])]
-        quantizer = gptq(model, batches, arguments.bits, group_size=arguments.group_size, act_order=arguments.act_order)
-    quantize(model, arguments.bits, group_size=arguments.group_size, quantizer=quantizer)
+        quantizer = gptq(model, batches, arguments.bits, group_size=group_size, act_order=arguments.act_order)
+    quantize(model, arguments.bits, group_size=group_size, quantizer=quantizer)
     after = memory_of(model), perplexity(model, windows.get("text"))
     save(model, arguments.out)
     copy_tokenizer(source, arguments.out)
@@ -94,6 +97,17 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"perplexity  {before[1]:10.4f}     -> {after[1]:10.4f}    ({after[1] / before[1] - 1:+.2%})")
     print(arguments.out)
     return 0
+
+
+def _check_texts(model: Transformer, texts: Mapping[str, str]) -> None:
+    """ValueError for a text where the model does not predict each next token of it."""
+    config = model.config
+    if texts and (config.architecture != "decoder" or config.head != "lm" or not config.causal):
+        names = " and ".join(f"--{name}" for name in texts)
+        raise ValueError(
+            f"{names}: a text's next tokens are predicted by a decoder with a language-model head, this model is "
+            f"{config.architecture!r} with the head {config.head!r}; leave {'it' if len(texts) == 1 else 'them'} out"
+        )
 
 
 def windows_of(model: Transformer, source: Path, name: str, text: str) -> Sequence[Tensor]:

@@ -102,6 +102,10 @@ class Chat:
         **sampling: Any,
     ) -> None:
         check_generates(model.config)
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                "a conversation needs a model without an encoder: an encoder-decoder answers a source, by generate"
+            )
         if not is_int(max_new_tokens):
             raise TypeError(f"max_new_tokens must be an int, got {max_new_tokens!r}")
         if max_new_tokens < 1:

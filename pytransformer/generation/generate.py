@@ -163,7 +163,8 @@ def generate_stream(
     steps the model is in the mode it was in before, and may be used for other things, but its parameters must not be changed.
 
     Args:
-        options: as of :func:`generate`, without ``callback`` and beams.
+        prompts, max_new_tokens: as of :func:`generate`.
+        options: the others of :func:`generate`, without ``callback`` and beams.
 
     Returns:
         An iterator; its value in the end (of ``yield from``) is the :class:`Generation`.

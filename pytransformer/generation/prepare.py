@@ -12,7 +12,7 @@ QUANTIZED_TOKENS = 4
 
 
 def prepare_for_decoding(model: nn.Module, rows: int = 1) -> int:
-    """Packs every linear layer, the head included, for inputs of ``rows`` rows (the batch size); layers that are packed stay so.
+    """Packs every linear layer of ``model``, the head included, for inputs of ``rows`` rows (the batch size); what is packed stays so.
 
     When everything is packed already this takes the time of about one token, because each weight is read to see that it has not changed.
     The packed copies take the memory of the weights once more (with MKL a fifth more than that); :func:`release` frees them.
@@ -24,7 +24,7 @@ def prepare_for_decoding(model: nn.Module, rows: int = 1) -> int:
 
 
 def release(model: nn.Module) -> None:
-    """Frees the packed copies of every linear layer."""
+    """Frees the packed copies of every linear layer of ``model``."""
     for layer in _layers(model):
         layer.unpack()
 

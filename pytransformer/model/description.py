@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ class Description:
         config: its shape and choices.
         files: number of weight files.
         tensors: number of tensors in them.
-        parameters: elements of the weights, tied ones once.
+        parameters: elements of the weights, tied ones once; a code counts as the weight that it stands for, its scale as none.
         active_parameters: those that take part in one token's computation: of a mixture's experts only the chosen ones.
         weight_bytes: their size in the files.
         dtypes: name of a dtype -> elements stored so, most first.
-        cache_bytes_per_1k: of keys and values of a sequence's first 1024 tokens in the weights' main dtype, where a layer with a sliding
-            window keeps the window alone.
+        cache_bytes_per_1k: of keys and values of a sequence's first 1024 tokens in the embedding's dtype, as :class:`KVCache` keeps them,
+            where a layer with a sliding window keeps the window alone.
         cache_bytes: the same of a whole context.
         tied: whether head and embedding are one matrix.
         decisions: what was taken where the configuration says two things or nothing.
@@ -69,13 +69,16 @@ def describe(folder: str | os.PathLike[str]) -> Description:
         config = family.settle(config, mapping.known_names(family, files.tensors).keys())
     values = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
     stored = _by_our_names(files, config, family)
-    experts = sum(_elements(tensor) for name, tensor in stored if ".experts." in name)
-    parameters = sum(_elements(tensor) for _, tensor in stored)
+    coded = {name.rpartition(".")[0] for name, _ in stored if name.endswith(".scale") and config.quantization}
+    experts = sum(_elements(tensor, coded) for name, tensor in stored if ".experts." in name)
+    parameters = sum(_elements(tensor, coded) for _, tensor in stored)
     dtypes: dict[str, int] = {}
     for _, tensor in stored:
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numel
     dtypes = dict(sorted(dtypes.items(), key=lambda item: -item[1]))
-    itemsize = DTYPES[next(iter(dtypes))].itemsize if dtypes and next(iter(dtypes)) in DTYPES else 2
+    # Codes and a mixture's blocks are most of what is stored, and say nothing of what is computed with.
+    embedding = next((tensor.dtype for name, tensor in stored if name.endswith("embed_tokens.weight")), None)
+    itemsize = DTYPES[embedding].itemsize if embedding in DTYPES else 2
     unused = 1 - config.experts_per_token / config.num_experts if config.num_experts else 0.0
     return Description(
         folder=place,
@@ -90,7 +93,7 @@ def describe(folder: str | os.PathLike[str]) -> Description:
         dtypes=dtypes,
         cache_bytes_per_1k=cache_bytes(config, _THOUSAND, itemsize),
         cache_bytes=cache_bytes(config, config.max_seqlen, itemsize),
-        tied=config.tie_embeddings,
+        tied=config.tie_embeddings and config.quantization is None,  # a quantised head has codes of its own
         decisions=tuple(_decisions(place, values, family, files)),
     )
 
@@ -137,8 +140,16 @@ def _stands(ours: str, config: TransformerConfig) -> bool:
     return {**heads, "pooler": config.pooler}.get(ours.partition(".")[0], True)
 
 
-def _elements(tensor: StoredTensor) -> int:
-    """Numbers that a tensor stands for: GPT-OSS's blocks have two in a byte, and their scales are none."""
+def _elements(tensor: StoredTensor, coded: Set[str]) -> int:
+    """Numbers that a tensor stands for. Codes of 4 bits and GPT-OSS's blocks have two in a byte; scales and zero points are none.
+
+    Args:
+        tensor: any of the folder.
+        coded: names of the layers that :mod:`.quantized` made, in our own layout.
+    """
+    layer, _, kind = tensor.name.rpartition(".")
+    if layer in coded and kind != "bias":
+        return {"I8": 1, "U8": 2}[tensor.dtype] * tensor.numel if kind == "weight" else 0
     name = tensor.name.rpartition("_")[2]
     if tensor.dtype == "U8" and name in ("blocks", "scales"):
         return 2 * tensor.numel if name == "blocks" else 0

@@ -96,7 +96,8 @@ def test_commands(piped, expected):
     expected.reset()
     fourth = "".join(expected.say("what"))
     lines = [
-        "/system", "Hello", "what", "/undo", "what", "/system Be long.", "/undo", "what", "/reset", "what", "/help", "/quit", "not said",
+        "/system", "Hello", "what", "/undo", "what", "/system Be long.", "/undo", "what", "/reset", "what", "/help", "/quit now",
+        "not said",
     ]  # fmt: skip
     shown = piped(lines, "--system", "Be short.")
     assert shown.out.splitlines() == "\n".join([first, second, second, third, fourth]).splitlines()
@@ -174,6 +175,7 @@ def test_a_template_from_a_file(piped, expected, tmp_path):
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, but is 0"),
         (["--top-p", "0"], "top_p must be above 0"),
         (["--stop", ""], "--stop is empty"),
+        (["--chat-template", "BYTES"], "t.jinja must be UTF-8 text: byte 0 is 0xff"),
         (["--chat-template", "missing.jinja"], "No such file or directory: missing.jinja"),
         (["--chat-template", "TEMPLATE"], "the chat template refuses the conversation: never"),
         (["--system", "x"], "has no chat template (chat_template.jinja"),
@@ -183,6 +185,9 @@ def test_errors_are_one_line(piped, folder, tmp_path, options, message):
     if "TEMPLATE" in options:
         options = ["--chat-template", str(tmp_path / "t.jinja")]
         (tmp_path / "t.jinja").write_text("{{ raise_exception('never') }}")
+    elif "BYTES" in options:
+        options = ["--chat-template", str(tmp_path / "t.jinja")]
+        (tmp_path / "t.jinja").write_bytes(b"\xff")
     elif "--system" in options:
         write("byte BPE", tmp_path)
         for name in ("config.json", "model.safetensors"):

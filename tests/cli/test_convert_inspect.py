@@ -17,6 +17,7 @@ from pytransformer.cli.inspect import facts
 from pytransformer.cli.main import main
 from pytransformer.cli.model_folder import find_model
 from pytransformer.model.description import cache_bytes, describe
+from pytransformer.model.quantized import quantize
 from tests.model.configs import CONFIGS, make_model
 
 LLAMA = TransformerConfig.llama(
@@ -61,6 +62,8 @@ def test_there_and_back_with_the_tokenizers_files(own, tmp_path, capsys):
 
 def test_what_cannot_be_converted_is_one_line(own, tmp_path, capsys):
     target = tmp_path / "new"
+    (tmp_path / "file").write_text("")
+    assert "file is a file: give the folder" in error_of(capsys, "inspect", tmp_path / "file")
     assert "no model folder" in error_of(capsys, "convert", tmp_path / "missing", target)
     assert f"{own} holds a model already" in error_of(capsys, "convert", own, own)
     assert "family must be one of pytransformer, " in error_of(capsys, "convert", own, target, "--to", "gpt-17")
@@ -114,6 +117,27 @@ def test_tied_weights_and_repeated_ones_count_once(tmp_path):
     found = describe(tmp_path)
     assert found.parameters == tied.num_parameters()
     assert "head and embedding are to be tied and are both there: they stay two if they differ" in found.decisions
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"), [(8, "8 bits, a scale for each row"), (4, "4 bits, a scale for each 32 columns")]
+)
+def test_codes_count_as_the_weights_they_stand_for(tmp_path, bits, said):
+    config = {
+        **LLAMA.to_dict(),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "attention_bias": True,
+        "tie_embeddings": True,
+    }
+    model = make_model(TransformerConfig.from_dict(config), 0, torch.device("cpu"))
+    save(model, tmp_path / "full")
+    save(quantize(model, bits, group_size=32), tmp_path / "codes")
+    full, codes = describe(tmp_path / "full"), describe(tmp_path / "codes")
+    assert codes.parameters == model.num_parameters() == full.parameters + model.lm_head.out_features * 32
+    assert (full.tied, codes.tied) == (True, False)  # a head that was tied has codes of its own
+    assert (codes.cache_bytes, codes.cache_bytes_per_1k) == (full.cache_bytes, full.cache_bytes_per_1k)
+    assert said in facts(codes)["quantisation"] and "quantisation" not in facts(full)
 
 
 def test_what_a_configuration_leaves_open_is_said(tmp_path):

@@ -117,12 +117,24 @@ def test_a_repetition_penalty_is_felt(folder, tmp_path, device, capsys):
         (["--num-beams", "2", "--top-k", "5"], {}, "top_k=5 limits what is drawn from, but temperature is 0"),
         (["--length-penalty", "2"], {}, "length_penalty=2.0 is for beam search: give num_beams above 1"),
         (["--stop", ""], {}, "--stop is empty"),
+        (["--prompt-lookup", "3", "--num-beams", "2"], {}, "plain decoding, but 2 beams are asked for"),
+        (["--prompt-lookup", "3"], {"num_beams": 3}, "plain decoding, but 3 beams are asked for"),
+        (["--top", "2", "--prompt-lookup", "3"], {}, "--top generates nothing, so --prompt-lookup has no use"),
+        (["--top", "2", "--no-cache"], {}, "--top generates nothing, so --no-cache has no use"),
         ([], {"top_p": 3}, "generation_config.json: top_p must be between 0 and 1, got 3"),
         ([], {"temperature": "hot"}, "generation_config.json: temperature must be a number or None, got 'hot'"),
     ],
 )
 def test_errors_name_the_option_or_the_file(generate, options, config, message):
     assert message in generate(*options, **config)
+
+
+def test_what_contradicts_is_said_before_the_prompt_is_shown(folder, device, capsys):
+    assert (
+        main(["generate", "--model", str(folder), "--prompt", "x", "--device", device.type, "--length-penalty", "2"])
+        == 2
+    )
+    assert capsys.readouterr().out == ""
 
 
 def test_options_of_a_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from pytransformer import TransformerConfig
 from pytransformer.cli.generate import CACHES, DTYPES
 from pytransformer.cli.main import main
-from pytransformer.cli.model_folder import load_model
+from pytransformer.cli.model_folder import encode, load_model
 from pytransformer.generation.caches import KINDS
 from pytransformer.model.checkpoint import save
 from tests.model.configs import make_model
@@ -58,7 +59,13 @@ def test_what_is_kept_is_used(run, folder, tmp_path, options):
     assert f"; {common} of {len(prompt)} tokens of the prompt from the prefix]" in used.err
     assert "prefix" not in plain.err and common > 8
     wrong = ("--dtype", "float32", "--cache", "fp8") if options else ("--cache", "int8")
-    assert "prefix" in _generate(run, *wrong, "--prefix", str(tmp_path / "kept"), code=2).err
+    refused = _generate(run, *wrong, "--prefix", str(tmp_path / "kept"), code=2)
+    said = (
+        "or by this one in another dtype"
+        if "bfloat16" in options
+        else f"does not take: make one with `pytransformer prefix --cache {wrong[-1]}`"
+    )
+    assert said in refused.err and not refused.out
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -80,13 +87,22 @@ def test_the_text_may_come_from_a_pipe(run, tmp_path, monkeypatch):
     assert "kept: " in run("prefix", "--text", "-", "-o", str(tmp_path / "kept")).out
 
 
+def test_an_unknown_token_names_the_option_that_it_came_by(folder, device):
+    network, _ = load_model(folder, device.type)
+    beyond = SimpleNamespace(encode=lambda text: [999], label=str)  # as a tokenizer to which tokens were added later
+    with pytest.raises(ValueError, match="--text has the token '999' of id 999, but the model's vocabulary is 370"):
+        encode(network, beyond, "x", "--text")
+
+
 def test_errors_are_one_line(run, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "long.txt").write_text("word " * 100)
+    (tmp_path / "bytes.txt").write_bytes(b"a\xff")
     for name, message in (
         ("empty.txt", "empty.txt is empty: there is nothing to keep"),
         ("long.txt", "tokens, but the model's context is 64: there is no room for what follows"),
         ("missing.txt", "No such file or directory"),
+        ("bytes.txt", "bytes.txt must be UTF-8 text: byte 1 is 0xff"),
     ):
         shown = run("prefix", "--text", str(tmp_path / name), "-o", str(tmp_path / "kept"), code=2)
         assert message in shown.err and shown.err.count("\n") == 1 and not (tmp_path / "kept").exists()

@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.save(str(place / "model" / "tokenizer.json"))
     (place / "text.txt").write_text(TEXT)
     (place / "short.txt").write_text("fox")
+    (place / "bytes.txt").write_bytes(b"\xff")
     return place
 
 
@@ -69,10 +70,13 @@ def test_a_folder_that_loads_and_what_it_cost(method: str, folder: Path, tmp_pat
         (["--method", "gptq"], "--calibration FILE and --method gptq go together"),
         (["--calibration", "text.txt"], "--calibration FILE and --method gptq go together"),
         (["--act-order"], "--act-order is for --method gptq"),
-        (["--group-size", "48"], "group_size must be one of 32, 64, 128, got 48"),
+        (["--bits", "4", "--group-size", "48"], "group_size must be one of 32, 64, 128, got 48"),
         (["--bits", "4", "--group-size", "64"], "group_size must divide in_features (32), got 64"),
         (["--text", "short.txt"], "--text has 1 tokens, at least 2 are needed"),
         (["--text", "none.txt"], "none.txt"),
+        (["--text", "bytes.txt"], "bytes.txt must be UTF-8 text: byte 0 is 0xff"),
+        (["--bits", "4", "--group-size", "0"], "group_size must be one of 32, 64, 128, got 0"),
+        (["--bits", "8", "--group-size", "64"], "--group-size 64 is for --bits 4"),
     ],
 )
 def test_errors(options: list[str], message: str, folder: Path, tmp_path: Path, capsys) -> None:
@@ -86,3 +90,14 @@ def test_what_is_quantised_is_not_quantised_again(folder: Path, tmp_path: Path, 
     assert main(["quantize", str(folder / "model"), "-o", str(tmp_path / "one")]) == 0
     assert main(["quantize", str(tmp_path / "one"), "-o", str(tmp_path / "two")]) == 2
     assert "it is quantised to 'int8'" in capsys.readouterr().err
+
+
+def test_a_text_needs_a_model_that_predicts_it(folder: Path, tmp_path: Path, capsys) -> None:
+    pair = TransformerConfig.original(
+        vocab_size=20, hidden_size=32, num_layers=1, num_heads=2, decoder_start_token_id=1
+    )
+    save(Transformer(pair), tmp_path / "pair")
+    command = ["quantize", str(tmp_path / "pair"), "-o", str(tmp_path / "out")]
+    assert main([*command, "--text", str(folder / "text.txt")]) == 2
+    assert "--text: a text's next tokens are predicted by a decoder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and main(command) == 0

@@ -264,3 +264,8 @@ def test_models_that_cannot_chat(tokenizer, device):
             ),
             tokenizer,
         )
+    pair = TransformerConfig.original(
+        vocab_size=370, hidden_size=32, num_layers=1, num_heads=2, decoder_start_token_id=1
+    )
+    with pytest.raises(ValueError, match="a conversation needs a model without an encoder"):
+        Chat(make_model(pair, 0, device), tokenizer)

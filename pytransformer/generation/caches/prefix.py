@@ -119,7 +119,10 @@ class Prefix:
     def check(self, model: Transformer) -> None:
         """ValueError unless ``model`` made it."""
         if (own := fingerprint(model)) != self.model:
-            raise ValueError(f"prefix was made by another model: its fingerprint is {self.model}, this model's {own}")
+            raise ValueError(
+                "prefix was made by another model, or by this one in another dtype or quantisation: its fingerprint is "
+                f"{self.model[:12]}…, this model's {own[:12]}…"
+            )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes it into a folder, which is made if needed; one that is there is replaced."""

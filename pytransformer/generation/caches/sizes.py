@@ -97,8 +97,8 @@ def predict(
     """What ``make_cache`` with these arguments will allocate.
 
     Args:
+        kind, config, batch, capacity, dtype, page_size, num_pages, longest_step: as of :func:`make_cache`.
         memory_seqlen: of an encoder–decoder: tokens of the longest source.
-        Others: see :func:`make_cache`.
 
     Raises:
         ValueError: an unknown kind.
@@ -136,7 +136,14 @@ def predict_bytes(
     dtype: torch.dtype | None = None,
     **options: int | None,
 ) -> int:
-    """The bytes that ``make_cache`` with these arguments will allocate: ``predict(...).total``."""
+    """The bytes that ``make_cache`` with these arguments will allocate: ``predict(...).total``.
+
+    Args:
+        kind, config, batch, capacity, dtype, options: as of :func:`predict`.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
     return predict(kind, config, batch, capacity, dtype, **options).total  # type: ignore[arg-type]
 
 

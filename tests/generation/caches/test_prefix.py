@@ -101,7 +101,7 @@ def test_another_model_or_cache_is_refused(tmp_path, device):
     prefix.save(tmp_path)
     others = [make_model(CONFIGS["llama"], 1, device), make_model(CONFIGS["mistral-window"], 0, device)]
     for other in others:
-        with pytest.raises(ValueError, match="prefix was made by another model: its fingerprint is"):
+        with pytest.raises(ValueError, match=r"prefix was made by another model, .* its fingerprint is"):
             Prefix.load(tmp_path, other)
         with pytest.raises(ValueError, match="another model"):
             generate(other, prompts, 2, prefix=prefix)
