@@ -50,7 +50,8 @@ class Engine:
     alike share pages. When pages run out, the request that came last (or has the lowest priority) gives its own back and is computed
     again later. Not for use from several threads at a time.
 
-    Between steps the model may be used for other things; its parameters may be changed while the engine is idle.
+    Between steps the model may be used for other things; its parameters may be changed while the engine is idle (a few values not through
+    ``.data``, which torch does not count: what sequences share would be kept).
 
     Args:
         model: a causal decoder, without an encoder.
@@ -115,7 +116,7 @@ class Engine:
         # While it is not idle: what computes a step.
         self._bound: tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None = None
         self._modules: list[torch.nn.Module] = []
-        self._fingerprint: str | None = None
+        self._made_by: tuple[object, ...] | None = None  # the parameters that filled the pages
         self._is_stepping = False
         self._ended: Counter[str] = Counter()
         self._decoded = self._steps = self._pieces = 0
@@ -243,9 +244,9 @@ class Engine:
     def _prepared(self) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
         """The model's decoder and head, made ready when the engine was idle before."""
         if self._bound is None:
-            if self._share and (found := fingerprint(self.model)) != self._fingerprint:
+            if self._share and (found := _parameters_now(self.model)) != self._made_by:
                 self._pages.forget_all()  # the parameters have changed
-                self._fingerprint = found
+                self._made_by = found
             prepare(self.model, self.max_batch, WORTHWHILE_TOKENS, self._pack_weights)
             self._bound = bind(self.model)
         return self._bound
@@ -315,6 +316,15 @@ class Engine:
         """A constraint runs within a step, where nothing may change."""
         if self._is_stepping:
             raise RuntimeError(f"{name} was called within a step, by a constraint or a hook: call it between two steps")
+
+
+def _parameters_now(model: Transformer) -> tuple[object, ...]:
+    """What is another when parameters have changed: torch's counts of writes, which see a single value, and samples of all values."""
+    writes = [
+        (parameter.data_ptr(), None if parameter.is_inference() else parameter._version)
+        for parameter in model.parameters()
+    ]
+    return writes, fingerprint(model)
 
 
 def _check_model(model: Transformer) -> None:
