@@ -50,8 +50,8 @@ class Engine:
     alike share pages. When pages run out, the request that came last (or has the lowest priority) gives its own back and is computed
     again later. Not for use from several threads at a time.
 
-    Between steps the model may be used for other things; its parameters may be changed while the engine is idle (a few values not through
-    ``.data``, which torch does not count: what sequences share would be kept).
+    Between steps the model may be used for other things; its parameters may be changed while no request is on its way (a few values not
+    through ``.data``, which torch does not count: what sequences share would be kept).
 
     Args:
         model: a causal decoder, without an encoder.
@@ -186,8 +186,6 @@ class Engine:
                     self._events += self._advance()
         finally:
             self._is_stepping = False
-        if not self._entries:
-            self._bound = None
         events, self._events = self._events, []
         return events
 
@@ -287,6 +285,8 @@ class Engine:
             self._pages.forget(job.row)  # what others would begin with may be broken
         self._scheduler.remove(job)
         del self._entries[job.id]
+        if not self._entries:
+            self._bound = None  # parameters may change before the next request
         self._ended[reason] += 1
         return Event(job.id, choice.token, text, choice.log_probability, reason, choice.error, run.result())
 

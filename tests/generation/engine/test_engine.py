@@ -92,6 +92,20 @@ def test_pages_are_not_found_any_more_when_the_embedding_of_one_token_has_change
     assert engine.statistics().tokens_reused == 0
 
 
+def test_parameters_may_change_behind_a_cancelled_request(model):
+    engine = engine_of(model)
+    last = engine.add(Request(PROMPT, 9))
+    engine.step(), engine.step()
+    engine.cancel(last)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.5)
+    engine.add(Request(PROMPT, 9))
+    cancelled, *_, after = engine.run()
+    assert cancelled.stop_reason == "cancelled" and engine.statistics().tokens_reused == 0
+    assert torch.equal(after.result.token_ids, generate(model, PROMPT, 9).token_ids)
+
+
 def test_a_request_that_was_preempted_goes_on_as_if_nothing_had_been(model):
     requests = [Request(PROMPT[: 4 + index], 14, temperature=1.5, seed=index) for index in range(3)]
     engine = engine_of(model, num_pages=10)
