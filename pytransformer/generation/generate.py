@@ -7,12 +7,11 @@ the target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pytransformer.model.transformer import EncoderDecoder, Transformer
 
@@ -23,6 +22,7 @@ from .drafts import DraftModel, PromptLookup, check_draft
 from .edits import Constraint
 from .graphs import check_option
 from .kept import KeptCache
+from .modes import evaluation
 from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
 from .results import Generation, Step
 from .run import Run, Source
@@ -191,19 +191,6 @@ def _stream(run: Run) -> Generator[Step, None, Generation]:
             yield step
     finally:
         steps.close()
-
-
-@contextmanager
-def evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """The modules in evaluation mode, and afterwards each as it was."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def start(

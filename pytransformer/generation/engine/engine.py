@@ -14,7 +14,8 @@ from pytransformer.generation.bound import bind
 from pytransformer.generation.caches.prefix import fingerprint, lengths_that_change_rope
 from pytransformer.generation.caches.sizes import PAGE_SIZE, in_words, predict, split_kind
 from pytransformer.generation.edits import number
-from pytransformer.generation.generate import evaluation, start
+from pytransformer.generation.generate import start
+from pytransformer.generation.modes import evaluation
 from pytransformer.generation.prepare import WORTHWHILE_TOKENS, prepare
 from pytransformer.generation.prompts import check_generates, is_int
 from pytransformer.generation.run import Run

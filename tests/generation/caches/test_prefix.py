@@ -116,6 +116,14 @@ def test_another_model_or_cache_is_refused(tmp_path, device):
         Prefix.of(pair, [1, 2])
 
 
+def test_making_one_leaves_each_module_in_its_mode(device):
+    model = make_model(CONFIGS["llama"], 0, device).train()
+    frozen = model.model.layers[0].eval()
+    Prefix.of(model, [1, 2, 3])
+    assert model.training and model.model.layers[1].feed_forward.training
+    assert not any(module.training for module in frozen.modules())
+
+
 def test_frequencies_that_depend_on_the_length(device):
     name = next(
         name for name, config in GENERATING.items() if (config.rope_scaling or {}).get("rope_type") == "longrope"
