@@ -243,6 +243,10 @@ def start(
         raise ValueError(f"cache is a KeptCache, which is of one sequence, but num_beams is {beams.num_beams}")
     else:
         cache.check_model(model, len(rows))
+    if prefix is not None and not isinstance(prefix, Prefix):
+        raise TypeError(f"prefix must be a Prefix or None, got {type(prefix).__name__}")
+    if pack_weights is not None and not isinstance(pack_weights, bool):
+        raise TypeError(f"pack_weights must be True, False or None (where it pays), got {pack_weights!r}")
     if prefix is not None and (source is not None or not use_cache):
         raise ValueError("prefix is for models without an encoder, and for use_cache=True")
     eos_token_ids = end_tokens(eos_token_id, model.config)

@@ -111,6 +111,10 @@ def test_another_model_or_cache_is_refused(tmp_path, device):
         generate(model, prompts, 2, cache="int8", prefix=prefix)
     with pytest.raises(ValueError, match="prefix is for models without an encoder, and for use_cache=True"):
         generate(model, prompts, 2, use_cache=False, prefix=prefix)
+    with pytest.raises(TypeError, match="prefix must be a Prefix or None, got str"):
+        generate(model, prompts, 2, prefix=str(tmp_path))
+    with pytest.raises(TypeError, match=r"pack_weights must be True, False or None .* got 'no'"):
+        generate(model, prompts, 2, pack_weights="no")
     pair = make_model(GENERATING["original"], 0, device)
     with pytest.raises(ValueError, match="a prefix is of a model without an encoder"):
         Prefix.of(pair, [1, 2])
