@@ -21,7 +21,8 @@ from pytransformer.benchmarks.harness.paths import RESULTS
 from pytransformer.benchmarks.programs import cpu
 from pytransformer.generation import Engine, Request
 from pytransformer.generation.engine import Statistics
-from pytransformer.generation.generate import evaluation, start
+from pytransformer.generation.generate import start
+from pytransformer.generation.modes import evaluation
 
 RESULT = RESULTS / "cpu/engine.json"
 LEAST_SPEEDUP = 2.0

@@ -60,6 +60,8 @@ def why_not_bound(model: Transformer) -> str | None:
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"a forward hook is set on a {type(module).__name__}"
+        if "forward" in vars(module):
+            return f"a {type(module).__name__} has been given a forward of its own"
     return None
 
 

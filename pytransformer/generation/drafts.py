@@ -211,8 +211,6 @@ class ModelDrafter:
 
     def begin(self) -> None:
         run, model = self._run, self.model
-        if model is not run.model:
-            prepare(model, len(run.rows), run.max_new_tokens, run.pack_weights)
         longest = max(length + limit for length, (limit, _) in zip(run.prompt_lengths, run.limits))
         weight = model.model.embed_tokens.weight
         capacity = min(self._limit, longest + self._num_tokens + _MARGIN)
@@ -223,7 +221,12 @@ class ModelDrafter:
             source = Source(model, [row[: int(real.sum())] for row, real in zip(run.source.ids, run.source.mask)])
             source.encode()
             self._options = source.options(self._cache)
-        self._decoder, self._head = bind(model)
+        if model is run.model:
+            # Not bind alone: copies of the weights that an earlier call packed may be out of date.
+            self._decoder, self._head = run.prepared()
+        else:
+            prepare(model, len(run.rows), run.max_new_tokens, run.pack_weights)
+            self._decoder, self._head = bind(model)
 
     def propose(self, counts: Sequence[int]) -> Proposals:
         run = self._run

@@ -7,12 +7,11 @@ the target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pytransformer.model.transformer import EncoderDecoder, Transformer
 
@@ -23,6 +22,7 @@ from .drafts import DraftModel, PromptLookup, check_draft
 from .edits import Constraint
 from .graphs import check_option
 from .kept import KeptCache
+from .modes import evaluation
 from .prompts import check_generates, end_tokens, is_int, prompt_rows, start_tokens
 from .results import Generation, Step
 from .run import Run, Source
@@ -194,19 +194,6 @@ def _stream(run: Run) -> Generator[Step, None, Generation]:
         steps.close()
 
 
-@contextmanager
-def evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """The modules in evaluation mode, and afterwards each as it was."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def start(
     model: Transformer,
     prompts: Any,
@@ -257,6 +244,10 @@ def start(
         raise ValueError(f"cache is a KeptCache, which is of one sequence, but num_beams is {beams.num_beams}")
     else:
         cache.check_model(model, len(rows))
+    if prefix is not None and not isinstance(prefix, Prefix):
+        raise TypeError(f"prefix must be a Prefix or None, got {type(prefix).__name__}")
+    if pack_weights is not None and not isinstance(pack_weights, bool):
+        raise TypeError(f"pack_weights must be True, False or None (where it pays), got {pack_weights!r}")
     if prefix is not None and (source is not None or not use_cache):
         raise ValueError("prefix is for models without an encoder, and for use_cache=True")
     eos_token_ids = end_tokens(eos_token_id, model.config)

@@ -70,6 +70,11 @@ class KeptCache:
         if self._run is not run:
             raise ValueError("another call has taken the kept cache, so this one cannot go on")
 
+    def give_up(self, run: Record) -> None:
+        """Forgets what ``run`` has left, unless another call has taken the cache since."""
+        if self._run is run:
+            self.forget()
+
     def open(self, run: Record, capacity: int, rotaries: list[RotaryEmbedding]) -> SequenceCache:
         """The cache with room for ``capacity`` tokens, holding what the prompt of ``run`` begins with.
 

@@ -87,7 +87,7 @@ class Run(Record):
             raise
         except BaseException:
             if self.kept is not None:
-                self.kept.forget()  # what an unfinished step left in it
+                self.kept.give_up(self)  # what an unfinished step left in it
             raise
 
     def prepared(self) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:

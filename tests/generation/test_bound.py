@@ -106,3 +106,18 @@ def test_a_subclass_keeps_its_own_forward():
     block.feed_forward.__class__ = Counting
     assert torch.equal(model.generate(random_ids(model.config, (1, 4), 0, CPU), 5), expected)
     assert len(calls) == 5
+
+
+@torch.no_grad()
+def test_a_forward_that_one_module_was_given_is_called():
+    """As accelerate and others do it, who wrap ``module.forward``."""
+    model = make_model(CONFIGS["llama"], 0, CPU)
+    ids = random_ids(model.config, (1, 4), 0, CPU)
+    layer, calls = model.model.layers[0].feed_forward, []
+    before = layer.forward
+    layer.forward = lambda *arguments, **options: calls.append(1) or before(*arguments, **options)
+    assert bound.why_not_bound(model) == "a FeedForward has been given a forward of its own"
+    model.generate(ids, 5)
+    assert len(calls) == 5
+    del layer.forward
+    assert bound.why_not_bound(model) is None

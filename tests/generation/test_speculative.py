@@ -11,6 +11,7 @@ import torch
 from pytransformer import TransformerConfig
 from pytransformer.generation import DraftModel, PromptLookup, Sampler, generate, generate_stream, run, speculative
 from pytransformer.generation.drafts import ModelDrafter, NgramIndex
+from pytransformer.nn import linear
 from pytransformer.training.tokenizer import TextTokenizer
 from tests.generation.caches.support import GENERATING
 from tests.generation.test_sampling import chi_square, limited
@@ -311,6 +312,18 @@ def test_a_draft_model_proposes_what_it_says_itself(model, monkeypatch, device):
     assert 0 < sum(result.accepted) < sum(result.drafted)
     for text, tokens in seen[::3]:
         assert generate(small, text, len(tokens), eos_token_id=()).token_ids[len(text) :].tolist() == tokens
+
+
+@pytest.mark.parametrize("pack_weights", [True, False, None])
+def test_a_model_that_is_its_own_draft_proposes_by_its_present_weights(pack_weights, monkeypatch):
+    monkeypatch.setattr(linear, "MIN_PACKED_ELEMENTS", 1)
+    model = make_model(CONFIG, 0, "cpu")
+    generate(model, [[3, 1, 4]], 2, pack_weights=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.5)
+    own = generate(model, [[3, 1, 4]], 12, eos_token_id=(), draft=DraftModel(model, 4), pack_weights=pack_weights)
+    assert own.accepted == own.drafted and sum(own.drafted) > 0
 
 
 def test_both_models_get_their_mode_back(model, device):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytransformer.generation.modes import evaluation
 from pytransformer.model.families.family import CheckpointError
 from pytransformer.model.tensor_files import TensorFiles
 from pytransformer.model.transformer import Transformer
@@ -71,12 +72,8 @@ class Prefix:
         own = KVCache(
             model.config, 1, len(row), device=weight.device, dtype=weight.dtype, quantised=split_kind(cache)[1]
         )
-        training = model.training
-        model.eval()
-        try:
+        with evaluation(list(model.modules())):
             model.model(row[None].to(weight.device), cache=own)
-        finally:
-            model.train(training)
         own.advance(len(row))
         return cls.from_cache(model, row, own)
 

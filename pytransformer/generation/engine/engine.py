@@ -14,7 +14,8 @@ from pytransformer.generation.bound import bind
 from pytransformer.generation.caches.prefix import fingerprint, lengths_that_change_rope
 from pytransformer.generation.caches.sizes import PAGE_SIZE, in_words, predict, split_kind
 from pytransformer.generation.edits import number
-from pytransformer.generation.generate import evaluation, start
+from pytransformer.generation.generate import start
+from pytransformer.generation.modes import evaluation
 from pytransformer.generation.prepare import WORTHWHILE_TOKENS, prepare
 from pytransformer.generation.prompts import check_generates, is_int
 from pytransformer.generation.run import Run
@@ -50,7 +51,8 @@ class Engine:
     alike share pages. When pages run out, the request that came last (or has the lowest priority) gives its own back and is computed
     again later. Not for use from several threads at a time.
 
-    Between steps the model may be used for other things; its parameters may be changed while the engine is idle.
+    Between steps the model may be used for other things; its parameters may be changed while no request is on its way (a few values not
+    through ``.data``, which torch does not count: what sequences share would be kept).
 
     Args:
         model: a causal decoder, without an encoder.
@@ -115,7 +117,7 @@ class Engine:
         # While it is not idle: what computes a step.
         self._bound: tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None = None
         self._modules: list[torch.nn.Module] = []
-        self._fingerprint: str | None = None
+        self._made_by: tuple[object, ...] | None = None  # the parameters that filled the pages
         self._is_stepping = False
         self._ended: Counter[str] = Counter()
         self._decoded = self._steps = self._pieces = 0
@@ -185,8 +187,6 @@ class Engine:
                     self._events += self._advance()
         finally:
             self._is_stepping = False
-        if not self._entries:
-            self._bound = None
         events, self._events = self._events, []
         return events
 
@@ -243,9 +243,9 @@ class Engine:
     def _prepared(self) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
         """The model's decoder and head, made ready when the engine was idle before."""
         if self._bound is None:
-            if self._share and (found := fingerprint(self.model)) != self._fingerprint:
+            if self._share and (found := _parameters_now(self.model)) != self._made_by:
                 self._pages.forget_all()  # the parameters have changed
-                self._fingerprint = found
+                self._made_by = found
             prepare(self.model, self.max_batch, WORTHWHILE_TOKENS, self._pack_weights)
             self._bound = bind(self.model)
         return self._bound
@@ -286,6 +286,8 @@ class Engine:
             self._pages.forget(job.row)  # what others would begin with may be broken
         self._scheduler.remove(job)
         del self._entries[job.id]
+        if not self._entries:
+            self._bound = None  # parameters may change before the next request
         self._ended[reason] += 1
         return Event(job.id, choice.token, text, choice.log_probability, reason, choice.error, run.result())
 
@@ -315,6 +317,15 @@ class Engine:
         """A constraint runs within a step, where nothing may change."""
         if self._is_stepping:
             raise RuntimeError(f"{name} was called within a step, by a constraint or a hook: call it between two steps")
+
+
+def _parameters_now(model: Transformer) -> tuple[object, ...]:
+    """What is another when parameters have changed: torch's counts of writes, which see a single value, and samples of all values."""
+    writes = [
+        (parameter.data_ptr(), None if parameter.is_inference() else parameter._version)
+        for parameter in model.parameters()
+    ]
+    return writes, fingerprint(model)
 
 
 def _check_model(model: Transformer) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pytransformer.generation import KeptCache, NotEnoughMemory, Prefix, Step, generate, generate_stream, kept
+from pytransformer.generation import (
+    KeptCache,
+    NotEnoughMemory,
+    Prefix,
+    PromptLookup,
+    Step,
+    generate,
+    generate_stream,
+    kept,
+)
 from pytransformer.generation.caches import KINDS
 from tests.model.configs import CONFIGS, make_model, random_ids
 
@@ -135,6 +144,21 @@ def test_a_call_that_is_left_or_fails_harms_no_other(device, monkeypatch):
     assert own.token_ids == []
     (found, _), (expected, _) = _both(model, [*expected, 2, 3], own)
     assert found == expected
+
+
+@pytest.mark.parametrize("draft", [None, PromptLookup(1, 2)])
+def test_a_call_that_comes_too_late_leaves_the_cache_to_the_one_that_has_it(draft, device):
+    model = make_model(CONFIGS["llama"], 0, device)
+    own, options = KeptCache(model), {"eos_token_id": (), "draft": draft}
+    late = generate_stream(model, [1, 2, 3], 9, cache=own, **options)
+    next(late)
+    steps = generate_stream(model, [1, 2, 4], 9, cache=own, **options)
+    tokens = [next(steps).tokens[0]]
+    with pytest.raises(ValueError, match="another call has taken the kept cache"):
+        list(late)
+    assert own.token_ids[:3] == [1, 2, 4]
+    tokens += [step.tokens[0] for step in steps]
+    assert tokens == generate(model, [1, 2, 4], 9, **options).token_ids.tolist()[3:]
 
 
 def test_a_prefix_fills_an_empty_one(device):

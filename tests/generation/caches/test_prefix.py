@@ -111,9 +111,21 @@ def test_another_model_or_cache_is_refused(tmp_path, device):
         generate(model, prompts, 2, cache="int8", prefix=prefix)
     with pytest.raises(ValueError, match="prefix is for models without an encoder, and for use_cache=True"):
         generate(model, prompts, 2, use_cache=False, prefix=prefix)
+    with pytest.raises(TypeError, match="prefix must be a Prefix or None, got str"):
+        generate(model, prompts, 2, prefix=str(tmp_path))
+    with pytest.raises(TypeError, match=r"pack_weights must be True, False or None .* got 'no'"):
+        generate(model, prompts, 2, pack_weights="no")
     pair = make_model(GENERATING["original"], 0, device)
     with pytest.raises(ValueError, match="a prefix is of a model without an encoder"):
         Prefix.of(pair, [1, 2])
+
+
+def test_making_one_leaves_each_module_in_its_mode(device):
+    model = make_model(CONFIGS["llama"], 0, device).train()
+    frozen = model.model.layers[0].eval()
+    Prefix.of(model, [1, 2, 3])
+    assert model.training and model.model.layers[1].feed_forward.training
+    assert not any(module.training for module in frozen.modules())
 
 
 def test_frequencies_that_depend_on_the_length(device):

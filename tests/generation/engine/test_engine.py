@@ -10,6 +10,7 @@ import torch
 
 from pytransformer import TransformerConfig
 from pytransformer.generation import Engine, NotEnoughMemory, Request, generate
+from pytransformer.generation.caches.prefix import fingerprint
 from pytransformer.model.transformer import Transformer
 from tests.generation.engine.support import (
     CONTEXT,
@@ -75,6 +76,34 @@ def test_other_parameters_find_no_pages_of_those_before(model):
             parameter.mul_(1.5)
     after = run(engine, [Request(PROMPT, 6)])[0].result.token_ids
     assert torch.equal(after, generate(model, PROMPT, 6).token_ids) and engine.statistics().tokens_reused == 0
+
+
+def test_pages_are_not_found_any_more_when_the_embedding_of_one_token_has_changed(model):
+    """Of which the samples in the model's fingerprint have nothing."""
+    token = VOCABULARY - 1
+    before = fingerprint(model)
+    engine = engine_of(model)
+    run(engine, [Request([token, *PROMPT], 6)])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token].mul_(-3.0)
+    assert fingerprint(model) == before
+    after = run(engine, [Request([token, *PROMPT], 6)])[0].result.token_ids
+    assert torch.equal(after, generate(model, [token, *PROMPT], 6).token_ids)
+    assert engine.statistics().tokens_reused == 0
+
+
+def test_parameters_may_change_behind_a_cancelled_request(model):
+    engine = engine_of(model)
+    last = engine.add(Request(PROMPT, 9))
+    engine.step(), engine.step()
+    engine.cancel(last)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.5)
+    engine.add(Request(PROMPT, 9))
+    cancelled, *_, after = engine.run()
+    assert cancelled.stop_reason == "cancelled" and engine.statistics().tokens_reused == 0
+    assert torch.equal(after.result.token_ids, generate(model, PROMPT, 9).token_ids)
 
 
 def test_a_request_that_was_preempted_goes_on_as_if_nothing_had_been(model):
