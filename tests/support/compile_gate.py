@@ -18,8 +18,10 @@ from tests.support.sass import TENSOR_MEMORY_MMA, WARP_GROUP_MMA, Statistics, co
 ARCHITECTURES = (80, 90, 100)
 MAX_SPILL_BYTES = 16
 
-# What the oldest supported compiler does to single cases, and is known: release of Triton, case → beginning of the complaint.
+# What a compiler does to single cases, and is known: release of Triton, case → beginning of the complaint.
 KNOWN_COMPLAINTS = {
+    # ptxas stops at 64 registers; what it puts on the stack is read and written outside of the loop, which the gate holds to none.
+    ("3.9", "attention_bias_gradient-float32-d64-sm_80"): "spills 24 bytes",
     # 128 rows of 256 values fill the registers; it keeps some of what is used before the loop on the stack.
     ("3.6", "attention_forward-bfloat16-d256-causal-sm_90"): "spills 72 bytes",
     # All options at once: it waits for each product before the next.
@@ -47,7 +49,7 @@ KNOWN_ISSUE_BOUND = {
     r"decode_attention-float32": "exact float32 products run on the FMA units",
     r"decode_attention-.*-(q8|q40|packed)": "the rows of several tokens share the bytes: it waits for products",
     r"linear_cross_entropy-.*-bfloat16-everything": "softcap's tanh, an exponential and a division more for each logit",
-    r"norm_backward-backward-layer-128": "two reductions of each row, and only 128 columns to share them",
+    r"norm_backward-backward-(layer|rms)-128": "reductions of each row, and only 128 columns to share them",
     r"activation-(geglu|gelu)": "erf or tanh of each element, forward and backward",
 }
 
