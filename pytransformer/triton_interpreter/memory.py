@@ -239,9 +239,7 @@ class LaunchMemory:
         for tag in np.unique(tags):
             self._access_argument(int(tag), strip(active[tags == tag]), size, access, program)
 
-    def _access_argument(
-        self, tag: int, addresses: Addresses, size: int, access: Access, program: Program
-    ) -> None:
+    def _access_argument(self, tag: int, addresses: Addresses, size: int, access: Access, program: Program) -> None:
         if tag == 0:
             self._access_unknown(addresses, size, access, program)
             return

@@ -76,7 +76,9 @@ def _halves_kernel(out_ptr, OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def _last_adds_kernel(parts_ptr, count_ptr, out_ptr, SEMANTICS: tl.constexpr, LATE: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+def _last_adds_kernel(
+    parts_ptr, count_ptr, out_ptr, SEMANTICS: tl.constexpr, LATE: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr
+):
     """The program that counts itself as the last one adds what all have stored; one may store too late, or add too early."""
     program = tl.program_id(0)
     if not LATE:
