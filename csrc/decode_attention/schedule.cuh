@@ -85,9 +85,90 @@ __device__ __forceinline__ Stretch stretch_of(const DecodeAttention& call, const
   return stretch;
 }
 
+// Where no sequence has a second split there is one block for each task, and its sequence is the block's stretch.
+__device__ __forceinline__ Stretch stretch_of_one_task(const DecodeAttention& call, const DecodeClass& programs) {
+  return {0, 1, 1, static_cast<int>(blockIdx.x) / (call.num_kv_heads * programs.num_tiles), 0};
+}
+
 // The block in whose stretch a place in the row of all work lies.
 __device__ __forceinline__ int program_at(const DecodeClass& programs, const Stretch& stretch, int64_t place) {
   return static_cast<int>(((place + 1) * programs.num_programs - 1) / stretch.total);
+}
+
+// What a block works on at a time.
+struct Program {
+  int kv_head, sequence, tile;
+};
+
+// What a block does of a task.
+struct Share {
+  int first_split, end_split;
+  int splits;  // of the task
+  int owner;   // the block that lends its scratch and its counter
+
+  __device__ __forceinline__ bool is_whole() const { return end_split - first_split == splits; }
+};
+
+// What a block has to do: its stretch from the sequence in work on, and of that one the task in work.
+struct Work {
+  Stretch stretch;
+  int64_t task, end_task;  // of the sequence; the last of them is behind the stretch, or behind the sequence
+  int64_t tasks;           // of the sequence
+  int tiles;
+  Steps steps;
+  Program program;
+  Share share;
+  bool has_task;
+};
+
+// Begins the sequence that the stretch is at, if one is left.
+__device__ __forceinline__ void begin_sequence(const DecodeAttention& call, const DecodeClass& programs, Work& work, int step_keys) {
+  const Stretch& stretch = work.stretch;
+  work.has_task = stretch.place < stretch.end;
+  if (!work.has_task) return;
+  const Sequence sequence = sequence_of(call, stretch.sequence);
+  work.steps = steps_of(call, programs, sequence, step_keys);
+  work.tiles = tiles_of(call, programs, sequence);
+  work.tasks = int64_t(work.tiles) * call.num_kv_heads;
+  if (programs.scratch == nullptr) {
+    work.task = blockIdx.x % (call.num_kv_heads * programs.num_tiles);
+    work.end_task = min(work.task + 1, work.tasks);
+  } else {
+    const int64_t size = work.steps.count + 1;
+    work.task = max(stretch.begin - stretch.place, int64_t(0)) / size;
+    work.end_task = min(ceil_div<int64_t>(stretch.end - stretch.place, size), work.tasks);
+  }
+}
+
+// Finds the task, in this sequence or a later one.
+__device__ __forceinline__ void find_task(const DecodeAttention& call, const DecodeClass& programs, Work& work, int step_keys) {
+  while (work.has_task && work.task >= work.end_task) {
+    work.stretch.place = programs.scratch == nullptr ? work.stretch.end : work.stretch.place + work.tasks * (work.steps.count + 1);
+    ++work.stretch.sequence;
+    begin_sequence(call, programs, work, step_keys);
+  }
+  if (!work.has_task) return;
+  // Neighbours in memory run together; of causal tiles the last one is the longest.
+  work.program = {static_cast<int>(work.task % call.num_kv_heads), work.stretch.sequence,
+                  work.tiles - 1 - static_cast<int>(work.task / call.num_kv_heads)};
+  work.share = {0, 1, 1, 0};
+  if (programs.scratch != nullptr) {
+    const int64_t place = work.stretch.place + work.task * (work.steps.count + 1);
+    work.share = {first_split_from(work.steps, work.stretch.begin - place), first_split_from(work.steps, work.stretch.end - place),
+                  work.steps.splits, program_at(programs, work.stretch, place)};
+  }
+}
+
+__device__ __forceinline__ void begin_work(const DecodeAttention& call, const DecodeClass& programs, Work& work, const Stretch& stretch,
+                                           int step_keys) {
+  work.stretch = stretch;
+  begin_sequence(call, programs, work, step_keys);
+  find_task(call, programs, work, step_keys);
+}
+
+__device__ __forceinline__ void next_task(const DecodeAttention& call, const DecodeClass& programs, Work& work, int step_keys) {
+  ++work.task;
+  find_task(call, programs, work, step_keys);
 }
 
 }  // namespace pytransformer::decode

@@ -40,12 +40,8 @@ struct Layout {
   static constexpr int STATS = WARPS * kTileRows * OUT_ROW * 4;             // the outputs of the warps, once the loop is through
   static constexpr int EPILOGUE = STATS + WARPS * kTileRows * 8;
   static constexpr int Q = BUFFERS > EPILOGUE ? BUFFERS : EPILOGUE;         // q comes last, as its size varies
-  static constexpr int bytes(int block_rows) { return Q + block_rows * DIM * 2; }
-};
-
-// What a block works on at a time.
-struct Program {
-  int kv_head, sequence, tile;
+  static constexpr int work(int block_rows) { return Q + block_rows * DIM * 2; }  // where the block keeps what it works on
+  static constexpr int bytes(int block_rows) { return work(block_rows) + int(sizeof(Work)); }
 };
 
 // Where the keys of one sequence and key head lie.
@@ -264,15 +260,6 @@ __device__ __forceinline__ void multiply_values(float (&out)[DIM / 8][4], const 
   }
 }
 
-// What a block does of a task.
-struct Share {
-  int first_split, end_split;
-  int splits;  // of the task
-  int owner;   // the block that lends its scratch and its counter
-
-  __device__ __forceinline__ bool is_whole() const { return end_split - first_split == splits; }
-};
-
 // Eight features of a row in the scratch, and its maximum and sum.
 struct Slot {
   float* out;
@@ -324,13 +311,13 @@ __device__ __forceinline__ void finish_piece(const DecodeAttention& call, const 
 // The merge of the block's warps, and what becomes of the split: eight features of a row per thread and step, the same in every split.
 template <class T, class Element, int DIM>
 __device__ __forceinline__ void store_block(const DecodeAttention& call, const DecodeClass& programs, const Program& program, const Share& share,
-                                            int split, const Sequence& sequence, int first_row, const unsigned char* shared) {
+                                            int split, const Sequence& sequence, const unsigned char* shared) {
   using Smem = Layout<Element, DIM>;
   constexpr int PIECES = DIM / 8;
   const auto* outs = reinterpret_cast<const float*>(shared);
   const auto* stats = reinterpret_cast<const RowStats*>(shared + Smem::STATS);
   const bool shares_rows = programs.block_rows == kTileRows;
-  const int num_rows = sequence.seqlen_q * call.group;
+  const int num_rows = sequence.seqlen_q * call.group, first_row = program.tile * programs.block_rows;
   const float v_scale = call.v_scale != nullptr && !call.scale_per_token ? call.v_scale[program.kv_head * call.stride_v_scale_head] : 1.0f;
   // A whole task is folded in the block's own slot, behind those of all tasks. Its statistics are read by threads that do not write them,
   // so that they lie in two places in turn.
@@ -376,9 +363,9 @@ __device__ __forceinline__ void store_block(const DecodeAttention& call, const D
 // All splits of a task have been stored: folds them in ascending order.
 template <class T, int DIM>
 __device__ __forceinline__ void merge_splits(const DecodeAttention& call, const DecodeClass& programs, const Program& program, const Share& share,
-                                             const Sequence& sequence, int first_row) {
+                                             const Sequence& sequence) {
   constexpr int PIECES = DIM / 8;
-  const int num_rows = sequence.seqlen_q * call.group;
+  const int num_rows = sequence.seqlen_q * call.group, first_row = program.tile * programs.block_rows;
   for (int index = threadIdx.x; index < programs.block_rows * PIECES; index += blockDim.x) {
     const int row = index / PIECES, piece = index % PIECES;
     if (first_row + row >= num_rows || piece * 8 >= call.value_dim) continue;
@@ -542,56 +529,32 @@ __device__ __forceinline__ void attend(const DecodeAttention& call, const Decode
   __syncthreads();
 }
 
-// A block's share of a task: its splits, and the end of the task if that is for this block to do.
-template <class T, class Element, int DIM>
-__device__ __forceinline__ void run_share(const DecodeAttention& call, const DecodeClass& programs, const Program& program, const Share& share,
-                                          const Sequence& sequence, const Steps& steps, unsigned char* shared) {
-  constexpr int STEP_KEYS = kWarps<DIM> * kChunkKeys;
-  const int first_row = program.tile * programs.block_rows;
-  for (int split = share.first_split; split < share.end_split; ++split) {
-    const int first_key = (steps.first + split_start(steps, split)) * STEP_KEYS;
-    const int end_key = (steps.first + split_start(steps, split + 1)) * STEP_KEYS;
-    attend<T, Element, DIM>(call, programs, program, sequence, first_key, end_key, shared);
-    store_block<T, Element, DIM>(call, programs, program, share, split, sequence, first_row, shared);
-    __syncthreads();  // the next split overwrites what was read here
-  }
-  if (share.first_split < share.end_split && !share.is_whole()) {
-    if (count_splits(programs, share, shared)) merge_splits<T, DIM>(call, programs, program, share, sequence, first_row);
-    __syncthreads();
-  }
-}
-
 template <class T, class Element, int DIM>
 __global__ void __launch_bounds__(kWarps<DIM>* kWarpSize) decode_kernel(const DecodeAttention call, const DecodeClass programs) {
+  using Smem = Layout<Element, DIM>;
   constexpr int STEP_KEYS = kWarps<DIM> * kChunkKeys;
   PYT_DYNAMIC_SHARED(shared);
-  // Where no sequence has a second split there is one block for each task, and its sequence is the block's stretch.
-  const bool alone = programs.scratch == nullptr;
-  const int tasks_of_longest = call.num_kv_heads * programs.num_tiles;
-  Stretch stretch{0, 1, 1, static_cast<int>(blockIdx.x) / tasks_of_longest, 0};
-  if (!alone) stretch = stretch_of(call, programs, STEP_KEYS);
-  for (; stretch.place < stretch.end; ++stretch.sequence) {
-    const Sequence sequence = sequence_of(call, stretch.sequence);
-    const Steps steps = steps_of(call, programs, sequence, STEP_KEYS);
-    const int tiles = tiles_of(call, programs, sequence), work = steps.count + 1;
-    const int64_t tasks = int64_t(tiles) * call.num_kv_heads;
-    int64_t task = blockIdx.x % tasks_of_longest, end_task = min(task + 1, tasks);
-    if (!alone) {
-      task = max(stretch.begin - stretch.place, int64_t(0)) / work;
-      end_task = min(ceil_div<int64_t>(stretch.end - stretch.place, work), tasks);
+  // In shared memory: the registers are for the loop over the keys.
+  Work& work = *reinterpret_cast<Work*>(shared + Smem::work(programs.block_rows));
+  const Stretch stretch = programs.scratch == nullptr ? stretch_of_one_task(call, programs) : stretch_of(call, programs, STEP_KEYS);
+  if (threadIdx.x == 0) begin_work(call, programs, work, stretch, STEP_KEYS);
+  __syncthreads();
+  while (work.has_task) {
+    for (int split = work.share.first_split; split < work.share.end_split; ++split) {
+      const int first_key = (work.steps.first + split_start(work.steps, split)) * STEP_KEYS;
+      const int end_key = (work.steps.first + split_start(work.steps, split + 1)) * STEP_KEYS;
+      attend<T, Element, DIM>(call, programs, work.program, sequence_of(call, work.program.sequence), first_key, end_key, shared);
+      store_block<T, Element, DIM>(call, programs, work.program, work.share, split, sequence_of(call, work.program.sequence), shared);
+      __syncthreads();  // the next split overwrites what was read here
     }
-    for (; task < end_task; ++task) {
-      const int64_t place = stretch.place + task * work;
-      // Neighbours in memory run together; of causal tiles the last one is the longest.
-      const Program program{static_cast<int>(task % call.num_kv_heads), stretch.sequence, tiles - 1 - static_cast<int>(task / call.num_kv_heads)};
-      Share share{0, 1, 1, 0};
-      if (!alone) {
-        share = {first_split_from(steps, stretch.begin - place), first_split_from(steps, stretch.end - place), steps.splits,
-                 program_at(programs, stretch, place)};
+    if (work.share.first_split < work.share.end_split && !work.share.is_whole()) {
+      if (count_splits(programs, work.share, shared)) {
+        merge_splits<T, DIM>(call, programs, work.program, work.share, sequence_of(call, work.program.sequence));
       }
-      run_share<T, Element, DIM>(call, programs, program, share, sequence, steps, shared);
     }
-    stretch.place += alone ? 1 : tasks * work;
+    __syncthreads();
+    if (threadIdx.x == 0) next_task(call, programs, work, STEP_KEYS);
+    __syncthreads();
   }
 }
 

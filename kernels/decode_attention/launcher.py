@@ -124,7 +124,7 @@ def _class_launch(call: DecodeCall, sizes: Sizes, config: DecodeConfig, values: 
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_SEQUENCES": BLOCK_SEQUENCES,
         # Partial results are folded by other tiles than they were made by: some 32 registers of each thread.
         "FOLD_ROWS": FOLD_ROWS,
-        "MERGE_SPLITS": max(1, min(4, 1024 * config.num_warps // (FOLD_ROWS * values["BLOCK_VALUE_DIM"]))),
+        "MERGE_SPLITS": 2 if call.k_cache.element_size() < 4 and config.num_warps * 1024 >= FOLD_ROWS * values["BLOCK_VALUE_DIM"] * 2 else 1,
     }  # fmt: skip
     given = (*call._fields, "out", "lse", "scratch", "counters")
     stages = {"num_warps": config.num_warps, "num_stages": config.num_stages, **COMMON_OPTIONS}

@@ -71,8 +71,8 @@ def decode_configs(
     few = max(LEAST_SPLITS, min(MOST_SPLITS, PROGRAMS_OF_A_SEQUENCE // num_kv_heads))
     many = max(LEAST_SPLITS_OF_MANY_ROWS, min(MOST_SPLITS_OF_MANY_ROWS, PROGRAMS_OF_MANY_ROWS // num_kv_heads))
     # More than 128 rows fill the GPU by themselves, and partial results would outgrow the cache.
-    # Registers again: a mask or bias beside the fold of partial results wants 8 warps, and 256 features tiles of 32 rows.
-    narrow_warps = 8 if masked or (itemsize == 4 and row_bytes >= 1024) else 4
+    # Registers again: a mask, a bias or codes beside the fold of partial results want 8 warps, and 256 features tiles of 32 rows.
+    narrow_warps = 8 if masked or itemsize == 1 or (itemsize == 4 and row_bytes >= 1024) else 4
     split_rows = min(block_m, 32) if row_bytes >= 1024 else block_m
     return (
         DecodeConfig(0, 16, 16, block_n, narrow_warps, stages + paged, few),

@@ -89,25 +89,43 @@ assert not found(0), "the sound kernel is not sound"
 fault = int(os.environ["PYT_FAULT"])
 print("caught" if found(fault) else "missed", fault)
 """
+SLOT = "const int64_t slot = int64_t(share.owner) * programs.max_splits + "
 SHARED_FAULTS = {
-    "counter not reset": ("if (*is_last) programs.counters[share.owner] = 0;", "if (*is_last && !fault(1)) programs.counters[share.owner] = 0;"),
+    "counter not reset": (
+        "if (*is_last) programs.counters[share.owner] = 0;",
+        "if (*is_last && !fault(1)) programs.counters[share.owner] = 0;",
+    ),
     "merged before all have arrived": (
         "*is_last = atomicAdd(programs.counters + share.owner, count) + count == share.splits;",
-        "const int before = atomicAdd(programs.counters + share.owner, count);\n*is_last = fault(2) ? before == 0 : before + count == share.splits;",
+        "const int before = atomicAdd(programs.counters + share.owner, count);\n"
+        "*is_last = fault(2) ? before == 0 : before + count == share.splits;",
     ),
-    "nobody merges": ("const int count = share.end_split - share.first_split;", "const int count = share.end_split - share.first_split - fault(3);"),
+    "nobody merges": (
+        "const int count = share.end_split - share.first_split;",
+        "const int count = share.end_split - share.first_split - fault(3);",
+    ),
     "merged in another order": (
-        "const int64_t slot = int64_t(share.owner) * programs.max_splits + split;\n      float split_out[8];",
-        "const int64_t slot = int64_t(share.owner) * programs.max_splits + (fault(4) ? share.splits - 1 - split : split);\n      float split_out[8];",
+        SLOT + "split;\n      float split_out[8];",
+        SLOT + "(fault(4) ? share.splits - 1 - split : split);\n      float split_out[8];",
     ),
     "data written to another slot": (
-        "const int64_t slot = int64_t(share.owner) * programs.max_splits + split;\n      store_slot",
-        "const int64_t slot = int64_t(share.owner) * programs.max_splits + (split + fault(5)) % share.splits;\n      store_slot",
+        SLOT + "split;\n      store_slot",
+        SLOT + "(split + fault(5)) % share.splits;\n      store_slot",
     ),
-    "folded from the wrong turn": ("folded = load_slot(programs, own(split - 1), folded_out);", "folded = load_slot(programs, own(split - 1 + fault(6)), folded_out);"),
-    "a neighbour's slots": ("program_at(programs, stretch, place)};", "fault(7) ? int(blockIdx.x) : program_at(programs, stretch, place)};"),
-    "first split of a share forgotten": ("for (int split = share.first_split; split", "for (int split = share.first_split + fault(8); split"),
-}  # fmt: skip
+    "folded from the wrong turn": (
+        "load_slot(programs, own(split - 1), ",
+        "load_slot(programs, own(split - 1 + fault(6)), ",
+    ),
+    "a neighbour's slots": (
+        "work.program, work.share, split, sequence_of(",
+        "work.program, fault(7) ? Share{work.share.first_split, work.share.end_split, work.share.splits, int(blockIdx.x)}"
+        " : work.share, split, sequence_of(",
+    ),
+    "first split of a share forgotten": (
+        "for (int split = work.share.first_split; split",
+        "for (int split = work.share.first_split + fault(8); split",
+    ),
+}
 SWITCH = (
     "namespace pytransformer::decode {\n\ninline constexpr int kStages",
     'extern "C" {\nint pytransformer_fault = 0;\n__attribute__((visibility("default"))) void pytransformer_choose_fault(int number) '

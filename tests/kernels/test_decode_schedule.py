@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from pytransformer.kernels.decode_attention import counters, launcher
 from pytransformer.triton_interpreter import KernelFault, program_order
 from tests.conftest import INTERPRETING
-from tests.kernels.decode_contract import Decode, call_of, draw, run, small_configs
+from tests.kernels.decode_contract import Decode, call_of, draw, run
 from tests.support.broken_kernel import load_broken
 
 pytestmark = [
@@ -66,7 +67,7 @@ def test_counters_are_zero_again(with_programs, device):
 class Recorder:
     """Takes the place of a prepared launch, and notes what it was made and called with."""
 
-    launches: list[tuple[int, int]] = []  # (programs, bytes of scratch)
+    launches: ClassVar[list[tuple[int, int]]] = []  # (programs, bytes of scratch)
 
     def __init__(self, kernel, grid, *arguments) -> None:
         self.programs = grid[0]
@@ -104,21 +105,35 @@ def test_one_sequence_of_1k_fills_the_gpu(monkeypatch):
     assert recorded(monkeypatch, 1, 2**10)[0] >= 128
 
 
+COUNTED = "if counted + end_split - begin_split == splits:"
+SLOT = "slot = tl.where(whole, own_slot, owner * max_splits + split)"
+END = "end = (program + 1) * total // tl.num_programs(0)"
 FAULTS = {
-    "counter not reset": ("split", "tl.atomic_xchg(counters_ptr + owner, 0,", "tl.atomic_xchg(counters_ptr + owner, 1,"),
-    "merged before all have arrived": ("split", "if counted + end_split - begin_split == splits:", "if counted + end_split >= 1:"),
+    "counter not reset": (
+        "split",
+        "tl.atomic_xchg(counters_ptr + owner, 0,",
+        "tl.atomic_xchg(counters_ptr + owner, 1,",
+    ),
+    "merged before all have arrived": ("split", COUNTED, "if counted + end_split >= 1:"),
+    "nobody merges": ("split", COUNTED, "if counted == splits:"),
     "release forgotten": ("split", 'end_split - begin_split, sem="acq_rel"', 'end_split - begin_split, sem="acquire"'),
     "acquire forgotten": ("split", 'end_split - begin_split, sem="acq_rel"', 'end_split - begin_split, sem="release"'),
-    "counted before the data is written": ("split", "slot = tl.where(whole, own_slot, owner * max_splits + split)",
-                                           "slot = tl.where(whole, own_slot, owner * max_splits + (split + 1) % splits)"),
-    "merged in another order": ("merge", "first_slot + first + place, scratch_rows", "first_slot + count - 1 - first - place, scratch_rows"),
+    "data written to another slot": ("split", SLOT, SLOT.replace("+ split", "+ (split + 1) % splits")),
+    "merged in another order": (
+        "merge",
+        "first_slot + first + place, scratch",
+        "first_slot + count - 1 - first - place, scratch",
+    ),
     "last split not merged": ("split", "count = splits\n", "count = splits - 1\n"),
-    "nobody merges": ("split", "if counted + end_split - begin_split == splits:", "if counted == splits:"),
-    "folded from the wrong turn": ("split", "before_slot = own_slot + 2 - split % 2", "before_slot = own_slot + 1 + split % 2"),
+    "folded from the wrong turn": (
+        "split",
+        "before_slot = own_slot + 2 - split % 2",
+        "before_slot = own_slot + 1 + split % 2",
+    ),
     "a neighbour's slots": ("split", "owner = program_at(task_place, total)", "owner = program"),
-    "stretches that overlap": ("schedule", "end = (program + 1) * total // tl.num_programs(0)", "end = (program + 1) * total // tl.num_programs(0) + 2"),
-    "splits that begin elsewhere": ("schedule", "return split * (steps // splits) + tl.minimum(split, steps % splits)", "return split * (steps // splits)"),
-}  # fmt: skip
+    "stretches that overlap": ("schedule", END, END + " + 2"),
+    "splits that begin elsewhere": ("schedule", " + tl.minimum(split, steps % splits)", ""),
+}
 
 
 def broken(folder: Path, monkeypatch, file: str, good: str, bad: str) -> None:
