@@ -371,7 +371,7 @@ __device__ __forceinline__ void merge_splits(const DecodeAttention& call, const 
     if (first_row + row >= num_rows || piece * 8 >= call.value_dim) continue;
     RowStats total{-kInfinity, 0.0f};
     float out[8] = {};
-#pragma unroll 2
+#pragma unroll(DIM == 256 ? 1 : 2)
     for (int split = 0; split < share.splits; ++split) {
       const int64_t slot = int64_t(share.owner) * programs.max_splits + split;
       float split_out[8];
@@ -529,8 +529,9 @@ __device__ __forceinline__ void attend(const DecodeAttention& call, const Decode
   __syncthreads();
 }
 
+// Two blocks to an SM are meant: without that said, ptxas saves registers for more, by spilling.
 template <class T, class Element, int DIM>
-__global__ void __launch_bounds__(kWarps<DIM>* kWarpSize) decode_kernel(const DecodeAttention call, const DecodeClass programs) {
+__global__ void __launch_bounds__(kWarps<DIM>* kWarpSize, 2) decode_kernel(const DecodeAttention call, const DecodeClass programs) {
   using Smem = Layout<Element, DIM>;
   constexpr int STEP_KEYS = kWarps<DIM> * kChunkKeys;
   PYT_DYNAMIC_SHARED(shared);

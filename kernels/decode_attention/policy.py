@@ -59,7 +59,7 @@ def decode_configs(
     limits = device_limits(device)
     row_bytes = (block_dim(head_dim) + block_dim(value_dim)) * itemsize
     # 32 KB per stage (64 keys at head_dim 128, 16-bit) on two blocks per SM: HBM3's latency asks for ~40 KB per SM in flight.
-    block_n = 64 if row_bytes <= 512 else 32
+    block_n = 64 if row_bytes <= 512 and itemsize < 4 else 32
     stages = max(1, min(3, (limits.shared_memory // 2 - 8192) // (block_n * row_bytes)))
     # float32 products without tensor cores keep their operands in registers, and a mask or bias its 64-bit addresses: 64 rows spill.
     block_m = 64
@@ -71,8 +71,8 @@ def decode_configs(
     few = max(LEAST_SPLITS, min(MOST_SPLITS, PROGRAMS_OF_A_SEQUENCE // num_kv_heads))
     many = max(LEAST_SPLITS_OF_MANY_ROWS, min(MOST_SPLITS_OF_MANY_ROWS, PROGRAMS_OF_MANY_ROWS // num_kv_heads))
     # More than 128 rows fill the GPU by themselves, and partial results would outgrow the cache.
-    # Registers again: a mask, a bias or codes beside the fold of partial results want 8 warps, and 256 features tiles of 32 rows.
-    narrow_warps = 8 if masked or itemsize == 1 or (itemsize == 4 and row_bytes >= 1024) else 4
+    # Registers again: a mask, a bias, codes and float32 beside the fold of partial results want 8 warps, and 256 features tiles of 32 rows.
+    narrow_warps = 8 if masked or itemsize != 2 else 4
     split_rows = min(block_m, 32) if row_bytes >= 1024 else block_m
     return (
         DecodeConfig(0, 16, 16, block_n, narrow_warps, stages + paged, few),
