@@ -109,7 +109,7 @@ struct Share {
   __device__ __forceinline__ bool is_whole() const { return end_split - first_split == splits; }
 };
 
-// What a block has to do: its stretch from the sequence in work on, and of that one the task in work.
+// What a block has to do: its stretch from the sequence in work on, of that one the task in work, and of that one the split.
 struct Work {
   Stretch stretch;
   int64_t task, end_task;  // of the sequence; the last of them is behind the stretch, or behind the sequence
@@ -118,14 +118,17 @@ struct Work {
   Steps steps;
   Program program;
   Share share;
-  bool has_task;
+  int split;
+  bool has_split;  // whether anything is left
+
+  __device__ __forceinline__ bool is_last_of_share() const { return split + 1 == share.end_split; }
 };
 
 // Begins the sequence that the stretch is at, if one is left.
 __device__ __forceinline__ void begin_sequence(const DecodeAttention& call, const DecodeClass& programs, Work& work, int step_keys) {
   const Stretch& stretch = work.stretch;
-  work.has_task = stretch.place < stretch.end;
-  if (!work.has_task) return;
+  work.has_split = stretch.place < stretch.end;
+  if (!work.has_split) return;
   const Sequence sequence = sequence_of(call, stretch.sequence);
   work.steps = steps_of(call, programs, sequence, step_keys);
   work.tiles = tiles_of(call, programs, sequence);
@@ -140,14 +143,8 @@ __device__ __forceinline__ void begin_sequence(const DecodeAttention& call, cons
   }
 }
 
-// Finds the task, in this sequence or a later one.
-__device__ __forceinline__ void find_task(const DecodeAttention& call, const DecodeClass& programs, Work& work, int step_keys) {
-  while (work.has_task && work.task >= work.end_task) {
-    work.stretch.place = programs.scratch == nullptr ? work.stretch.end : work.stretch.place + work.tasks * (work.steps.count + 1);
-    ++work.stretch.sequence;
-    begin_sequence(call, programs, work, step_keys);
-  }
-  if (!work.has_task) return;
+// The block's share of the task in work.
+__device__ __forceinline__ void begin_task(const DecodeAttention& call, const DecodeClass& programs, Work& work) {
   // Neighbours in memory run together; of causal tiles the last one is the longest.
   work.program = {static_cast<int>(work.task % call.num_kv_heads), work.stretch.sequence,
                   work.tiles - 1 - static_cast<int>(work.task / call.num_kv_heads)};
@@ -156,6 +153,22 @@ __device__ __forceinline__ void find_task(const DecodeAttention& call, const Dec
     const int64_t place = work.stretch.place + work.task * (work.steps.count + 1);
     work.share = {first_split_from(work.steps, work.stretch.begin - place), first_split_from(work.steps, work.stretch.end - place),
                   work.steps.splits, program_at(programs, work.stretch, place)};
+  }
+  work.split = work.share.first_split;
+}
+
+// Goes on to a task in which splits are the block's, in this sequence or a later one.
+__device__ __forceinline__ void find_task(const DecodeAttention& call, const DecodeClass& programs, Work& work, int step_keys) {
+  while (work.has_split) {
+    if (work.task < work.end_task) {
+      begin_task(call, programs, work);
+      if (work.split < work.share.end_split) return;
+      ++work.task;
+    } else {
+      work.stretch.place = programs.scratch == nullptr ? work.stretch.end : work.stretch.place + work.tasks * (work.steps.count + 1);
+      ++work.stretch.sequence;
+      begin_sequence(call, programs, work, step_keys);
+    }
   }
 }
 
@@ -166,7 +179,8 @@ __device__ __forceinline__ void begin_work(const DecodeAttention& call, const De
   find_task(call, programs, work, step_keys);
 }
 
-__device__ __forceinline__ void next_task(const DecodeAttention& call, const DecodeClass& programs, Work& work, int step_keys) {
+__device__ __forceinline__ void next_split(const DecodeAttention& call, const DecodeClass& programs, Work& work, int step_keys) {
+  if (++work.split < work.share.end_split) return;
   ++work.task;
   find_task(call, programs, work, step_keys);
 }

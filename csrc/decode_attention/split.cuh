@@ -540,21 +540,19 @@ __global__ void __launch_bounds__(kWarps<DIM>* kWarpSize, 2) decode_kernel(const
   const Stretch stretch = programs.scratch == nullptr ? stretch_of_one_task(call, programs) : stretch_of(call, programs, STEP_KEYS);
   if (threadIdx.x == 0) begin_work(call, programs, work, stretch, STEP_KEYS);
   __syncthreads();
-  while (work.has_task) {
-    for (int split = work.share.first_split; split < work.share.end_split; ++split) {
-      const int first_key = (work.steps.first + split_start(work.steps, split)) * STEP_KEYS;
-      const int end_key = (work.steps.first + split_start(work.steps, split + 1)) * STEP_KEYS;
-      attend<T, Element, DIM>(call, programs, work.program, sequence_of(call, work.program.sequence), first_key, end_key, shared);
-      store_block<T, Element, DIM>(call, programs, work.program, work.share, split, sequence_of(call, work.program.sequence), shared);
-      __syncthreads();  // the next split overwrites what was read here
-    }
-    if (work.share.first_split < work.share.end_split && !work.share.is_whole()) {
+  while (work.has_split) {
+    const int first_key = (work.steps.first + split_start(work.steps, work.split)) * STEP_KEYS;
+    const int end_key = (work.steps.first + split_start(work.steps, work.split + 1)) * STEP_KEYS;
+    attend<T, Element, DIM>(call, programs, work.program, sequence_of(call, work.program.sequence), first_key, end_key, shared);
+    store_block<T, Element, DIM>(call, programs, work.program, work.share, work.split, sequence_of(call, work.program.sequence), shared);
+    __syncthreads();  // what follows overwrites what was read here
+    if (work.is_last_of_share() && !work.share.is_whole()) {
       if (count_splits(programs, work.share, shared)) {
         merge_splits<T, DIM>(call, programs, work.program, work.share, sequence_of(call, work.program.sequence));
       }
+      __syncthreads();
     }
-    __syncthreads();
-    if (threadIdx.x == 0) next_task(call, programs, work, STEP_KEYS);
+    if (threadIdx.x == 0) next_split(call, programs, work, STEP_KEYS);
     __syncthreads();
   }
 }

@@ -127,8 +127,10 @@ def _class_launch(call: DecodeCall, sizes: Sizes, config: DecodeConfig, values: 
         "MERGE_SPLITS": 2 if call.k_cache.element_size() < 4 and config.num_warps * 1024 >= FOLD_ROWS * values["BLOCK_VALUE_DIM"] * 2 else 1,
     }  # fmt: skip
     given = (*call._fields, "out", "lse", "scratch", "counters")
-    # All registers: two programs to a multiprocessor are meant, and left to itself ptxas saves registers for more, by spilling.
-    stages = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": 255, **COMMON_OPTIONS}
+    stages = {"num_warps": config.num_warps, "num_stages": config.num_stages, **COMMON_OPTIONS}
+    if config.rows_above == 0:
+        # Two programs to a multiprocessor are meant: left to itself, ptxas saves registers for more, by spilling.
+        stages["maxnreg"] = 255
     launch = PreparedLaunch(_decode_kernel, (programs,), *by_name(_decode_kernel, values, given, stages))
     if config.max_splits == 1:
         return _ClassLaunch(launch, None, Counters(device, 0))

@@ -117,13 +117,13 @@ SHARED_FAULTS = {
         "load_slot(programs, own(split - 1 + fault(6)), ",
     ),
     "a neighbour's slots": (
-        "work.program, work.share, split, sequence_of(",
+        "work.program, work.share, work.split, sequence_of(",
         "work.program, fault(7) ? Share{work.share.first_split, work.share.end_split, work.share.splits, int(blockIdx.x)}"
-        " : work.share, split, sequence_of(",
+        " : work.share, work.split, sequence_of(",
     ),
-    "first split of a share forgotten": (
-        "for (int split = work.share.first_split; split",
-        "for (int split = work.share.first_split + fault(8); split",
+    "last split of a share forgotten": (
+        "    if (threadIdx.x == 0) next_split(call,",
+        "    if (fault(8) && threadIdx.x == 0 && work.split + 2 == work.share.end_split) ++work.split;\n    if (threadIdx.x == 0) next_split(call,",
     ),
 }
 SWITCH = (
