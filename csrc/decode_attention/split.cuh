@@ -545,8 +545,9 @@ __global__ void __launch_bounds__(kWarps<DIM>* kWarpSize, 2) decode_kernel(const
     const int end_key = (work.steps.first + split_start(work.steps, work.split + 1)) * STEP_KEYS;
     attend<T, Element, DIM>(call, programs, work.program, sequence_of(call, work.program.sequence), first_key, end_key, shared);
     store_block<T, Element, DIM>(call, programs, work.program, work.share, work.split, sequence_of(call, work.program.sequence), shared);
+    const bool ends_share = work.is_last_of_share() && !work.share.is_whole();
     __syncthreads();  // what follows overwrites what was read here
-    if (work.is_last_of_share() && !work.share.is_whole()) {
+    if (ends_share) {
       if (count_splits(programs, work.share, shared)) {
         merge_splits<T, DIM>(call, programs, work.program, work.share, sequence_of(call, work.program.sequence));
       }

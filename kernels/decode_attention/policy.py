@@ -21,8 +21,8 @@ LEAST_SPLITS, MOST_SPLITS = 8, 64
 # With more rows a partial result is longer, and a GPU sooner full.
 PROGRAMS_OF_MANY_ROWS = 64
 LEAST_SPLITS_OF_MANY_ROWS, MOST_SPLITS_OF_MANY_ROWS = 4, 16
-# As many blocks as an SM holds beside each other: see ``stages`` below.
-PROGRAMS_PER_SM = 2
+# A thread takes all registers that it may have, so that an SM holds so many warps: two programs of four.
+WARPS_PER_SM = 8
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ def decode_configs(
     few = max(LEAST_SPLITS, min(MOST_SPLITS, PROGRAMS_OF_A_SEQUENCE // num_kv_heads))
     many = max(LEAST_SPLITS_OF_MANY_ROWS, min(MOST_SPLITS_OF_MANY_ROWS, PROGRAMS_OF_MANY_ROWS // num_kv_heads))
     # More than 128 rows fill the GPU by themselves, and partial results would outgrow the cache.
-    # Registers again: a mask, a bias, codes and float32 beside the fold of partial results want 8 warps, and 256 features tiles of 32 rows.
-    narrow_warps = 8 if masked or itemsize != 2 else 4
+    # Registers again: what is kept beside the loop over the keys leaves room in four warps for nothing but plain rows of 16 bits, and for
+    # tiles of no more than 32 rows with 256 features.
+    narrow_warps = 8 if masked or paged or itemsize != 2 else 4
     split_rows = min(block_m, 32) if row_bytes >= 1024 else block_m
     return (
         DecodeConfig(0, 16, 16, block_n, narrow_warps, stages + paged, few),
@@ -98,4 +99,4 @@ def num_programs(config: DecodeConfig, tasks: int, device: torch.device) -> int:
     """Programs of a launch whose sequences have up to ``tasks`` tiles of rows, over all key heads."""
     if config.max_splits == 1:
         return tasks
-    return min(PROGRAMS_PER_SM * device_limits(device).num_sms, tasks * config.max_splits)
+    return min(WARPS_PER_SM // config.num_warps * device_limits(device).num_sms, tasks * config.max_splits)
