@@ -115,6 +115,7 @@ def _class_launch(call: DecodeCall, sizes: Sizes, config: DecodeConfig, values: 
     tiles, device = cdiv(rows, config.block_m), call.q.device
     programs = num_programs(config, sizes.batch * sizes.num_kv_heads * tiles, device)
     scratch_rows = min(rows, config.block_m)
+    fold_registers = FOLD_ROWS * values["BLOCK_VALUE_DIM"] // (32 * config.num_warps)
     # Behind padding a tile of keys can begin anywhere in a page.
     one_page = call.block_table is not None and sizes.page_size % config.block_n == 0 and call.cache_leftpad is None
     values = {
@@ -122,9 +123,9 @@ def _class_launch(call: DecodeCall, sizes: Sizes, config: DecodeConfig, values: 
         "num_tiles": tiles, "max_splits": config.max_splits, "scratch_rows": scratch_rows,
         "ROWS_ABOVE": config.rows_above, "ROWS_UP_TO": config.rows_up_to, "ONE_PAGE": one_page,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_SEQUENCES": BLOCK_SEQUENCES,
-        # Partial results are folded by other tiles than they were made by: some 32 registers of each thread.
+        # Partial results are folded by other tiles than they were made by, two at a time where that takes some 32 registers.
         "FOLD_ROWS": FOLD_ROWS,
-        "MERGE_SPLITS": 2 if call.k_cache.element_size() < 4 and config.num_warps * 1024 >= FOLD_ROWS * values["BLOCK_VALUE_DIM"] * 2 else 1,
+        "MERGE_SPLITS": 2 if fold_registers <= 16 and call.k_cache.element_size() < 4 else 1,
     }  # fmt: skip
     given = (*call._fields, "out", "lse", "scratch", "counters")
     stages = {"num_warps": config.num_warps, "num_stages": config.num_stages, **COMMON_OPTIONS}

@@ -123,7 +123,8 @@ SHARED_FAULTS = {
     ),
     "last split of a share forgotten": (
         "    if (threadIdx.x == 0) next_split(call,",
-        "    if (fault(8) && threadIdx.x == 0 && work.split + 2 == work.share.end_split) ++work.split;\n    if (threadIdx.x == 0) next_split(call,",
+        "    if (fault(8) && threadIdx.x == 0 && work.split + 2 == work.share.end_split) ++work.split;\n"
+        "    if (threadIdx.x == 0) next_split(call,",
     ),
 }
 SWITCH = (

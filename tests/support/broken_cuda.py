@@ -95,7 +95,7 @@ def run_with(
     """Runs a Python script in a process that has the library, with these variables in its environment."""
     return subprocess.run(
         [*prefix(flavor), sys.executable, "-c", script],
-        env=os.environ | environment(flavor, library) | (variables or {}),
+        env=os.environ | environment(flavor, library) | dict(variables or {}),
         cwd=ROOT,
         capture_output=True,
         text=True,
