@@ -120,9 +120,9 @@ class PreparedLaunch:
         if bits & 15:
             self._launch_by_triton(pointers, numbers, device)
         elif spread:
-            call(*self._grid, _current_stream(device), *fixed, *arguments)
+            call(*self._grid, current_stream(device), *fixed, *arguments)
         else:
-            call(*self._grid, _current_stream(device), *fixed, arguments)
+            call(*self._grid, current_stream(device), *fixed, arguments)
 
     def _accept(self, pointers: Sequence[Any], addresses: tuple[int, ...]) -> None:
         assert self._refuse is not None
@@ -209,7 +209,7 @@ def by_name(
 
 # torch's own functions, bound once; a torch built without CUDA has none of them.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)
-_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 _data_ptr = torch.Tensor.data_ptr
 # More than the layers of a model times the buffers that each step takes turns with.
 _MOST_ADDRESSES = 4096

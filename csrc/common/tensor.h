@@ -228,6 +228,7 @@ class LaunchScope {
 #ifdef PYT_EMULATED
   explicit LaunchScope(const Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
+  bool is_capturing() const { return false; }
 #else
   explicit LaunchScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
@@ -236,6 +237,11 @@ class LaunchScope {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
+  // Whether the stream records into a CUDA graph.
+  bool is_capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

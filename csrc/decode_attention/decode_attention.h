@@ -57,25 +57,29 @@ struct DecodeAttention {
   int q_vector_bytes, k_vector_bytes, v_vector_bytes;  // 16 or 8 where every row may be read so, else 0
 };
 
-// Where splits begin: `fine_splits` of `fine_keys` keys, then `coarse_keys` each; whole steps of the kernel.
-struct SplitPlan {
-  int fine_keys, fine_splits, coarse_keys;
-};
-
-// The programs of the sequences with more than `rows_above` and up to `rows_up_to` query rows (tokens · heads per key head).
+// The launch for the sequences with more than `rows_above` and up to `rows_up_to` query rows (tokens · heads per key head).
 struct DecodeClass {
   int rows_above, rows_up_to;
   int block_rows;  // query rows of a block: 16, whose warps share the keys, or 16 for each warp
-  SplitPlan splits;
-  int num_splits, num_tiles;
-  int rows;              // rows of the longest sequence in this class: scratch per split
-  float* partial_out;    // (batch, kv_heads, num_splits, rows, value_dim); null with one split
-  float* partial_stats;  // (batch, kv_heads, num_splits, 2, rows)
+  int max_splits;  // of a sequence's keys; 1 = none is split
+  int num_tiles;   // of the longest sequence in this class
+  int rows;        // of its longest tile: scratch per split
+  int num_programs;
+  // Null where nothing is split. Outputs of `num_programs` · (max_splits + 1) splits, (rows, value_dim) each, then maxima and sums of
+  // `num_programs` · (max_splits + 2), (2, rows) each.
+  float* scratch;
+  int32_t* counters;  // one for each program, all zero, and zero again when the launch ends
 };
+
+// How many floats `scratch` has.
+inline int64_t scratch_size(const DecodeClass& programs, int value_dim) {
+  const int64_t rows = int64_t(programs.num_programs) * programs.rows;
+  return rows * (programs.max_splits + 1) * value_dim + rows * (programs.max_splits + 2) * 2;
+}
 
 inline constexpr int kMaxDecodeClasses = 3;
 
-// Fills `classes` with those that the call needs and returns how many; num_splits 0 = the policy's. Scratch is left to the caller.
+// Fills `classes` with those that the call needs and returns how many; num_splits 0 = the policy's. Scratch and counters are left to the caller.
 int decode_classes(const DecodeAttention& call, int num_splits, DecodeClass (&classes)[kMaxDecodeClasses]);
 
 void decode_attention(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);

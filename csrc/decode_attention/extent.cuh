@@ -1,4 +1,4 @@
-// What the split kernel and the merge kernel must agree on: which keys a tile of rows sees, where splits begin, how a row ends.
+// Which keys a tile of rows sees, how partial results of a row become one, and how a row ends.
 #pragma once
 
 #include "../common/ptx.cuh"
@@ -57,15 +57,6 @@ __device__ __forceinline__ KeyRange tile_keys(const DecodeAttention& call, const
   return visible_keys(call, sequence, first_row / call.group, last_token);
 }
 
-__device__ __forceinline__ int split_start(const SplitPlan& plan, int split) {
-  return min(split, plan.fine_splits) * plan.fine_keys + max(split - plan.fine_splits, 0) * plan.coarse_keys;
-}
-
-__device__ __forceinline__ int split_of(const SplitPlan& plan, int key) {
-  const int fine_total = plan.fine_keys * plan.fine_splits;
-  return min(key, fine_total) / plan.fine_keys + max(key - fine_total, 0) / plan.coarse_keys;
-}
-
 // A row's softmax so far: largest score, sum of e^(score - largest).
 struct RowStats {
   float max, sum;
@@ -86,10 +77,21 @@ __device__ __forceinline__ RowEnd finish_row(const DecodeAttention& call, RowSta
     const float sink = load_as_float(call.sinks, call.sinks_type, head);
     const float max = fmaxf(row.max, sink), shift = exponent_shift(max);
     factor = exponential(row.max - shift);
-    row = {max, row.sum * factor + exponential(sink - shift)};
+    row = {max, __fmaf_rn(row.sum, factor, exponential(sink - shift))};
   }
   if (row.sum == 0.0f) return {0.0f, -kInfinity};
-  return {factor / row.sum, row.max + logf(row.sum)};
+  return {factor / row.sum, __fadd_rn(row.max, logf(row.sum))};
+}
+
+// Folds the next split of a row into those before it (nothing yet is -infinity, 0, 0). A product is rounded before it is added and the rest
+// is one fused operation, in so many words: a compiler that chose for itself could choose otherwise at another place.
+template <int FEATURES>
+__device__ __forceinline__ void fold(RowStats& total, float (&out)[FEATURES], const RowStats& split, const float (&split_out)[FEATURES]) {
+  const float max = fmaxf(total.max, split.max), shift = exponent_shift(max);
+  const float kept = exponential(total.max - shift), weight = exponential(split.max - shift);
+  total = {max, __fmaf_rn(total.sum, kept, __fmul_rn(split.sum, weight))};
+#pragma unroll
+  for (int i = 0; i < FEATURES; ++i) out[i] = __fmaf_rn(out[i], kept, __fmul_rn(split_out[i], weight));
 }
 
 // Where a row of the tile lies: query head, token in its sequence.

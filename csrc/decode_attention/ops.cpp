@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "decode_attention.h"
 
@@ -267,6 +270,23 @@ std::tuple<Tensor, Tensor> allocate(const Arguments& from, DecodeAttention& call
   return {out, lse};
 }
 
+// Zeros that a launch leaves zero. Launches of one stream run one after another and share theirs. A launch that is captured into a CUDA
+// graph gets its own, which the graph clears before: two graphs may run beside each other.
+Tensor counters_of(const Facts& like, int64_t count, const LaunchScope& scope) {
+  const auto zeros = [&] {
+    Tensor tensor = empty(like, {count}, ScalarType::Int);
+    torch::stable::zero_(tensor);
+    return tensor;
+  };
+  if (scope.is_capturing()) return zeros();
+  static std::mutex mutex;
+  static auto& kept = *new std::map<std::pair<int32_t, void*>, Tensor>;  // never destroyed: at exit the driver may be gone
+  const std::lock_guard lock(mutex);
+  const auto [entry, is_new] = kept.try_emplace({like.device_index, scope.stream()}, Tensor());
+  if (is_new || entry->second.numel() < count) entry->second = zeros();
+  return entry->second;
+}
+
 std::tuple<Tensor, Tensor> decode_attention_op(
     Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, OptionalTensor cu_seqlens_q, std::optional<int64_t> max_seqlen_q,
     OptionalTensor block_table, OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad, OptionalTensor mask, OptionalTensor bias,
@@ -295,9 +315,8 @@ std::tuple<Tensor, Tensor> decode_attention_op(
   DecodeClass classes[kMaxDecodeClasses];
   const int count = decode_classes(call, static_cast<int>(std::min(num_splits, kUnlimited)), classes);
   for (int i = 0; i < count; ++i) {
-    PYT_CHECK(int64_t(call.batch) * call.num_kv_heads * classes[i].num_tiles * classes[i].num_splits <= std::numeric_limits<int32_t>::max() &&
-                  int64_t(call.batch) * call.num_kv_heads * classes[i].rows <= std::numeric_limits<int32_t>::max(),
-              "the call is too large for one launch: pass max_seqlen_q, or fewer num_splits");
+    PYT_CHECK(classes[i].max_splits > 1 || int64_t(call.batch) * call.num_kv_heads * classes[i].num_tiles <= std::numeric_limits<int32_t>::max(),
+              "the call is too large for one launch: pass max_seqlen_q");
   }
 
   const auto [out, lse] = allocate(from, call);
@@ -305,13 +324,12 @@ std::tuple<Tensor, Tensor> decode_attention_op(
   const LaunchScope scope(q);
   for (int i = 0; i < count; ++i) {
     DecodeClass& programs = classes[i];
-    std::optional<Tensor> partial_out, partial_stats;  // alive until the launches are queued
-    if (programs.num_splits > 1) {
-      const int64_t parts = int64_t(call.batch) * call.num_kv_heads * programs.num_splits;
-      partial_out = empty(from.q, {parts, programs.rows, call.value_dim}, ScalarType::Float);
-      partial_stats = empty(from.q, {parts, 2, programs.rows}, ScalarType::Float);
-      programs.partial_out = static_cast<float*>(partial_out->mutable_data_ptr());
-      programs.partial_stats = static_cast<float*>(partial_stats->mutable_data_ptr());
+    std::optional<Tensor> scratch, counters;  // alive until the launch is queued
+    if (programs.max_splits > 1) {
+      scratch = empty(from.q, {scratch_size(programs, call.value_dim)}, ScalarType::Float);
+      counters = counters_of(from.q, programs.num_programs, scope);
+      programs.scratch = static_cast<float*>(scratch->mutable_data_ptr());
+      programs.counters = static_cast<int32_t*>(counters->mutable_data_ptr());
     }
     decode_attention(call, programs, scope.stream());
   }

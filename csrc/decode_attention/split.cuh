@@ -1,14 +1,19 @@
-// One split of a sequence's keys for a tile of its query rows: unnormalised output, maximum and sum in float32.
+// The kernel of decode attention: splits of a sequence's keys for a tile of its query rows, and their merge by the last block that arrives.
 //
 // A row is (query token, head of the group that shares a key head), so that a key is read once for all of them. Each warp takes 16 keys
 // at a time, from its own double buffer, which it fills itself. With up to 16 rows the warps of a block take different keys, never wait
 // for each other, and are merged at the end, in order of their numbers; with more rows each warp has 16 rows of its own and meets all keys
 // of the block. Which keys a warp takes depends on their positions only.
 //
+// A block that computes all splits of a tile folds them as it goes. Where several blocks share a tile, each leaves its splits' unnormalised
+// outputs, maxima and sums, and the one that counts the last split folds all of them, in ascending order: the same bits either way, and
+// nobody waits for anybody.
+//
 // Cost: every visible key and value is read once per tile of rows: (head_dim + value_dim) · itemsize bytes per key and key head.
 #pragma once
 
 #include "cache_tile.cuh"
+#include "schedule.cuh"
 
 namespace pytransformer::decode {
 
@@ -35,25 +40,9 @@ struct Layout {
   static constexpr int STATS = WARPS * kTileRows * OUT_ROW * 4;             // the outputs of the warps, once the loop is through
   static constexpr int EPILOGUE = STATS + WARPS * kTileRows * 8;
   static constexpr int Q = BUFFERS > EPILOGUE ? BUFFERS : EPILOGUE;         // q comes last, as its size varies
-  static constexpr int bytes(int block_rows) { return Q + block_rows * DIM * 2; }
+  static constexpr int work(int block_rows) { return Q + block_rows * DIM * 2; }  // where the block keeps what it works on
+  static constexpr int bytes(int block_rows) { return work(block_rows) + int(sizeof(Work)); }
 };
-
-// Which program a block is. Heads run fastest (neighbours in memory), then sequences; low splits first, as every sequence has those.
-struct Program {
-  int kv_head, sequence, tile, split;
-};
-
-__device__ __forceinline__ Program program_of(const DecodeAttention& call, const DecodeClass& programs) {
-  unsigned index = blockIdx.x;
-  Program program;
-  program.kv_head = index % call.num_kv_heads;
-  index /= call.num_kv_heads;
-  program.sequence = index % call.batch;
-  index /= call.batch;
-  program.tile = programs.num_tiles - 1 - index % programs.num_tiles;
-  program.split = index / programs.num_tiles;
-  return program;
-}
 
 // Where the keys of one sequence and key head lie.
 struct CachePlace {
@@ -271,17 +260,68 @@ __device__ __forceinline__ void multiply_values(float (&out)[DIM / 8][4], const 
   }
 }
 
-// The merge of the block's warps and the end: eight features of a row per thread and step.
+// Eight features of a row in the scratch, and its maximum and sum.
+struct Slot {
+  float* out;
+  float* stats;
+};
+
+// `stats`: the same slot, but that those of a block's own take turns (see store_block).
+__device__ __forceinline__ Slot slot_of(const DecodeAttention& call, const DecodeClass& programs, int64_t slot, int64_t stats, int row, int piece) {
+  const int64_t slots = int64_t(programs.num_programs) * (programs.max_splits + 1);
+  float* all_stats = programs.scratch + slots * programs.rows * call.value_dim;
+  return {programs.scratch + (slot * programs.rows + row) * call.value_dim + piece * 8, all_stats + stats * 2 * programs.rows + row};
+}
+
+// Not by the first-level cache: other multiprocessors write there.
+__device__ __forceinline__ RowStats load_slot(const DecodeClass& programs, const Slot& slot, float (&out)[8]) {
+  const auto* from = reinterpret_cast<const float4*>(slot.out);
+  const float4 low = __ldcg(from), high = __ldcg(from + 1);
+  out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
+  out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+  return {__ldcg(slot.stats), __ldcg(slot.stats + programs.rows)};
+}
+
+__device__ __forceinline__ void store_slot(const DecodeClass& programs, const Slot& slot, const RowStats& row, const float (&out)[8], bool with_stats) {
+  auto* to = reinterpret_cast<float4*>(slot.out);
+  to[0] = float4{out[0], out[1], out[2], out[3]};
+  to[1] = float4{out[4], out[5], out[6], out[7]};
+  if (with_stats) {
+    slot.stats[0] = row.max;
+    slot.stats[programs.rows] = row.sum;
+  }
+}
+
+// The end of eight features of a row.
+template <class T>
+__device__ __forceinline__ void finish_piece(const DecodeAttention& call, const Program& program, const Sequence& sequence, int row, int piece,
+                                             const RowStats& total, const float (&out)[8]) {
+  const RowPlace at = place_of(call, program.kv_head, row);
+  const RowEnd end = finish_row(call, total, at.head);
+  const int token = sequence.first_token + at.token;
+  uint4 words;
+  words.x = ptx::pack<T>(out[0] * end.factor, out[1] * end.factor);
+  words.y = ptx::pack<T>(out[2] * end.factor, out[3] * end.factor);
+  words.z = ptx::pack<T>(out[4] * end.factor, out[5] * end.factor);
+  words.w = ptx::pack<T>(out[6] * end.factor, out[7] * end.factor);
+  *reinterpret_cast<uint4*>(static_cast<T*>(call.out) + out_offset(call, program.sequence, token, at.head) + piece * 8) = words;
+  if (piece == 0) store_lse(call, program.sequence, token, at.head, end.lse);
+}
+
+// The merge of the block's warps, and what becomes of the split: eight features of a row per thread and step, the same in every split.
 template <class T, class Element, int DIM>
-__device__ __forceinline__ void store_block(const DecodeAttention& call, const DecodeClass& programs, const Program& program,
-                                            const Sequence& sequence, int first_row, const unsigned char* shared) {
+__device__ __forceinline__ void store_block(const DecodeAttention& call, const DecodeClass& programs, const Program& program, const Share& share,
+                                            int split, const Sequence& sequence, const unsigned char* shared) {
   using Smem = Layout<Element, DIM>;
   constexpr int PIECES = DIM / 8;
   const auto* outs = reinterpret_cast<const float*>(shared);
   const auto* stats = reinterpret_cast<const RowStats*>(shared + Smem::STATS);
   const bool shares_rows = programs.block_rows == kTileRows;
-  const int num_rows = sequence.seqlen_q * call.group;
+  const int num_rows = sequence.seqlen_q * call.group, first_row = program.tile * programs.block_rows;
   const float v_scale = call.v_scale != nullptr && !call.scale_per_token ? call.v_scale[program.kv_head * call.stride_v_scale_head] : 1.0f;
+  // A whole task is folded in the block's own slot, behind those of all tasks. Its statistics are read by threads that do not write them,
+  // so that they lie in two places in turn.
+  const int64_t shared_slots = int64_t(programs.num_programs) * programs.max_splits;
   for (int index = threadIdx.x; index < programs.block_rows * PIECES; index += blockDim.x) {
     const int row = index / PIECES, piece = index % PIECES;
     if (first_row + row >= num_rows || piece * 8 >= call.value_dim) continue;
@@ -300,28 +340,61 @@ __device__ __forceinline__ void store_block(const DecodeAttention& call, const D
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i] *= v_scale;
-    if (programs.partial_out != nullptr) {
-      const int64_t place = (int64_t(program.sequence * call.num_kv_heads + program.kv_head) * programs.num_splits + program.split) * programs.rows;
-      auto* to = reinterpret_cast<float4*>(programs.partial_out + (place + first_row + row) * call.value_dim + piece * 8);
-      to[0] = float4{out[0], out[1], out[2], out[3]};
-      to[1] = float4{out[4], out[5], out[6], out[7]};
-      if (piece == 0) {
-        programs.partial_stats[2 * place + first_row + row] = total.max;
-        programs.partial_stats[2 * place + programs.rows + first_row + row] = total.sum;
-      }
+    if (!share.is_whole()) {
+      const int64_t slot = int64_t(share.owner) * programs.max_splits + split;
+      store_slot(programs, slot_of(call, programs, slot, slot, row, piece), total, out, piece == 0);
       continue;
     }
-    const RowPlace at = place_of(call, program.kv_head, first_row + row);
-    const RowEnd end = finish_row(call, total, at.head);
-    const int token = sequence.first_token + at.token;
-    uint4 words;
-    words.x = ptx::pack<T>(out[0] * end.factor, out[1] * end.factor);
-    words.y = ptx::pack<T>(out[2] * end.factor, out[3] * end.factor);
-    words.z = ptx::pack<T>(out[4] * end.factor, out[5] * end.factor);
-    words.w = ptx::pack<T>(out[6] * end.factor, out[7] * end.factor);
-    *reinterpret_cast<uint4*>(static_cast<T*>(call.out) + out_offset(call, program.sequence, token, at.head) + piece * 8) = words;
-    if (piece == 0) store_lse(call, program.sequence, token, at.head, end.lse);
+    const auto own = [&](int turn) {
+      return slot_of(call, programs, shared_slots + blockIdx.x, shared_slots + 2 * int64_t(blockIdx.x) + turn % 2, row, piece);
+    };
+    RowStats folded{-kInfinity, 0.0f};
+    float folded_out[8] = {};
+    if (split > 0) folded = load_slot(programs, own(split - 1), folded_out);
+    fold(folded, folded_out, total, out);
+    if (split + 1 < share.splits) {
+      store_slot(programs, own(split), folded, folded_out, piece == 0);
+    } else {
+      finish_piece<T>(call, program, sequence, first_row + row, piece, folded, folded_out);
+    }
   }
+}
+
+// All splits of a task have been stored: folds them in ascending order.
+template <class T, int DIM>
+__device__ __forceinline__ void merge_splits(const DecodeAttention& call, const DecodeClass& programs, const Program& program, const Share& share,
+                                             const Sequence& sequence) {
+  constexpr int PIECES = DIM / 8;
+  const int num_rows = sequence.seqlen_q * call.group, first_row = program.tile * programs.block_rows;
+  for (int index = threadIdx.x; index < programs.block_rows * PIECES; index += blockDim.x) {
+    const int row = index / PIECES, piece = index % PIECES;
+    if (first_row + row >= num_rows || piece * 8 >= call.value_dim) continue;
+    RowStats total{-kInfinity, 0.0f};
+    float out[8] = {};
+#pragma unroll(DIM == 256 ? 1 : 2)
+    for (int split = 0; split < share.splits; ++split) {
+      const int64_t slot = int64_t(share.owner) * programs.max_splits + split;
+      float split_out[8];
+      const RowStats stats = load_slot(programs, slot_of(call, programs, slot, slot, row, piece), split_out);
+      fold(total, out, stats, split_out);
+    }
+    finish_piece<T>(call, program, sequence, first_row + row, piece, total, out);
+  }
+}
+
+// Counts the splits that the block has stored; whether they were the task's last ones, so that all can be read. All threads call it.
+__device__ __forceinline__ bool count_splits(const DecodeClass& programs, const Share& share, unsigned char* shared) {
+  auto* is_last = reinterpret_cast<int*>(shared);
+  __syncthreads();  // every thread has stored its part
+  if (threadIdx.x == 0) {
+    const int count = share.end_split - share.first_split;
+    __threadfence();  // and that is seen before the count is
+    *is_last = atomicAdd(programs.counters + share.owner, count) + count == share.splits;
+    __threadfence();  // what others stored before they counted is seen from here on
+    if (*is_last) programs.counters[share.owner] = 0;  // the next launch finds it as this one did
+  }
+  __syncthreads();
+  return *is_last != 0;
 }
 
 // Barrier of those who share tiles: the block, or the warp alone.
@@ -333,20 +406,16 @@ __device__ __forceinline__ void sync_tiles(bool shares_rows) {
   }
 }
 
+// Outputs, maxima and sums of the block's warps over the keys [first_key, end_key), in shared memory for store_block.
 template <class T, class Element, int DIM>
-__global__ void __launch_bounds__(kWarps<DIM>* kWarpSize) decode_split_kernel(const DecodeAttention call, const DecodeClass programs) {
+__device__ __forceinline__ void attend(const DecodeAttention& call, const DecodeClass& programs, const Program& program, const Sequence& sequence,
+                                       int first_key, int end_key, unsigned char* shared) {
   using Smem = Layout<Element, DIM>;
   constexpr int WARPS = kWarps<DIM>, STEP_KEYS = WARPS * kChunkKeys;
-  PYT_DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const Program program = program_of(call, programs);
-  const Sequence sequence = sequence_of(call, program.sequence);
   const int num_rows = sequence.seqlen_q * call.group, first_row = program.tile * programs.block_rows;
-  if (num_rows <= programs.rows_above || num_rows > programs.rows_up_to || first_row >= num_rows) return;
   const KeyRange range = tile_keys(call, sequence, first_row, programs.block_rows);
-  const int end = min(range.high, split_start(programs.splits, program.split + 1));
-  const int begin = max(split_start(programs.splits, program.split), range.low / STEP_KEYS * STEP_KEYS);
-  if (begin >= end && programs.partial_out != nullptr) return;  // the merge knows the same bounds
+  const int end = min(range.high, end_key), begin = max(first_key, range.low / STEP_KEYS * STEP_KEYS);
   const bool shares_rows = programs.block_rows == kTileRows;
 
   // The first copies start before anything else. Page numbers are read a step ahead of the copies that need them.
@@ -416,8 +485,8 @@ __global__ void __launch_bounds__(kWarps<DIM>* kWarpSize) decode_split_kernel(co
     }
     sync_tiles(shares_rows);
     for (int chunk = shares_rows ? warp : 0; chunk < (shares_rows ? warp + 1 : WARPS); ++chunk) {
-      const int first_key = begin + step * STEP_KEYS + chunk * kChunkKeys;
-      if (first_key >= min(warp_range.high, end) || first_key + kChunkKeys <= warp_range.low) continue;
+      const int chunk_key = begin + step * STEP_KEYS + chunk * kChunkKeys;
+      if (chunk_key >= min(warp_range.high, end) || chunk_key + kChunkKeys <= warp_range.low) continue;
       const unsigned char* stage = stage_of(step, chunk);
       const unsigned char* tile = Smem::WIDENED ? shared + Smem::TILES + chunk * Smem::TILE : stage;
       Scores scores;
@@ -432,10 +501,10 @@ __global__ void __launch_bounds__(kWarps<DIM>* kWarpSize) decode_split_kernel(co
         }
         scores[i / 4][i % 4] *= factor;
       }
-      if (has_terms) add_score_terms(call, program, sequence, rows, first_key, scores);
+      if (has_terms) add_score_terms(call, program, sequence, rows, chunk_key, scores);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int key = first_key + i / 4 * 8 + 2 * (lane % 4) + i % 2, r = i % 4 / 2;
+        const int key = chunk_key + i / 4 * 8 + 2 * (lane % 4) + i % 2, r = i % 4 / 2;
         if (key < rows.low[r] || key >= rows.high[r]) scores[i / 4][i % 4] = -kInfinity;
       }
       total.weigh(scores);
@@ -458,18 +527,45 @@ __global__ void __launch_bounds__(kWarps<DIM>* kWarpSize) decode_split_kernel(co
     if (lane % 4 == 0) stats[8 * r] = {total.max[r], sum};
   }
   __syncthreads();
-  store_block<T, Element, DIM>(call, programs, program, sequence, first_row, shared);
+}
+
+// Two blocks to an SM are meant: without that said, ptxas saves registers for more, by spilling.
+template <class T, class Element, int DIM>
+__global__ void __launch_bounds__(kWarps<DIM>* kWarpSize, 2) decode_kernel(const DecodeAttention call, const DecodeClass programs) {
+  using Smem = Layout<Element, DIM>;
+  constexpr int STEP_KEYS = kWarps<DIM> * kChunkKeys;
+  PYT_DYNAMIC_SHARED(shared);
+  // In shared memory: the registers are for the loop over the keys.
+  Work& work = *reinterpret_cast<Work*>(shared + Smem::work(programs.block_rows));
+  const Stretch stretch = programs.scratch == nullptr ? stretch_of_one_task(call, programs) : stretch_of(call, programs, STEP_KEYS);
+  if (threadIdx.x == 0) begin_work(call, programs, work, stretch, STEP_KEYS);
+  __syncthreads();
+  while (work.has_split) {
+    const int first_key = (work.steps.first + split_start(work.steps, work.split)) * STEP_KEYS;
+    const int end_key = (work.steps.first + split_start(work.steps, work.split + 1)) * STEP_KEYS;
+    attend<T, Element, DIM>(call, programs, work.program, sequence_of(call, work.program.sequence), first_key, end_key, shared);
+    store_block<T, Element, DIM>(call, programs, work.program, work.share, work.split, sequence_of(call, work.program.sequence), shared);
+    const bool ends_share = work.is_last_of_share() && !work.share.is_whole();
+    __syncthreads();  // what follows overwrites what was read here
+    if (ends_share) {
+      if (count_splits(programs, work.share, shared)) {
+        merge_splits<T, DIM>(call, programs, work.program, work.share, sequence_of(call, work.program.sequence));
+      }
+      __syncthreads();
+    }
+    if (threadIdx.x == 0) next_split(call, programs, work, STEP_KEYS);
+    __syncthreads();
+  }
 }
 
 template <class T, class Element, int DIM>
-void launch_split(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream) {
-  const int64_t blocks = int64_t(call.batch) * call.num_kv_heads * programs.num_tiles * programs.num_splits;
-  launch("decode_split_kernel", &decode_split_kernel<T, Element, DIM>, dim3(static_cast<unsigned>(blocks)), dim3(kWarps<DIM> * kWarpSize),
+void launch_decode(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream) {
+  launch("decode_kernel", &decode_kernel<T, Element, DIM>, dim3(static_cast<unsigned>(programs.num_programs)), dim3(kWarps<DIM> * kWarpSize),
          Layout<Element, DIM>::bytes(programs.block_rows), stream, call, programs);
 }
 
 // For queries of type T and a cache of Element: T, or int8_t for codes of 8 bits. Each is compiled on its own (split_instances.cu).
 template <class T, class Element>
-void launch_split(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
+void launch_decode(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream);
 
 }  // namespace pytransformer::decode

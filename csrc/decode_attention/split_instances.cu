@@ -1,4 +1,4 @@
-// The split kernels of one dtype and one kind of cache. Compiled once for each combination of
+// The kernels of one dtype and one kind of cache. Compiled once for each combination of
 // PYT_TYPE = float16 bfloat16
 // PYT_CACHE = plain widened
 #include "split.cuh"
@@ -11,17 +11,17 @@ template <class T>
 using widened = int8_t;
 
 template <class T, class Element>
-void launch_split(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream) {
+void launch_decode(const DecodeAttention& call, const DecodeClass& programs, CUstream_st* stream) {
   const int dim = call.head_dim > call.value_dim ? call.head_dim : call.value_dim;
   if (dim <= 64) {
-    launch_split<T, Element, 64>(call, programs, stream);
+    launch_decode<T, Element, 64>(call, programs, stream);
   } else if (dim <= 128) {
-    launch_split<T, Element, 128>(call, programs, stream);
+    launch_decode<T, Element, 128>(call, programs, stream);
   } else {
-    launch_split<T, Element, 256>(call, programs, stream);
+    launch_decode<T, Element, 256>(call, programs, stream);
   }
 }
 
-template void launch_split<PYT_TYPE, PYT_CACHE<PYT_TYPE>>(const DecodeAttention&, const DecodeClass&, CUstream_st*);
+template void launch_decode<PYT_TYPE, PYT_CACHE<PYT_TYPE>>(const DecodeAttention&, const DecodeClass&, CUstream_st*);
 
 }  // namespace pytransformer::decode

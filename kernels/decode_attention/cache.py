@@ -1,4 +1,4 @@
-"""What the two decode-attention kernels agree on: where splits begin, which keys a tile sees, where a key lies and how it is read."""
+"""Which keys a sequence and a tile of its rows see, where a key lies and how it is read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import triton.language as tl
 
 # Sizes that change from call to call must not compile a kernel each.
 UNSPECIALISED = [
-    "batch", "num_tiles", "num_splits", "max_rows", "seqlen_q", "capacity", "window_left", "window_right",
-    "fine_keys", "fine_splits", "coarse_keys", "scratch_rows",
+    "batch", "num_tiles", "max_splits", "seqlen_q", "capacity", "window_left", "window_right", "scratch_rows",
 ]  # fmt: skip
 # Strides of what is read one by one, which change with the lengths.
 UNSPECIALISED += [
@@ -34,19 +33,8 @@ def tanh(x):
 
 
 @triton.jit
-def split_start(split, fine_keys, fine_splits, coarse_keys):
-    return tl.minimum(split, fine_splits) * fine_keys + tl.maximum(split - fine_splits, 0) * coarse_keys
-
-
-@triton.jit
-def split_of(position, fine_keys, fine_splits, coarse_keys):
-    fine_total = fine_keys * fine_splits
-    return tl.minimum(position, fine_total) // fine_keys + tl.maximum(position - fine_total, 0) // coarse_keys
-
-
-@triton.jit
 def sequence_extent(cache_seqlens_ptr, cu_seqlens_q_ptr, leftpad_ptr, sequence, seqlen_q):
-    """(first token in q, query tokens, keys, cache slot of the first key) of a sequence."""
+    """(first token in q, query tokens, keys, cache slot of the first key) of a sequence, or of several."""
     leftpad = 0
     if leftpad_ptr is not None:
         leftpad = tl.maximum(tl.load(leftpad_ptr + sequence), 0)
@@ -61,7 +49,7 @@ def sequence_extent(cache_seqlens_ptr, cu_seqlens_q_ptr, leftpad_ptr, sequence, 
 def tile_keys(
     tile, seqlen_q, seqlen_k, capacity, leftpad, window_left, window_right, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """[low, high): the keys that some row of a tile sees; empty if high <= low. Both kernels must agree on it."""
+    """[low, high): the keys that some row of a tile sees; empty if high <= low."""
     low = 0
     high = tl.minimum(seqlen_k, capacity - leftpad)
     first_position = seqlen_k - seqlen_q + tile * BLOCK_M // GROUP
@@ -119,12 +107,3 @@ def load_cache(
         value = (((bits & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True) * 256.0
         tile = tl.where(magnitude == 0x7F, float("nan"), value)
     return tile.to(dtype)
-
-
-@triton.jit
-def join_sink(row_max, row_sum, sink):
-    """The sink joins the denominator: (new maximum, new sum, factor of the output so far)."""
-    new_max = tl.maximum(row_max, sink)
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    factor = tl.exp(row_max - shift)
-    return new_max, row_sum * factor + tl.exp(sink - shift), factor

@@ -6,11 +6,12 @@ Reading the cache is the whole cost: ``seqlen · num_kv_heads · (head_dim + val
 ``2 · seqlen · num_heads · seqlen_q · (head_dim + value_dim)`` FLOP. So the queries of all heads that share a key head are packed
 into the rows of one tile (row = query token · group + head in the group) and a key is read once per tile.
 
-To let one sequence fill a GPU its keys are cut into splits. A program computes one split's unnormalised output with its row maximum
-and sum, in float32; a second kernel merges the splits in ascending order. Where a split begins depends on nothing but the key's
-position and the number of the sequence's *own* query rows, so the result for a sequence has the same bits whatever else is in the
-batch, however large the cache is and whether it is paged. Splits that no query sees end at once, and the merge, which knows the same
-bounds, never looks at them.
+To let one sequence fill a GPU its keys are cut into splits. How many and where follows from nothing but the sequence's *own* length,
+query rows and window, so the result for a sequence has the same bits whatever else is in the batch, however large the cache is and
+whether it is paged. What runs does not follow from the size of the cache either: a fixed number of programs share out the work of all
+sequences by their lengths, which they read on the device (schedule.py). A program that computes all splits of a tile folds them as it goes.
+Where several share a tile, each leaves its splits' unnormalised outputs with maxima and sums, in float32, and the one that counts the last
+split folds all of them, in ascending order. Nobody waits for anybody, and the same fold gives the same bits either way.
 
 Distances: query token t of a sequence sits at position ``cache_seqlen - seqlen_q + t`` and sees key n iff
 ``position - window_left <= n <= position + window_right`` (negative = unlimited; a causal call is window_right = 0).
@@ -29,13 +30,17 @@ from torch import Tensor
 from ..attention.options import block_dim, broadcast_strides, dot_precision, window_limits
 from ..launch import COMMON_OPTIONS, as_bytes, cdiv, contiguous_strides, scale_strides, strides_by_name, viewed
 from ..prepared import PreparedLaunch, by_name
-from .merge import MERGE_SPLITS, _decode_merge_kernel
-from .policy import DecodeConfig, decode_configs, row_classes
+from .counters import Counters
+from .policy import DecodeConfig, decode_configs, num_programs, row_classes
+from .schedule import BLOCK_SEQUENCES
 from .sizes import Sizes, sizes_of
-from .split import _decode_split_kernel
+from .split import _decode_kernel
 
 if TYPE_CHECKING:
     from pytransformer.ops.decode_attention.call import DecodeCall
+
+
+FOLD_ROWS = 16
 
 
 class DecodeLaunch:
@@ -67,7 +72,9 @@ class DecodeLaunch:
         if configs is None:
             masked = call.mask is not None or call.bias is not None
             itemsize = call.k_cache.element_size()
-            configs = decode_configs(sizes.head_dim, sizes.value_dim, itemsize, device, paged, masked)
+            configs = decode_configs(
+                sizes.head_dim, sizes.value_dim, itemsize, device, paged, masked, sizes.num_kv_heads
+            )
         values = {**_strides(call, sizes, out_shape, lse_shape), **_options(call, sizes, allow_tf32)}
         rows = sizes.seqlen_q * sizes.group
         for config in row_classes(configs, rows, sizes.packed, sizes.capacity, call.num_splits):
@@ -80,13 +87,11 @@ class DecodeLaunch:
         given = (*call, out, lse)
         if self._views:
             given = viewed(given, self._views)
-        for split, merge, partial in self._classes:
-            if merge is None:
-                split((*given, None, None))
+        for launch, new_scratch, counters in self._classes:
+            if new_scratch is None:
+                launch((*given, None, None))
             else:
-                results = (*given, *[new() for new in partial])
-                split(results)
-                merge(results)
+                launch((*given, new_scratch(), counters()))
         return out, lse
 
 
@@ -98,42 +103,45 @@ def decode_attention_forward(
 
 
 class _ClassLaunch(NamedTuple):
-    """The launches for one row class; ``merge`` and new partial results only where a sequence can have several splits."""
+    """The launch for one row class; scratch and counters only where a sequence can have several splits."""
 
-    split: PreparedLaunch
-    merge: PreparedLaunch | None
-    partial: tuple[Callable[[], Tensor], ...]
+    launch: PreparedLaunch
+    new_scratch: Callable[[], Tensor] | None
+    counters: Callable[[], Tensor]
 
 
 def _class_launch(call: DecodeCall, sizes: Sizes, config: DecodeConfig, values: dict[str, Any]) -> _ClassLaunch:
-    splits = config.splits.count(sizes.capacity)
     rows = min(sizes.seqlen_q * sizes.group, config.rows_up_to)
-    tiles = cdiv(rows, config.block_m)
+    tiles, device = cdiv(rows, config.block_m), call.q.device
+    programs = num_programs(config, sizes.batch * sizes.num_kv_heads * tiles, device)
+    scratch_rows = min(rows, config.block_m)
+    fold_registers = FOLD_ROWS * values["BLOCK_VALUE_DIM"] // (32 * config.num_warps)
     # Behind padding a tile of keys can begin anywhere in a page.
     one_page = call.block_table is not None and sizes.page_size % config.block_n == 0 and call.cache_leftpad is None
     values = {
         **values,
-        "num_tiles": tiles, "num_splits": splits, "max_rows": rows, "scratch_rows": rows,
-        "fine_keys": config.splits.fine_keys, "fine_splits": config.splits.fine_splits, "coarse_keys": config.splits.coarse_keys,
+        "num_tiles": tiles, "max_splits": config.max_splits, "scratch_rows": scratch_rows,
         "ROWS_ABOVE": config.rows_above, "ROWS_UP_TO": config.rows_up_to, "ONE_PAGE": one_page,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_SPLITS": MERGE_SPLITS,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_SEQUENCES": BLOCK_SEQUENCES,
+        # Partial results are folded by other tiles than they were made by, two at a time where that takes some 32 registers.
+        "FOLD_ROWS": FOLD_ROWS,
+        "MERGE_SPLITS": 2 if fold_registers <= 16 and call.k_cache.element_size() < 4 else 1,
     }  # fmt: skip
-    given = (*call._fields, "out", "lse", "partial_out", "partial_stats")
-    programs = sizes.batch * sizes.num_kv_heads
+    given = (*call._fields, "out", "lse", "scratch", "counters")
     stages = {"num_warps": config.num_warps, "num_stages": config.num_stages, **COMMON_OPTIONS}
-    arguments = by_name(_decode_split_kernel, values, given, stages)
-    split = PreparedLaunch(_decode_split_kernel, (programs * tiles * splits,), *arguments)
-    if splits == 1:
-        return _ClassLaunch(split, None, ())
-    arguments = by_name(_decode_merge_kernel, values, given, {"num_warps": 4, **COMMON_OPTIONS})
-    merge = PreparedLaunch(_decode_merge_kernel, (programs * rows,), *arguments)
-    scratch = (sizes.batch, sizes.num_kv_heads, splits)
-    shapes = ((*scratch, rows, sizes.value_dim), (*scratch, 2, rows))
-    return _ClassLaunch(split, merge, tuple(_new(shape, torch.float32, call.q.device) for shape in shapes))
+    if config.rows_above == 0:
+        # Two programs to a multiprocessor are meant: left to itself, ptxas saves registers for more, by spilling.
+        stages["maxnreg"] = 255
+    launch = PreparedLaunch(_decode_kernel, (programs,), *by_name(_decode_kernel, values, given, stages))
+    if config.max_splits == 1:
+        return _ClassLaunch(launch, None, Counters(device, 0))
+    # For each program the splits of the one task that it may share with others, and three for itself.
+    scratch = programs * (config.max_splits + 3) * scratch_rows * (sizes.value_dim + 2)
+    return _ClassLaunch(launch, _new((scratch,), torch.float32, device), Counters(device, programs))
 
 
 def _strides(call: DecodeCall, sizes: Sizes, out_shape: Sequence[int], lse_shape: Sequence[int]) -> dict[str, int]:
-    """The kernels' strides by name: 0 where there is no tensor, or where it is repeated."""
+    """The kernel's strides by name: 0 where there is no tensor, or where it is repeated."""
     # Packed tensors have no batch to step over.
     batch = (0,) if sizes.packed else ()
     table, slopes = call.block_table, call.alibi_slopes
@@ -160,7 +168,7 @@ def _score_strides(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def _options(call: DecodeCall, sizes: Sizes, allow_tf32: bool) -> dict[str, Any]:
-    """What both kernels take beside strides, the same for all row classes."""
+    """What the kernel takes beside strides, the same for all row classes."""
     window_left, window_right = window_limits(call.causal, call.window)
     several_queries = sizes.packed or sizes.seqlen_q > 1
     return {
@@ -180,7 +188,7 @@ def _options(call: DecodeCall, sizes: Sizes, allow_tf32: bool) -> dict[str, Any]
 
 
 def _views(call: DecodeCall, sizes: Sizes) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The fields of which the kernels take something else than the call has, and how that is made."""
+    """The fields of which the kernel takes something else than the call has, and how that is made."""
     views: dict[str, Callable[[Tensor], Tensor]] = {}
     if call.k_cache.dtype == torch.float8_e4m3fn:
         views |= {"k_cache": as_bytes, "v_cache": as_bytes}

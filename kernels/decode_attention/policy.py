@@ -1,4 +1,4 @@
-"""Launch policy of decode attention: tiles by the number of query rows, and where the splits of the keys begin."""
+"""Launch policy of decode attention: tiles by the number of query rows, how many splits a sequence has, and how many programs run."""
 
 from __future__ import annotations
 
@@ -13,29 +13,16 @@ from ..launch import cdiv, device_limits
 UNLIMITED = 2**30  # more keys than a cache can hold, small enough to be added to in 32 bits
 
 
-@dataclass(frozen=True)
-class SplitPlan:
-    """Where splits begin: ``fine_splits`` of ``fine_keys`` keys, then ``coarse_keys`` each; multiples of ``DecodeConfig.block_n``."""
-
-    fine_keys: int
-    fine_splits: int
-    coarse_keys: int
-
-    def count(self, capacity: int) -> int:
-        """Splits that cover ``capacity`` keys, at least 1."""
-        fine_total = self.fine_keys * self.fine_splits
-        if capacity <= fine_total:
-            return max(1, cdiv(capacity, self.fine_keys))
-        return self.fine_splits + cdiv(capacity - fine_total, self.coarse_keys)
-
-
-# A few rows: 256 keys of one head are 128 KB in bf16 at head_dim 128. Shorter splits write too many partial results (3 % of the
-# bytes here), longer ones leave SMs idle: batch 1 with 8 key heads and 4k keys gives 128 programs. Beyond 8k keys there are enough.
-FINE_SPLITS = SplitPlan(256, 32, 512)
-# Some tens of rows: a partial result is as long as its rows are many, so splits are longer and fewer.
-COARSE_SPLITS = SplitPlan(1024, 8, 4096)
-# More rows fill the GPU by themselves, and partial results would outgrow the cache.
-NO_SPLITS = SplitPlan(UNLIMITED, 1, UNLIMITED)
+# One sequence should fill a GPU by itself: so many programs share its keys, over all key heads, as soon as it has that many steps of
+# keys (64 keys a step: 1k keys with 8 key heads). More would only write more partial results: each task leaves at most as many as it has
+# splits, and scratch is bounded by the splits that the programs of a launch can begin.
+PROGRAMS_OF_A_SEQUENCE = 128
+LEAST_SPLITS, MOST_SPLITS = 8, 64
+# With more rows a partial result is longer, and a GPU sooner full.
+PROGRAMS_OF_MANY_ROWS = 64
+LEAST_SPLITS_OF_MANY_ROWS, MOST_SPLITS_OF_MANY_ROWS = 4, 16
+# A thread takes all registers that it may have, so that an SM holds so many warps: two programs of four.
+WARPS_PER_SM = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +32,7 @@ class DecodeConfig:
     Attributes:
         block_m: query rows of a tile; at least 16 for the tensor cores.
         block_n: keys per step.
-        splits: where splits begin.
+        max_splits: how many programs share the keys of a sequence and key head at most; 1 = it is not split.
     """
 
     rows_above: int
@@ -54,23 +41,25 @@ class DecodeConfig:
     block_n: int
     num_warps: int
     num_stages: int
-    splits: SplitPlan
+    max_splits: int
 
 
 def decode_configs(
-    head_dim: int, value_dim: int, itemsize: int, device: torch.device, paged: bool = False, masked: bool = False
-) -> tuple[DecodeConfig, ...]:
+    head_dim: int, value_dim: int, itemsize: int, device: torch.device, paged: bool = False, masked: bool = False,
+    num_kv_heads: int = 8,
+) -> tuple[DecodeConfig, ...]:  # fmt: skip
     """The three row classes, narrow to wide. Which class serves a sequence depends on its own rows only; likewise every tile size.
 
     Args:
         itemsize: bytes of an element of the cache.
         paged: a step first loads page numbers, so the pipeline is one stage deeper. Stages do not change results.
         masked: a mask or bias is read for every score.
+        num_kv_heads: with few of them each is split more.
     """
     limits = device_limits(device)
     row_bytes = (block_dim(head_dim) + block_dim(value_dim)) * itemsize
     # 32 KB per stage (64 keys at head_dim 128, 16-bit) on two blocks per SM: HBM3's latency asks for ~40 KB per SM in flight.
-    block_n = 64 if row_bytes <= 512 else 32
+    block_n = 64 if row_bytes <= 512 and itemsize < 4 else 32
     stages = max(1, min(3, (limits.shared_memory // 2 - 8192) // (block_n * row_bytes)))
     # float32 products without tensor cores keep their operands in registers, and a mask or bias its 64-bit addresses: 64 rows spill.
     block_m = 64
@@ -79,27 +68,35 @@ def decode_configs(
     # 4 warps hold 64 rows of 128 features in 249 registers, and with options on top they spill. Triton 3.6 needs more registers for float32
     # than later releases: there 4 warps spill with 16 rows of 256 features, and 8 warps with 32 rows of 128.
     wide = (block_m, block_n, 4 if row_bytes <= 256 else 8, min(stages, 2) + paged)
+    few = max(LEAST_SPLITS, min(MOST_SPLITS, PROGRAMS_OF_A_SEQUENCE // num_kv_heads))
+    many = max(LEAST_SPLITS_OF_MANY_ROWS, min(MOST_SPLITS_OF_MANY_ROWS, PROGRAMS_OF_MANY_ROWS // num_kv_heads))
+    # More than 128 rows fill the GPU by themselves, and partial results would outgrow the cache.
+    # Registers again: what is kept beside the loop over the keys leaves room in four warps for nothing but plain rows of 16 bits, and for
+    # tiles of no more than 32 rows with 256 features.
+    narrow_warps = 8 if masked or paged or itemsize != 2 else 4
+    split_rows = min(block_m, 32) if row_bytes >= 1024 else block_m
     return (
-        DecodeConfig(0, 16, 16, block_n, 8 if itemsize == 4 and row_bytes >= 1024 else 4, stages + paged, FINE_SPLITS),
-        DecodeConfig(16, 128, *wide, COARSE_SPLITS),
-        DecodeConfig(128, UNLIMITED, *wide, NO_SPLITS),
+        DecodeConfig(0, 16, 16, block_n, narrow_warps, stages + paged, few),
+        DecodeConfig(16, 128, split_rows, *wide[1:], many),
+        DecodeConfig(128, UNLIMITED, *wide, 1),
     )
-
-
-def fixed_splits(capacity: int, num_splits: int, block_n: int) -> SplitPlan:
-    """``num_splits`` equal splits of a cache of ``capacity`` keys, in whole tiles."""
-    num_splits = max(1, min(num_splits, cdiv(capacity, block_n)))  # also keeps key positions within 32 bits
-    keys = max(block_n, cdiv(cdiv(capacity, num_splits), block_n) * block_n)
-    return SplitPlan(keys, num_splits, keys)
 
 
 def row_classes(
     configs: tuple[DecodeConfig, ...], rows: int, packed: bool, capacity: int, num_splits: int
 ) -> Iterator[DecodeConfig]:
-    """The classes to launch: the one of a dense call, every one that a packed sequence of up to ``rows`` rows can be in."""
+    """The classes to launch: the one of a dense call, every one that a packed sequence of up to ``rows`` rows can be in.
+
+    Their ``max_splits`` are no more than a cache of ``capacity`` keys has steps, which leaves every sequence the splits it has.
+    """
     for config in configs:
         if rows <= config.rows_above or (not packed and rows > config.rows_up_to):
             continue
-        if num_splits > 0:
-            config = replace(config, splits=fixed_splits(capacity, num_splits, config.block_n))
-        yield config
+        yield replace(config, max_splits=max(1, min(num_splits or config.max_splits, cdiv(capacity, config.block_n))))
+
+
+def num_programs(config: DecodeConfig, tasks: int, device: torch.device) -> int:
+    """Programs of a launch whose sequences have up to ``tasks`` tiles of rows, over all key heads."""
+    if config.max_splits == 1:
+        return tasks
+    return min(WARPS_PER_SM // config.num_warps * device_limits(device).num_sms, tasks * config.max_splits)

@@ -9,7 +9,7 @@ import inspect
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from triton.runtime.errors import InterpreterError
 from . import arithmetic, casts, reductions
 from .errors import KernelFault, UnsupportedTritonError
 from .memory import Access, LaunchMemory, named_tensors, strip
+
+_SEMANTICS = interpreter._ir.MEM_SEMANTIC
 
 # CUDA's limits on a grid.
 _MAX_GRID = (2**31 - 1, 65535, 65535)
@@ -268,12 +270,12 @@ def _install_memory(active: _Interpreter) -> None:
     def check(pointers: Any, mask: Any, access: Access) -> Any:
         memory = active.launch.memory
         if memory is not None:
-            (x, y, z), (_, grid_y, grid_z) = (
+            (x, y, z), (grid_x, grid_y, grid_z) = (
                 interpreter.interpreter_builder.grid_idx,
                 interpreter.interpreter_builder.grid_dim,
             )
-            owner = (x * grid_y + y) * grid_z + z + 1
-            memory.access(pointers.data, mask, _element_size(pointers), kinds.get(access, access), (x, y, z), owner)
+            memory.order.enter((x * grid_y + y) * grid_z + z, grid_x * grid_y * grid_z)
+            memory.access(pointers.data, mask, _element_size(pointers), kinds.get(access, access), (x, y, z))
         return interpreter.TensorHandle(strip(pointers.data), pointers.dtype)
 
     load, store, descriptor_load = (
@@ -301,13 +303,26 @@ def _install_memory(active: _Interpreter) -> None:
         pointers, mask = desc.materialize_pointers(indices)
         return self.create_masked_load(pointers, mask, _poison(pointers), *args, is_volatile=False)
 
+    def ordered(pointers: Any, lanes: Any, semantics: Sequence[Any]) -> Any:
+        """The checked pointers of an atomic, which orders what programs do as its semantics (and scope) say."""
+        checked = check(pointers, lanes, Access.ATOMIC)
+        memory = active.launch.memory
+        if memory is not None:
+            addresses = checked.data[np.broadcast_to(lanes, checked.data.shape)]
+            orders = semantics[0] if semantics else _SEMANTICS.ACQUIRE_RELEASE
+            if orders in (_SEMANTICS.ACQUIRE, _SEMANTICS.ACQUIRE_RELEASE):
+                memory.order.acquire(addresses)
+            if orders in (_SEMANTICS.RELEASE, _SEMANTICS.ACQUIRE_RELEASE):
+                memory.order.release(addresses)
+        return checked
+
     def create_atomic_rmw(self: Any, rmwOp: Any, ptr: Any, val: Any, mask: Any, *args: Any) -> Any:
         _refuse_bfloat16(ptr)
-        return rmw(self, rmwOp, check(ptr, _lanes(mask), Access.ATOMIC), val, mask, *args)
+        return rmw(self, rmwOp, ordered(ptr, _lanes(mask), args), val, mask, *args)
 
     def create_atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, *args: Any) -> Any:
         _refuse_bfloat16(ptr)
-        return cas(self, check(ptr, np.ones(ptr.data.shape, np.bool_), Access.ATOMIC), cmp, val, *args)
+        return cas(self, ordered(ptr, np.ones(ptr.data.shape, np.bool_), args), cmp, val, *args)
 
     def atomically(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -8,8 +8,10 @@ the elements of any argument.
 
 Races. For each element the launch remembers which program stored to it, loaded from it and did an atomic on it. Two
 programs may load one element, or do atomics on it; any other pair of accesses is a race, in whatever order the
-interpreter happened to run them. There is no notion of one program waiting for another through an atomic: a kernel
-that needs that is reported, and should be two launches.
+interpreter happened to run them, unless atomics put them in order: what a program did before an atomic with release
+semantics happened before what another does after an atomic on the same element that acquires and read the first one's
+result or a later one. So a program may read what others have written once a counter says that they are through; one
+that waits in a loop for another never ends here, and should be two launches.
 """
 
 from __future__ import annotations
@@ -50,11 +52,56 @@ def strip(addresses: Addresses) -> Addresses:
     return addresses & _ADDRESS_MASK
 
 
+class Order:
+    """Which accesses of a launch happened before those of the program that runs now.
+
+    A program is cut into stretches at its releases. Stretches are numbered: that at the start of program n is n + 1, later ones
+    follow all programs.
+    """
+
+    def __init__(self) -> None:
+        self.stretch = _NOBODY
+        self._program = -1
+        self._programs: dict[int, int] = {}  # of the stretches that follow a release
+        self._known: set[int] = set()
+        self._released: dict[int, set[int]] = {}  # by address: what a program knows that acquires there
+
+    def enter(self, program: int, num_programs: int) -> None:
+        """The accesses that follow are of a program; each runs to its end before the next begins."""
+        if program != self._program:
+            self._program, self.stretch, self._known = program, program + 1, {program + 1}
+            self._next = num_programs + 1 + len(self._programs)
+
+    def program_of(self, stretch: int) -> int:
+        """The number of the program of a stretch."""
+        return self._programs.get(stretch, stretch - 1)
+
+    def precedes(self, stretches: Owners) -> npt.NDArray[np.bool_]:
+        """Which stretches happened before what is done now, those of this program among them."""
+        if len(self._known) == 1:
+            return np.equal(stretches, self.stretch)
+        return np.isin(stretches, np.fromiter(self._known, np.int32))
+
+    def acquire(self, addresses: Addresses) -> None:
+        """What was released at these addresses is known from now on."""
+        for address in addresses.ravel().tolist():
+            self._known |= self._released.get(address, set())
+
+    def release(self, addresses: Addresses) -> None:
+        """Who acquires at these addresses from now on knows what this program knows now."""
+        for address in addresses.ravel().tolist():
+            self._released.setdefault(address, set()).update(self._known)
+        self.stretch = self._next
+        self._next += 1
+        self._programs[self.stretch] = self._program
+        self._known.add(self.stretch)
+
+
 @dataclass
 class Region:
     """A stretch of memory in which arguments of the launch overlap, with the programs that touched each of its units.
 
-    Owners are program number + 1, 0 for nobody and -1 for several programs.
+    Owners are numbers of stretches (see :class:`Order`), 0 for nobody and -1 for several programs.
     """
 
     begin: int
@@ -93,25 +140,25 @@ class Region:
         self.scratch[units] = positions
         return not np.array_equal(self.scratch[units], positions)
 
-    def conflict(self, units: Offsets, access: Access, owner: int) -> tuple[Access, int] | None:
-        """An earlier access of another program that this one races with, and that program's owner number."""
+    def conflict(self, units: Offsets, access: Access, order: Order) -> tuple[Access, int] | None:
+        """An earlier access of another program that this one races with, and the number of that one's stretch."""
         for earlier, owners in self.owners.items():
             if earlier is access and access is not Access.STORE:
                 continue
             before = owners[units]
-            foreign = (before != _NOBODY) & (before != owner)
+            foreign = (before != _NOBODY) & ~order.precedes(before)
             if foreign.any():
                 return earlier, int(before[foreign][0])
         return None
 
-    def record(self, units: Offsets, access: Access, owner: int) -> None:
+    def record(self, units: Offsets, access: Access, order: Order) -> None:
         """Notes the access; the caller has made sure that it races with none before."""
         owners = self._owners(access)
         if access is Access.STORE:
-            owners[units] = owner
+            owners[units] = order.stretch
         else:
             before = owners[units]
-            owners[units] = np.where((before == _NOBODY) | (before == owner), owner, _SEVERAL)
+            owners[units] = np.where((before == _NOBODY) | order.precedes(before), order.stretch, _SEVERAL)
 
 
 @dataclass(frozen=True)
@@ -166,13 +213,14 @@ class LaunchMemory:
         regions = list(_regions([tensor for _, tensor in named]))
         self.arguments = [_argument(name, tag, tensor, regions) for tag, (name, tensor) in enumerate(named, start=1)]
         self._tags = {id(tensor): tag for tag, (_, tensor) in enumerate(named, start=1)}
+        self.order = Order()
 
     def tag(self, tensor: object) -> int:
         """What to add to the tensor's address to make it traceable; 0 for a tensor without elements."""
         return self._tags.get(id(tensor), 0) << ADDRESS_BITS
 
     def access(
-        self, pointers: Addresses, mask: npt.NDArray[np.bool_], size: int, access: Access, program: Program, owner: int
+        self, pointers: Addresses, mask: npt.NDArray[np.bool_], size: int, access: Access, program: Program
     ) -> None:
         """Checks and records an access to elements of ``size`` bytes at the (tagged) pointers where the mask is set.
 
@@ -185,17 +233,15 @@ class LaunchMemory:
         lowest, highest = int(active.min()), int(active.max())
         tag = lowest >> ADDRESS_BITS
         if tag == highest >> ADDRESS_BITS:
-            self._access_argument(tag, strip(active), size, access, program, owner)
+            self._access_argument(tag, strip(active), size, access, program)
             return
         tags = active >> np.uint64(ADDRESS_BITS)
         for tag in np.unique(tags):
-            self._access_argument(int(tag), strip(active[tags == tag]), size, access, program, owner)
+            self._access_argument(int(tag), strip(active[tags == tag]), size, access, program)
 
-    def _access_argument(
-        self, tag: int, addresses: Addresses, size: int, access: Access, program: Program, owner: int
-    ) -> None:
+    def _access_argument(self, tag: int, addresses: Addresses, size: int, access: Access, program: Program) -> None:
         if tag == 0:
-            self._access_unknown(addresses, size, access, program, owner)
+            self._access_unknown(addresses, size, access, program)
             return
         if tag > len(self.arguments):
             # So far away that the offset ran into the tag: nothing is known but that it is wrong.
@@ -206,14 +252,14 @@ class LaunchMemory:
         else:
             addresses = addresses[~argument.outside(addresses, size)]
         if self._races and addresses.size:
-            _check_races(argument, addresses, size, access, program, owner)
+            _check_races(argument, addresses, size, access, program, self.order)
 
-    def _access_unknown(self, addresses: Addresses, size: int, access: Access, program: Program, owner: int) -> None:
+    def _access_unknown(self, addresses: Addresses, size: int, access: Access, program: Program) -> None:
         left = addresses
         for argument in self.arguments:
             inside = ~argument.outside(left, size)
             if inside.any():
-                self._access_argument(argument.tag, left[inside], size, access, program, owner)
+                self._access_argument(argument.tag, left[inside], size, access, program)
                 left = left[~inside]
         if self._bounds and left.size:
             if not self.arguments:
@@ -244,22 +290,22 @@ def _check_bounds(argument: Argument, addresses: Addresses, size: int, access: A
 
 
 def _check_races(
-    argument: Argument, addresses: Addresses, size: int, access: Access, program: Program, owner: int
+    argument: Argument, addresses: Addresses, size: int, access: Access, program: Program, order: Order
 ) -> None:
     region = argument.region
     units = region.units(addresses, size)
     if access is Access.STORE and region.repeated(units):
         raise RaceError(f"one store in program {_name(program)} writes an element of '{argument.name}' more than once")
-    found = region.conflict(units, access, owner)
+    found = region.conflict(units, access, order)
     if found is not None:
         earlier, other = found
-        who = "several programs" if other == _SEVERAL else f"program number {other - 1}"
+        who = "several programs" if other == _SEVERAL else f"program number {order.program_of(other)}"
         verb = {Access.LOAD: "loaded", Access.STORE: "stored to", Access.ATOMIC: "updated atomically"}[earlier]
         raise RaceError(
-            f"race on '{argument.name}': {access.value} in program {_name(program)} (number {owner - 1}) "
+            f"race on '{argument.name}': {access.value} in program {_name(program)} (number {order.program_of(order.stretch)}) "
             f"of an element that {who} of the same launch {verb}"
         )
-    region.record(units, access, owner)
+    region.record(units, access, order)
 
 
 def _name(program: Program) -> str:

@@ -235,7 +235,7 @@ CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "kv_append, decode, int8": (_append_quantised, 1, ""),
     "attention": (_attention, 2, "causal masking of one query masks nothing"),
     "attention, packed": (_attention_packed, 2, "causal masking of one query masks nothing"),
-    "decode": (_decode, 2, "one split needs no merge"),
-    "decode, paged": (_decode_paged, 2, "one split needs no merge"),
-    "decode, int8": (_decode_quantised, 2, "one split needs no merge"),
+    "decode": (_decode, 2, "one split needs no scratch"),
+    "decode, paged": (_decode_paged, 2, "one split needs no scratch"),
+    "decode, int8": (_decode_quantised, 1, ""),
 }

@@ -13,7 +13,7 @@ from pytransformer import extension, use_backend
 from pytransformer.ops.decode_attention import CHOICE, decode_attention
 from pytransformer.verification import SEEDS, Contract
 from tests.kernels.decode_contract import EDGE_LENGTHS, Decode, Inputs, draw, golden
-from tests.support.emulator import SCHEDULES, configure, in_every_schedule
+from tests.support.emulator import SCHEDULES, blocks_of_last_launch, configure, in_every_schedule
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -90,14 +90,14 @@ def test_many_rows(seqlen_q, dims, device):
 
 
 def test_splits_of_the_policy(device):
-    """700 keys are three splits."""
+    """700 keys are eleven splits."""
     check_contract(
         Decode(lengths=(700, 256), capacity=700, heads=(4, 1), dims=(64, 64), dtype=BF16), device, seeds=SEEDS
     )
 
 
 def test_splits_of_many_rows(device):
-    """1100 keys are two splits of the second class."""
+    """1100 keys are sixteen splits of the second class."""
     check_contract(Decode(lengths=(1100,), capacity=1100, heads=(20, 1), dtype=F16), device)
 
 
@@ -233,6 +233,33 @@ def test_batch_and_capacity_do_not_change_a_result(device):
             alone_out, alone_lse = call(replace(inputs, tensors=alone))
             assert torch.equal(alone_out[0], out[sequence]), length
             assert torch.equal(alone_lse[0], lse[sequence]), length
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 9])
+def test_number_of_blocks_does_not_change_a_result(seqlen_q, device):
+    """Blocks that compute many tasks, that share one with several others, and that have nothing to do."""
+    inputs = draw(
+        Decode(lengths=(500, 0, 130, 64), capacity=500, seqlen_q=seqlen_q, heads=(4, 2), dtype=BF16), 1, device
+    )
+    expected = in_every_schedule(lambda: call(inputs), num_sms=1)
+    for num_sms in (2, 5, 132):
+        assert_same_bits(in_every_schedule(lambda: call(inputs), num_sms=num_sms), expected)
+
+
+@pytest.mark.skipif(not EMULATED, reason="asks the emulator")
+@pytest.mark.parametrize("batch", [64, 256])
+def test_a_long_table_costs_nothing(batch, device):
+    """With a table for 128k tokens, what runs and what is allocated follow from the GPU: grids are the same for all lengths."""
+    cache = torch.empty(8, 16, 8, 128, dtype=BF16)
+    q, lengths = torch.empty(batch, 1, 32, 128, dtype=BF16), torch.zeros(batch, dtype=torch.int32)
+    table = torch.zeros(1, dtype=torch.int32).expand(batch, 2**17 // 16).contiguous()
+    configure(0, num_sms=132)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out, lse = raw_op(q, cache, cache, lengths, block_table=table)
+    events = profile.profiler.kineto_results.events()
+    allocated = sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+    assert blocks_of_last_launch() <= 3 * 132
+    assert 0 < allocated - out.nbytes - lse.nbytes <= 17e6
 
 
 @pytest.mark.parametrize("num_splits", [0, 3])

@@ -1,6 +1,9 @@
-// The emulator's settings, for the tests (ctypes).
+// The emulator's settings and what it ran last, for the tests (ctypes).
 #include "cuda_emulator.h"
 
 extern "C" __attribute__((visibility("default"))) void pytransformer_emulator_configure(int schedule, int stub_launches, int num_sms) {
   emulator::options() = {schedule, stub_launches != 0, num_sms};
 }
+
+// Blocks of the last launch.
+extern "C" __attribute__((visibility("default"))) int pytransformer_emulator_blocks() { return static_cast<int>(gridDim.x * gridDim.y * gridDim.z); }

@@ -11,21 +11,20 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.kernels.decode_attention.launcher import decode_attention_forward
-from pytransformer.kernels.decode_attention.policy import UNLIMITED, DecodeConfig, SplitPlan, decode_configs
+from pytransformer.kernels.decode_attention.policy import DecodeConfig, decode_configs
 from pytransformer.ops.decode_attention.call import DecodeCall
 from pytransformer.verification import SEEDS, Contract
 
-# Splits of 32, 32, then 64 keys in tiles of 16: a hundred keys make every kind of boundary.
-SPLITS = SplitPlan(32, 2, 64)
+# Up to four splits of tiles of 16 keys: a hundred keys make every kind of boundary.
+MAX_SPLITS = 4
 EDGE_LENGTHS = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 140)
 
 
 def small_configs(head_dim: int = 16, value_dim: int = 16) -> tuple[DecodeConfig, ...]:
-    """The shipped row classes with small tiles and splits; the widest class stays unsplit."""
+    """The shipped row classes with small tiles and few splits; the widest class stays unsplit."""
     configs = decode_configs(head_dim, value_dim, 4, torch.device("cpu"))
     return tuple(
-        replace(config, block_m=16, block_n=16, splits=SPLITS if config.rows_up_to < UNLIMITED else config.splits)
-        for config in configs
+        replace(config, block_m=16, block_n=16, max_splits=min(config.max_splits, MAX_SPLITS)) for config in configs
     )
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from pytransformer.kernels.decode_attention.launcher import DecodeLaunch
-from pytransformer.kernels.decode_attention.merge import MERGE_SPLITS
-from pytransformer.kernels.decode_attention.policy import UNLIMITED, SplitPlan, decode_configs, fixed_splits
+from pytransformer.kernels.decode_attention.policy import UNLIMITED, decode_configs, row_classes
 from tests.conftest import INTERPRETING
 from tests.kernels.decode_contract import EDGE_LENGTHS, Decode, call_of, check_contract, draw, run, small_configs
 
@@ -62,7 +61,7 @@ def test_wide_row_classes(seqlen_q, dtype, device):
 
 
 def test_shipped_configuration(device):
-    """Tiles and splits as on a GPU: 700 keys are three splits."""
+    """Tiles and splits as on a GPU: 700 keys are eleven splits."""
     case = Decode(lengths=(700, 256), capacity=700, heads=(4, 1), dims=(64, 64), dtype=torch.bfloat16)
     check_contract(case, device, configs=None)
 
@@ -154,16 +153,15 @@ def test_number_of_splits(num_splits, device):
 
 def test_more_splits_than_one_step_of_the_merge(device):
     """Scores grow along the keys, so the second step of the merge finds a new maximum."""
-    configs = tuple(replace(config, splits=SplitPlan(16, 3, 16)) for config in small_configs())
-    keys = 16 * MERGE_SPLITS + 40
-    bias = torch.linspace(0.0, 9.0, keys).view(1, 1, 1, keys)
-    case = Decode(lengths=(keys,), heads=(1, 1), capacity=keys, options={"bias": bias})
+    configs = tuple(replace(config, max_splits=9) for config in small_configs())
+    bias = torch.linspace(0.0, 9.0, 150).view(1, 1, 1, 150)
+    case = Decode(lengths=(150,), heads=(1, 1), capacity=150, options={"bias": bias})
     check_contract(case, device, configs=configs)
 
 
 def test_one_split_has_the_bits_of_merged_splits(device):
-    """30 keys lie in the first split, so merging it with nothing must not change it."""
-    case = Decode(lengths=(30, 1), options={"sinks": torch.tensor([0.5, -1.0])})
+    """16 keys are one split, so that it does not matter whether there might have been more."""
+    case = Decode(lengths=(16, 1), options={"sinks": torch.tensor([0.5, -1.0])})
     inputs = draw(case, 6, device)
     merged, direct = run(inputs, case), run(inputs, case, num_splits=1)
     assert torch.equal(merged[0], direct[0])
@@ -372,20 +370,18 @@ def _uninitialised_as_it_is():
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-def test_split_plan_covers_a_cache_without_gaps():
-    plan = SplitPlan(32, 2, 64)
-    assert [plan.count(capacity) for capacity in (0, 1, 32, 33, 64, 65, 128, 129)] == [1, 1, 1, 2, 2, 3, 3, 4]
-    assert fixed_splits(100, 3, 16) == SplitPlan(48, 3, 48)
-    assert fixed_splits(100, 3, 16).count(100) == 3
-    assert fixed_splits(5, 1000, 16).count(5) == 1
-
-
 @pytest.mark.parametrize("arch_dims", [(64, 2), (128, 2), (256, 2), (64, 4), (128, 4), (256, 4), (128, 1)], ids=str)
-def test_policy_splits_in_whole_tiles(arch_dims, device):
+def test_row_classes_leave_no_gap(arch_dims, device):
     dim, itemsize = arch_dims
     configs = decode_configs(dim, dim, itemsize, device)
     assert [config.rows_above for config in configs] == [0, *(config.rows_up_to for config in configs[:-1])]
     assert configs[-1].rows_up_to == UNLIMITED
-    for config in configs:
-        for keys in (config.splits.fine_keys, config.splits.coarse_keys):
-            assert keys % config.block_n == 0
+    assert configs[-1].max_splits == 1
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8, 32])
+def test_one_sequence_of_1k_fills_a_gpu(num_kv_heads, device):
+    config = decode_configs(128, 128, 2, device, num_kv_heads=num_kv_heads)[0]
+    (config,) = row_classes((config,), 1, False, 4096, 0)
+    splits = min(config.max_splits, 1024 // config.block_n)
+    assert num_kv_heads * splits >= min(128, num_kv_heads * 1024 // config.block_n)

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.emulator import ROOT, builder, environment, prefix
@@ -86,10 +86,16 @@ def run_broken(
     recompile: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Builds as :func:`build_broken` and runs a Python script in a process that has the broken library; its output is to be judged."""
-    library = build_broken(folder, source, changes, flavor=flavor, recompile=recompile)
+    return run_with(build_broken(folder, source, changes, flavor=flavor, recompile=recompile), script, flavor=flavor)
+
+
+def run_with(
+    library: Path, script: str, *, flavor: str = "address", variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a Python script in a process that has the library, with these variables in its environment."""
     return subprocess.run(
         [*prefix(flavor), sys.executable, "-c", script],
-        env=os.environ | environment(flavor, library),
+        env=os.environ | environment(flavor, library) | dict(variables or {}),
         cwd=ROOT,
         capture_output=True,
         text=True,

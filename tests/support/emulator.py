@@ -83,6 +83,11 @@ def configure(schedule: int = 0, *, stub_launches: bool = False, num_sms: int = 
     _control().pytransformer_emulator_configure(schedule, int(stub_launches), num_sms)
 
 
+def blocks_of_last_launch() -> int:
+    """How many blocks the emulator's last launch had."""
+    return int(_control().pytransformer_emulator_blocks())
+
+
 def in_every_schedule(function: Callable[[], Sequence[Tensor | None]], *, num_sms: int = 4) -> list[Tensor | None]:
     """Calls ``function`` under each schedule of the emulator (on a GPU: as often), and compares all results bit by bit.
 

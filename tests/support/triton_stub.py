@@ -183,7 +183,7 @@ def stubbed_driver(arch: int) -> Iterator[None]:
         with (
             launch.assume_arch(arch),
             mock.patch.object(prepared, "_current_device", CURRENT_DEVICE),
-            mock.patch.object(prepared, "_current_stream", CURRENT_STREAM),
+            mock.patch.object(prepared, "current_stream", CURRENT_STREAM),
             mock.patch.object(backend, "unavailable", serves),
             mock.patch.object(checks, "readable", lambda tensor: False),
         ):

@@ -75,6 +75,21 @@ def _halves_kernel(out_ptr, OVERLAP: tl.constexpr):
     tl.store(halves + (0 if OVERLAP else program), program.to(tl.int16))
 
 
+@triton.jit
+def _last_adds_kernel(
+    parts_ptr, count_ptr, out_ptr, SEMANTICS: tl.constexpr, LATE: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The program that counts itself as the last one adds what all have stored; one may store too late, or add too early."""
+    program = tl.program_id(0)
+    if not LATE:
+        tl.store(parts_ptr + program, 1.0)
+    count = tl.atomic_add(count_ptr, 1, sem=SEMANTICS)
+    if LATE:
+        tl.store(parts_ptr + program, 1.0)
+    if count == tl.num_programs(0) - 1 - EARLY:
+        tl.store(out_ptr, tl.sum(tl.load(parts_ptr + tl.arange(0, BLOCK)), 0))
+
+
 @pytest.fixture(params=ORDERS, ids=lambda seed: f"order={seed}")
 def order(request):
     with triton_interpreter.program_order(request.param):
@@ -128,6 +143,23 @@ def test_compare_and_swap_is_an_atomic(order):
     out = torch.empty(4, dtype=torch.int32)
     _compare_and_swap_kernel[(4,)](torch.zeros(1, dtype=torch.int32), out)
     assert sorted(out.tolist()) == [0, 1, 1, 1]
+
+
+def test_what_a_counter_puts_in_order_is_no_race(order):
+    out = torch.empty(1)
+    _last_adds_kernel[(4,)](torch.empty(4), torch.zeros(1, dtype=torch.int32), out, "acq_rel", False, 0, BLOCK=4)
+    assert out.item() == 4.0
+
+
+@pytest.mark.parametrize(
+    ("semantics", "late", "early"),
+    [("relaxed", False, 0), ("acquire", False, 0), ("release", False, 0), ("acq_rel", True, 0), ("acq_rel", False, 1)],
+)
+def test_what_no_counter_puts_in_order_is_caught(semantics, late, early, order):
+    with pytest.raises(RaceError, match="race on 'parts_ptr'"):
+        _last_adds_kernel[(4,)](
+            torch.empty(4), torch.zeros(1, dtype=torch.int32), torch.empty(1), semantics, late, early, BLOCK=4
+        )
 
 
 def test_one_store_writing_an_element_twice_is_caught():
