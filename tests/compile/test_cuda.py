@@ -27,7 +27,7 @@ KNOWN_LOCAL_LOOPS = {
     r"norm_forward_(parts|wide)_kernel<__nv_bfloat16, 8> sm_100": 18,
 }
 # These files hold no kernel, but choose among those of others.
-DISPATCHERS = {"norm_forward"}
+DISPATCHERS = {"norm_forward", "decode_attention_launch"}
 # Kernels that stream tensors through registers, in the instances for 16-byte accesses: 8 elements of 16 bits, 4 of 32.
 STREAMING = re.compile(
     r"(norm_forward_\w+|norm_backward_rows|rope)_kernel<(__half, 8|__nv_bfloat16, 8|float, 4)|kv_append_kernel<\w+, true"
