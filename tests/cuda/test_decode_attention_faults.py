@@ -65,10 +65,11 @@ from tests.support.emulator import SCHEDULES, configure
 
 choose = ctypes.CDLL(os.environ["PYTRANSFORMER_CUDA_LIBRARY"]).pytransformer_choose_fault
 generator = torch.Generator().manual_seed(0)
-q = torch.randn(3, 1, 4, 16, generator=generator).bfloat16()
+q = torch.randn(3, 1, 32, 16, generator=generator).bfloat16()
 cache = torch.randn(2, 3, 500, 2, 16, generator=generator).bfloat16()
 lengths = torch.tensor([500, 0, 130], dtype=torch.int32)
-call = lambda: decode_attention(q, *cache, lengths, backend="cuda")
+# 16 rows to a task, and lse too: the order of folding is lost in most of what is rounded to bfloat16.
+call = lambda: decode_attention(q, *cache, lengths, backend="cuda", return_lse=True)
 
 
 def found(fault):
@@ -77,7 +78,7 @@ def found(fault):
     for num_sms in (3, 1, 2):
         for schedule in SCHEDULES:
             configure(schedule, num_sms=num_sms)
-            if not torch.equal(call(), expected):
+            if not all(map(torch.equal, call(), expected)):
                 return True
     return False
 
