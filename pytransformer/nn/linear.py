@@ -2,8 +2,8 @@
 
 Decoding one token at a time reads every weight once per token and does two operations with it, so its speed is the speed of reading
 memory. A weight that was reordered for the purpose ("prepacked") is read nearly as fast as memory allows: on AMD's CPUs 1.5 to 2
-times as fast as ``F.linear`` reads a plain row-major one, on Intel's as fast for one row and twice as fast for eight. Packing costs a few decoded
-tokens' time and a copy of the weight.
+times as fast as ``F.linear`` reads a plain row-major one, on Intel's as fast for one row and twice as fast for eight. Packing costs a few
+decoded tokens' time and a copy of the weight.
 """
 
 from __future__ import annotations
@@ -225,8 +225,7 @@ class PackedWeight:
 
     One float32 row goes through MKL on a single thread, where a call costs 4 µs against oneDNN's 30, and on Intel's CPUs: there all of
     GPT-2's products take 21 ms with two threads, and oneDNN's 28. On AMD's MKL stays on one thread, and oneDNN takes 0.6 to 0.8 of its
-    time.
-    Both ops are those that torch's compiler emits when it freezes weights for a CPU; they are not a public interface, so
+    time. Both ops are those that torch's compiler emits when it freezes weights for a CPU; they are not a public interface, so
     :func:`why_not_packed` tries them before they are relied on.
     """
 
