@@ -129,10 +129,10 @@ SHARED_FAULTS = {
     ),
 }
 SWITCH = (
-    "namespace pytransformer::decode {\n\ninline constexpr int kStages",
+    "namespace pytransformer::decode {\n\n// What one lane knows",
     'extern "C" {\nint pytransformer_fault = 0;\n__attribute__((visibility("default"))) void pytransformer_choose_fault(int number) '
     "{ pytransformer_fault = number; }\n}\n\nnamespace pytransformer::decode {\n\n"
-    "inline int fault(int number) { return pytransformer_fault == number; }\ninline constexpr int kStages",
+    "inline int fault(int number) { return pytransformer_fault == number; }\n// What one lane knows",
 )
 
 
