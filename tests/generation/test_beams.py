@@ -309,6 +309,21 @@ def test_the_form_of_the_results(device):
     assert generate(model, ids, 5).scores is None
 
 
+@pytest.mark.parametrize("pad_token_id", [0, 5])
+def test_what_ended_early_is_filled_with_the_padding_token_also_if_that_is_0(pad_token_id, device):
+    """transformers 5.23 writes the end token there if the padding token is 0 and there are beams, and the padding token else."""
+    model = make_model(CONFIG, 0, device)
+    lengths = (1, 4)
+
+    def allowed(row, ids):
+        return [9] if len(ids) - 3 >= lengths[row] else [7, 8]
+
+    ids = random_ids(CONFIG, (2, 3), 0, device)
+    options = {"eos_token_id": 9, "pad_token_id": pad_token_id, "constraint": allowed}
+    result = generate(model, ids, 8, num_beams=2, **options).token_ids
+    assert result.shape == (2, 8) and result[0, 4:].tolist() == [9] + [pad_token_id] * 3
+
+
 def test_limits_are_each_prompts_own(device):
     model = make_model(CONFIG, 0, device)
     prompts = prompts_of(CONFIG, device, (24, 22, 3))
