@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pytransformer.generation.caches.paged import PagedCache, PagedLayer, PageGroup
 from pytransformer.generation.caches.part import CachePart
-from pytransformer.nn import RMSNorm, RotaryEmbedding
 
 
 class EngineCache(PagedCache):
@@ -97,19 +96,8 @@ class EngineLayer(PagedLayer):
 
     _paged: EngineCache
 
-    def append(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        rotary: RotaryEmbedding | None,
-        positions: Tensor | None,
-        q_norm: RMSNorm | None,
-        k_norm: RMSNorm | None,
-    ) -> Tensor:
+    def append(self, q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor | None, **options: Any) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
-        options: dict[str, Any] = {"rotary": rotary, "q_norm": q_norm, "k_norm": k_norm}
         if self._paged.starts is None:
             return super().append(q, k, v, positions=positions, **options)
         positions = None if positions is None else positions.flatten()
