@@ -26,6 +26,7 @@ TEMPERATURE = 0.8
 CACHES = ("contiguous", "paged", "int8", "fp8", "paged-int8", "paged-fp8")
 DTYPES = ("float32", "bfloat16", "float16")
 _BEAMS = ("num_beams", "length_penalty")
+_LIMITS = ("temperature", "top_k", "top_p", "min_p")
 _NOT_WITH_TOP = ("prefix", "no-cache", "prompt-lookup", "draft", "num-beams", "length-penalty")
 
 
@@ -195,12 +196,16 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--top generates nothing, so --{unused[0]} has no use: leave one of them out")
 
 
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of these options that were given."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
 def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of :func:`add_sampling_options` that were given, and a seed; ValueError if one is out of range."""
     from pytransformer.generation import Sampler
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given = _given(arguments, *_LIMITS, "repetition_penalty")
     given["seed"] = random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed
     Sampler(1, **{"temperature": TEMPERATURE, **given})
     if arguments.stop and "" in arguments.stop:
@@ -213,15 +218,10 @@ def given_beams(arguments: argparse.Namespace) -> dict[str, Any]:
     from pytransformer.generation import BeamOptions, Sampler
     from pytransformer.generation.beams import check_greedy
 
-    beams = {name: value for name in _BEAMS if (value := getattr(arguments, name)) is not None}
+    beams = _given(arguments, *_BEAMS)
     searched = BeamOptions(**{"num_beams": 2, **beams})  # a length penalty alone is for the checkpoint's beams
     if beams.get("num_beams", 1) > 1:
-        limits = {
-            name: value
-            for name in ("temperature", "top_k", "top_p", "min_p")
-            if (value := getattr(arguments, name)) is not None
-        }
-        check_greedy(Sampler(1, **{"temperature": 0.0, **limits}), searched)
+        check_greedy(Sampler(1, **{"temperature": 0.0, **_given(arguments, *_LIMITS)}), searched)
     return beams
 
 
