@@ -48,9 +48,8 @@ def why_not_recorded(model: Transformer) -> str | None:
 def why_step_varies(model: Transformer) -> str | None:
     """The reason why a step of this model depends on numbers that the host has, or ``None``; whatever the device."""
     stack, config = model.model, model.config
-    for rotary in (stack.rotary, stack.local_rotary):
-        if rotary is not None and rotary.depends_on_length:
-            return "RoPE's frequencies depend on the length, which the host looks at in each step"
+    if any(rotary.depends_on_length for rotary in stack.rotaries):
+        return "RoPE's frequencies depend on the length, which the host looks at in each step"
     if stack.alibi_bias is not None or stack.relative_bias is not None:
         return "the bias that is added to the scores grows with the longest sequence"
     if config.is_encoder_decoder:

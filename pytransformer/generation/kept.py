@@ -75,13 +75,10 @@ class KeptCache:
         if self._run is run:
             self.forget()
 
-    def open(self, run: Record, capacity: int, rotaries: list[RotaryEmbedding]) -> SequenceCache:
-        """The cache with room for ``capacity`` tokens, holding what the prompt of ``run`` begins with.
-
-        ``rotaries``: the model's.
-        """
+    def open(self, run: Record, capacity: int) -> SequenceCache:
+        """The cache with room for ``capacity`` tokens, holding what the prompt of ``run`` begins with."""
         prompt = run.rows[0].tolist()
-        known = _common(prompt, self.token_ids, rotaries)
+        known = _common(prompt, self.token_ids, self.model.model.rotaries)
         # From here on the text is that of this run, of which at least what is common is in the cache.
         self._run, self.reused = run, 0
         self._roll_back(known)

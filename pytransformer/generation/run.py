@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pytransformer.model.transformer import EncoderDecoder, Transformer
 from pytransformer.nn.linear import MAX_PACKED_ROWS
-from pytransformer.nn.position import RotaryEmbedding
 
 from . import graphs
 from .bound import bind
@@ -156,9 +155,7 @@ class Run(Record):
         capacity = max(length + limit for length, (limit, _) in zip(self.prompt_lengths, self.limits))
         # The last token that is chosen is not fed again; a prompt alone must fit nevertheless.
         capacity = max(capacity - 1, *self.prompt_lengths)
-        cache = (
-            self._make_cache(capacity) if self.kept is None else self.kept.open(self, capacity, rotaries(self.model))
-        )
+        cache = self._make_cache(capacity) if self.kept is None else self.kept.open(self, capacity)
         options = {} if self.source is None else self.source.options(cache)
         known = cache.max_length
         if known == 0 and self.prefix is not None:
@@ -209,7 +206,7 @@ class Run(Record):
         """
         return {
             rotary.original_length
-            for rotary in rotaries(self.model)
+            for rotary in self.model.model.rotaries
             if rotary.depends_on_length and not rotary.is_dynamic
         }
 
@@ -264,11 +261,6 @@ def padded(model: Transformer, rows: list[list[int]]) -> tuple[Tensor, Tensor, T
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    if not any(rotary.depends_on_length for rotary in rotaries(model)):
+    if not any(rotary.depends_on_length for rotary in model.model.rotaries):
         return ids, lengths, None
     return ids, lengths, torch.arange(longest, device=device) < lengths[:, None]
-
-
-def rotaries(model: Transformer) -> list[RotaryEmbedding]:
-    """The model's tables of RoPE."""
-    return [rotary for rotary in (model.model.rotary, model.model.local_rotary) if rotary is not None]

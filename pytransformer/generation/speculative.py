@@ -28,7 +28,7 @@ from pytransformer.model.transformer import Transformer
 from .caches import SequenceCache
 from .drafts import Drafter, DraftModel, ModelDrafter, PromptLookup, Proposals, make_drafter
 from .results import Generation, Step
-from .run import Run, Source, padded, rotaries
+from .run import Run, Source, padded
 from .sampling import UNIT, Sampler, Uniforms, log_probabilities, pick
 
 # A sequence this many tokens ahead of the slowest one, whose tokens are told together with its own, waits: their logits take memory.
@@ -146,7 +146,7 @@ class SpeculativeRun(Run):
         """How many tokens may be proposed for a sequence: a pass must neither run past its limit nor see RoPE change."""
         most = min(self.num_tokens, self.limits[row][0] - len(self.new_tokens[row]) - 1)
         length = self._held(row) + 1
-        for rotary in rotaries(self.model):
+        for rotary in self.model.model.rotaries:
             # "dynamic" has other frequencies with every token from there on, the others have them once.
             if rotary.depends_on_length and (rotary.is_dynamic or length <= rotary.original_length):
                 most = min(most, max(rotary.original_length - length, 0))

@@ -96,6 +96,11 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = make_norm(config, **place) if config.final_norm else None
 
+    @property
+    def rotaries(self) -> list[RotaryEmbedding]:
+        """RoPE's tables: one, two where layers with a window have their own, or none."""
+        return [rotary for rotary in (self.rotary, self.local_rotary) if rotary is not None]
+
     def forward(
         self,
         input_ids: Tensor | None = None,

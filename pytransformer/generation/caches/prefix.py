@@ -205,5 +205,4 @@ def _check_model(model: Any, length: int) -> None:
 
 def lengths_that_change_rope(model: Transformer) -> set[int]:
     """Lengths up to which one set of RoPE's frequencies holds, where there are others behind."""
-    rotaries = (model.model.rotary, model.model.local_rotary)
-    return {rotary.original_length for rotary in rotaries if rotary is not None and rotary.depends_on_length}
+    return {rotary.original_length for rotary in model.model.rotaries if rotary.depends_on_length}
