@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from . import arithmetic, casts, reductions
+from . import arithmetic, casts, economy, reductions
 from .errors import KernelFault, UnsupportedTritonError
 from .memory import Access, LaunchMemory, named_tensors, strip
 
@@ -57,6 +57,8 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "GridExecutor.__call__": ("self", "args_dev", "kwargs"),
     "InterpretedFunction.__call__": ("self", "args", "kwargs"),
     "InterpretedFunction.rewrite": ("self",),
+    "_patch_attr": ("obj", "name", "member", "builder", "scope"),
+    "_patch_builtin": ("pkg", "builder", "scope"),
     "_patch_lang": ("fn",),
     "_patch_lang_tensor": ("tensor", "scope"),
     "_implicit_cvt": ("arg",),
@@ -425,7 +427,7 @@ def _install_grid(active: _Interpreter) -> None:
 
 
 def _install_language(active: _Interpreter) -> None:
-    """One repair (loaded integers as loop bounds) and two savings of time, which together pay for all the checks."""
+    """One repair (loaded integers as loop bounds), and savings of time, which together pay for all the checks."""
     patch_lang_tensor, patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
     get_np_dtype = interpreter._get_np_dtype
     np_dtypes: dict[str, Any] = {}
@@ -450,6 +452,16 @@ def _install_language(active: _Interpreter) -> None:
             found = np_dtypes[tt_dtype.name] = get_np_dtype(tt_dtype)
         return found
 
+    semantic = interpreter.interpreter_semantic
+    for owner, name, wrapper in (
+        (tl.core.tensor, "__init__", economy.tensor_init),
+        (tl.core.block_type, "__init__", economy.block_type_init),
+        *((type(semantic), wrapper.__name__, wrapper) for wrapper in economy.SEMANTICS),
+    ):
+        active.replace(owner, name, wrapper(getattr(owner, name)))
+    patch_attr = economy.patch_attr(semantic)
+    active.replace(interpreter, "_patch_attr", patch_attr)
+    active.replace(interpreter, "_patch_builtin", economy.patch_builtin(tl.core.is_builtin, patch_attr))
     active.replace(interpreter, "_patch_lang_tensor", patch_tensor)
     active.replace(interpreter, "_patch_lang", patch_lang_once)
     active.replace(interpreter, "_get_np_dtype", cached_np_dtype)

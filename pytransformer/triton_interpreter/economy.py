@@ -1,0 +1,152 @@
+"""Savings of time in Triton's front end, which the interpreter walks through anew in every operation of every program.
+
+They change no value: types and shapes that were made once are used again, and operands of one shape are not broadcast.
+Together they halve the time of a kernel of small tiles, whose operations cost less than the making of their types.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Method = Callable[..., Any]
+
+
+def tensor_init(original: Method) -> Method:
+    """``tl.tensor.__init__`` that makes the constants of a shape once.
+
+    What the original sets is compared the first time, so that a Triton that sets more is left alone.
+    """
+    shapes: dict[tuple[int, ...], tuple[Any, Any] | None] = {}
+
+    @functools.wraps(original)
+    def __init__(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape) if type.is_block() else ()
+        known = shapes.get(key)
+        if known is not None:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.shape, self.numel = known
+            return
+        original(self, handle, type)
+        if vars(self).keys() == {"handle", "type", "dtype", "shape", "numel"}:
+            shapes.setdefault(key, (self.shape, self.numel))
+
+    return __init__
+
+
+def block_type_init(original: Method) -> Method:
+    """``tl.block_type.__init__`` that checks and names a shape of an element type once."""
+    made: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}
+
+    @functools.wraps(original)
+    def __init__(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, tuple(shape))
+        known = made.get(key)
+        if known is not None:
+            vars(self).update(known)
+            self.element_ty = element_ty
+            return
+        original(self, element_ty, shape)
+        made[key] = dict(vars(self))
+
+    return __init__
+
+
+def broadcast_impl_value(original: Method) -> Method:
+    """``TritonSemantic.broadcast_impl_value`` that returns two operands of one shape, or two scalars, as they are."""
+
+    @functools.wraps(original)
+    def method(self: Any, lhs: Any, rhs: Any) -> Any:
+        left, right = lhs.type, rhs.type
+        if left.is_block():
+            if right.is_block() and left.shape is right.shape:
+                return lhs, rhs
+        elif not right.is_block():
+            return lhs, rhs
+        return original(self, lhs, rhs)
+
+    return method
+
+
+def cast(original: Method) -> Method:
+    """``TritonSemantic.cast`` that returns what has the type already as it is."""
+
+    @functools.wraps(original)
+    def method(self: Any, input: Any, dst_ty: Any, *args: Any, **kwargs: Any) -> Any:
+        if input.dtype is dst_ty.scalar:
+            return input
+        return original(self, input, dst_ty, *args, **kwargs)
+
+    return method
+
+
+def computation_type_impl(original: Method) -> Method:
+    """``TritonSemantic.computation_type_impl``, a function of the types' names, asked once for each."""
+    found: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(original)
+    def method(self: Any, a_ty: Any, a_is_scalar: bool, b_ty: Any, b_is_scalar: bool, div_or_mod: bool) -> Any:
+        key = (a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod)
+        if key not in found:
+            found[key] = original(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod)
+        return found[key]
+
+    return method
+
+
+_CHECKED = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def binary_op_sanitize_overflow_impl(original: Method) -> Method:
+    """The check for overflow in one step of NumPy; where it finds one, the original says so in its words."""
+
+    @functools.wraps(original)
+    def method(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
+        dtype = lhs.dtype
+        if dtype.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
+            return
+        operation = _CHECKED.get(binary_op.__name__)
+        if operation is not None:
+            exact = operation(lhs.handle.data, rhs.handle.data, dtype=np.int64)
+            if exact.size == 0 or (
+                dtype.get_int_min_value() <= exact.min() and exact.max() <= dtype.get_int_max_value()
+            ):
+                return
+        original(self, lhs, rhs, binary_op)
+
+    return method
+
+
+def patch_attr(semantic: Any) -> Method:
+    """``_patch_attr`` whose builtins replace their ``_semantic`` without a copy of all arguments by name."""
+
+    def _patch_attr(owner: Any, name: str, member: Method, builder: Any, scope: Any) -> None:
+        def builtin(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return member(*args, **kwargs)
+
+        scope.set_attr(owner, name, builtin)
+
+    return _patch_attr
+
+
+def patch_builtin(is_builtin: Callable[[Any], bool], patch_attr: Method) -> Method:
+    """``_patch_builtin`` that goes through the members of a module or class once, before any is replaced, and not in every launch."""
+    names: dict[int, list[str]] = {}
+
+    def _patch_builtin(pkg: Any, builder: Any, scope: Any) -> None:
+        if id(pkg) not in names:  # modules and classes, which are never freed
+            names[id(pkg)] = [name for name, member in inspect.getmembers(pkg) if is_builtin(member)]
+        for name in names[id(pkg)]:
+            member = getattr(pkg, name)
+            if is_builtin(member):  # not replaced by a launch around this one
+                patch_attr(pkg, name, member, builder, scope)
+
+    return _patch_builtin
+
+
+SEMANTICS = (broadcast_impl_value, cast, computation_type_impl, binary_op_sanitize_overflow_impl)
