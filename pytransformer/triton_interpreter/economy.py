@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import triton.language as tl
 
 Method = Callable[..., Any]
 
@@ -57,17 +58,35 @@ def block_type_init(original: Method) -> Method:
 
 
 def broadcast_impl_value(original: Method) -> Method:
-    """``TritonSemantic.broadcast_impl_value`` that returns two operands of one shape, or two scalars, as they are."""
+    """``TritonSemantic.broadcast_impl_value`` that asks once what two shapes of one rank become.
+
+    Operands of one shape are returned as they are.
+    """
+    shapes: dict[tuple[Any, Any], list[int]] = {}
+
+    def widened(self: Any, value: Any, shape: list[int]) -> Any:
+        if tuple(value.type.shape) == tuple(shape):
+            return value
+        return self.make_tensor(
+            self.builder.create_broadcast(value.handle, shape), type(value.type)(value.type.scalar, shape)
+        )
 
     @functools.wraps(original)
     def method(self: Any, lhs: Any, rhs: Any) -> Any:
         left, right = lhs.type, rhs.type
-        if left.is_block():
-            if right.is_block() and left.shape is right.shape:
-                return lhs, rhs
-        elif not right.is_block():
+        if not left.is_block() and not right.is_block():
             return lhs, rhs
-        return original(self, lhs, rhs)
+        if not left.is_block() or not right.is_block() or len(left.shape) != len(right.shape):
+            return original(self, lhs, rhs)
+        if left.shape is right.shape:
+            return lhs, rhs
+        key = (tuple(left.shape), tuple(right.shape))
+        shape = shapes.get(key)
+        if shape is not None:
+            return widened(self, lhs, shape), widened(self, rhs, shape)
+        lhs, rhs = original(self, lhs, rhs)
+        shapes[key] = list(lhs.type.shape)
+        return lhs, rhs
 
     return method
 
@@ -123,8 +142,12 @@ def binary_op_sanitize_overflow_impl(original: Method) -> Method:
 
 def patch_attr(semantic: Any) -> Method:
     """``_patch_attr`` whose builtins replace their ``_semantic`` without a copy of all arguments by name."""
+    asks_for_semantic = tl.core.builtin(lambda: None).__code__
 
     def _patch_attr(owner: Any, name: str, member: Method, builder: Any, scope: Any) -> None:
+        if getattr(member, "__code__", None) is asks_for_semantic:
+            member = member.__wrapped__  # without the question whether there is a _semantic
+
         def builtin(*args: Any, **kwargs: Any) -> Any:
             kwargs["_semantic"] = semantic
             return member(*args, **kwargs)

@@ -16,6 +16,7 @@ from pytransformer.generation.prepare import prepare
 from pytransformer.model.heads import QuantizedLMHead
 from pytransformer.model.quantized import memory_of, quantize
 from pytransformer.nn import QuantizedLinear
+from pytransformer.nn.packed_codes import why_not_packed
 from pytransformer.training.loss import summed_loss
 
 KINDS = [(8, 64, "int8"), (4, 32, "int4-32")]
@@ -75,14 +76,16 @@ def test_decoding_with_packed_codes_chooses_what_the_layers_choose(bits, group_s
     model = quantize(copy.deepcopy(models["llama"]), bits, group_size=group_size).to(dtype)
     ids = torch.randint(61, (2, 5))
     prepare(model, 2, 100, None)
-    assert all(layer.is_packed for layer in model.modules() if isinstance(layer, QuantizedLinear))
+    packs = why_not_packed(model.lm_head.weight) is None  # codes of 8 bits: only on a CPU that multiplies them exactly
+    assert all(layer.is_packed == packs for layer in model.modules() if isinstance(layer, QuantizedLinear))
     with torch.no_grad():
         assert bound.why_not_bound(model) is None
         decoder, head = bound.bind(model)
         assert decoder is not model.model
         found, expected = head(decoder(ids[:, :1]))[:, 0], model(ids[:, :1])[:, 0]
     # Inputs and outputs of each layer are rounded to bfloat16; the spread of the logits is near 0.1.
-    assert found.dtype == dtype and (found - expected).abs().max() < 0.01 and not torch.equal(found, expected)
+    assert found.dtype == dtype and (found - expected).abs().max() < 0.01
+    assert not (packs and torch.equal(found, expected))
     few = copy.deepcopy(model)
     prepare(few, 2, 3, None)
     assert not few.lm_head.is_packed

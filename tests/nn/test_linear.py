@@ -15,6 +15,13 @@ from pytransformer.verification import SEEDS, Contract
 needs_packing = pytest.mark.skipif(
     linear.why_not_packed(torch.zeros(256, 256)) is not None, reason="this build of torch packs no weights"
 )
+
+
+def packs(dtype):
+    """Whether weights of this dtype are packed here: oneDNN multiplies bfloat16 only on a CPU with AVX-512 or better."""
+    return linear.why_not_packed(torch.zeros(256, 256, dtype=dtype)) is None
+
+
 CPU = torch.device("cpu")  # packing is for CPUs alone
 
 
@@ -27,7 +34,7 @@ def test_packed_results_are_as_near_as_plain_ones(rows, dtype, bias):
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         module = Linear(300, 257, bias=bias, device=CPU, dtype=dtype)
-        assert module.pack(rows) and module.is_packed
+        assert module.pack(rows) == module.is_packed == packs(dtype)
         product = module.product()
         # The number of rows that was packed for, and another one, which is served as well.
         for name, count in (("rows", rows), ("other rows", rows + 1)):
@@ -105,7 +112,7 @@ def test_packing_again_finds_every_change(packed, change):
     CHANGES[change](packed)
     fresh = Linear(256, 256, device=CPU, dtype=packed.weight.dtype)
     fresh.load_state_dict(packed.state_dict())
-    assert packed.pack() and fresh.pack() and packed._packed is not before
+    assert packed.pack() == fresh.pack() == packs(packed.weight.dtype) and packed._packed is not before
     x = torch.randn(1, 256).to(packed.weight.dtype)
     assert torch.equal(packed.product()(x), fresh.product()(x))
 

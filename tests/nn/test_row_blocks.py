@@ -81,6 +81,9 @@ def test_packed_products_are_those_of_packed_blocks(dtype, bias):
     biases = [None, None] if blocks.bias is None else blocks.bias.split((256, 512))
     x = torch.randn(1, 1, 256, dtype=dtype)
     torch.testing.assert_close(blocks.product()(x), blocks(x))
+    if linear.why_not_packed(blocks.blocks[0]) is not None:  # bfloat16 on a CPU without AVX-512
+        assert not blocks.pack() and not blocks.is_packed
+        return
     assert blocks.pack() and blocks.is_packed
     apart = [linear.PackedWeight(block, 1).product(block, part)(x) for block, part in zip(blocks.blocks, biases)]
     assert torch.equal(blocks.product()(x), torch.cat(apart, dim=-1))

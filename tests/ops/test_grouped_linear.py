@@ -10,7 +10,7 @@ from pytransformer import grouped_linear, reference
 from pytransformer.ops import checks
 from pytransformer.ops.grouped_linear import by_torch
 from pytransformer.ops.grouped_linear.call import GroupedLinearCall, GroupedLinearGradientCall
-from pytransformer.verification import measure
+from pytransformer.verification import SEEDS, Contract, measure
 from pytransformer.verification.cases import FLOATS, Case
 
 FUSED = ("triton", "torch")
@@ -142,15 +142,22 @@ def test_fullgraph(backend, dynamic, device):
 @pytest.mark.parametrize("backend", FUSED)
 def test_func_grad_and_vmap(backend, device):
     tensors = draw(device=device)
-    x, weight = torch.randn(3, 13, 16, device=device), tensors["weight"].detach()
+    weight = tensors["weight"].detach()
 
-    def gradients(backend):
+    def gradients(backend, x, weight):
         def of(x, weight):
             return grouped_linear(x, weight, tensors["offsets"], backend=backend).square().sum()
 
         return torch.func.vmap(torch.func.grad(of, argnums=(0, 1)), in_dims=(0, None))(x, weight)
 
-    assert_close(gradients(backend), gradients("reference"))
+    contract = Contract(torch.float32)
+    for _ in range(SEEDS):
+        x = torch.randn(3, 13, 16, device=device)
+        results = gradients(backend, x, weight), gradients("torch", x, weight)
+        golden = gradients("reference", x.double(), weight.double())
+        for name, actual, plain, exact in zip(("x", "weight"), *results, golden):
+            contract.add(name, actual=actual, plain=plain, golden=exact, kind="gradient")
+    contract.check()
 
 
 @pytest.mark.parametrize("backend", FUSED)

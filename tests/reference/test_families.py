@@ -25,6 +25,8 @@ from transformers.models.t5 import T5Config, T5ForConditionalGeneration
 
 from pytransformer import TransformerConfig
 from pytransformer.reference import EncoderDecoder, Transformer
+from pytransformer.verification import Contract
+from tests.support.draws import hold
 
 VOCAB, HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE = 40, 16, 4, 4, 24
 TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -313,17 +315,19 @@ def test_logits_and_gradients_equal_transformers(family, device):
     golden = copy.deepcopy(ours).double()
     # longrope changes its frequencies beyond 12 tokens
     for seqlen in (9, 15) if "longrope" in family else (9,):
-        our_arguments, their_arguments, real = arguments(config, seqlen, device)
-        results = [
-            outputs(golden, our_arguments, real),
-            outputs(ours, our_arguments, real),
-            outputs(theirs, their_arguments, real),
-        ]
-        for exact, plain, other in zip(*results, strict=True):
-            # float32 rounding as our own float32 run shows it, times the factor of the contract, and its allowance
-            rounding = (plain - exact).abs().max().item()
-            allowed = 4 * rounding + 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
-            assert (other - exact).abs().max().item() <= allowed
+        # What is judged is transformers' float32 model, beside ours.
+        contract = Contract(torch.float32)
+
+        def add(draw: int, seqlen: int = seqlen, contract: Contract = contract) -> None:
+            our_arguments, their_arguments, real = arguments(config, seqlen, device)
+            exact, plain, other = (
+                outputs(model, given, real)
+                for model, given in ((golden, our_arguments), (ours, our_arguments), (theirs, their_arguments))
+            )
+            for name, *found in zip(("logits", "gradient"), other, plain, exact, strict=True):
+                contract.add(name, **dict(zip(("actual", "plain", "golden"), found)))
+
+        hold(contract, add, 1)
 
 
 def outputs(model, call, real):

@@ -29,6 +29,7 @@ from pytransformer.generation import generate
 from pytransformer.model.families import Family, find_family, mapping, read_config, write_config
 from pytransformer.model.families.family import COMMON
 from pytransformer.verification.contract import SEEDS, Contract
+from tests.support.draws import hold
 
 # The bound: largest error of float32 logits as a part of their largest magnitude.
 LOGITS_ERROR = 2e-5
@@ -295,13 +296,15 @@ def gradients(case: Case) -> None:
     ours, theirs = both.ours(), both.theirs()
     first = ours.tied_names()
     names = {first.get(name, name) for name, _ in ours.named_parameters()} - set(case.untrained)
-    for index in range(DRAWS):
+
+    def add(index: int) -> None:
         inputs = both.draw(index)
         actual = {first.get(name, name): grad for name, grad in backward(ours, call_ours(ours, inputs)).items()}
         plain = both.through_table(theirs, backward(theirs, call_theirs(theirs, inputs)))
         assert names <= set(plain), f"not compared: {sorted(names - set(plain))}"
         contract.add_all({name: actual[name] for name in names}, plain, both.golden(index)[1], kind="gradient")
-    contract.check()
+
+    hold(contract, add, DRAWS)
 
 
 def backward(model: torch.nn.Module, output: Tensor) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ CASES = [
             **_MARIAN, "decoder_vocab_size": 29, "share_encoder_decoder_embeddings": False, "d_model": 24,
             "encoder_attention_heads": 2, "decoder_attention_heads": 4,
         },
+        quiet=("q_proj.weight", 0.5),  # sharper softmaxes make one rounding grow to whatever the library of products decides
         **_COMMON,
     ),
     Case(
