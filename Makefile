@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 RUN ?= runs/demo
 # `make cuda` builds the CUDA extension; nothing else here waits for it.
-PIP := PYTRANSFORMER_CUDA=0 $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
+# Byte code is made of what is imported, when it is: of all of PyTorch and transformers it takes a minute.
+PIP := PYTRANSFORMER_CUDA=0 $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint requirements/constraints.txt
 # All kernels are compiled in the first test that asks for one.
 COMPILE_SECONDS := 3000
 # What runs in the emulator. The norm ops' tests take every backend, and there the CUDA one alone.
