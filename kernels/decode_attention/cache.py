@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .widen import widen
+
 # Sizes that change from call to call must not compile a kernel each.
 UNSPECIALISED = [
     "batch", "num_tiles", "max_splits", "seqlen_q", "capacity", "window_left", "window_right", "scratch_rows",
@@ -96,14 +98,11 @@ def load_rows(rows_ptr, keep, offs_dim, DIM: tl.constexpr, BLOCK_DIM: tl.constex
 
 @triton.jit
 def load_cache(
-    rows_ptr, keep, offs_dim, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FORMAT: tl.constexpr, dtype: tl.constexpr
-):
+    rows_ptr, keep, offs_dim, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FORMAT: tl.constexpr, IS_PURE: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
     """Keys or values at rows_ptr as ``dtype``; 0 where not ``keep``: cells that no query sees may hold anything, NaN too."""
     tile = load_rows(rows_ptr, keep, offs_dim, DIM, BLOCK_DIM)
-    if FORMAT == "e4m3":
-        # Sign, then exponent and mantissa moved to float16's places; the exponent's bias differs by 8. Exact, subnormals too; 0x7f is NaN.
-        bits = tile.to(tl.uint16)
-        magnitude = bits & 0x7F
-        value = (((bits & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True) * 256.0
-        tile = tl.where(magnitude == 0x7F, float("nan"), value)
+    if FORMAT != "native":
+        tile = widen(tile, FORMAT, IS_PURE)
     return tile.to(dtype)

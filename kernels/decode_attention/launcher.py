@@ -28,7 +28,16 @@ import torch
 from torch import Tensor
 
 from ..attention.options import block_dim, broadcast_strides, dot_precision, window_limits
-from ..launch import COMMON_OPTIONS, as_bytes, cdiv, contiguous_strides, scale_strides, strides_by_name, viewed
+from ..launch import (
+    COMMON_OPTIONS,
+    as_bytes,
+    cdiv,
+    contiguous_strides,
+    device_limits,
+    scale_strides,
+    strides_by_name,
+    viewed,
+)
 from ..prepared import PreparedLaunch, by_name
 from .counters import Counters
 from .policy import DecodeConfig, decode_configs, num_programs, row_classes
@@ -73,7 +82,7 @@ class DecodeLaunch:
             masked = call.mask is not None or call.bias is not None
             itemsize = call.k_cache.element_size()
             configs = decode_configs(
-                sizes.head_dim, sizes.value_dim, itemsize, device, paged, masked, sizes.num_kv_heads
+                sizes.head_dim, sizes.value_dim, itemsize, device, paged, masked, sizes.num_kv_heads, q.element_size()
             )
         values = {**_strides(call, sizes, out_shape, lse_shape), **_options(call, sizes, allow_tf32)}
         rows = sizes.seqlen_q * sizes.group
@@ -180,11 +189,18 @@ def _options(call: DecodeCall, sizes: Sizes, allow_tf32: bool) -> dict[str, Any]
         "ROW_RIGHT": several_queries and window_right >= 0,
         "HAS_SOFTCAP": call.softcap > 0.0,
         "SCALE_PER_TOKEN": call.k_scale is not None and call.k_scale.dim() > 1,
-        "FORMAT": "e4m3" if call.k_cache.dtype == torch.float8_e4m3fn else "native",
+        "FORMAT": _format(call.k_cache),
         "PRECISION": dot_precision(call.q.dtype, allow_tf32),
         "DIM": sizes.head_dim, "BLOCK_DIM": block_dim(sizes.head_dim),
         "VALUE_DIM": sizes.value_dim, "BLOCK_VALUE_DIM": block_dim(sizes.value_dim),
     }  # fmt: skip
+
+
+def _format(cache: Tensor) -> str:
+    """How the kernel reads elements of a cache; of an instruction for float8 only the device's generation knows."""
+    if cache.dtype == torch.float8_e4m3fn:
+        return "e4m3_sm89" if device_limits(cache.device).arch >= 89 else "e4m3"
+    return "int8" if cache.dtype == torch.int8 else "native"
 
 
 def _views(call: DecodeCall, sizes: Sizes) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -14,8 +14,8 @@ UNLIMITED = 2**30  # more keys than a cache can hold, small enough to be added t
 
 
 # One sequence should fill a GPU by itself: so many programs share its keys, over all key heads, as soon as it has that many steps of
-# keys (64 keys a step: 1k keys with 8 key heads). More would only write more partial results: each task leaves at most as many as it has
-# splits, and scratch is bounded by the splits that the programs of a launch can begin.
+# keys (64 a step: 1k keys with 8 key heads; of codes 128). More would only write more partial results: each task leaves at most as many
+# as it has splits, and scratch is bounded by the splits that the programs of a launch can begin.
 PROGRAMS_OF_A_SEQUENCE = 128
 LEAST_SPLITS, MOST_SPLITS = 8, 64
 # With more rows a partial result is longer, and a GPU sooner full.
@@ -46,7 +46,7 @@ class DecodeConfig:
 
 def decode_configs(
     head_dim: int, value_dim: int, itemsize: int, device: torch.device, paged: bool = False, masked: bool = False,
-    num_kv_heads: int = 8,
+    num_kv_heads: int = 8, q_itemsize: int = 2,
 ) -> tuple[DecodeConfig, ...]:  # fmt: skip
     """The three row classes, narrow to wide. Which class serves a sequence depends on its own rows only; likewise every tile size.
 
@@ -55,19 +55,26 @@ def decode_configs(
         paged: a step first loads page numbers, so the pipeline is one stage deeper. Stages do not change results.
         masked: a mask or bias is read for every score.
         num_kv_heads: with few of them each is split more.
+        q_itemsize: bytes of an element of the queries.
     """
     limits = device_limits(device)
     row_bytes = (block_dim(head_dim) + block_dim(value_dim)) * itemsize
     # 32 KB per stage (64 keys at head_dim 128, 16-bit) on two blocks per SM: HBM3's latency asks for ~40 KB per SM in flight.
     block_n = 64 if row_bytes <= 512 and itemsize < 4 else 32
-    stages = max(1, min(3, (limits.shared_memory // 2 - 8192) // (block_n * row_bytes)))
+    # Codes are half as many bytes; with few rows a step takes twice as many, as half of its instructions do not depend on how many.
+    is_coded = itemsize == 1 and q_itemsize == 2
+    narrow_n = 2 * block_n if is_coded and row_bytes <= 256 and not masked else block_n
+    stages = max(1, min(3, (limits.shared_memory // 2 - 8192) // (narrow_n * row_bytes)))
     # float32 products without tensor cores keep their operands in registers, and a mask or bias its 64-bit addresses: 64 rows spill.
+    # Codes that are taken apart by hand spill there too.
     block_m = 64
-    if masked or (itemsize == 4 and row_bytes > 512):
+    if masked or (is_coded and limits.arch < 89) or (itemsize == 4 and row_bytes > 512):
         block_m = 16 if itemsize == 4 and row_bytes >= 1024 else 32
     # 4 warps hold 64 rows of 128 features in 249 registers, and with options on top they spill. Triton 3.6 needs more registers for float32
     # than later releases: there 4 warps spill with 16 rows of 256 features, and 8 warps with 32 rows of 128.
-    wide = (block_m, block_n, 4 if row_bytes <= 256 else 8, min(stages, 2) + paged)
+    # Codes become 16 bits.
+    wide_warps = 4 if row_bytes * (2 if is_coded else 1) <= 256 else 8
+    wide = (block_m, block_n, wide_warps, min(stages, 2) + paged)
     few = max(LEAST_SPLITS, min(MOST_SPLITS, PROGRAMS_OF_A_SEQUENCE // num_kv_heads))
     many = max(LEAST_SPLITS_OF_MANY_ROWS, min(MOST_SPLITS_OF_MANY_ROWS, PROGRAMS_OF_MANY_ROWS // num_kv_heads))
     # More than 128 rows fill the GPU by themselves, and partial results would outgrow the cache.
@@ -76,7 +83,7 @@ def decode_configs(
     narrow_warps = 8 if masked or paged or itemsize != 2 else 4
     split_rows = min(block_m, 32) if row_bytes >= 1024 else block_m
     return (
-        DecodeConfig(0, 16, 16, block_n, narrow_warps, stages + paged, few),
+        DecodeConfig(0, 16, 16, narrow_n, narrow_warps, stages + paged, few),
         DecodeConfig(16, 128, split_rows, *wide[1:], many),
         DecodeConfig(128, UNLIMITED, *wide, 1),
     )

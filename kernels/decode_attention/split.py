@@ -8,12 +8,16 @@ import triton.language as tl
 from .cache import UNSPECIALISED, cache_places, load_cache, load_rows, row_pointers, sequence_extent, tanh, tile_keys
 from .merge import finish_rows, fold_slots, store_partial
 from .schedule import first_split_from, program_at, sequence_steps, sequence_tiles, split_start, stretch_of
+from .widen import HEADROOM, narrow_rows, reach_of_keys
 
 
 @triton.jit
-def _softmax_step(scores, row_max, row_sum):
-    """(exp(scores - new maximum), factor of the output so far, new maximum, new sum) of the rows."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+def _softmax_step(scores, reach, row_max, row_sum, HEADROOM: tl.constexpr):
+    """(exp(scores - new shift), factor of the output so far, new shift, new sum) of the rows.
+
+    The shift is the largest ``reach`` so far, which need not be the scores', less ``HEADROOM``; no result depends on it but for rounding.
+    """
+    new_max = tl.maximum(row_max, tl.max(reach, 1) - HEADROOM)
     # A row that has seen nothing yet keeps -inf as its maximum; subtracting that would give NaN.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.exp(scores - shift[:, None])
@@ -58,7 +62,16 @@ def _attend(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, sum, unnormalised output) of a tile of rows over the keys [begin, end), of which those before ``low`` are not seen."""
+    """(shift, sum, unnormalised output) of a tile of rows over the keys [begin, end), of which those before ``low`` are not seen.
+
+    The shift is the largest score, or with codes what keeps their products in float16's range (widen.py).
+    """
+    IS_NARROW: tl.constexpr = FORMAT != "native" and q.dtype != tl.float32
+    if FORMAT != "native" and q.dtype == tl.bfloat16:
+        q, inverse = narrow_rows(q)
+        row_scale = (inverse * score_scale)[:, None]
+    else:
+        row_scale = score_scale
     offs_dim = tl.arange(0, BLOCK_DIM)
     offs_value_dim = tl.arange(0, BLOCK_VALUE_DIM)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -71,8 +84,8 @@ def _attend(
             leftpad + n, leftpad + start, keep, cache_row, block_table_row_ptr, PAGE_SIZE, ONE_PAGE
         )
         k_rows_ptr = k_cache_ptr + page * stride_k_cache_page + slot * stride_k_cache_token
-        k = load_cache(k_rows_ptr, keep, offs_dim, DIM, BLOCK_DIM, FORMAT, q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
+        k = load_cache(k_rows_ptr, keep, offs_dim, DIM, BLOCK_DIM, FORMAT, True, q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * row_scale
         if SCALE_PER_TOKEN:
             k_scales_ptr = k_scale_ptr + page * stride_k_scale_page + slot * stride_k_scale_token
             scores *= tl.load(k_scales_ptr, mask=keep, other=0.0)[None, :]
@@ -83,12 +96,18 @@ def _attend(
             bias_rows_ptr, stride_bias_key, mask_rows_ptr, stride_mask_key, ROW_LEFT, ROW_RIGHT,
         )  # fmt: skip
 
-        p, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum)
-        v_rows_ptr = v_cache_ptr + page * stride_v_cache_page + slot * stride_v_cache_token
-        v = load_cache(v_rows_ptr, keep, offs_value_dim, VALUE_DIM, BLOCK_VALUE_DIM, FORMAT, q.dtype)
+        reach = scores
         if SCALE_PER_TOKEN:
             v_scales_ptr = v_scale_ptr + page * stride_v_scale_page + slot * stride_v_scale_token
-            v = (v.to(tl.float32) * tl.load(v_scales_ptr, mask=keep, other=0.0)[:, None]).to(q.dtype)
+            v_scales = tl.load(v_scales_ptr, mask=keep, other=0.0)
+            if IS_NARROW:
+                reach = scores + reach_of_keys(v_scales)[None, :]
+        p, rescale, row_max, row_sum = _softmax_step(scores, reach, row_max, row_sum, HEADROOM if IS_NARROW else 0.0)
+        if SCALE_PER_TOKEN:
+            p *= v_scales[None, :]
+        v_rows_ptr = v_cache_ptr + page * stride_v_cache_page + slot * stride_v_cache_token
+        # Widened before it goes through shared memory: there two bytes of neighbouring keys cannot be brought together but one by one.
+        v = load_cache(v_rows_ptr, keep, offs_value_dim, VALUE_DIM, BLOCK_VALUE_DIM, FORMAT, False, q.dtype)
         acc = tl.dot(p.to(q.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
 
     if k_scale_ptr is not None and not SCALE_PER_TOKEN:

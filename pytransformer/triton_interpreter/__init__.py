@@ -23,6 +23,7 @@ does by itself:
 * two programs that touch one element in ways whose order matters raise, whatever order they ran in; so does a store
   that writes an element twice;
 * masked-off lanes of a load without ``other`` are NaN;
+* ``tl.inline_asm_elementwise`` runs, as far as the few PTX instructions go that :mod:`.assembly` knows;
 * ``tl.device_assert`` and integer overflow checks are on; a grid that CUDA would refuse is refused;
 * :func:`program_order` shuffles the order of programs.
 

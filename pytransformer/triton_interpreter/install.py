@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from . import arithmetic, casts, economy, reductions
+from . import arithmetic, assembly, casts, economy, reductions
 from .errors import KernelFault, UnsupportedTritonError
 from .memory import Access, LaunchMemory, named_tensors, strip
 
@@ -34,6 +34,7 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "InterpreterBuilder.ternary_op": ("self", "lhs", "rhs", "other", "op"),
     "InterpreterBuilder.cast_impl": ("self", "src", "dst_type"),
     "InterpreterBuilder.create_fp_to_fp": ("self", "src", "dst_type", "rounding_mode"),
+    "InterpreterBuilder.create_inline_asm": ("self", "inlineAsm", "constraints", "values", "type", "isPure", "pack"),
     "InterpreterBuilder.create_dot": ("self", "a", "b", "d", "input_precision"),
     "InterpreterBuilder.create_fma": ("self", "x", "y", "z"),
     "InterpreterBuilder.create_idiv": ("self", "lhs", "rhs"),
@@ -236,6 +237,7 @@ def _install_arithmetic(active: _Interpreter) -> None:
     wrap(builder, "create_dot", functools.partial(arithmetic.create_dot, tf32=active.options.tf32))
     wrap(builder, "cast_impl", casts.cast_impl)
     wrap(builder, "create_fp_to_fp", casts.create_fp_to_fp)
+    wrap(builder, "create_inline_asm", assembly.create_inline_asm)
     wrap(interpreter.ReduceOps, "apply_impl", reductions.reduce_apply_impl)
     wrap(interpreter.ScanOps, "apply_impl", reductions.scan_apply_impl)
     if hasattr(interpreter, "_mxfp_value_handle_to_float32"):  # from Triton 3.9 on

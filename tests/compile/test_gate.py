@@ -176,6 +176,12 @@ ptxas info    : Used 168 registers, used 1 barriers, 24 bytes cumulative stack s
         sass.parse_ptxas_log("")
 
 
+def test_kernels_held_to_the_issue_ratio_exist():
+    """A kernel that was renamed would be held to nothing."""
+    launched = set().union(*map(compile_gate.kernels_of, compile_gate.ops()))
+    assert launched >= compile_gate.STREAMING
+
+
 def test_launched_kernels_are_found_in_the_source(tmp_path):
     path = tmp_path / "kernels.py"
     path.write_text(

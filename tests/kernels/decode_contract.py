@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -168,12 +168,17 @@ def golden(inputs: Inputs, case: Decode, dtype: torch.dtype) -> tuple[Tensor, Te
     return result
 
 
-def check_contract(case: Decode, device: torch.device, lengths: Sequence[tuple[int, ...]] = (), **changes: Any) -> None:
-    """Pools the errors of a case over the seeds; ``lengths`` gives other lengths to each seed in turn."""
+def check_contract(
+    case: Decode, device: torch.device, lengths: Sequence[tuple[int, ...]] = (), *,
+    alter: Callable[[Inputs, int], None] | None = None, **changes: Any,
+) -> None:  # fmt: skip
+    """Pools the errors of a case over the seeds; ``lengths`` gives other lengths to each seed in turn, ``alter`` changes what is drawn."""
     contract = Contract(case.dtype)
     for seed in range(SEEDS):
         drawn = replace(case, lengths=lengths[seed % len(lengths)]) if lengths else case
         inputs = draw(drawn, seed, device)
+        if alter is not None:
+            alter(inputs, seed)
         exact, plain = golden(inputs, drawn, torch.float64), golden(inputs, drawn, drawn.dtype)
         actual = run(inputs, drawn, **changes)
         for place, name in enumerate(("out", "lse")):
