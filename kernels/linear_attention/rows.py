@@ -206,11 +206,10 @@ def rows_launch(
         "OF_FEATURES": result in ("dq", "dk"),
         "ROWS_ARE_KEYS": are_keys,
     }
+    num_warps = config.more_warps if result in ("dq", "dk") else config.num_warps
     return PreparedLaunch(
         linear_attention_rows_kernel,
-        *passes.arguments(
-            linear_attention_rows_kernel, programs, _ROLES[result], values, config.num_warps, config.num_stages
-        ),
+        *passes.arguments(linear_attention_rows_kernel, programs, _ROLES[result], values, num_warps, config.num_stages),
     )
 
 

@@ -193,7 +193,7 @@ def chunk_launch(
     }
     return PreparedLaunch(
         linear_attention_chunk_kernel,
-        *passes.arguments(linear_attention_chunk_kernel, programs, roles, values, config.num_warps, config.num_stages),
+        *passes.arguments(linear_attention_chunk_kernel, programs, roles, values, config.more_warps, config.num_stages),
     )
 
 

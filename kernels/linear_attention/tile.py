@@ -93,11 +93,16 @@ def load_features(ptr, stride, rows_left, offs_row, offs_dim, DIM: tl.constexpr,
 
 
 @triton.jit
+def power_of_two_below(top):
+    """What numbers up to ``top`` are divided by to be near 1, without rounding them; 1 for 0."""
+    return tl.where(top == 0.0, 1.0, tl.exp2(tl.floor(tl.log2(top))))
+
+
+@triton.jit
 def multiply(rows, others, acc, traits):
     """acc + rows @ others; rows in float32, each of them brought near 1 where float16 might not hold it."""
     if traits.SCALED:
-        top = tl.max(tl.abs(rows), 1)
-        top = tl.where(top == 0.0, 1.0, top)[:, None]
+        top = power_of_two_below(tl.max(tl.abs(rows), 1))[:, None]
         acc += tl.dot((rows / top).to(others.dtype), others) * top
     else:
         acc = tl.dot(rows.to(others.dtype), others, acc, input_precision=traits.PRECISION)
@@ -108,8 +113,7 @@ def multiply(rows, others, acc, traits):
 def multiply_by_state(rows, state, acc, traits):
     """acc + rows @ state; a state in float32, all of it brought near 1 where float16 might not hold it."""
     if traits.SCALED:
-        top = tl.max(tl.max(tl.abs(state), 1), 0)
-        top = tl.where(top == 0.0, 1.0, top)
+        top = power_of_two_below(tl.max(tl.max(tl.abs(state), 1), 0))
         acc += tl.dot(rows, (state / top).to(rows.dtype)) * top
     else:
         acc = tl.dot(rows, state.to(rows.dtype), acc, input_precision=traits.PRECISION)
@@ -121,8 +125,7 @@ def outer_products(weighted, others, acc, PARTS: tl.constexpr, traits):
     """acc + weightedᵀ @ others; weighted features in float32, taken apart into so many numbers of the other factor's dtype."""
     top = 1.0
     if traits.SCALED:
-        top = tl.max(tl.max(tl.abs(weighted), 1), 0)
-        top = tl.where(top == 0.0, 1.0, top)
+        top = power_of_two_below(tl.max(tl.max(tl.abs(weighted), 1), 0))
         weighted = weighted / top
     for _ in tl.static_range(PARTS):
         part = weighted.to(others.dtype)

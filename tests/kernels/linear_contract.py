@@ -15,7 +15,7 @@ from tests.support.launchers import linear_backward, linear_forward
 
 FLOAT32 = torch.float32
 # Small tiles: two of rows in a chunk, two of the features and of the values that the default case has.
-CONFIG = LinearConfig(32, 16, 16, 16, 4, 1)
+CONFIG = LinearConfig(32, 16, 16, 16, 4, 1, 4)
 CHUNK = CONFIG.chunk
 
 

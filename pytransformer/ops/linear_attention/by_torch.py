@@ -108,7 +108,8 @@ def _backward_of(run: Callable[[LinearAttentionCall], Outputs]) -> Callable[[Any
             outputs = ((out, given.dout), (state, given.dlast_state), (normalizer, given.dlast_normalizer))
             used = [(output, gradient) for output, gradient in outputs if gradient is not None]
             wanted = [leaf for leaf in leaves if leaf is not None]
-            found = iter(torch.autograd.grad(*map(list, zip(*used)), inputs=wanted, materialize_grads=True))
+            reached, gradients = zip(*used)
+            found = iter(torch.autograd.grad(reached, wanted, gradients, materialize_grads=True))
         dq, dk, dv, ddecay, dstate, dnormalizer = (None if leaf is None else next(found) for leaf in leaves)
         return dq, dk, dv, ddecay if given.wants_decay else None, dstate, dnormalizer
 
