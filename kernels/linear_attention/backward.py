@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attention.options import maker, new_row_strides
-from ..launch import cdiv
+from ..launch import cdiv, device_limits
 from .policy import LinearConfig, Passes, geometry, linear_config, state_strides, strides_of, tiles_of, traits_of
 from .rows import num_programs, rows_launch
 from .states import chunk_launch, scan_blocks, scan_launch, states_of_keys
@@ -41,7 +41,7 @@ class LinearBackward:
 
     def __init__(self, given: Any, *, allow_tf32: bool = False, config: LinearConfig | None = None) -> None:
         shape, q = geometry(given), given.q
-        config = config or linear_config(shape.head_dim, shape.value_dim, q.dtype)
+        config = config or linear_config(shape.head_dim, shape.value_dim, q.dtype, device_limits(q.device).arch)
         chunks_k, chunks_q = cdiv(shape.seqlen_k, config.chunk), cdiv(shape.seqlen_q, config.chunk)
         state = (shape.batch, shape.num_kv_heads, shape.head_dim)
         # A number of the decay's gradient for each program.

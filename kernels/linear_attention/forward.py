@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attention.options import maker, new_row_strides
-from ..launch import cdiv
+from ..launch import cdiv, device_limits
 from ..prepared import PreparedLaunch
 from .policy import (
     FEW_TOKENS,
@@ -78,7 +78,7 @@ class LinearForward:
         if call.causal and 0 < shape.seqlen_q <= FEW_TOKENS and config is None:
             self._launches = [recurrence_launch(passes, shape)]
             return
-        config = config or linear_config(shape.head_dim, shape.value_dim, q.dtype)
+        config = config or linear_config(shape.head_dim, shape.value_dim, q.dtype, device_limits(q.device).arch)
         num_chunks = cdiv(shape.seqlen_k, config.chunk)
         self._new_states = maker(q, shape.states(num_chunks), torch.float32)
         common |= tiles_of(config, *(strides[name] for name in ("q", "k", "v", "out")))

@@ -47,21 +47,23 @@ class LinearConfig:
     more_warps: int
 
 
-def linear_config(head_dim: int, value_dim: int, dtype: torch.dtype) -> LinearConfig:
+def linear_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> LinearConfig:
     """Launch policy.
 
     A state of D · E numbers is written, scanned (read and written) and read for each chunk, 16·D·E bytes, where q, k, v and out of a
     token have about 8·D: with 2·D tokens in a chunk the states are as much as the tensors. Longer chunks cost more products than they
-    save bytes. A thread of four warps holds 64 results of 64 × 128 and 32 of a tile of products: 230 and 244 registers for out and dv of
-    128 features with a decay on sm_90, but 60 bytes of spills for dq and dk, which go back through the feature map and have a gradient of
-    the decay.
+    save bytes. Figures are for 128 features with a decay, on sm_90 unless it is said.
     """
     width = max(head_dim, value_dim)
     chunk = 128 if width <= 64 else 256
-    block_f, block_e = (min(limit, max(16, next_power_of_2(width))) for limit in (64, 128))
     if dtype == torch.float32:
         # Exact products run on the FMA units, whose operands lie in registers for the whole depth of a dot.
-        return LinearConfig(chunk, 32, min(block_f, 32), min(block_e, 64), 4, 1, 4)
+        block_f, block_e = (min(limit, max(16, next_power_of_2(width))) for limit in (32, 64))
+        return LinearConfig(chunk, 32, block_f, block_e, 4, 1, 4)
+    # 64 × 128 results and 64 × 64 products by four warps are 96 registers of a thread: out takes 230, dv 244; dq and dk, which go back
+    # through the feature map and have a gradient of the decay, spill 60 bytes so, and take 222 by eight. mma.sync's operands lie in
+    # registers too: dq spills 112 bytes by eight warps on sm_80.
+    block_f, block_e = (min(limit, max(16, next_power_of_2(width))) for limit in (64, 128 if arch >= 90 else 64))
     return LinearConfig(chunk, 64, block_f, block_e, 4, 2, 8)
 
 

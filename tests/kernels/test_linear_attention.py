@@ -71,7 +71,7 @@ def test_the_tiles_that_ship(dtype: torch.dtype, device: torch.device, poison_em
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("dim", [1, 16, 64, 128, 256])
 def test_policy(dim: int, dtype: torch.dtype) -> None:
-    config = linear_config(dim, dim, dtype)
+    config = linear_config(dim, dim, dtype, 90)
     assert config.chunk % config.block_rows == 0 and min(config.block_rows, config.block_f, config.block_e) >= 16
 
 
