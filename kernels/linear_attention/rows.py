@@ -36,7 +36,7 @@ def load_state(state_ptr, offs_f, offs_e, OF_FEATURES: tl.constexpr, traits):
     return tl.load(ptrs, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_row_heads", "num_heads", "num_kv_heads", "seqlen", "num_tiles", "num_chunks"])
+@triton.jit(do_not_specialize=["num_row_heads", "num_heads", "seqlen", "num_tiles", "num_chunks"])
 def linear_attention_rows_kernel(
     row_ptr, row_strides, other_ptr, other_strides, value_ptr, value_strides, base_ptr, base_strides, out_ptr, out_strides,
     states_ptr, denominator_ptr, inverse_ptr, delta_ptr, decay_ptr, stride_decay, partial_ptr,
