@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # The modules that define the ops.
-from pytransformer.ops import attention, decode_attention, grouped_linear, linear_cross_entropy, quantized_linear  # noqa: F401
+from pytransformer.ops import (  # noqa: F401
+    attention,
+    decode_attention,
+    grouped_linear,
+    linear_attention,
+    linear_cross_entropy,
+    quantized_linear,
+)
 from pytransformer.ops.registered import REGISTERED, RegisteredOp
 
 
@@ -82,6 +89,22 @@ def _quantized_linear_backward(call: Any) -> int:
     return int(2 * call.dy.numel() * call.weight.shape[1] * codes_of_byte)
 
 
+def _state_products(call: Any) -> tuple[int, int]:
+    """(of queries with states, of keys with values or states): linear attention as a recurrence, whatever a chunk's own products are."""
+    value_dim = int(call.v.shape[-1])
+    return 2 * int(call.q.numel()) * value_dim, 2 * int(call.k.numel()) * value_dim
+
+
+def _linear_attention(call: Any) -> int:
+    return sum(_state_products(call))
+
+
+def _linear_attention_backward(call: Any) -> int:
+    # dq and the states' gradients over the queries; the states, dk and dv over the keys.
+    of_queries, of_keys = _state_products(call)
+    return 2 * of_queries + 3 * of_keys
+
+
 # By the name of a registered op, of its call.
 _FORMULAS: dict[str, Callable[[Any], int]] = {
     "attention_forward": _attention,
@@ -89,6 +112,8 @@ _FORMULAS: dict[str, Callable[[Any], int]] = {
     "decode_attention": _decode_attention,
     "grouped_linear_forward": _grouped_linear,
     "grouped_linear_backward": _grouped_linear_backward,
+    "linear_attention": _linear_attention,
+    "linear_attention_backward": _linear_attention_backward,
     "quantized_linear_forward": _head,
     "quantized_linear_backward": _quantized_linear_backward,
     "linear_cross_entropy_total": _head_with_gradients,

@@ -105,7 +105,7 @@ def warmup(
 
     Args:
         shapes: of the model, or its configuration (then for bfloat16 and a contiguous cache; :meth:`Shapes.of` takes others).
-        ops: names out of :data:`OPS`; None = all.
+        ops: names out of :data:`OPS`; None = those of :data:`MODEL_OPS`.
         training: the backward passes too.
         arch: compute capability as major · 10 + minor, for another GPU than the one here; None = the current GPU.
         progress: called before each call of an op with its name, the number of calls done and of all.
@@ -119,7 +119,7 @@ def warmup(
         ImportError: Triton is not installed.
     """
     shapes = shapes if isinstance(shapes, Shapes) else Shapes.of(shapes)
-    names = tuple(OPS) if ops is None else tuple(ops)
+    names = MODEL_OPS if ops is None else tuple(ops)
     for name in names:
         if name not in OPS:
             raise ValueError(f"ops must be among {', '.join(OPS)}, got {name!r}")
@@ -382,6 +382,24 @@ def _grouped_linear(shapes: Shapes, training: bool) -> Calls:
         yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
 
 
+def _linear_attention(shapes: Shapes, training: bool) -> Calls:
+    """Causal, with a decay and without: a token with a state, and chunks."""
+    from pytransformer.ops.linear_attention import linear_attention
+
+    if shapes.head_dim > WIDEST_HEAD:
+        return
+    decay, options = torch.ones(shapes.num_kv_heads), {"return_state": True, "backend": "triton"}
+    sizes = (2, shapes.num_kv_heads, shapes.head_dim)
+    state = (torch.zeros(*sizes, shapes.head_dim), torch.zeros(sizes))
+    for factors in (None, decay):
+        yield functools.partial(
+            linear_attention, *_heads(shapes, 2, 1), decay=factors, initial_state=state, **options
+        )  # fmt: skip
+        call = functools.partial(linear_attention, decay=factors, backend="triton")
+        inputs = _heads(shapes, 2, _MANY_TOKENS, grad=training)
+        yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
+
+
 # By name: the calls of an op (``training``: with a gradient too).
 OPS: dict[str, Callable[[Shapes, bool], Calls]] = {
     "attention": _attention,
@@ -392,4 +410,7 @@ OPS: dict[str, Callable[[Shapes, bool], Calls]] = {
     "activation": _activation,
     "grouped_linear": _grouped_linear,
     "linear_cross_entropy": _linear_cross_entropy,
+    "linear_attention": _linear_attention,
 }
+# What the models of this package are made of.
+MODEL_OPS = tuple(name for name in OPS if name != "linear_attention")

@@ -51,6 +51,17 @@ def test_decode_attention_counts_the_keys_that_are_there(device):
     assert counted == 4 * 4 * 16 * (5 + 9)
 
 
+def test_linear_attention_counts_as_a_recurrence(device):
+    q, k, v = draw(device, 1, 9, 4, 16), draw(device, 1, 9, 2, 16), draw(device, 1, 9, 2, 8)
+    of_queries, of_keys = 2 * 9 * 4 * 16 * 8, 2 * 9 * 2 * 16 * 8
+
+    def run():
+        return pytransformer.linear_attention(q, k, v, backend="triton")
+
+    assert count(run) == of_queries + of_keys
+    assert count(lambda: run().sum().backward()) == 3 * of_queries + 4 * of_keys
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_linear_head_counts_as_the_unfused_one(reduction: str, device):
     x, weight = draw(device, 6, 16), draw(device, 11, 16)

@@ -314,6 +314,48 @@ class LinearCrossEntropyCase:
 
 
 @dataclass(frozen=True)
+class LinearAttentionCase:
+    """Causal linear attention with elu's features and the normaliser; ``decay``: a factor for each key head."""
+
+    batch: int
+    seqlen: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    decay: bool = False
+    backward: bool = False
+
+    op: ClassVar[str] = "linear_attention"
+
+    @property
+    def row_op(self) -> str:
+        return f"linear_attention_{'backward' if self.backward else 'forward'}"
+
+    @property
+    def flop(self) -> float:
+        # As a recurrence: a product of a query, or of a key, with a state. Forward one each, backward two and three.
+        of_queries, of_keys = (
+            2.0 * self.batch * self.seqlen * heads * self.head_dim**2 for heads in (self.num_heads, self.num_kv_heads)
+        )
+        return 2 * of_queries + 3 * of_keys if self.backward else of_queries + of_keys
+
+    @property
+    def moved_bytes(self) -> float:
+        query, key = (
+            2.0 * self.batch * self.seqlen * heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads)
+        )
+        # Forward: q, k, v in, out. Backward: those and dout in, dq, dk, dv out.
+        return 4 * query + 4 * key if self.backward else 2 * query + 2 * key
+
+    @property
+    def shape(self) -> str:
+        heads = (
+            f"H{self.num_heads}/{self.num_kv_heads}" if self.num_heads != self.num_kv_heads else f"H{self.num_heads}"
+        )
+        return f"B{self.batch} L{self.seqlen} {heads} d{self.head_dim} bf16{' decay' if self.decay else ''}"
+
+
+@dataclass(frozen=True)
 class ActivationCase:
     """What a feed-forward network does between its projections: "swiglu", "geglu" (gate and up, two tensors) or "gelu" (one)."""
 

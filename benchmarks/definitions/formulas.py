@@ -67,6 +67,21 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide(F.linear(x, weight)), targets)
 
 
+def linear_attention_rows(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, decay: Tensor | None) -> Tensor:
+    """Of causal linear attention with elu's features the results of these queries, (batch, tokens, num_heads, value_dim): the weights of
+    all keys written out."""
+    group = q.shape[2] // k.shape[2]
+    features_q, features_k = F.elu(q[:, tokens]) + 1, F.elu(k) + 1
+    weights = torch.einsum("bihd,bjhd->bhij", features_q, features_k.repeat_interleave(group, 2))
+    distance = tokens[:, None] - torch.arange(k.shape[1], device=k.device)
+    visible = (distance >= 0).to(q.dtype)
+    if decay is not None:
+        powers = decay.to(q.dtype)[:, None, None] ** distance.clamp_min(0)
+        visible = (visible * powers).repeat_interleave(group, 0)
+    weights = weights * visible
+    return torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), v.repeat_interleave(group, 2))
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 

@@ -67,10 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from pytransformer.precompile import OPS, environment, warmup
+    from pytransformer.precompile import MODEL_OPS, OPS, environment, warmup
 
     shapes = shapes_of(arguments)
-    ops = list(OPS) if arguments.ops is None else [name.strip() for name in arguments.ops.split(",")]
+    ops = list(MODEL_OPS) if arguments.ops is None else [name.strip() for name in arguments.ops.split(",")]
     for name in ops:
         if name not in OPS:
             raise ValueError(f"--ops must be among {', '.join(OPS)}, got {name!r}")

@@ -148,7 +148,8 @@ def test_a_models_shapes_and_backward_passes(tmp_path: Path) -> None:
         (["--num-heads", "4", "--arch", "90"], "--head-dim must be given, or --model"),
         (
             [*SIZES, "--ops", "norm,sorting"],
-            "--ops must be among attention, decode_attention, kv_append, rope, norm, activation, grouped_linear, linear_cross_entropy",
+            "--ops must be among attention, decode_attention, kv_append, rope, norm, activation, grouped_linear, "
+            "linear_cross_entropy, linear_attention",
         ),
         (["--model", "here", *SIZES], "--model says all shapes, so --hidden-size, --num-heads"),
         (["--model", "nowhere"], "no model folder nowhere"),

@@ -19,6 +19,8 @@ from tests.support.launch_recorder import record_launches
 from tests.support.launchers import (
     grouped_backward,
     grouped_forward,
+    linear_backward,
+    linear_forward,
     norm_backward,
     norm_forward,
     quantized_backward,
@@ -192,6 +194,18 @@ def _grouped(training: bool) -> Callable[[int, int], object]:
     return call
 
 
+def _linear(batch: int, seqlen: int) -> object:
+    q, k = _heads(batch, seqlen)
+    call, results = linear_forward(q, k, k, torch.empty(NUM_KV_HEADS))
+    return linear_backward(call, results, q)
+
+
+def _linear_decode(batch: int, seqlen: int) -> object:
+    q, k = _heads(batch, 1)
+    sizes = (batch, NUM_KV_HEADS, HEAD_DIM)
+    return linear_forward(q, k, k, torch.empty(NUM_KV_HEADS), torch.empty(*sizes, HEAD_DIM), torch.empty(sizes))
+
+
 def _quantized(bits: int, training: bool) -> Callable[[int, int], object]:
     def call(batch: int, seqlen: int) -> object:
         codes = codes_of(bits, 48, 128)
@@ -220,6 +234,8 @@ CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "linear_cross_entropy": (_cross_entropy, 1, ""),
     "grouped_linear": (_grouped(False), 3, "groups of up to 16 rows, up to 64, or more"),
     "grouped_linear, backward": (_grouped(True), 3, "groups of up to 16 rows, up to 64, or more"),
+    "linear_attention": (_linear, 1, ""),
+    "linear_attention, a token": (_linear_decode, 1, ""),
     **{
         f"quantized_linear, int{bits}{', backward' if training else ''}": (
             _quantized(bits, training),

@@ -241,9 +241,42 @@ def test_compiles_whole(dynamic: bool, device: torch.device) -> None:
 def test_opcheck(device: torch.device) -> None:
     q, k, v, state, normalizer = (tensor.detach() for tensor in draw_with_state(device, BFLOAT16, 5))
     op, decay = torch.ops.pytransformer.linear_attention, torch.tensor([0.9, 0.5], device=device)
-    for backend in ("torch", "reference"):
+    for backend in ("torch", "reference", "triton"):
         torch.library.opcheck(op, (q, k, v, decay, state, normalizer, "elu", True, True, True, backend))
         torch.library.opcheck(op, (q[:, ::2], k, v, None, None, None, "identity", False, False, False, backend))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_opcheck_of_the_backward_pass(backend: str, device: torch.device) -> None:
+    q, k, v, state, normalizer = (tensor.detach() for tensor in draw_with_state(device, FLOAT32, 5))
+    op, decay = torch.ops.pytransformer.linear_attention_backward, torch.tensor([0.9, 0.5], device=device)
+    out = torch.randn(2, 5, 4, 8, device=device)
+    denominator = 1 + torch.rand(2, 4, 5, device=device)
+    given = (out, denominator, out, state, normalizer, q, k, v, decay, state, normalizer)
+    torch.library.opcheck(op, (*given, "elu", True, True, True, True, backend))
+
+
+def test_triton_through_compiler_and_transforms(device: torch.device) -> None:
+    """As a whole graph with its gradients, by torch.func, mapped, and under autocast: what torch gives."""
+    q, k, v = (tensor.detach() for tensor in draw(device))
+    decay = torch.tensor([0.9, 0.5], device=device)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, backend: str = "triton") -> Tensor:
+        out, (state, _) = linear_attention(q, k, v, decay=decay, return_state=True, backend=backend)
+        return out.sin().sum() + state.square().sum()
+
+    inputs = (q, k, v, decay)
+    expected = torch.func.grad(functools.partial(loss, backend="torch"), argnums=(0, 1, 2, 3))(*inputs)
+    torch._dynamo.reset()
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    total = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(torch.autograd.grad(total, leaves), expected)
+    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1, 2, 3))(*inputs), expected)
+    attend = functools.partial(linear_attention, decay=decay, backend="triton")
+    mapped = torch.func.vmap(attend)(*(torch.stack([tensor, 2 * tensor]) for tensor in (q, k, v)))
+    torch.testing.assert_close(mapped[1], linear_attention(2 * q, 2 * k, 2 * v, decay=decay, backend="torch"))
+    with torch.autocast(device.type, BFLOAT16):
+        assert attend(q, k, v).dtype == BFLOAT16
 
 
 def test_autocast(device: torch.device) -> None:
@@ -262,11 +295,18 @@ def test_autocast(device: torch.device) -> None:
 def test_choice(device: torch.device) -> None:
     q, k, v = (tensor.detach() for tensor in draw(device))
     torch_result = linear_attention(q, k, v, backend="torch")
-    assert torch.equal(linear_attention(q, k, v), torch_result)
+    if device.type == "cpu":
+        assert torch.equal(linear_attention(q, k, v), torch_result)
     with use_backend("reference"):
         assert torch.equal(linear_attention(q, k, v), reference.linear_attention(q, k, v))
-    with pytest.raises(NotImplementedError, match=r"linear_attention: backend 'triton' cannot serve this call"):
-        linear_attention(q, k, v, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"linear_attention: backend 'cuda' cannot serve this call"):
+        linear_attention(q, k, v, backend="cuda")
+    for given, message in (
+        ((q.double(), k.double(), v.double()), "float64"),
+        ((q, k, v[..., :0]), "value_dim of at least 1"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            linear_attention(*given, backend="triton")
     assert "linear_attention" in pytransformer.backends()
 
 

@@ -82,6 +82,11 @@ def norm(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return call
 
 
+def linear(backend: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+    found: Any = pytransformer.linear_attention(q, k, v, decay=decay[: k.shape[2]], return_state=True, backend=backend)
+    return found[0], *found[1]
+
+
 CALLS = {
     "attention": Differentiated(
         ("attention_forward",),
@@ -131,6 +136,9 @@ CALLS = {
                 scale=torch.ones(8, device=tensors["x"].device), backend=backend,
             ),
         ),
+    ),
+    "linear_attention": Differentiated(
+        ("linear_attention",), lambda: {**qkv(1, 5, 5), "decay": torch.rand(2)}, linear, ("torch", "triton")
     ),
     "linear_cross_entropy": Differentiated(("linear_cross_entropy_total",), head, loss("mean")),
     "linear_cross_entropy, none": Differentiated(("linear_cross_entropy_losses",), head, loss("none")),

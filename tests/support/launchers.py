@@ -10,12 +10,16 @@ from torch import Tensor
 
 from pytransformer.kernels.activation import ActivationBackward, ActivationForward
 from pytransformer.kernels.grouped_linear import GroupedBackward, GroupedForward
+from pytransformer.kernels.linear_attention.backward import LinearBackward
+from pytransformer.kernels.linear_attention.forward import LinearForward
 from pytransformer.kernels.norm.backward import NormBackward
 from pytransformer.kernels.norm.forward import NormForward
 from pytransformer.kernels.quantized_linear import QuantizedBackward, QuantizedForward
 from pytransformer.kernels.rope import RopeLaunch
 from pytransformer.ops.activation import ActivationCall, ActivationGradientCall
 from pytransformer.ops.grouped_linear.call import GroupedLinearCall, GroupedLinearGradientCall
+from pytransformer.ops.linear_attention.call import LinearAttentionCall
+from pytransformer.ops.linear_attention.gradient import GradientCall as LinearGradientCall
 from pytransformer.ops.norm.call import NormCall, NormGradientCall
 from pytransformer.ops.quantized_linear.call import QuantizedLinearCall, QuantizedLinearGradientCall
 from pytransformer.ops.rope.call import RopeCall
@@ -163,6 +167,40 @@ def grouped_by(module: Any) -> dict[str, Any]:
         "forward": functools.partial(grouped_forward, launch=module.GroupedForward),
         "backward": functools.partial(grouped_backward, launch=module.GroupedBackward),
     }
+
+
+def linear_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    S: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    feature_map: str | None = "elu",
+    causal: bool = True,
+    normalize: bool = True,
+    launch: Any = LinearForward,
+    **options: Any,
+) -> tuple[LinearAttentionCall, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The call of linear attention, and (out, S, z, denominators) by the Triton kernels, or by the class ``launch`` of a broken copy."""
+    call = LinearAttentionCall(q, k, v, decay, S, z, feature_map or "identity", causal, normalize, True)
+    return call, launch(call, **options)(call)
+
+
+def linear_backward(
+    call: LinearAttentionCall,
+    results: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    dout: Tensor,
+    dS: Tensor | None = None,
+    dz: Tensor | None = None,
+    *,
+    launch: Any = LinearBackward,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, v, decay, S and z by the Triton kernels, or by the class ``launch`` of a broken copy."""
+    given = LinearGradientCall(results[0], results[3], dout, dS, dz, *call, call.decay is not None)
+    return launch(given, **options)(given)  # type: ignore[no-any-return]
 
 
 def quantized_forward(

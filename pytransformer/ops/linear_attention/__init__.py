@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from pytransformer.ops.backend import Outputs
-from pytransformer.ops.linear_attention import by_torch
+from pytransformer.ops.linear_attention import by_torch, by_triton
 from pytransformer.ops.linear_attention.call import LinearAttentionCall, check_linear_attention, split_state
+from pytransformer.ops.linear_attention.gradient import linear_attention_backward
 from pytransformer.ops.op import Op
-from pytransformer.ops.registered import RegisteredOp
+from pytransformer.ops.registered import Differentiable, RegisteredOp
 
 
 def linear_attention(
@@ -31,7 +32,7 @@ def linear_attention(
 
     The same as attention with weights ``decay^(t - j) · φ(q_t) · φ(k_j)`` in place of the softmax, in time and memory that grow with
     seqlen. Sums are taken in float32 and rounded once. Differentiable with respect to q, k, v, decay and initial_state, also through
-    the returned state; by torch and the reference any number of times.
+    the returned state; by torch and the reference any number of times. Triton's gradients have the same bits each run.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, float16 or bfloat16 (float64: torch and reference only); last dimension
@@ -50,7 +51,8 @@ def linear_attention(
         initial_state: (S, z) as ``return_state`` gave it for the tokens before the first; None = zeros. It is not written to.
         return_state: return the last (S, z) too. A sequence in pieces, each with the state of the one before, gives the results of the
             whole; decoding is the same with pieces of one token, at a cost that does not depend on how many went before.
-        backend: "torch" or "reference"; None = torch, unless ``use_backend`` or PYTRANSFORMER_BACKEND says otherwise.
+        backend: "triton", "torch" or "reference"; None = Triton on a GPU (head_dim and value_dim up to 256) and torch elsewhere, unless
+            ``use_backend`` or PYTRANSFORMER_BACKEND says otherwise.
 
     Returns:
         (batch, seqlen_q, num_heads, value_dim) in q's dtype; with ``return_state`` also (S, z), float32 (float64 for float64 inputs):
@@ -69,26 +71,79 @@ def linear_attention(
 
 
 def _outputs(call: LinearAttentionCall, backend: str) -> tuple[Any, ...]:
-    """(out, S, z) as (shape, dtype)."""
+    """(out, S, z, denominators for the backward pass) as (shape, dtype)."""
     batch, _, num_kv_heads, head_dim = call.k.shape
     wide = torch.promote_types(call.q.dtype, torch.float32)
     normalizer = (batch, num_kv_heads, head_dim)
+    _, seqlen, num_heads, _ = call.q.shape
     value_dim = call.v.shape[-1]
-    return ((*call.q.shape[:-1], value_dim), call.q.dtype), ((*normalizer, value_dim), wide), (normalizer, wide)
+    return (
+        ((*call.q.shape[:-1], value_dim), call.q.dtype),
+        ((*normalizer, value_dim), wide),
+        (normalizer, wide),
+        ((batch, num_heads, seqlen), wide) if backend == "triton" and call.normalize else None,
+    )
 
 
 def _result(call: LinearAttentionCall, outputs: Outputs) -> Any:
-    out, state, normalizer = outputs
+    out, state, normalizer, _ = outputs
     return (out, (state, normalizer)) if call.return_state else out
 
 
-_BACKENDS = (by_torch.BACKEND, by_torch.REFERENCE)
+# --- The gradient of the kernels. -------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, call: LinearAttentionCall, outputs: tuple[Tensor, ...]) -> None:
+    out, state, normalizer, denominator = outputs
+    ctx.save_for_backward(out, denominator, *call[:_NUM_TENSORS])
+    ctx.options = call[_NUM_TENSORS:]
+    ctx.mark_non_differentiable(denominator)
+    if not call.return_state:
+        ctx.mark_non_differentiable(state, normalizer)
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    """A gradient may be expanded, like that of a sum."""
+    return gradient if gradient is None or gradient.stride(-1) == 1 else gradient.contiguous()
+
+
+def _gradients(
+    ctx: Any,
+    run: Any,
+    dout: Tensor | None,
+    dstate: Tensor | None,
+    dnormalizer: Tensor | None,
+    ddenominator: Tensor | None = None,
+) -> dict[str, Tensor | None]:
+    out, denominator, *tensors = ctx.saved_tensors
+    decay, state = tensors[3:5]
+    dout = torch.zeros_like(out) if dout is None else dout
+    wants_decay = decay is not None and bool(ctx.needs_input_grad[3])
+    incoming = (_dense(dout), _dense(dstate), _dense(dnormalizer))
+    found = run(out, denominator, *incoming, *tensors, *ctx.options, wants_decay, ctx.backend)
+    dq, dk, dv, ddecay, first, first_normalizer = found
+    return {
+        "q": dq,
+        "k": dk,
+        "v": dv,
+        "decay": ddecay if wants_decay else None,
+        "state": None if state is None else first,
+        "normalizer": None if state is None else first_normalizer,
+    }
+
+
+_BACKENDS = (by_triton.BACKEND, by_torch.BACKEND, by_torch.REFERENCE)
+_FORWARD = RegisteredOp("linear_attention", LinearAttentionCall, _BACKENDS, _outputs, 4)
+_NUM_TENSORS = _FORWARD.num_tensors
 _LINEAR_ATTENTION = Op(
     "linear_attention",
-    RegisteredOp("linear_attention", LinearAttentionCall, _BACKENDS, _outputs, 3),
+    _FORWARD,
     check_linear_attention,
     _BACKENDS,
     result=_result,
+    rule=Differentiable(_FORWARD, _save, _gradients, linear_attention_backward, "linear_attention"),
+    grads=("q", "k", "v", "decay", "state", "normalizer"),
+    values=("decay",),
     casts=True,
 )
 CHOICE = _LINEAR_ATTENTION.choice

@@ -6,19 +6,23 @@ also of what autograd keeps: a state and a matrix of scores for each chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.ops.backend import Backend, Outputs, always
 from pytransformer.ops.linear_attention.call import LinearAttentionCall
+from pytransformer.ops.registered import autograd_inside_an_op
 
 # About a head_dim: the scores of a chunk then cost as much as the state.
 CHUNK = 64
 
 
 def _run(call: LinearAttentionCall) -> Outputs:
-    """(out, S, z)."""
+    """(out, S, z, None)."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
     num_kv_heads = call.k.shape[2]
     # Query heads of a group share k, v and the state: (batch, num_kv_heads, group or 1, seqlen, dim).
@@ -32,7 +36,7 @@ def _run(call: LinearAttentionCall) -> Outputs:
         state = state + _features(k, call).transpose(-1, -2) @ _with_ones(v)
         out = _read(_features(q, call) @ state, call)
     out = out.permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return out, state[:, :, 0, :, :-1].contiguous(), state[:, :, 0, :, -1].contiguous()
+    return out, state[:, :, 0, :, :-1].contiguous(), state[:, :, 0, :, -1].contiguous(), None
 
 
 def _by_chunks(call: LinearAttentionCall, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +94,29 @@ def _by_reference(call: LinearAttentionCall) -> Outputs:
         initial_state=None if call.state is None or call.normalizer is None else (call.state, call.normalizer),
         return_state=True,
     )
-    return out, state, normalizer
+    return out, state, normalizer, None
 
 
+def _backward_of(run: Callable[[LinearAttentionCall], Outputs]) -> Callable[[Any], Outputs]:
+    """The gradients through a forward pass that is run again: of the registered op, which nothing sees through."""
+
+    def backward(given: Any) -> Outputs:
+        call = given.call()
+        with autograd_inside_an_op():
+            leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in call[:6]]
+            out, state, normalizer, _ = run(LinearAttentionCall(*leaves, *call[6:]))
+            outputs = ((out, given.dout), (state, given.dlast_state), (normalizer, given.dlast_normalizer))
+            used = [(output, gradient) for output, gradient in outputs if gradient is not None]
+            wanted = [leaf for leaf in leaves if leaf is not None]
+            reached, gradients = zip(*used)
+            found = iter(torch.autograd.grad(reached, wanted, gradients, materialize_grads=True))
+        dq, dk, dv, ddecay, dstate, dnormalizer = (None if leaf is None else next(found) for leaf in leaves)
+        return dq, dk, dv, ddecay if given.wants_decay else None, dstate, dnormalizer
+
+    return backward
+
+
+BACKWARD = Backend("torch", _backward_of(_run))
+REFERENCE_BACKWARD = Backend("reference", _backward_of(_by_reference))
 BACKEND = Backend("torch", _run, is_transparent=always)
 REFERENCE = Backend("reference", _by_reference, is_transparent=always)

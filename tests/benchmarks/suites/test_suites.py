@@ -14,6 +14,7 @@ from pytransformer.benchmarks.definitions.cases import (
     AppendCase,
     AttentionCase,
     DecodeCase,
+    LinearAttentionCase,
     LinearCrossEntropyCase,
     NormCase,
     RopeCase,
@@ -28,6 +29,7 @@ from pytransformer.benchmarks.suites import (
     common,
     decode_attention,
     kv_append,
+    linear_attention,
     linear_cross_entropy,
     norm,
     rope,
@@ -214,6 +216,13 @@ def test_the_other_ops_move_their_tensors_once():
     # int8: a byte instead of two for each number that is written, and four for each head's scale.
     assert replace(plain, cache_dtype="int8").moved_bytes == plain.moved_bytes - nbytes(inputs["k"]) + 2 * 4 * 2 * 3 * 2
 
+    linear = LinearAttentionCase(1, 12, 4, 2, 16)
+    inputs = linear_attention.draw(replace(linear, backward=True), CPU, 0)
+    qkv = [inputs[name] for name in "qkv"]
+    assert linear.moved_bytes == nbytes(*qkv, inputs["dout"])
+    assert replace(linear, backward=True).moved_bytes == 2 * nbytes(*qkv, inputs["dout"])
+    assert linear.flop == 2 * 12 * (4 + 2) * 16**2
+
     loss = LinearCrossEntropyCase(12, 16, 32)
     inputs = linear_cross_entropy.draw(loss, CPU, 0)
     assert loss.moved_bytes == 2 * nbytes(inputs["x"], inputs["weight"]) + nbytes(inputs["targets"])
@@ -292,6 +301,19 @@ def test_a_wrong_gradient_of_the_weight_shows(device):
     assert relative_error(row.pick((dx, dweight)), golden) < row.largest_error
     assert relative_error(row.pick((dx, dweight * 1.2)), golden) > row.largest_error
     assert relative_error(row.pick((dx * 1.2, dweight)), golden) > row.largest_error
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_a_wrong_gradient_of_linear_attention_shows(decay, device):
+    case = LinearAttentionCase(1, 70, 4, 2, 16, decay=decay, backward=True)
+    row = linear_attention._row(common.Wanted(device), case, 0)
+    inputs = row.inputs(device, 0)
+    right = row.variants[next(iter(row.variants))](inputs)
+    golden = row.golden(inputs)
+    assert relative_error(row.pick(right), golden) < row.largest_error
+    for part in range(3):
+        wrong = tuple(tensor * (1.3 if index == part else 1.0) for index, tensor in enumerate(right))
+        assert relative_error(row.pick(wrong), golden) > row.largest_error
 
 
 def test_a_wrong_part_of_the_loss_shows(device):
