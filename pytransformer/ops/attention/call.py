@@ -187,7 +187,7 @@ def _check_padding_shape(padding: Tensor, call: AttentionCall) -> None:
 
 
 def _check_blocks(call: AttentionCall) -> AttentionCall:
-    call = call._replace(block_size=_check_block_size(call.block_size))
+    call = call._replace(block_size=check_block_size(call.block_size))
     if call.block_mask is None:
         return call
     blocks = check_mask(
@@ -206,7 +206,8 @@ def _check_blocks(call: AttentionCall) -> AttentionCall:
     return call._replace(block_mask=blocks)
 
 
-def _check_block_size(value: Any) -> tuple[int, int]:
+def check_block_size(value: Any) -> tuple[int, int]:
+    """``block_size`` as (queries, keys)."""
     sizes = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(sizes) != 2:
         raise TypeError(f"block_size must be an int or a pair (queries, keys) of ints, got {checks.describe(value)}")
