@@ -354,12 +354,12 @@ class BackwardLaunch:
             pressure = options.pressure + (bias is not None) + want_dslopes
             arch = device_limits(q.device).arch
             config = backward_config(shape.head_dim, shape.value_dim, q.dtype, arch, pressure)
-        # By their names among the tensors: of each kernel's own tiles.
-        self._lists: dict[str, block_lists.BlockLists] = {}
+        self._lists: dict[str, block_lists.BlockLists] = {}  # by their names among the tensors
+        key_lists = query_lists = None
         if call.block_mask is not None:
             config = backward_config_of_blocks(config, call.block_size)
-            self._lists["key_lists"] = block_lists.BlockLists(call, config.q_block_n)
-            self._lists["query_lists"] = block_lists.BlockLists(call, config.kv_block_m, of_keys=True)
+            self._lists["key_lists"] = key_lists = block_lists.BlockLists(call, config.q_block_n)
+            self._lists["query_lists"] = query_lists = block_lists.BlockLists(call, config.kv_block_m, of_keys=True)
         tiles_q, slots_q = shape.tiles(shape.seqlen_q, config.q_block_m), shape.slots(shape.num_heads)
         tiles_k, slots_k = shape.tiles(shape.seqlen_k, config.kv_block_n), shape.slots(shape.num_kv_heads)
         shared_bias = bias is not None and want_dbias and any(is_broadcast(bias, shape))
@@ -399,7 +399,7 @@ class BackwardLaunch:
                 *(None,) * 5, *shape.lse_strides,
                 None, new_score_strides(None if shared_bias or not want_dbias else bias), None, None,
                 LARGE_LSE_FLOAT32 if q.dtype == torch.float32 else LARGE_LSE_16_BIT,
-                *block_lists.arguments(self._lists.get("key_lists")),
+                *block_lists.arguments(key_lists),
                 *OPTIONAL_ARGUMENTS, options.strides,
                 *shape.sizes, tiles_q, slots_q, slots_per_group(shape, k), *scores,
             )  # fmt: skip
@@ -414,7 +414,7 @@ class BackwardLaunch:
             dslopes = "dslopes" if want_dslopes else None
             order = tensors.order(
                 "dout", "q", "k", "v", "out", "dq", "lse", "dlse", "delta", "shift", "norm", dbias, "dsinks", dslopes,
-                "key_lists" if self._lists else None,
+                *block_lists.pointers(key_lists, "key_lists"),
             )  # fmt: skip
             self._launches.append(
                 PreparedLaunch(attention_backward_dq_kernel, (tiles_q * slots_q,), arguments, own_constants, order)
@@ -423,7 +423,7 @@ class BackwardLaunch:
             arguments = (
                 *inputs, None, gradient_rows[1], None, gradient_rows[2],
                 None, None, None, *shape.lse_strides,
-                *block_lists.arguments(self._lists.get("query_lists")),
+                *block_lists.arguments(query_lists),
                 *OPTIONAL_ARGUMENTS, options.strides,
                 *shape.sizes, tiles_k, slots_k, slots_k, *scores,
             )  # fmt: skip
@@ -434,8 +434,8 @@ class BackwardLaunch:
                 "num_stages": config.kv_num_stages,
                 **constants,
             }
-            lists = "query_lists" if self._lists else None
-            order = tensors.order("dout", "q", "k", "v", "dk", "dv", "delta", "shift", "norm", lists)
+            lists = block_lists.pointers(query_lists, "query_lists")
+            order = tensors.order("dout", "q", "k", "v", "dk", "dv", "delta", "shift", "norm", *lists)
             self._launches.append(
                 PreparedLaunch(attention_backward_dkv_kernel, (tiles_k * slots_k,), arguments, own_constants, order)
             )  # fmt: skip

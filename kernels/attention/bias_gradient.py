@@ -183,9 +183,10 @@ def prepare_bias_gradient(
     sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     sum_batch, sum_heads, sum_rows, sum_cols = is_broadcast(bias, shape)
     block_m, block_n, num_warps = (16, 16, 4) if options.traits.EXACT else (64, 32, 8)
+    own_lists = None
     if call.block_mask is not None:
         block_m, block_n, num_warps = math.gcd(block_m, call.block_size[0]), math.gcd(block_n, call.block_size[1]), 4
-        lists["bias_lists"] = block_lists.BlockLists(call, block_n)
+        lists["bias_lists"] = own_lists = block_lists.BlockLists(call, block_n)
     tiles_m, tiles_n = cdiv(sizes[2], block_m), cdiv(sizes[3], block_n)
     programs = tiles_m * tiles_n * sizes[0] * sizes[1]
     if programs == 0:
@@ -194,7 +195,7 @@ def prepare_bias_gradient(
         *inputs,
         None, None, None, *shape.lse_strides,
         None, new_score_strides(bias), *sizes[2:], tiles_m, tiles_n,
-        *block_lists.arguments(lists.get("bias_lists")),
+        *block_lists.arguments(own_lists),
         *OPTIONAL_ARGUMENTS, options.strides,
         *shape.sizes, *options.scalars, options.traits,
     )  # fmt: skip
@@ -209,5 +210,7 @@ def prepare_bias_gradient(
         "num_stages": 1,
         **constants,
     }
-    order = tensors.order("dout", "q", "k", "v", "delta", "shift", "norm", "dbias", "bias_lists" if lists else None)
+    order = tensors.order(
+        "dout", "q", "k", "v", "delta", "shift", "norm", "dbias", *block_lists.pointers(own_lists, "bias_lists")
+    )
     return PreparedLaunch(attention_bias_gradient_kernel, (programs,), arguments, constants, order)

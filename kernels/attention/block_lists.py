@@ -111,3 +111,8 @@ class BlockLists:
 def arguments(lists: BlockLists | None) -> tuple[None, ListStrides | None]:
     """What a kernel is prepared with: a pointer, and its strides."""
     return None, None if lists is None else lists.strides
+
+
+def pointers(lists: BlockLists | None, name: str) -> tuple[str | None, ...]:
+    """Which tensors calls give in the places of :func:`arguments`, where strides that are None count as a pointer too."""
+    return (None, None) if lists is None else (name,)

@@ -195,7 +195,7 @@ class ForwardLaunch:
             "num_stages": config.num_stages,
             **COMMON_OPTIONS,
         }
-        order = tensors.order("q", "k", "v", "out", "lse", None if self._lists is None else "lists")
+        order = tensors.order("q", "k", "v", "out", "lse", *block_lists.pointers(self._lists, "lists"))
         self._launch = PreparedLaunch(attention_forward_kernel, (num_tiles * num_slots,), arguments, constants, order)
 
     def __call__(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,10 +61,10 @@ def portions(runs: list[slice], most: int) -> Iterator[Runs]:
 
 
 class Heads(NamedTuple):
-    """Which heads of a larger call a call has: those from ``first`` on, of ``count``."""
+    """Which heads of a larger call a call has: those from ``first`` on, of ``total``."""
 
     first: int
-    count: int
+    total: int
 
 
 class Piece(NamedTuple):
@@ -88,6 +88,9 @@ class Piece(NamedTuple):
         every = slice(None)
         return tensor[self.sequences if tensor.shape[0] > 1 else every, self.heads if tensor.shape[1] > 1 else every]
 
+    def _maybe_of_scores(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else self.of_scores(tensor)
+
     def of_slopes(self, slopes: Tensor) -> Tensor:
         """A part of (heads) or (batch, heads)."""
         return slopes[self.heads] if slopes.ndim == 1 else slopes[self.sequences, self.heads]
@@ -99,10 +102,9 @@ class Piece(NamedTuple):
             q=self.of_rows(call.q),
             k=self.of_rows(call.k, kv=True),
             v=self.of_rows(call.v, kv=True),
-            **{
-                name: None if tensor is None else self.of_scores(tensor)
-                for name, tensor in (("mask", call.mask), ("bias", call.bias), ("block_mask", call.block_mask))
-            },
+            mask=self._maybe_of_scores(call.mask),
+            bias=self._maybe_of_scores(call.bias),
+            block_mask=self._maybe_of_scores(call.block_mask),
             key_padding_mask=None if padding is None else padding[self.sequences],
             alibi_slopes=None if slopes is None else self.of_slopes(slopes),
             sinks=None if sinks is None else sinks[self.heads],

@@ -228,11 +228,11 @@ class Problem:
         """1 where dropout keeps a weight and 0 where not, (sequences, num_heads, rows, cols); None without dropout."""
         if self.call.dropout_p == 0 or self.call.dropout_seed is None:
             return None
-        first, count = self.heads
+        first, total = self.heads
         begin, end = (self.first_sequence + sequence for sequence in (tile.sequences.start, tile.sequences.stop))
         # All heads, or of each sequence one.
-        step = 1 if self.num_heads == count else count
-        matrices = range(begin * count + first, end * count + first, step)
+        step = 1 if self.num_heads == total else total
+        matrices = range(begin * total + first, end * total + first, step)
         found = kept(self.call.dropout_p, self.call.dropout_seed, matrices, tile.rows, tile.runs, memory)
         return found.view(-1, self.num_heads, tile.num_rows, tile.num_cols)
 
