@@ -249,17 +249,17 @@ def attention_backward_dkv_kernel(
     for run in tl.static_range(3 if traits.HAS_RIGHT else 2):
         # One loop over (head of the group, query tile), so that loads run ahead across heads too. Two counters: dividing a step costs a
         # tenth of the loop's instructions.
-        first_head = place.head.to(tl.int32) * traits.HEADS_PER_KV
-        head_32 = first_head
+        tiles = bounds[2 * run + 1] - bounds[2 * run]
+        head_32 = place.head.to(tl.int32) * traits.HEADS_PER_KV
         tile_m = bounds[2 * run]
-        first, last = 0, (bounds[2 * run + 1] - bounds[2 * run]) * traits.HEADS_PER_KV
+        first, last = 0, tiles * traits.HEADS_PER_KV
         if lists_ptr is not None:  # whose entries name a head each
             first, last = bounds[2 * run], bounds[2 * run + 1]
         for step in tl.range(first, last, num_stages=None if run == 0 else 1):
             if lists_ptr is not None:
                 entry = tl.load(lists_ptr + step)
                 tile_m = entry // traits.HEADS_PER_KV
-                head_32 = first_head + entry % traits.HEADS_PER_KV
+                head_32 = place.head.to(tl.int32) * traits.HEADS_PER_KV + entry % traits.HEADS_PER_KV
             head = tl.cast(head_32, tl.int64)  # of 32 bits: its products with strides are one instruction
             start_m = tile_m * BLOCK_M
             first_row = tl.cast(start_m, tl.int64)

@@ -115,7 +115,7 @@ FAULTS = {
     "dq not scaled": Fault("backward", "dq * softmax_scale", "dq"),
     "dk not scaled": Fault("backward", "dk * softmax_scale", "dk"),
     "one head of the group forgotten": Fault(
-        "backward", "tl.range(0, tiles * traits.HEADS_PER_KV,", "tl.range(0, tiles * traits.HEADS_PER_KV - tiles,"
+        "backward", "last = 0, tiles * traits.HEADS_PER_KV", "last = 0, tiles * traits.HEADS_PER_KV - tiles"
     ),
     "group of heads stepped through by tiles": Fault("backward", "head_32 += was_last", "head_32 += 0"),
     "delta not subtracted": Fault("backward", "ds = p * (dp - delta[None, :])", "ds = p * dp"),
