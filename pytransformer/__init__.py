@@ -39,8 +39,8 @@ _EXPORTS = {
 # Packages and modules that are there after a bare ``import pytransformer``, as `pytransformer.nn.patch(model)`.
 _MODULES = frozenset(
     {
-        "benchmarks", "cli", "extension", "flops", "generation", "interop", "kernels", "model", "nn", "ops", "precompile", "reference",
-        "text", "training", "triton_interpreter", "verification",
+        "benchmarks", "block_masks", "cli", "extension", "flops", "generation", "interop", "kernels", "model", "nn", "ops", "precompile",
+        "reference", "text", "training", "triton_interpreter", "verification",
     }
 )  # fmt: skip
 
@@ -71,6 +71,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from pytransformer import benchmarks as benchmarks
+    from pytransformer import block_masks as block_masks
     from pytransformer import cli as cli
     from pytransformer import extension as extension
     from pytransformer import flops as flops

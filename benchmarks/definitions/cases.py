@@ -15,6 +15,8 @@ from typing import ClassVar
 
 import torch
 
+from pytransformer.block_masks import local_global_blocks
+
 UNLIMITED = (-1, -1)
 QUANTISED = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -46,6 +48,7 @@ class AttentionCase:
 
     Attributes:
         bias: an additive bias (1, num_heads, seqlen, seqlen) in bfloat16.
+        blocks: block-sparse: how many positions a block has, and the numbers of local and global blocks of ``local_global_blocks``.
         lengths: of packed sequences; then batch is their number and seqlen the longest.
         backward: only the backward pass is timed; ``both``: forward and backward.
     """
@@ -61,6 +64,7 @@ class AttentionCase:
     sinks: bool = False
     bias: bool = False
     alibi: bool = False
+    blocks: tuple[int, int, int] | None = None
     dropout_p: float = 0.0
     deterministic: bool = False
     lengths: tuple[int, ...] = ()
@@ -100,6 +104,7 @@ class AttentionCase:
             "sinks": self.sinks,
             "bias": self.bias,
             "alibi": self.alibi,
+            "blocks": self.blocks is not None,
             "dropout": self.dropout_p > 0,
             "deterministic": self.deterministic,
             "packed": bool(self.lengths),
@@ -124,9 +129,27 @@ class AttentionCase:
     @property
     def pairs(self) -> int:
         """Visible (query, key) pairs of one head, all sequences together."""
+        if self.blocks is not None:
+            return self.batch * self._pairs_of_blocks(self.blocks[0])
         lengths = self.lengths or (self.seqlen,) * self.batch
         found = {length: visible_pairs(length, self.causal, self.window) for length in set(lengths)}
         return sum(found[length] for length in lengths)
+
+    def block_mask(self, device: torch.device) -> torch.Tensor:
+        """Of ``blocks``, for the call."""
+        assert self.blocks is not None
+        size, local, count = self.blocks
+        return local_global_blocks(
+            self.seqlen, self.seqlen, size, local=local, global_=count, causal=self.causal, device=device
+        )
+
+    def _pairs_of_blocks(self, size: int) -> int:
+        query = torch.arange(self.seqlen)[:, None]
+        start = torch.arange(0, self.seqlen, size)
+        stop = (start + size).clamp_max(self.seqlen)
+        seen = (torch.minimum(stop, query + 1) if self.causal else stop) - start
+        listed = self.block_mask(torch.device("cpu"))[0, 0].repeat_interleave(size, 0)[: self.seqlen]
+        return int((seen.clamp_min(0) * listed).sum())
 
     @property
     def flop(self) -> float:
@@ -157,6 +180,8 @@ class AttentionCase:
             "softcap": f"softcap {self.softcap:g}",
             "dropout": f"dropout {self.dropout_p:g}",
         }
+        if self.blocks is not None:
+            options["blocks"] = "blocks of {}, {} local, {} global".format(*self.blocks)
         said = [options.get(name, name) for name in sorted(self.options - {"packed"})]
         return " ".join(["causal" if self.causal else "full", where, heads, f"d{self.head_dim}", "bf16", *said])
 

@@ -69,13 +69,15 @@ PRICED: tuple[dict[str, Any], ...] = (
 
 
 def _specials() -> Iterator[AttentionCase]:
-    """Packed batches with skewed lengths, windows, gpt-oss."""
+    """Packed batches with skewed lengths, windows, gpt-oss, block-sparse."""
     packed = AttentionCase.packed(skewed_lengths(TOKENS, 4096), 32, 8, 128)
     encoder = AttentionCase.packed(skewed_lengths(TOKENS, 512, seed=1), 12, 12, 64, causal=False)
     long = AttentionCase.packed(skewed_lengths(2 * TOKENS, 16384, seed=2), 32, 8, 128)
     mistral = AttentionCase(1, 16384, 32, 8, 128, window=(4095, 0))
     gpt_oss = AttentionCase(2, 8192, 64, 8, 64, window=(127, 0), sinks=True)
-    for case in (packed, mistral, encoder, gpt_oss, long):
+    # A fourteenth of the causal scores.
+    sparse = AttentionCase(1, 16384, 32, 8, 128, blocks=(128, 3, 1))
+    for case in (packed, mistral, encoder, gpt_oss, long, sparse):
         yield case
         yield replace(case, backward=True)
 
@@ -120,6 +122,7 @@ def _tiny() -> Iterator[AttentionCase]:
         yield replace(plain, **options, backward=True)
         yield replace(plain, **options)
     yield replace(plain, causal=False, window=(5, 3), sinks=True)
+    yield replace(plain, blocks=(16, 0, 1), backward=True)
     yield replace(packed, window=(7, 0), dropout_p=0.3, backward=True)
 
 
@@ -155,6 +158,8 @@ def _ours(case: AttentionCase, backend: str | None) -> Variant:
             softcap=case.softcap,
             bias=inputs.get("bias"),
             alibi_slopes=inputs.get("alibi_slopes"),
+            block_mask=inputs.get("block_mask"),
+            block_size=64 if case.blocks is None else case.blocks[0],
             sinks=inputs.get("sinks"),
             dropout_p=case.dropout_p,
             dropout_seed=inputs.get("dropout_seed"),
@@ -192,6 +197,8 @@ def draw(case: AttentionCase, device: torch.device, seed: int) -> Inputs:
         exponents = torch.arange(1, case.num_heads + 1, device=device) * (8.0 / case.num_heads)
         # The last head, which is checked, has the steepest.
         inputs["alibi_slopes"] = torch.exp2(-exponents.flip(0)).float()
+    if case.blocks:
+        inputs["block_mask"] = case.block_mask(device)
     if case.dropout_p:
         inputs["dropout_seed"] = torch.tensor([case.dropout_seed, seed], dtype=torch.int64, device=device)
     if case.lengths:

@@ -85,6 +85,9 @@ def _attend(
         hidden |= distance > left
     if right >= 0:
         hidden |= -distance > right
+    if case.blocks:
+        size = case.blocks[0]
+        hidden |= ~inputs["block_mask"][0, 0][(rows // size)[:, None], keys // size]
     scores = scores.masked_fill(hidden, -math.inf)
     if case.sinks:
         sink = inputs["sinks"].detach()[head].double().expand(len(rows), 1)

@@ -22,8 +22,10 @@ import triton.language as tl
 from ..launch import COMMON_OPTIONS, NewTensor, device_limits
 from ..mathematics import LOG2E
 from ..prepared import PreparedLaunch
+from . import block_lists
 from . import tile as common
 from .bias_gradient import is_broadcast, prepare_bias_gradient
+from .normalisation import normalised_again
 from .options import (
     OPTIONAL_ARGUMENTS,
     UNSPECIALISED,
@@ -35,7 +37,7 @@ from .options import (
     row_strides,
     score_options,
 )
-from .policy import BackwardConfig, backward_config, slots_per_group
+from .policy import BackwardConfig, backward_config, backward_config_of_blocks, slots_per_group
 from .slope_gradient import prepare_slope_gradient
 
 if TYPE_CHECKING:
@@ -51,46 +53,13 @@ Gradients = tuple[
 ]
 
 
-@triton.jit
-def normalised_again(
-    q, k_ptr, stride_k_seq, sinks_ptr, start_m, begin, end, place, options, here, edges, softmax_scale, softcap,
-    traits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """(shift, norm) of rows with SCALE_FIRST, from a second walk over the key tiles ``begin`` to ``end``: their largest score, and the
-    base-2 logarithm of their sum of exponentials less that."""
-    offs_m = common.tile_offsets(BLOCK_M, WIDE)
-    offs_n = common.tile_offsets(BLOCK_N, WIDE)
-    offs_d = tl.arange(0, traits.BLOCK_D)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    if sinks_ptr is not None:
-        row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + place.head).to(tl.float32)
-        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
-    for tile_n in range(begin, end):
-        start_n = tile_n * BLOCK_N
-        k = common.load_tile(
-            k_ptr + tl.cast(start_n, tl.int64) * stride_k_seq, stride_k_seq, edges.seqlen_k - start_n, offs_n, offs_d,
-            traits.HEAD_DIM, traits.BLOCK_D, True,
-        )  # fmt: skip
-        scores = common.row_products(q, k, traits.HEAD_DIM, traits.PRECISION, traits.STREAMED)
-        scores = common.scaled_scores(scores, softmax_scale, softcap, traits)
-        rows, keys = (start_m + offs_m)[:, None], offs_n[None, :]
-        scores = common.score_terms(scores, rows, start_n, keys, options, here, edges, traits, True)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = common.exponentials(scores, origin[:, None], 1.0, True)
-        row_sum = row_sum * common.exponentials(row_max, origin, 1.0, True) + tl.sum(p, 1)
-        row_max = new_max
-    shift = tl.where(row_sum == 0.0, float("inf"), row_max)
-    return shift, tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))
-
-
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attention_backward_dq_kernel(
     dout_ptr, dout_strides, q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides,
     out_ptr, out_strides, dq_ptr, dq_strides,
     lse_ptr, dlse_ptr, delta_ptr, shift_ptr, norm_ptr, stride_lse_batch, stride_lse_head,
     dbias_ptr, dbias_strides, dsinks_ptr, dslopes_ptr, large_lse,
+    lists_ptr, list_strides,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     bias_ptr, mask_ptr, padding_ptr, alibi_ptr, sinks_ptr, dropout_seed_ptr, option_strides,
     batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
@@ -152,6 +121,10 @@ def attention_backward_dq_kernel(
     dq = tl.zeros([BLOCK_M, traits.BLOCK_D], tl.float32)
     factor = softmax_scale * LOG2E
     bounds = common.key_ranges(start_m, edges, traits, BLOCK_M, BLOCK_N)
+    if lists_ptr is not None:
+        lists_ptr = block_lists.list_row(lists_ptr, list_strides, place.option_sequence, place.head, start_m)
+        bounds = block_lists.listed_ranges(lists_ptr, list_strides, bounds)
+        lists_ptr = block_lists.first_entry(lists_ptr, list_strides)
     shift = tl.where(lse == float("-inf"), float("inf"), lse)
     norm = tl.zeros([BLOCK_M], tl.float32)
     if traits.SCALE_FIRST:
@@ -159,8 +132,8 @@ def attention_backward_dq_kernel(
         # masks made of large finite numbers; float32 with very large logits) are normalised again.
         if tl.max(tl.where(lse == float("-inf"), 0.0, tl.abs(lse)), 0) > large_lse:
             shift, norm = normalised_again(
-                q, k_ptr, k_strides.seq, sinks_ptr, start_m, bounds[4], bounds[3], place, options, here, edges,
-                softmax_scale, softcap, traits, BLOCK_M, BLOCK_N, WIDE,
+                q, k_ptr, k_strides.seq, sinks_ptr, start_m, bounds[4], bounds[3], lists_ptr, place, options, here,
+                edges, softmax_scale, softcap, traits, BLOCK_M, BLOCK_N, WIDE,
             )  # fmt: skip
         tl.store(norm_ptr + first_statistic + offs_m, norm, mask=row_exists)
     else:
@@ -177,7 +150,13 @@ def attention_backward_dq_kernel(
     from_dp = tl.zeros([BLOCK_M], tl.float32)
     mean_distance = tl.zeros([BLOCK_M], tl.float32)
     for run in tl.static_range(3 if traits.HAS_LEFT else 2):
-        for tile_n in range(bounds[2 * run], bounds[2 * run + 1]):
+        # Loads at places that are loaded themselves run ahead in whole tiles only: in both runs they serialise wgmma.
+        for step in tl.range(
+            bounds[2 * run], bounds[2 * run + 1], num_stages=None if run == 0 or lists_ptr is None else 1
+        ):
+            tile_n = step
+            if lists_ptr is not None:
+                tile_n = tl.load(lists_ptr + step)
             start_n = tile_n * BLOCK_N
             first_key = tl.cast(start_n, tl.int64)
             keys_left = edges.seqlen_k - start_n
@@ -225,6 +204,7 @@ def attention_backward_dkv_kernel(
     dout_ptr, dout_strides, q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides,
     dk_ptr, dk_strides, dv_ptr, dv_strides,
     delta_ptr, shift_ptr, norm_ptr, stride_lse_batch, stride_lse_head,
+    lists_ptr, list_strides,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     bias_ptr, mask_ptr, padding_ptr, alibi_ptr, sinks_ptr, dropout_seed_ptr, option_strides,
     batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
@@ -262,13 +242,24 @@ def attention_backward_dkv_kernel(
     dv = tl.zeros([BLOCK_N, traits.BLOCK_DV], tl.float32)
     factor = softmax_scale * LOG2E
     bounds = common.query_ranges(start_n, edges, traits, BLOCK_M, BLOCK_N)
+    if lists_ptr is not None:
+        lists_ptr = block_lists.list_row(lists_ptr, list_strides, place.option_sequence, place.head, start_n)
+        bounds = block_lists.listed_ranges(lists_ptr, list_strides, bounds)
+        lists_ptr = block_lists.first_entry(lists_ptr, list_strides)
     for run in tl.static_range(3 if traits.HAS_RIGHT else 2):
         # One loop over (head of the group, query tile), so that loads run ahead across heads too. Two counters: dividing a step costs a
         # tenth of the loop's instructions.
         tiles = bounds[2 * run + 1] - bounds[2 * run]
         head_32 = place.head.to(tl.int32) * traits.HEADS_PER_KV
         tile_m = bounds[2 * run]
-        for _ in tl.range(0, tiles * traits.HEADS_PER_KV, num_stages=None if run == 0 else 1):
+        first, last = 0, tiles * traits.HEADS_PER_KV
+        if lists_ptr is not None:  # whose entries name a head each
+            first, last = bounds[2 * run], bounds[2 * run + 1]
+        for step in tl.range(first, last, num_stages=None if run == 0 else 1):
+            if lists_ptr is not None:
+                entry = tl.load(lists_ptr + step)
+                tile_m = entry // traits.HEADS_PER_KV
+                head_32 = place.head.to(tl.int32) * traits.HEADS_PER_KV + entry % traits.HEADS_PER_KV
             head = tl.cast(head_32, tl.int64)  # of 32 bits: its products with strides are one instruction
             start_m = tile_m * BLOCK_M
             first_row = tl.cast(start_m, tl.int64)
@@ -313,9 +304,10 @@ def attention_backward_dkv_kernel(
             if traits.HAS_SOFTCAP:
                 ds = ds * common.softcap_slope(capped, softcap)
             dk = tl.dot(ds.to(q.data.dtype), q.data, dk, input_precision=traits.PRECISION)
-            was_last = tile_m + 1 == bounds[2 * run + 1]
-            head_32 += was_last
-            tile_m = tl.where(was_last, bounds[2 * run], tile_m + 1)
+            if lists_ptr is None:
+                was_last = tile_m + 1 == bounds[2 * run + 1]
+                head_32 += was_last
+                tile_m = tl.where(was_last, bounds[2 * run], tile_m + 1)
     common.store_tile(
         dk_ptr, dk_strides.seq, keys_left, offs_n, offs_d, dk * softmax_scale, traits.HEAD_DIM, traits.BLOCK_D
     )
@@ -338,7 +330,7 @@ class BackwardLaunch:
     """
 
     __slots__ = (
-        "_copied", "_launches", "_new_dbias", "_new_dk", "_new_dq", "_new_dsinks", "_new_dv", "_new_statistic", "_scale_first",
+        "_copied", "_launches", "_lists", "_new_dbias", "_new_dk", "_new_dq", "_new_dsinks", "_new_dv", "_new_statistic", "_scale_first",
         "_sum_of_slopes", "_sums_of_sinks", "_take",
     )  # fmt: skip
 
@@ -362,12 +354,18 @@ class BackwardLaunch:
             pressure = options.pressure + (bias is not None) + want_dslopes
             arch = device_limits(q.device).arch
             config = backward_config(shape.head_dim, shape.value_dim, q.dtype, arch, pressure)
+        self._lists: dict[str, block_lists.BlockLists] = {}  # by their names among the tensors
+        key_lists = query_lists = None
+        if call.block_mask is not None:
+            config = backward_config_of_blocks(config, call.block_size)
+            self._lists["key_lists"] = key_lists = block_lists.BlockLists(call, config.q_block_n)
+            self._lists["query_lists"] = query_lists = block_lists.BlockLists(call, config.kv_block_m, of_keys=True)
         tiles_q, slots_q = shape.tiles(shape.seqlen_q, config.q_block_m), shape.slots(shape.num_heads)
         tiles_k, slots_k = shape.tiles(shape.seqlen_k, config.kv_block_n), shape.slots(shape.num_kv_heads)
         shared_bias = bias is not None and want_dbias and any(is_broadcast(bias, shape))
 
         own = ("dout", "out", "lse", "dlse", "delta", "shift", "norm", "dq", "dk", "dv", "dbias", "dsinks", "dslopes")
-        tensors = CallTensors(call, *own)
+        tensors = CallTensors(call, *own, "key_lists", "query_lists", "bias_lists")
         self._take = tensors.take
         walked = [tensor.stride(-1) == 1 for tensor in (dout, out)]
         walked += [tensor is None or tensor.is_contiguous() for tensor in (lse, dlse)]
@@ -401,6 +399,7 @@ class BackwardLaunch:
                 *(None,) * 5, *shape.lse_strides,
                 None, new_score_strides(None if shared_bias or not want_dbias else bias), None, None,
                 LARGE_LSE_FLOAT32 if q.dtype == torch.float32 else LARGE_LSE_16_BIT,
+                *block_lists.arguments(key_lists),
                 *OPTIONAL_ARGUMENTS, options.strides,
                 *shape.sizes, tiles_q, slots_q, slots_per_group(shape, k), *scores,
             )  # fmt: skip
@@ -414,8 +413,9 @@ class BackwardLaunch:
             dbias = None if shared_bias else "dbias"
             dslopes = "dslopes" if want_dslopes else None
             order = tensors.order(
-                "dout", "q", "k", "v", "out", "dq", "lse", "dlse", "delta", "shift", "norm", dbias, "dsinks", dslopes
-            )
+                "dout", "q", "k", "v", "out", "dq", "lse", "dlse", "delta", "shift", "norm", dbias, "dsinks", dslopes,
+                *block_lists.pointers(key_lists, "key_lists"),
+            )  # fmt: skip
             self._launches.append(
                 PreparedLaunch(attention_backward_dq_kernel, (tiles_q * slots_q,), arguments, own_constants, order)
             )  # fmt: skip
@@ -423,6 +423,7 @@ class BackwardLaunch:
             arguments = (
                 *inputs, None, gradient_rows[1], None, gradient_rows[2],
                 None, None, None, *shape.lse_strides,
+                *block_lists.arguments(query_lists),
                 *OPTIONAL_ARGUMENTS, options.strides,
                 *shape.sizes, tiles_k, slots_k, slots_k, *scores,
             )  # fmt: skip
@@ -433,12 +434,13 @@ class BackwardLaunch:
                 "num_stages": config.kv_num_stages,
                 **constants,
             }
-            order = tensors.order("dout", "q", "k", "v", "dk", "dv", "delta", "shift", "norm")
+            lists = block_lists.pointers(query_lists, "query_lists")
+            order = tensors.order("dout", "q", "k", "v", "dk", "dv", "delta", "shift", "norm", *lists)
             self._launches.append(
                 PreparedLaunch(attention_backward_dkv_kernel, (tiles_k * slots_k,), arguments, own_constants, order)
             )  # fmt: skip
         if bias is not None and shared_bias:
-            launch = prepare_bias_gradient(bias, shape, options, inputs, tensors, constants)
+            launch = prepare_bias_gradient(call, shape, options, inputs, tensors, constants, self._lists)
             if launch is not None:
                 self._launches.append(launch)
 
@@ -463,6 +465,8 @@ class BackwardLaunch:
         dsinks = None if self._new_dsinks is None else self._new_dsinks()
         dslopes = None if self._sum_of_slopes is None else new_statistic(lse)
         tensors = (*self._take(call), dout, out, lse, dlse, delta, shift, norm, dq, dk, dv, dbias, dsinks, dslopes)
+        if self._lists:
+            tensors += tuple(make(call) for make in self._lists.values())
         for launch in self._launches:
             launch(tensors)
         if dsinks is not None:

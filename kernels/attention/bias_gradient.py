@@ -7,7 +7,8 @@ the same bits every run. Cost: 2 more matrix products than the 7 of the other ba
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from ..launch import cdiv
 from ..prepared import PreparedLaunch
+from . import block_lists
 from . import tile as common
 from .options import (
     OPTIONAL_ARGUMENTS,
@@ -24,6 +26,9 @@ from .options import (
     ScoreOptions,
     new_score_strides,
 )
+
+if TYPE_CHECKING:
+    from pytransformer.ops.attention.call import AttentionCall
 
 
 def is_broadcast(bias: torch.Tensor, shape: Geometry) -> tuple[bool, bool, bool, bool]:
@@ -38,6 +43,7 @@ def attention_bias_gradient_kernel(
     dout_ptr, dout_strides, q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides,
     delta_ptr, shift_ptr, norm_ptr, stride_lse_batch, stride_lse_head,
     dbias_ptr, dbias_strides, dbias_rows, dbias_cols, tiles_m, tiles_n,
+    lists_ptr, list_strides,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     bias_ptr, mask_ptr, padding_ptr, alibi_ptr, sinks_ptr, dropout_seed_ptr, option_strides,
     batch, num_heads, seqlen_q, seqlen_k,
@@ -108,7 +114,16 @@ def attention_bias_gradient_kernel(
                 if not SUM_COLS:
                     begin_n = tl.maximum(own_n, begin_n)
                     end_n = tl.minimum(own_n + 1, end_n)
-                for tile_n in range(begin_n, end_n):
+                row_ptr = lists_ptr
+                if lists_ptr is not None:
+                    row_ptr = block_lists.list_row(lists_ptr, list_strides, sequence, head, start_m)
+                    begin_n = block_lists.entries_before(row_ptr, list_strides, begin_n)
+                    end_n = block_lists.entries_before(row_ptr, list_strides, end_n)
+                    row_ptr = block_lists.first_entry(row_ptr, list_strides)
+                for step in range(begin_n, end_n):
+                    tile_n = step
+                    if lists_ptr is not None:
+                        tile_n = tl.load(row_ptr + step)
                     start_n = tile_n * BLOCK_N
                     first_key = (first_k + start_n).to(tl.int64)
                     keys_left = keys_here - start_n
@@ -149,21 +164,29 @@ def attention_bias_gradient_kernel(
 
 
 def prepare_bias_gradient(
-    bias: torch.Tensor,
+    call: AttentionCall,
     shape: Geometry,
     options: ScoreOptions,
     inputs: tuple[Any, ...],
     tensors: CallTensors,
     constants: dict[str, Any],
+    lists: dict[str, block_lists.BlockLists],
 ) -> PreparedLaunch | None:
-    """The launch for a bias like this one, whose gradient is a new tensor of its shape; None where that is empty.
+    """The launch for a bias like the call's, whose gradient is a new tensor of its shape; None where that is empty.
 
     Args:
         inputs: arguments of dout, q, k and v; ``tensors`` and ``constants`` are those of the other backward kernels too.
+        lists: of a block mask, by the names of their tensors; those of this kernel are added.
     """
+    bias = call.bias
+    assert bias is not None
     sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     sum_batch, sum_heads, sum_rows, sum_cols = is_broadcast(bias, shape)
     block_m, block_n, num_warps = (16, 16, 4) if options.traits.EXACT else (64, 32, 8)
+    own_lists = None
+    if call.block_mask is not None:
+        block_m, block_n, num_warps = math.gcd(block_m, call.block_size[0]), math.gcd(block_n, call.block_size[1]), 4
+        lists["bias_lists"] = own_lists = block_lists.BlockLists(call, block_n)
     tiles_m, tiles_n = cdiv(sizes[2], block_m), cdiv(sizes[3], block_n)
     programs = tiles_m * tiles_n * sizes[0] * sizes[1]
     if programs == 0:
@@ -172,6 +195,7 @@ def prepare_bias_gradient(
         *inputs,
         None, None, None, *shape.lse_strides,
         None, new_score_strides(bias), *sizes[2:], tiles_m, tiles_n,
+        *block_lists.arguments(own_lists),
         *OPTIONAL_ARGUMENTS, options.strides,
         *shape.sizes, *options.scalars, options.traits,
     )  # fmt: skip
@@ -186,5 +210,7 @@ def prepare_bias_gradient(
         "num_stages": 1,
         **constants,
     }
-    order = tensors.order("dout", "q", "k", "v", "delta", "shift", "norm", "dbias")
+    order = tensors.order(
+        "dout", "q", "k", "v", "delta", "shift", "norm", "dbias", *block_lists.pointers(own_lists, "bias_lists")
+    )
     return PreparedLaunch(attention_bias_gradient_kernel, (programs,), arguments, constants, order)

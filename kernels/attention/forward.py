@@ -16,6 +16,7 @@ import triton.language as tl
 from ..launch import COMMON_OPTIONS, device_limits
 from ..mathematics import LN2, LOG2E
 from ..prepared import PreparedLaunch
+from . import block_lists
 from . import tile as common
 from .options import (
     OPTIONAL_ARGUMENTS,
@@ -28,7 +29,7 @@ from .options import (
     row_strides,
     score_options,
 )
-from .policy import ForwardConfig, forward_config, slots_per_group
+from .policy import ForwardConfig, forward_config, forward_config_of_blocks, slots_per_group
 
 if TYPE_CHECKING:
     from pytransformer.ops.attention.call import AttentionCall
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 def attention_forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides,
     lse_ptr, stride_lse_batch, stride_lse_head,
+    lists_ptr, list_strides,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     bias_ptr, mask_ptr, padding_ptr, alibi_ptr, sinks_ptr, dropout_seed_ptr, option_strides,
     batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
@@ -84,10 +86,17 @@ def attention_forward_kernel(
         row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
 
     bounds = common.key_ranges(start_m, edges, traits, BLOCK_M, BLOCK_N)
+    if lists_ptr is not None:
+        lists_ptr = block_lists.list_row(lists_ptr, list_strides, place.option_sequence, place.head, start_m)
+        bounds = block_lists.listed_ranges(lists_ptr, list_strides, bounds)
+        lists_ptr = block_lists.first_entry(lists_ptr, list_strides)
     # Whole tiles come first, and only their loads run ahead: the buffers and addresses of all three runs together would spill, and a run
     # without look-ahead that comes first makes ptxas serialise the wgmma of the others.
     for run in tl.static_range(3 if traits.HAS_LEFT else 2):
-        for tile_n in tl.range(bounds[2 * run], bounds[2 * run + 1], num_stages=None if run == 0 else 1):
+        for step in tl.range(bounds[2 * run], bounds[2 * run + 1], num_stages=None if run == 0 else 1):
+            tile_n = step
+            if lists_ptr is not None:
+                tile_n = tl.load(lists_ptr + step)
             start_n = tile_n * BLOCK_N
             first_key = tl.cast(start_n, tl.int64)
             keys_left = edges.seqlen_k - start_n
@@ -149,26 +158,31 @@ class ForwardLaunch:
         ValueError: dropout without a tensor of its seed.
     """
 
-    __slots__ = ("_launch", "_new_lse", "_new_out", "_take")
+    __slots__ = ("_launch", "_lists", "_new_lse", "_new_out", "_take")
 
     def __init__(self, call: AttentionCall, *, allow_tf32: bool = False, config: ForwardConfig | None = None) -> None:
         shape = geometry(call)
         out_shape = (*call.q.shape[:-1], shape.value_dim)
-        tensors = CallTensors(call, "out", "lse")
+        tensors = CallTensors(call, "out", "lse", "lists")
         self._take = tensors.take
         self._new_out, self._new_lse = maker(call.q, out_shape), maker(call.q, shape.lse_shape, torch.float32)
         options = score_options(call, shape, allow_tf32)
         self._launch: PreparedLaunch | None = None
+        self._lists: block_lists.BlockLists | None = None
         if shape.slots(shape.num_heads) * shape.seqlen_q == 0:
             return
         if config is None:
             arch = device_limits(call.q.device).arch
             config = forward_config(shape.head_dim, shape.value_dim, call.q.dtype, arch, options.pressure)
+        if call.block_mask is not None:
+            config = forward_config_of_blocks(config, call.block_size)
+            self._lists = block_lists.BlockLists(call, config.block_n)
         num_tiles, num_slots = shape.tiles(shape.seqlen_q, config.block_m), shape.slots(shape.num_heads)
         rows = [row_strides(tensor) for tensor in (call.q, call.k, call.v)] + [new_row_strides(out_shape)]
         arguments = (
             None, rows[0], None, rows[1], None, rows[2], None, rows[3],
             None, *shape.lse_strides,
+            *block_lists.arguments(self._lists),
             *OPTIONAL_ARGUMENTS, options.strides,
             *shape.sizes, num_tiles, num_slots, slots_per_group(shape, call.k),
             *options.scalars, options.traits,
@@ -181,16 +195,16 @@ class ForwardLaunch:
             "num_stages": config.num_stages,
             **COMMON_OPTIONS,
         }
-        self._launch = PreparedLaunch(
-            attention_forward_kernel, (num_tiles * num_slots,), arguments, constants, tensors.order("q", "k", "v", "out", "lse")
-        )  # fmt: skip
+        order = tensors.order("q", "k", "v", "out", "lse", *block_lists.pointers(self._lists, "lists"))
+        self._launch = PreparedLaunch(attention_forward_kernel, (num_tiles * num_slots,), arguments, constants, order)
 
     def __call__(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Results as :func:`attention_forward` returns them, of a call that is like the first."""
         q = call.q
         out, lse = self._new_out(q), self._new_lse(q)
         if self._launch is not None:
-            self._launch((*self._take(call), out, lse))
+            tensors = (*self._take(call), out, lse)
+            self._launch(tensors if self._lists is None else (*tensors, self._lists(call)))
         return out, lse
 
 

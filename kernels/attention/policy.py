@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,6 +44,23 @@ def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int,
         # 255 registers and 16 bytes of spills before the loop, 192 KB; sm_100 spills more.
         return ForwardConfig(128, 64, 8, 2)
     return ForwardConfig(128 if options < 2 else 64, 32, 8, 2)
+
+
+def forward_config_of_blocks(config: ForwardConfig, block_size: tuple[int, int]) -> ForwardConfig:
+    """The policy under a block mask: a tile lies inside one block, so that it shrinks to the largest power of two that divides that."""
+    rows, cols = block_size
+    block_m = math.gcd(config.block_m, rows)
+    return replace(
+        config,
+        block_m=block_m,
+        block_n=math.gcd(config.block_n, cols),
+        num_warps=_warps(config.num_warps, config.block_m, block_m),
+    )
+
+
+def _warps(num_warps: int, block: int, smaller: int) -> int:
+    """Fewer rows leave fewer warps something to do; wgmma has four to its 64 rows."""
+    return num_warps if smaller == block else min(num_warps, 4)
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,21 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
         # dq 220 registers on sm_90, where 32 keys spill; for dk/dv wgmma's 64 rows would spill, so mma.sync.
         return BackwardConfig(64, 16 if arch == 90 else 32, 8, 2, 32, 32, 8, 2)
     return BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
+
+
+def backward_config_of_blocks(config: BackwardConfig, block_size: tuple[int, int]) -> BackwardConfig:
+    """As :func:`forward_config_of_blocks`."""
+    rows, cols = block_size
+    q_block_m, kv_block_n = math.gcd(config.q_block_m, rows), math.gcd(config.kv_block_n, cols)
+    return replace(
+        config,
+        q_block_m=q_block_m,
+        q_block_n=math.gcd(config.q_block_n, cols),
+        q_num_warps=_warps(config.q_num_warps, config.q_block_m, q_block_m),
+        kv_block_m=math.gcd(config.kv_block_m, rows),
+        kv_block_n=kv_block_n,
+        kv_num_warps=_warps(config.kv_num_warps, config.kv_block_n, kv_block_n),
+    )
 
 
 def slots_per_group(shape: Geometry, k: torch.Tensor) -> int:

@@ -43,7 +43,9 @@ class Scores(NamedTuple):
     what: str = ""
 
 
-def check_mask(name: str, value: Any, q: Tensor, additive: str, ndim: int | None = None) -> Tensor:
+def check_mask(
+    name: str, value: Any, q: Tensor, additive: str, ndim: int | None = None, layout: str = "(batch, seqlen_k)"
+) -> Tensor:
     """A boolean or integer mask, returned boolean; TypeError for a floating-point one, with how ``additive`` ones are passed."""
     if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
         # Both kinds are about, and each passed as the other gives wrong numbers in silence.
@@ -51,7 +53,7 @@ def check_mask(name: str, value: Any, q: Tensor, additive: str, ndim: int | None
             f"{name} must be boolean or integer, got {checks.short(value.dtype)}; {additive} (0 = attend, -inf = hide), "
             f"and one of ones and zeros (1 = attend, 0 = hide) as {name}.bool()"
         )
-    mask = checks.check_tensor(name, value, ndim=ndim, dtypes=MASK_DTYPES, device=q.device, layout="(batch, seqlen_k)")
+    mask = checks.check_tensor(name, value, ndim=ndim, dtypes=MASK_DTYPES, device=q.device, layout=layout)
     return mask if mask.dtype == torch.bool else mask != 0
 
 
@@ -92,7 +94,7 @@ def check_score_shape(name: str, tensor: Tensor, scores: Scores) -> None:
     sizes = four_sizes(tensor)
     fits = len(sizes) == 4 and sizes[0] in (1, scores.batch) and sizes[1] in (1, scores.num_heads)
     if not fits or not _fits(sizes[2], scores.rows) or not _fits(sizes[3], scores.cols):
-        wanted = f"({scores.batch}, {scores.num_heads}, {_shown(scores.rows)}, {_shown(scores.cols)})"
+        wanted = f"({scores.batch}, {scores.num_heads}, {shown(scores.rows)}, {shown(scores.cols)})"
         raise ValueError(
             f"{name}{scores.what} must broadcast to {scores.layout} = {wanted}, got shape {tuple(tensor.shape)}"
         )
@@ -114,7 +116,8 @@ def _fits(size: int, extent: Extent) -> bool:
     return size >= extent.size if extent.is_least else size == extent.size
 
 
-def _shown(extent: Extent) -> str:
+def shown(extent: Extent) -> str:
+    """For messages."""
     if extent.size is None:
         return "any"
     return f"at least {extent.size}" if extent.is_least else str(extent.size)

@@ -4,7 +4,7 @@
     output  = dropout(softmax(scores)) v
 
 Sources: Vaswani et al. 2017 (attention); Ainslie et al. 2023 (GQA); Press et al. 2022 (ALiBi); Gemma 2 (softcap);
-Xiao et al. 2023 and gpt-oss (attention sinks); Beltagy et al. 2020 (sliding window).
+Xiao et al. 2023 and gpt-oss (attention sinks); Beltagy et al. 2020 (sliding window); Child et al. 2019 (block-sparse attention).
 
 Everything is computed in the dtype of the inputs, with two exceptions that every plain implementation makes: the scores
 of 16-bit inputs are widened to float32 for the softmax, and lse is float32. float64 inputs stay float64 throughout.
@@ -32,6 +32,8 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    block_size: int | tuple[int, int] = 64,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -58,12 +60,17 @@ def attention(
             value has weight 0, and 0 · NaN is NaN: what is hidden must be finite, as with torch's own function.
         bias: floating, same broadcasting, added to the scores; -inf hides, any finite number is just a number.
         key_padding_mask: (batch, seqlen_k), True = attend. Does not shift the causal alignment.
+        block_mask: (batch or 1, num_heads or 1, blocks of queries, blocks of keys), True = attend: a mask with one element for each block
+            of scores. Block (I, J) is the queries from I · block_size and the keys from J · block_size on, counted in the tensors
+            whatever their lengths; the last ones may be short.
+        block_size: queries and keys in a block, or (queries, keys).
         alibi_slopes: (num_heads) or (batch, num_heads); -slope · |d| is added to the scores.
         sinks: (num_heads), a logit that joins each row's denominator but brings no value.
         dropout_p: probability that a weight is dropped; the kept ones are divided by 1 - p. See philox.py for which.
         dropout_seed: int, int64[2] tensor (seed, offset), or None: drawn from torch's generator.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1), starts of the packed sequences; both or neither. Then mask and bias are
-            (batch, heads, max_q, max_k) and key_padding_mask (batch, max_k), indexed from the start of each sequence.
+            (batch, heads, max_q, max_k), key_padding_mask (batch, max_k) and block_mask (batch, heads, blocks of max_q, blocks of max_k),
+            indexed from the start of each sequence.
         max_seqlen_q, max_seqlen_k: hints for kernels, unused here.
         return_lse: return lse as well.
 
@@ -95,6 +102,11 @@ def attention(
             _inside_window(distance, causal, window)
             & (True if mask is None else _local_part(mask, sequence, seqlen_q, seqlen_k) != 0)
             & (True if key_padding_mask is None else key_padding_mask[sequence, :seqlen_k] != 0)
+            & (
+                True
+                if block_mask is None
+                else _local_part(_written_out(block_mask, block_size), sequence, seqlen_q, seqlen_k)
+            )
         )
         results.append(
             _attend_one_sequence(
@@ -301,6 +313,12 @@ def _refuse_floating_mask(name: str, mask: Tensor | None) -> None:
             f"{name} must be boolean or integer, got {mask.dtype}; pass {additive} (0 = attend, -inf = hide), "
             f"and one of ones and zeros (1 = attend, 0 = hide) as {name}.bool()"
         )
+
+
+def _written_out(block_mask: Tensor, block_size: int | tuple[int, int]) -> Tensor:
+    """An element for each score in place of one for each block."""
+    rows, cols = (block_size, block_size) if isinstance(block_size, int) else block_size
+    return (block_mask != 0).repeat_interleave(rows, dim=-2).repeat_interleave(cols, dim=-1)
 
 
 def _rows(sequence: int, cu_seqlens: Tensor | None) -> int | slice:

@@ -79,6 +79,13 @@ def _packed_qkv(size: int) -> Tensors:
     return {**{name: value[0] for name, value in qkv.items()}, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds.clone()}
 
 
+def _blocks(size: int) -> Tensors:
+    """Blocks of 16 tokens, a ragged last one; each head has its own mask."""
+    count = -(-41 * size // 16)
+    block_mask = (torch.rand(1, 4, count, count) < 0.5) | torch.eye(count, dtype=torch.bool)
+    return {**_qkv(2, (41 * size, 41 * size), (4, 2), (32, 32)), "block_mask": block_mask}
+
+
 def _decode(name: str, inputs: Callable[[int], Tensors], **options: object) -> Case:
     def split(tensors: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, object]]:
         positional = tuple(tensors[key] for key in ("q", "k_cache", "v_cache", "cache_seqlens"))
@@ -295,6 +302,7 @@ CASES: tuple[Case, ...] = (
     ),
     _attention("full, head_dim 40, dv 24", lambda size: _qkv(1, (21 * size, 150 * size), (2, 1), (40, 24))),
     _attention("packed, causal", _packed_qkv, causal=True),
+    _attention("block mask by head, causal, GQA 2", _blocks, causal=True, block_size=16),
     _decode("contiguous, GQA 2", _contiguous_cache),
     _decode("paged, 3 queries, window", _paged_cache, window=(100, 0)),
     _linear("causal, GQA 2, decay", 70, decay=torch.tensor([0.95, 0.5])),

@@ -36,6 +36,17 @@ HUGE = Case((20, 33), lse_gradient=False, options={"bias": torch.full((33,), -1e
 LONG = Case((20, 100), options={"window": (-1, 30)})
 
 
+def blocks(case: Case, generator: torch.Generator) -> torch.Tensor:
+    """Of blocks of 16; each head its own."""
+    return torch.rand(1, 4, 3, 3, generator=generator) < 0.6
+
+
+BLOCKS = Case((33, 40), heads=(4, 2), options={"causal": True, "block_mask": blocks, "block_size": (16, 16)})
+SHARED_BIAS_BLOCKS = replace(
+    SHARED_BIAS, options={**SHARED_BIAS.options, "block_mask": torch.eye(2, 3)[None, None] > 0, "block_size": (16, 16)}
+)
+
+
 @dataclass(frozen=True)
 class Fault:
     """Text of one kernel file to replace, and a case in which that matters."""
@@ -104,7 +115,7 @@ FAULTS = {
     "dq not scaled": Fault("backward", "dq * softmax_scale", "dq"),
     "dk not scaled": Fault("backward", "dk * softmax_scale", "dk"),
     "one head of the group forgotten": Fault(
-        "backward", "tl.range(0, tiles * traits.HEADS_PER_KV,", "tl.range(0, tiles * traits.HEADS_PER_KV - tiles,"
+        "backward", "last = 0, tiles * traits.HEADS_PER_KV", "last = 0, tiles * traits.HEADS_PER_KV - tiles"
     ),
     "group of heads stepped through by tiles": Fault("backward", "head_32 += was_last", "head_32 += 0"),
     "delta not subtracted": Fault("backward", "ds = p * (dp - delta[None, :])", "ds = p * dp"),
@@ -117,11 +128,19 @@ FAULTS = {
         "slope_gradient", "mask=row < end, other=0.0", "mask=row < end + 1, other=0.0", PACKED_SLOPES
     ),
     "large rows not normalised again": Fault("backward", "tl.abs(lse)), 0) > large_lse", "tl.abs(lse)), 0) > 1e30", HUGE),
+    "list of the neighbouring head": Fault("block_lists", "head * strides.head +", "head // 2 * strides.head +", BLOCKS),
+    "list of the neighbouring block": Fault("block_lists", "start // strides.block_size,", "start // strides.block_size + 1,", BLOCKS),
+    "entries counted up to the next tile": Fault("block_lists", "tl.minimum(tile, ", "tl.minimum(tile + 1, ", BLOCKS),
+    "entries begin one later": Fault("block_lists", "row_ptr + strides.tiles + 1", "row_ptr + strides.tiles + 2", BLOCKS),
+    "heads of a group share a mask": Fault("block_lists", "if group > 1 and mask.shape[1] > 1:", "if False:", BLOCKS),
+    "tile taken for its entry": Fault("forward", "tile_n = tl.load(lists_ptr + step)", "tile_n = step", BLOCKS),
+    "head taken from the tile": Fault("backward", "entry % traits.HEADS_PER_KV", "0", BLOCKS),
+    "shared bias without its lists": Fault("bias_gradient", "tile_n = tl.load(row_ptr + step)", "tile_n = step", SHARED_BIAS_BLOCKS),
     "one batch of a shared bias forgotten": Fault(
         "bias_gradient", "first_sequence, last_sequence = 0, batch", "first_sequence, last_sequence = 0, batch - 1", SHARED_BIAS
     ),
 }  # fmt: skip
-FILES = ("tile", "bias_gradient", "slope_gradient", "forward", "backward")
+FILES = ("tile", "block_lists", "normalisation", "bias_gradient", "slope_gradient", "forward", "backward")
 
 
 def load(directory: Path, fault: Fault | None) -> dict[str, ModuleType]:
@@ -137,6 +156,7 @@ def load(directory: Path, fault: Fault | None) -> dict[str, ModuleType]:
         for other in FILES:
             source = source.replace(f"from .{other} import", f"from .broken_{other} import")
             source = source.replace(f"from . import {other} as", f"from . import broken_{other} as")
+            source = source.replace(f"from . import {other}\n", f"from . import broken_{other} as {other}\n")
         name = f"pytransformer.kernels.attention.broken_{file}"
         path = directory / f"broken_{file}.py"
         path.write_text(source)

@@ -162,8 +162,8 @@ def arguments() -> list[Any]:
 def test_every_op_and_each_of_its_tensors_is_here() -> None:
     """By the schemas: a new floating argument must be tried, or be one of those that hold indices and flags."""
     without = {
-        "mask", "key_padding_mask", "dropout_seed", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens", "cache_seqlens", "block_table",
-        "cache_batch_idx", "cache_leftpad", "slot_mapping", "positions", "sequence_offsets", "targets", "offsets",
+        "mask", "key_padding_mask", "block_mask", "dropout_seed", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens", "cache_seqlens",
+        "block_table", "cache_batch_idx", "cache_leftpad", "slot_mapping", "positions", "sequence_offsets", "targets", "offsets",
     }  # fmt: skip
     named = {"state": "S", "normalizer": "z"}
     for op in hall._EVERY:

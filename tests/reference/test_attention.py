@@ -265,15 +265,15 @@ def packed_example(device):
         "bias": torch.randn(1, NUM_HEADS, 5, 5, dtype=torch.float64, device=device),
         "key_padding_mask": torch.rand(4, 5, device=device) > 0.2,
         "alibi_slopes": torch.rand(4, NUM_HEADS, device=device),
+        "block_mask": torch.rand(4, 1, 3, 3, device=device) > 0.3,
     }
     return q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, options
 
 
 def test_packed_equals_separate_sequences(device):
     q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, options = packed_example(device)
-    output, lse = attention(
-        q, k, v, causal=True, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=True, **options
-    )
+    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    output, lse = attention(q, k, v, causal=True, block_size=2, return_lse=True, **packed, **options)
     sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
     for b, (q_alone, k_alone, v_alone) in enumerate(sequences):
         seqlen_q, seqlen_k = len(q_alone), len(k_alone)
@@ -286,6 +286,8 @@ def test_packed_equals_separate_sequences(device):
             bias=options["bias"][:, :, :seqlen_q, :seqlen_k],
             key_padding_mask=options["key_padding_mask"][b : b + 1, :seqlen_k],
             alibi_slopes=options["alibi_slopes"][b],
+            block_mask=options["block_mask"][b : b + 1, :, : -(-seqlen_q // 2), : -(-seqlen_k // 2)],
+            block_size=2,
             return_lse=True,
         )
         rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
@@ -338,3 +340,20 @@ def test_half_given_cu_seqlens_are_refused(device):
     q, k, v, cu_seqlens_q, *_ = packed_example(device)
     with pytest.raises(ValueError, match="together"):
         attention(q, k, v, cu_seqlens_q=cu_seqlens_q)
+
+
+@pytest.mark.parametrize("block_size", [2, (2, 3)], ids=str)
+def test_a_block_mask_says_of_each_block_of_scores_whether_it_counts(block_size, device):
+    """By the position in the tensors, whatever causality is aligned to; the last blocks are short."""
+    rows, cols = (block_size, block_size) if isinstance(block_size, int) else block_size
+    inputs = make_qkv(device)
+    blocks = torch.rand(BATCH, NUM_HEADS, -(-SEQLEN_Q // rows), -(-SEQLEN_K // cols), device=device) < 0.5
+    blocks[0, 1, 0] = False
+    mask = torch.zeros(BATCH, NUM_HEADS, SEQLEN_Q, SEQLEN_K, dtype=torch.bool, device=device)
+    for i in range(SEQLEN_Q):
+        for j in range(SEQLEN_K):
+            mask[:, :, i, j] = blocks[:, :, i // rows, j // cols]
+    for options in ({}, {"causal": True, "key_padding_mask": torch.arange(SEQLEN_K, device=device).expand(2, -1) > 1}):
+        by_blocks = attention(*inputs, block_mask=blocks, block_size=block_size, **options)
+        assert_same_with_gradients(by_blocks, attention(*inputs, mask=mask, **options), inputs)
+        assert by_blocks[0, :rows, 1].eq(0).all()

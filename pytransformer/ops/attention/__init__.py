@@ -27,6 +27,8 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    block_size: int | tuple[int, int] = 64,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -42,9 +44,9 @@ def attention(
     """``dropout(softmax(softcap(q kᵀ · softmax_scale) + bias + alibi)) v`` over the keys each query may see.
 
     With ``d = i + seqlen_k - seqlen_q - j`` (the last query stands at the last key), query i sees key j iff every given condition
-    holds: causal: d >= 0; window: -right <= d <= left; ``mask``; ``key_padding_mask``; ``bias`` is not -inf. A row that sees no key gives
-    output 0, gradient 0 and lse -inf. Differentiable once with respect to q, k, v, bias, alibi_slopes and
-    sinks, also through lse.
+    holds: causal: d >= 0; window: -right <= d <= left; ``mask``; ``key_padding_mask``; ``block_mask``; ``bias`` is not -inf. A row that
+    sees no key gives output 0, gradient 0 and lse -inf. Differentiable once with respect to q, k, v, bias, alibi_slopes and sinks, also
+    through lse.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with ``cu_seqlens_q``. float32, float16,
@@ -63,6 +65,14 @@ def attention(
             over what was broadcast.
         key_padding_mask: (batch, seqlen_k), packed (batch, max_seqlen_k), boolean or integer, True = attend. Does not shift the causal
             alignment. (torch's MultiheadAttention means the opposite by True.)
+        block_mask: block-sparse attention: (batch or 1, num_heads or 1, blocks of queries, blocks of keys), boolean or integer, True = the
+            queries ``I · block_size …`` may attend to the keys ``J · block_size …``, both counted from the start of the tensors (packed: of
+            the sequence, blocks of max_seqlen_q and max_seqlen_k) whatever ``causal`` is aligned to; the last blocks may be short. Blocks
+            that are not listed are neither read nor computed, forward or backward, so that time goes by the number of those that are, and
+            what lies in them may be NaN. The values are read where the kernels run, without synchronisation. Patterns:
+            ``pytransformer.block_masks``; when it pays: docs/sparse.md. (Not by "cuda".)
+        block_size: queries and keys in a block, or (queries, keys); multiples of 16. The kernels' tiles divide a block: powers of two
+            serve best, on a GPU 128.
         alibi_slopes: floating (num_heads) or (batch, num_heads): -slope · |d| is added to the scores. (No gradient by "cuda".)
         sinks: floating (num_heads): a logit that joins each row's denominator and brings no value.
         dropout_p: probability, 0 to 1, that a weight is dropped; the kept ones are divided by 1 - dropout_p. A weight is kept where
@@ -88,11 +98,11 @@ def attention(
         NotImplementedError: the named backend cannot serve this call; the message says why.
 
     Sources: Vaswani et al. 2017; Milakov & Gimelshein 2018 and Dao et al. 2022 (never materialising the scores); Ainslie et al. 2023 (GQA);
-    Press et al. 2022 (ALiBi); Gemma 2 (softcap); gpt-oss (sinks); Salmon et al. 2011 (philox).
+    Press et al. 2022 (ALiBi); Gemma 2 (softcap); gpt-oss (sinks); Salmon et al. 2011 (philox); Child et al. 2019 (block-sparse attention).
     """
     given = (
-        q, k, v, mask, bias, key_padding_mask, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        softmax_scale, causal, window, softcap, dropout_p, deterministic, return_lse,
+        q, k, v, mask, bias, key_padding_mask, block_mask, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, softmax_scale, causal, window, softcap, dropout_p, deterministic, return_lse, block_size,
     )  # fmt: skip
     return _ATTENTION(given, backend)  # type: ignore[no-any-return]
 

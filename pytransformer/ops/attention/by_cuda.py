@@ -133,7 +133,7 @@ BACKEND = Backend(
     (
         Limit("float32 and float64", _not_16_bit),
         head_dim_limit("q", "v"),
-        *map(_has, ("mask", "bias", "key_padding_mask", "sinks")),
+        *map(_has, ("mask", "bias", "key_padding_mask", "block_mask", "sinks")),
         Limit("dropout_p", _drops_out),
         Limit("gradient of alibi_slopes", _trains_slopes),
         Limit("rows that are not 16-byte aligned", _has_unaligned_rows),

@@ -50,6 +50,9 @@ def _needs_tiles(call: AttentionCall) -> bool:
     """Whether there is something that it does not have, whatever the lengths."""
     if call.softcap > 0 or call.sinks is not None or call.dropout_p > 0 or call.return_lse:
         return True
+    if call.block_mask is not None:
+        # It would compute what is not listed.
+        return True
     # Its kernel for CPUs writes -inf before it multiplies by the scale.
     return call.causal and call.softmax_scale <= 0
 
@@ -105,6 +108,7 @@ def _sequences(call: AttentionCall) -> Iterator[tuple[AttentionCall, slice, slic
     """Each packed sequence as a dense call, and where it lies among queries and keys. The lengths are read, which waits for a GPU."""
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    rows_per_block, cols_per_block = call.block_size
     for sequence in range(batch_size(call)):
         rows_q = slice(starts_q[sequence], starts_q[sequence + 1])
         rows_k = slice(starts_k[sequence], starts_k[sequence + 1])
@@ -117,6 +121,7 @@ def _sequences(call: AttentionCall) -> Iterator[tuple[AttentionCall, slice, slic
             mask=_part(call.mask, sequence, seqlen_q, seqlen_k),
             bias=_part(call.bias, sequence, seqlen_q, seqlen_k),
             key_padding_mask=None if padding is None else padding[sequence, None, :seqlen_k],
+            block_mask=_part(call.block_mask, sequence, -(-seqlen_q // rows_per_block), -(-seqlen_k // cols_per_block)),
             alibi_slopes=_slopes_of(call.alibi_slopes, sequence),
             cu_seqlens_q=None,
             cu_seqlens_k=None,

@@ -19,15 +19,20 @@ from pytransformer.ops.score_checks import (
     check_score_terms,
     check_softmax_scale,
     longest,
+    shown,
 )
 
 DENSE_LAYOUT = "(batch, seqlen, num_heads, head_dim)"
 PACKED_LAYOUT = "(total_tokens, num_heads, head_dim)"
+BLOCK_LAYOUT = "(batch or 1, num_heads or 1, blocks of queries, blocks of keys)"
+# Tiles of the kernels, which divide a block, have at least so many rows: the least that the tensor cores take.
+BLOCK_MULTIPLE = 16
 _ADDITIVE_PADDING = "pass an additive one as bias=key_padding_mask[:, None, None, :]"
 
 
 class AttentionCall(NamedTuple):
-    """The arguments of one call. Checked: q, k, v of one dtype, masks boolean, dropout_seed a tensor, softmax_scale a number."""
+    """The arguments of one call. Checked: q, k, v of one dtype, masks boolean, dropout_seed a tensor, softmax_scale a number, block_size a
+    pair."""
 
     q: Tensor
     k: Tensor
@@ -35,6 +40,7 @@ class AttentionCall(NamedTuple):
     mask: Tensor | None = None
     bias: Tensor | None = None
     key_padding_mask: Tensor | None = None
+    block_mask: Tensor | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
     dropout_seed: Tensor | None = None
@@ -49,6 +55,7 @@ class AttentionCall(NamedTuple):
     dropout_p: float = 0.0
     deterministic: bool = False
     return_lse: bool = False
+    block_size: tuple[int, int] = (64, 64)
 
 
 # Functions rather than properties: the tracer of torch 2.10 follows no property of a NamedTuple.
@@ -94,6 +101,7 @@ def check_attention(call: AttentionCall) -> AttentionCall:
         padding = check_mask("key_padding_mask", call.key_padding_mask, call.q, _ADDITIVE_PADDING, ndim=2)
         _check_padding_shape(padding, call)
         call = call._replace(key_padding_mask=padding)
+    call = _check_blocks(call)
     deterministic = call.deterministic
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -176,6 +184,47 @@ def _check_padding_shape(padding: Tensor, call: AttentionCall) -> None:
             f"key_padding_mask of packed sequences must have shape (batch, max_seqlen_k) = ({batch_size(call)}, {least}), "
             f"got {tuple(padding.shape)}"
         )
+
+
+def _check_blocks(call: AttentionCall) -> AttentionCall:
+    call = call._replace(block_size=check_block_size(call.block_size))
+    if call.block_mask is None:
+        return call
+    blocks = check_mask(
+        "block_mask", call.block_mask, call.q, "pass an additive mask, of scores, as bias", ndim=4, layout=BLOCK_LAYOUT
+    )
+    scores = _scores(call)
+    extents = [num_blocks(extent, size) for extent, size in zip((scores.rows, scores.cols), call.block_size)]
+    fits = blocks.shape[0] in (1, scores.batch) and blocks.shape[1] in (1, scores.num_heads)
+    if not fits or not all(map(_is_covered, blocks.shape[2:], extents)):
+        wanted = ", ".join([f"{scores.batch} or 1", f"{scores.num_heads} or 1", *map(shown, extents)])
+        rows, cols = call.block_size
+        raise ValueError(
+            f"block_mask{scores.what} must have shape {BLOCK_LAYOUT} = ({wanted}) for blocks of {rows} queries and {cols} keys, "
+            f"got {tuple(blocks.shape)}"
+        )
+    return call._replace(block_mask=blocks)
+
+
+def check_block_size(value: Any) -> tuple[int, int]:
+    """``block_size`` as (queries, keys)."""
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(sizes) != 2:
+        raise TypeError(f"block_size must be an int or a pair (queries, keys) of ints, got {checks.describe(value)}")
+    rows, cols = (checks.check_int("block_size", size, minimum=BLOCK_MULTIPLE) for size in sizes)
+    if rows % BLOCK_MULTIPLE or cols % BLOCK_MULTIPLE:
+        raise ValueError(f"block_size must be a multiple of {BLOCK_MULTIPLE}, got {value}")
+    return rows, cols
+
+
+def num_blocks(extent: Extent, size: int) -> Extent:
+    """How many blocks of this size cover an extent; the last one may be short."""
+    return extent if extent.size is None else extent._replace(size=-(-extent.size // size))
+
+
+def _is_covered(size: int, extent: Extent) -> bool:
+    """Unlike a mask's, a dimension of blocks does not broadcast: 1 would be read as one block."""
+    return extent.size is None or (size >= extent.size if extent.is_least else size == extent.size)
 
 
 def _dropout_seed(value: Any, device: torch.device, is_needed: bool) -> Tensor | None:

@@ -24,26 +24,27 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def kept(p: float, seed: Tensor, heads: range, rows: slice, cols: slice, memory: Scratch) -> Tensor:
+def kept(p: float, seed: Tensor, heads: range, rows: slice, runs: tuple[slice, ...], memory: Scratch) -> Tensor:
     """1 where dropout keeps the weight, 0 where it drops it: (heads, rows, cols) in memory's dtype.
 
     Args:
         p: the probability of dropping.
         seed: int64 (seed, offset).
         heads: batch · num_heads + head of each score matrix.
-        rows, cols: queries and keys in their sequence; cols starts at a multiple of 4.
+        rows, runs: queries, and keys that follow each other, in their sequence. A run starts at a multiple of 4, and all but the last end
+            at one.
         memory: where to work.
     """
     device = seed.device
-    groups = torch.arange(cols.start // 4, -(-cols.stop // 4), device=device)
+    groups = torch.cat([torch.arange(run.start // 4, -(-run.stop // 4), device=device) for run in runs])
     positions = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    matrices = torch.arange(heads.start, heads.stop, device=device)[:, None, None]
+    matrices = torch.arange(heads.start, heads.stop, heads.step, device=device)[:, None, None]
     words = _philox((groups, positions, matrices, seed[1]), seed[0], memory)
     threshold = dropout_threshold(p)
     result = memory.take("kept", *words[0].shape, 4)
     for word, values in enumerate(words):
         torch.ge(values, threshold, out=result[..., word])
-    return result.flatten(-2)[..., : cols.stop - cols.start]
+    return result.flatten(-2)[..., : sum(run.stop - run.start for run in runs)]
 
 
 def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, memory: Scratch) -> tuple[Tensor, ...]:

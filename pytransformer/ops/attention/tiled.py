@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pytransformer.ops.attention.blocks import Heads, Piece, pieces
 from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.attention.scratch import Scratch
-from pytransformer.ops.attention.tiles import Problem, Tile, largest_of, part
+from pytransformer.ops.attention.tiles import Problem, Tile, add_to_part, largest_of
 
 Keys = Callable[[slice, slice], tuple[Tensor, Tensor]]
 
 
-def attend(call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
+def attend(call: AttentionCall, first_sequence: int = 0, heads: Heads | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of dense sequences: (batch, seqlen_q, num_heads, value head_dim), (batch, num_heads, seqlen_q)."""
-    problem = Problem(call, call.k.shape[1], call.k.shape[2], first_sequence)
+    if several := pieces(call):
+        return _attend_pieces(call, several, first_sequence)
+    problem = Problem(call, call.k.shape[1], call.k.shape[2], first_sequence, heads)
     k, v = problem.heads_first(call.k), problem.heads_first(call.v)
     largest = largest_of(k)
 
@@ -31,6 +34,20 @@ def attend(call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor
         return k[which, cols], v[which, cols]
 
     return attend_keys(problem, keys, call.v.shape[-1], largest)
+
+
+def _attend_pieces(call: AttentionCall, several: list[Piece], first_sequence: int) -> tuple[Tensor, Tensor]:
+    """The same, of calls whose sequences or heads have block masks of their own."""
+    batch, seqlen_q, num_heads, _ = call.q.shape
+    out = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
+    dtype = torch.promote_types(call.q.dtype, torch.float32)
+    lse = torch.empty((batch, num_heads, seqlen_q), dtype=dtype, device=call.q.device)
+    for piece in several:
+        place = first_sequence + piece.sequences.start, Heads(piece.heads.start, num_heads)
+        out_piece, lse_piece = attend(piece.of_call(call), *place)
+        piece.of_rows(out).copy_(out_piece)
+        piece.of_statistics(lse).copy_(lse_piece)
+    return out, lse
 
 
 def attend_keys(problem: Problem, keys: Keys, value_dim: int, largest_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -46,7 +63,7 @@ def attend_keys(problem: Problem, keys: Keys, value_dim: int, largest_k: Tensor 
         maximum, total = _start(problem, q, rows.stop - rows.start)
         accumulator = memory.take("accumulator", *problem.block_shape(sequences, rows, value_dim)).zero_()
         for tile in problem.tiles(sequences, rows):
-            k, v = keys(sequences, tile.cols)
+            k, v = _side_by_side([keys(sequences, run) for run in tile.runs], memory)
             weights, _ = problem.scores(q, k, tile, memory)
             before = maximum
             maximum = torch.maximum(before, weights.amax(dim=-1, keepdim=True))
@@ -65,6 +82,19 @@ def attend_keys(problem: Problem, keys: Keys, value_dim: int, largest_k: Tensor 
         total.log_().add_(maximum.div_(problem.unit)).masked_fill_(empty, -math.inf)
         lse[sequences, :, rows] = total.view(-1, problem.num_heads, rows.stop - rows.start)
     return out, lse
+
+
+def _side_by_side(runs: list[tuple[Tensor, Tensor]], memory: Scratch) -> tuple[Tensor, Tensor]:
+    """Keys and values of a tile's runs, (sequences · num_kv_heads, cols, dim)."""
+    if len(runs) == 1:
+        return runs[0]
+    k, v = zip(*runs)
+    return _joined("k", k, memory), _joined("v", v, memory)
+
+
+def _joined(name: str, parts: tuple[Tensor, ...], memory: Scratch) -> Tensor:
+    shape = parts[0].shape[0], sum(one.shape[1] for one in parts), parts[0].shape[2]
+    return torch.cat(parts, dim=1, out=memory.take(name, *shape))
 
 
 def _start(problem: Problem, q: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -112,17 +142,37 @@ def no_gradients(given: Any, call: AttentionCall) -> Gradients:
     return Gradients(dq, dk, dv, *(_zeros(tensor, dtype) for tensor in (bias, call.sinks, slopes)))
 
 
-def backward(given: Any, call: AttentionCall, first_sequence: int = 0) -> Gradients:
+def backward(given: Any, call: AttentionCall, first_sequence: int = 0, heads: Heads | None = None) -> Gradients:
     """Gradients of dense sequences from ``given``: dout, dlse (or None), out, lse, wants_bias, wants_slopes."""
-    return _Backward(given, call, first_sequence).walk()
+    if several := pieces(call):
+        return _backward_of_pieces(given, call, several, first_sequence)
+    return _Backward(given, call, first_sequence, heads).walk()
+
+
+def _backward_of_pieces(given: Any, call: AttentionCall, several: list[Piece], first_sequence: int) -> Gradients:
+    """The same, of calls whose sequences or heads have block masks of their own; heads that share keys add to the same gradients."""
+    sums = no_gradients(given, call)
+    for piece in several:
+        place = first_sequence + piece.sequences.start, Heads(piece.heads.start, call.q.shape[2])
+        found = backward(piece.of_gradients(given), piece.of_call(call), *place)
+        piece.of_rows(sums.q).copy_(found.q)
+        piece.of_rows(sums.k, kv=True).add_(found.k)
+        piece.of_rows(sums.v, kv=True).add_(found.v)
+        if sums.bias is not None and found.bias is not None:
+            piece.of_scores(sums.bias).add_(found.bias)
+        if sums.sinks is not None and found.sinks is not None:
+            sums.sinks[piece.heads].add_(found.sinks)
+        if sums.alibi_slopes is not None and found.alibi_slopes is not None:
+            piece.of_slopes(sums.alibi_slopes).add_(found.alibi_slopes)
+    return sums
 
 
 class _Backward:
-    def __init__(self, given: Any, call: AttentionCall, first_sequence: int) -> None:
-        problem = self.problem = Problem(call, call.k.shape[1], call.k.shape[2], first_sequence)
+    def __init__(self, given: Any, call: AttentionCall, first_sequence: int, heads: Heads | None) -> None:
+        problem = self.problem = Problem(call, call.k.shape[1], call.k.shape[2], first_sequence, heads)
         if given.wants_slopes and call.q.dtype != problem.dtype:
             # Distances would multiply what the rounding of out leaves in delta.
-            wide, _ = attend(call._replace(q=call.q.to(problem.dtype)), first_sequence)
+            wide, _ = attend(call._replace(q=call.q.to(problem.dtype)), first_sequence, heads)
             given = given._replace(out=wide)
         self.given, self.call = given, call
         self.k, self.v = problem.heads_first(call.k), problem.heads_first(call.v)
@@ -160,9 +210,12 @@ class _Backward:
         dbias = None if self.dbias is None else self.dbias.view(call.bias.shape)  # type: ignore[union-attr]
         return Gradients(dq, self._heads_last(self.dk), self._heads_last(self.dv), dbias, self.dsinks, dslopes)
 
-    def _add_product(self, sum_: Tensor, a: Tensor, b: Tensor) -> None:
-        """sum += aᵀ b, into a part of a larger tensor, for which the fused form has no fast path."""
-        sum_.add_(torch.bmm(a.transpose(1, 2), b, out=self.memory.take("product", *sum_.shape)))
+    def _add_product(self, sum_: Tensor, tile: Tile, a: Tensor, b: Tensor) -> None:
+        """sum += aᵀ b for the tile's keys, parts of a larger tensor, for which the fused form has no fast path."""
+        product = self.memory.take("product", a.shape[0], a.shape[2], b.shape[2])
+        torch.bmm(a.transpose(1, 2), b, out=product)
+        for run, cols in tile.places:
+            sum_[:, run].add_(product[:, cols])
 
     def _delta(self, dout: Tensor, sequences: slice, rows: slice) -> Tensor:
         """Σ_j weight · its gradient, by row; what comes in through lse counts against it."""
@@ -176,36 +229,34 @@ class _Backward:
     def _add_tile(self, tile: Tile, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
         problem, memory = self.problem, self.memory
         which = problem.kv_heads(tile.sequences)
-        k, v = self.k[which, tile.cols], self.v[which, tile.cols]
-        dk, dv = self.dk[which, tile.cols], self.dv[which, tile.cols]
+        k, v = _side_by_side([(self.k[which, run], self.v[which, run]) for run in tile.runs], memory)
+        dk, dv = self.dk[which], self.dv[which]
         weights, tanh = problem.scores(q, k, tile, memory)
         problem.exp_(weights.sub_(lse))
         dscores = torch.bmm(dout, v.transpose(1, 2), out=memory.take("dscores", *weights.shape))
         kept = problem.kept(tile, memory)
         if kept is None:
-            self._add_product(dv, weights, dout)
+            self._add_product(dv, tile, weights, dout)
         else:
             problem.by_head(dscores, tile).mul_(kept)
             remaining = memory.take("remaining", *weights.shape)
             torch.mul(problem.by_head(weights, tile), kept, out=problem.by_head(remaining, tile))
-            self._add_product(dv, remaining, dout)
+            self._add_product(dv, tile, remaining, dout)
         dscores.sub_(delta).mul_(weights)
         self._add_terms(problem.by_head(dscores, tile), tile)
         if tanh is not None:
             # d tanh(x) = (1 - tanh²) dx
             dscores.addcmul_(tanh.square_(), dscores, value=-1)
-        self._add_product(dk, dscores, q)
+        self._add_product(dk, tile, dscores, q)
         dq.baddbmm_(dscores, k)
 
     def _add_terms(self, dscores: Tensor, tile: Tile) -> None:
         """The gradients of what is added to the scores."""
         if self.dbias is not None:
-            where = part(self.dbias, tile)
-            where += dscores.sum_to_size(where.shape)
+            add_to_part(self.dbias, tile, dscores)
         if self.dslopes is not None:
             rows_and_cols = dscores.flatten(2).matmul(self.problem.distance(tile).abs_().flatten())
-            where = part(self.dslopes, tile)
-            where -= rows_and_cols[..., None, None].sum_to_size(where.shape)
+            add_to_part(self.dslopes, tile, -rows_and_cols[..., None, None])
 
     def _heads_last(self, tensor: Tensor) -> Tensor:
         """(batch · num_kv_heads, seqlen, dim) as (batch, seqlen, num_kv_heads, dim)."""

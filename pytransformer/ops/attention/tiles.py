@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pytransformer.ops.attention.blocks import Blocks, Heads, Runs, portions
 from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.ops.attention.dropout import kept
 from pytransformer.ops.attention.scratch import Scratch
@@ -26,11 +27,11 @@ _LOG2_E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
-    """A block of the score matrices of some sequences, with all their heads."""
+    """A block of the score matrices of some sequences, with all their heads: queries, and runs of keys in ascending order."""
 
     sequences: slice
     rows: slice
-    cols: slice
+    runs: Runs
 
     @property
     def num_rows(self) -> int:
@@ -40,7 +41,16 @@ class Tile(NamedTuple):
     @property
     def num_cols(self) -> int:
         """Keys."""
-        return int(self.cols.stop - self.cols.start)
+        return sum(run.stop - run.start for run in self.runs)
+
+    @property
+    def places(self) -> Iterator[tuple[slice, slice]]:
+        """Of each run the keys, and which columns of the tile they are."""
+        start = 0
+        for run in self.runs:
+            stop = start + run.stop - run.start
+            yield run, slice(start, stop)
+            start = stop
 
 
 class Problem:
@@ -48,13 +58,17 @@ class Problem:
 
     Args:
         call: what to compute; of its keys and values only the sizes count here.
-        first_sequence: the index of the first sequence in the batch that it belongs to, which dropout depends on.
+        first_sequence, heads: where its first sequence is in the batch that it belongs to, and its heads among those there, which dropout
+            depends on; None = all heads.
     """
 
-    def __init__(self, call: AttentionCall, seqlen_k: int, num_kv_heads: int, first_sequence: int = 0) -> None:
+    def __init__(
+        self, call: AttentionCall, seqlen_k: int, num_kv_heads: int, first_sequence: int = 0, heads: Heads | None = None
+    ) -> None:
         self.call, self.seqlen_k, self.num_kv_heads = call, seqlen_k, num_kv_heads
         self.batch, self.seqlen_q, self.num_heads, self.head_dim = call.q.shape
-        self.first_sequence = first_sequence
+        self.first_sequence, self.heads = first_sequence, heads or Heads(0, self.num_heads)
+        self.blocks = None if call.block_mask is None else Blocks(call.block_mask, call.block_size)
         self.group = self.num_heads // num_kv_heads
         self.dtype = torch.promote_types(call.q.dtype, torch.float32)
         # Scores are in units of log 2, where exp2 needs no factor; beside a bias, which may be as low as numbers go, they are as they are.
@@ -72,12 +86,15 @@ class Problem:
         if self.left >= 0 and self.right >= 0:
             # Of short windows more rows would see fewer keys in common.
             self.rows_per_tile = min(self.rows_per_tile, max(32, (self.left + self.right + 1) // 2))
+        if self.blocks is not None:
+            # Each block of queries meets its own keys.
+            self.rows_per_tile = min(self.rows_per_tile, self.blocks.rows)
         cols = TILE_SCORES // (self.num_heads * self.rows_per_tile) // 64 * 64
         self.cols_per_tile = max(FEWEST_COLS, cols)
         scores = self.num_heads * self.rows_per_tile * min(self.cols_per_tile, max(seqlen_k, 1))
         self.sequences_per_tile = max(1, min(self.batch, TILE_SCORES // scores))
         self.hide: Callable[..., Tensor] = torch.fmin
-        self._limit: tuple[tuple[int, int, int], Tensor] | None = None
+        self._limit: tuple[tuple[object, ...], Tensor] | None = None
 
     def heads_first(self, tensor: Tensor) -> Tensor:
         """(batch, seqlen, num_kv_heads, dim) as (batch · num_kv_heads, seqlen, dim), contiguous, in the dtype of the scores."""
@@ -91,21 +108,25 @@ class Problem:
 
     def row_blocks(self) -> Iterator[tuple[slice, slice]]:
         """(sequences, rows) of each block of queries."""
+        rows_per_block = self.seqlen_q if self.blocks is None else self.blocks.rows
         for first in range(0, self.batch, self.sequences_per_tile):
             sequences = slice(first, min(self.batch, first + self.sequences_per_tile))
-            for row in range(0, self.seqlen_q, self.rows_per_tile):
-                yield sequences, slice(row, min(self.seqlen_q, row + self.rows_per_tile))
+            for block in range(0, self.seqlen_q, rows_per_block):
+                stop = min(self.seqlen_q, block + rows_per_block)
+                for row in range(block, stop, self.rows_per_tile):
+                    yield sequences, slice(row, min(stop, row + self.rows_per_tile))
 
     def tiles(self, sequences: slice, rows: slice) -> Iterator[Tile]:
-        """The tiles of a block of queries; keys that causality or the window hide from all of it are skipped."""
+        """The tiles of a block of queries; keys that causality, the window or the block mask hide from all of it are skipped."""
         first, stop = 0, self.seqlen_k
         if self.left >= 0:
             # Dropout's words come four keys at a time.
             first = max(0, rows.start + self.offset - self.left) // 4 * 4
         if self.right >= 0:
             stop = min(stop, rows.stop + self.offset + self.right)
-        for col in range(first, stop, self.cols_per_tile):
-            yield Tile(sequences, rows, slice(col, min(stop, col + self.cols_per_tile)))
+        runs = [slice(first, stop)] if self.blocks is None else self.blocks.runs(rows.start, first, stop)
+        for portion in portions(runs, self.cols_per_tile):
+            yield Tile(sequences, rows, portion)
 
     def block(self, name: str, tensor: Tensor, sequences: slice, rows: slice, memory: Scratch) -> Tensor:
         """Rows of (batch, seqlen_q, num_heads, dim) in the shape of ``block_shape``, in memory of this name."""
@@ -173,22 +194,23 @@ class Problem:
         positions = torch.arange(
             tile.rows.start + self.offset, tile.rows.stop + self.offset, dtype=self.dtype, device=device
         )
-        return positions[:, None] - torch.arange(tile.cols.start, tile.cols.stop, dtype=self.dtype, device=device)
+        keys = [torch.arange(run.start, run.stop, dtype=self.dtype, device=device) for run in tile.runs]
+        return positions[:, None] - (keys[0] if len(keys) == 1 else torch.cat(keys))
 
     def limits(self, tile: Tile) -> Iterator[Tensor]:
         """inf where a key is seen and -inf where not, by each thing that hides, broadcastable to (sequences, num_heads, rows, cols)."""
-        nearest = tile.rows.start + self.offset - (tile.cols.stop - 1)
-        farthest = tile.rows.stop - 1 + self.offset - tile.cols.start
+        nearest = tile.rows.start + self.offset - (tile.runs[-1].stop - 1)
+        farthest = tile.rows.stop - 1 + self.offset - tile.runs[0].start
         if (self.right >= 0 and nearest < -self.right) or (self.left >= 0 and farthest > self.left):
             # Tiles along the diagonal look alike.
-            where = nearest, tile.num_rows, tile.num_cols
+            where = tile.num_rows, *((run.start - tile.rows.start, run.stop - run.start) for run in tile.runs)
             if self._limit is None or self._limit[0] != where:
                 self._limit = where, self._limit_of_distance(tile)
             yield self._limit[1]
         if self.mask is not None:
             yield self._as_limit(part(self.mask, tile))
         if self.call.key_padding_mask is not None:
-            yield self._as_limit(self.call.key_padding_mask[tile.sequences, None, None, tile.cols])
+            yield self._as_limit(columns(self.call.key_padding_mask[tile.sequences, None, None], tile))
 
     def _limit_of_distance(self, tile: Tile) -> Tensor:
         distance = self.distance(tile)
@@ -206,9 +228,12 @@ class Problem:
         """1 where dropout keeps a weight and 0 where not, (sequences, num_heads, rows, cols); None without dropout."""
         if self.call.dropout_p == 0 or self.call.dropout_seed is None:
             return None
-        first, stop = (self.first_sequence + sequence for sequence in (tile.sequences.start, tile.sequences.stop))
-        heads = range(first * self.num_heads, stop * self.num_heads)
-        found = kept(self.call.dropout_p, self.call.dropout_seed, heads, tile.rows, tile.cols, memory)
+        first, total = self.heads
+        begin, end = (self.first_sequence + sequence for sequence in (tile.sequences.start, tile.sequences.stop))
+        # All heads, or of each sequence one.
+        step = 1 if self.num_heads == total else total
+        matrices = range(begin * total + first, end * total + first, step)
+        found = kept(self.call.dropout_p, self.call.dropout_seed, matrices, tile.rows, tile.runs, memory)
         return found.view(-1, self.num_heads, tile.num_rows, tile.num_cols)
 
 
@@ -220,12 +245,31 @@ def largest_of(tensor: Tensor) -> Tensor:
     return torch.maximum(lowest.abs(), highest.abs())
 
 
+def rows_of(tensor: Tensor, tile: Tile) -> Tensor:
+    """The tile's sequences and queries, with all keys, of a tensor that broadcasts to (batch, num_heads, seqlen_q, seqlen_k)."""
+    every = slice(None)
+    return tensor[tile.sequences if tensor.shape[0] > 1 else every, :, tile.rows if tensor.shape[2] > 1 else every]
+
+
+def columns(tensor: Tensor, tile: Tile) -> Tensor:
+    """The tile's keys of the last dimension, unless that broadcasts."""
+    if tensor.shape[-1] == 1:
+        return tensor
+    parts = [tensor[..., run] for run in tile.runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
 def part(tensor: Tensor, tile: Tile) -> Tensor:
     """The tile of a tensor that broadcasts to (batch, num_heads, seqlen_q, seqlen_k)."""
-    sequences, _, rows, cols = (size > 1 for size in tensor.shape)
-    return tensor[
-        tile.sequences if sequences else slice(None),
-        :,
-        tile.rows if rows else slice(None),
-        tile.cols if cols else slice(None),
-    ]
+    return columns(rows_of(tensor, tile), tile)
+
+
+def add_to_part(sum_: Tensor, tile: Tile, values: Tensor) -> None:
+    """Adds (sequences, num_heads, rows, cols) of a tile to that part of a tensor like those of :func:`part`."""
+    target = rows_of(sum_, tile)
+    if target.shape[-1] == 1:
+        target += values.sum_to_size(target.shape)
+        return
+    for run, cols in tile.places:
+        where = target[..., run]
+        where += values[..., cols].sum_to_size(where.shape)

@@ -48,6 +48,10 @@ def compile_calls() -> Iterator[tuple[str, dict[str, Any]]]:
     bias = torch.empty(1, NUM_HEADS, 1024, 1024, dtype=torch.bfloat16)
     yield "bfloat16-d128-bias", call(128, 128, torch.bfloat16, seqlen=1024, bias=bias)
     yield "bfloat16-d64-options", call(64, 64, torch.bfloat16, **everything)
+    for head_dim, block_size in ((64, 128), (128, 128), (128, 64)):
+        blocks = torch.empty(1, 1, SEQLEN // block_size, SEQLEN // block_size, dtype=torch.bool)
+        options = {"block_mask": blocks, "block_size": (block_size, block_size)}
+        yield f"bfloat16-d{head_dim}-blocks-of-{block_size}", call(head_dim, head_dim, torch.bfloat16, **options)
     yield "float32-d256-causal", call(256, 256, torch.float32)
     yield "float32-d64-tf32", call(64, 64, torch.float32, allow_tf32=True)
 
