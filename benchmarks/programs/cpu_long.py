@@ -1,4 +1,4 @@
-"""Long sequences on a CPU: time and memory against length, of exact attention and of what grows with the length alone.
+"""Long sequences on a CPU: time and memory against length, of exact attention and of what grows more slowly.
 
 Grouped-query attention (8 heads, 2 key heads of 64), float32, causal, the forward pass alone and with the backward pass. All variants of a
 length take turns in one process. Memory is what the process grows to beyond its inputs, outputs and gradients; a run of its own.
@@ -9,6 +9,7 @@ length take turns in one process. Memory is what the process grows to beyond its
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -31,12 +32,17 @@ from pytransformer.benchmarks.programs.cpu_attention import (
     seconds,
     time_and_extra_bytes,
 )
+from pytransformer.block_masks import local_global_blocks
 
 RESULT = RESULTS / "cpu/long.json"
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
-DENSE, LINEAR = "dense causal", "linear"
+DENSE, LINEAR, SPARSE, MASKED = "dense causal", "linear", "block-sparse", "the same as a dense mask"
+# Of the sparse variants: positions in a block, blocks on either side that are seen, and blocks that all see.
+BLOCK, LOCAL, GLOBAL = 128, 2, 1
 # What must hold: of linear attention at this length, in times of dense attention's speed; and its memory for each doubling from there on.
 JUDGED, LEAST_SPEEDUP, MOST_GROWTH = 32768, 10.0, 2.1
+# And of block-sparse attention at this length, in times of the speed with its mask given densely.
+JUDGED_SPARSE, LEAST_SPARSE_SPEEDUP = 16384, 4.0
 # Below it a megabyte more or less of resident memory decides, which is no figure.
 LEAST_BYTES = 8 * 2**20
 
@@ -60,9 +66,28 @@ class Variant:
         return lambda backward: finish(self.attend(**tensors), backward)
 
 
+def blocks(seqlen: int) -> torch.Tensor:
+    """Local and global blocks, causal."""
+    return local_global_blocks(seqlen, seqlen, BLOCK, local=LOCAL, global_=GLOBAL, causal=True)
+
+
+def attend_to_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    """By the mask of blocks."""
+    return attention(q, k, v, causal=True, block_mask=blocks(q.shape[1]), block_size=BLOCK)
+
+
+@functools.lru_cache(maxsize=1)
+def dense_mask(seqlen: int) -> torch.Tensor:
+    """(1, 1, seqlen, seqlen) of the same blocks, kept, so that no call pays for it."""
+    mask = blocks(seqlen).repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)
+    return mask[..., :seqlen, :seqlen].contiguous()
+
+
 VARIANTS = (
     Variant(DENSE, lambda q, k, v: attention(q, k, v, causal=True), JUDGED),
     Variant("window 256", lambda q, k, v: attention(q, k, v, causal=True, window=(255, 0))),
+    Variant(SPARSE, attend_to_blocks),
+    Variant(MASKED, lambda q, k, v: attention(q, k, v, causal=True, mask=dense_mask(q.shape[1])), JUDGED_SPARSE),
     Variant(LINEAR, linear_attention),
 )
 
@@ -105,7 +130,7 @@ def measure(result: dict[str, Any], seqlen: int, rounds: int) -> None:
         )
         passes = "forward, backward" if backward else "forward"
         print(
-            f"{seqlen:6} {name:16} {passes:18} {statistics.median(found):9.3f} s  {extra / 2**20:8.1f} MB", flush=True
+            f"{seqlen:6} {name:25} {passes:18} {statistics.median(found):9.3f} s  {extra / 2**20:8.1f} MB", flush=True
         )
 
 
@@ -120,7 +145,7 @@ def summary(result: Mapping[str, Any], backward: bool) -> dict[str, dict[int, tu
 
 
 def judge(result: Mapping[str, Any]) -> int:
-    """Prints linear attention beside its targets, as far as the lengths allow; 0 if none is missed."""
+    """Prints linear and block-sparse attention beside their targets, as far as the lengths allow; 0 if none is missed."""
     code = 0
     for backward in (False, True):
         found, passes = summary(result, backward), "both passes" if backward else "forward"
@@ -128,6 +153,11 @@ def judge(result: Mapping[str, Any]) -> int:
         if JUDGED in linear and JUDGED in dense:
             speedup = dense[JUDGED][0] / linear[JUDGED][0]
             code |= _say(f"{passes}: linear is {speedup:.1f}× as fast as dense at {JUDGED}", speedup >= LEAST_SPEEDUP)
+        sparse, masked = (found.get(name, {}).get(JUDGED_SPARSE) for name in (SPARSE, MASKED))
+        if sparse and masked:
+            speedup = masked[0] / sparse[0]
+            met = speedup >= LEAST_SPARSE_SPEEDUP
+            code |= _say(f"{passes}: block-sparse is {speedup:.1f}× as fast as its dense mask at {JUDGED_SPARSE}", met)
         for seqlen in sorted(linear):
             if seqlen >= JUDGED and 2 * seqlen in linear:
                 growth = max(linear[2 * seqlen][1], LEAST_BYTES) / max(linear[seqlen][1], LEAST_BYTES)
