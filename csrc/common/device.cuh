@@ -71,7 +71,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 
 #else
 
-inline DeviceLimits device_limits() { return {emulator::options().num_sms, static_cast<int>(emulator::kSharedMemory)}; }
+inline DeviceLimits device_limits() { return {emulator::options().num_sms, emulator::options().shared_memory}; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,

@@ -1,8 +1,9 @@
 // The emulator's settings and what it ran last, for the tests (ctypes).
 #include "cuda_emulator.h"
 
-extern "C" __attribute__((visibility("default"))) void pytransformer_emulator_configure(int schedule, int stub_launches, int num_sms) {
-  emulator::options() = {schedule, stub_launches != 0, num_sms};
+extern "C" __attribute__((visibility("default"))) void pytransformer_emulator_configure(int schedule, int stub_launches, int num_sms,
+                                                                                        int shared_memory) {
+  emulator::options() = {schedule, stub_launches != 0, num_sms, shared_memory};
 }
 
 // Blocks of the last launch.

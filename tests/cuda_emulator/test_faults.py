@@ -31,6 +31,7 @@ FAULTS = {
     "empty grid": "invalid grid dimensions",
     "grid too high": "invalid grid dimensions",
     "block too large": "invalid block dimensions",
+    "more shared memory than there is": "pipeline_kernel: 233472 bytes .* a block may have 232448",
 }
 # Races change the result in some schedule; ThreadSanitizer calls them by their name.
 RACES = (

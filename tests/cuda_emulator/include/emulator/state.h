@@ -23,13 +23,14 @@ struct Error : std::runtime_error {
 inline constexpr int kMaxThreads = 1024;
 inline constexpr int kMaxBarriers = 16;
 inline constexpr int kMaxGridYZ = 65535;
-inline constexpr size_t kSharedMemory = 232448;  // sm_90's limit of dynamic shared memory per block
+inline constexpr int kMostSharedMemory = 232448;  // of a block: sm_90's limit
 inline constexpr size_t kStackBytes = 256 * 1024;
 
 struct Options {
   int schedule = 0;            // 0: threads and blocks in order; 1: in reverse; more: a random order seeded by the number
   bool stub_launches = false;  // launches return at once: for measuring the host's share of a call
   int num_sms = 4;             // what launch policy is told
+  int shared_memory = kMostSharedMemory;  // what a block may have of it, and launch policy is told
 };
 
 inline Options& options() {
