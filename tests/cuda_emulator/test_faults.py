@@ -78,6 +78,12 @@ def test_sound_kernels_are_silent_in_every_schedule(flavor: str, programs) -> No
         assert (status, output) == (0, ""), f"schedule {schedule}: {output}"
 
 
+@pytest.mark.parametrize("flavor", ["address", "thread"])
+def test_threads_of_the_host_may_launch_at_the_same_time(flavor: str, programs) -> None:
+    """The runtime is asked for the device's limits once, and a kernel may have the shared memory of the largest launch in the end."""
+    assert run(programs[flavor], flavor, "host threads", 0) == (0, "")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_reported(fault: str, programs) -> None:
     outputs = [run(programs["address"], "address", fault, schedule) for schedule in SCHEDULES]

@@ -99,6 +99,12 @@ def configure(
     _control().pytransformer_emulator_configure(schedule, int(stub_launches), num_sms, shared_memory)
 
 
+def runtime_calls() -> tuple[int, int]:
+    """How often CUDA's runtime was asked so far: for the limits of a device, and to allow a kernel more dynamic shared memory."""
+    limits, allowances = map(_control().pytransformer_emulator_runtime_calls, range(2))
+    return limits, allowances
+
+
 def blocks_of_last_launch() -> int:
     """How many blocks the emulator's last launch had."""
     return int(_control().pytransformer_emulator_blocks())

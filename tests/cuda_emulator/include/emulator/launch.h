@@ -25,10 +25,7 @@ EMULATOR_RUNTIME inline void check_sizes(const char* name, dim3 grid, dim3 block
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
     throw Error("invalid grid dimensions");
   }
-  if (shared_bytes > static_cast<size_t>(options().shared_memory)) {
-    throw Error(std::string(name) + ": " + std::to_string(shared_bytes) + " bytes of dynamic shared memory, and a block may have " +
-                std::to_string(options().shared_memory) + " on this device");
-  }
+  check_shared_memory(name, shared_bytes);
 }
 
 EMULATOR_RUNTIME inline void prepare_shared(size_t bytes) {
@@ -101,6 +98,9 @@ EMULATOR_RUNTIME inline void run_grid(const char* name, dim3 grid, dim3 block, s
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
   if (options().stub_launches) return;
+  if (shared_bytes > allowances().get(reinterpret_cast<const void*>(kernel), current_device())) {
+    throw Error(std::string(name) + ": " + std::to_string(shared_bytes) + " bytes of dynamic shared memory were not asked for");
+  }
   std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
   auto body = [&] { std::apply(kernel, values); };
   run_grid(name, grid, block, shared_bytes, &body, [](void* call) { (*static_cast<decltype(body)*>(call))(); });
