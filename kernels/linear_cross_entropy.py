@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .launch import COMMON_OPTIONS, cdiv, next_power_of_2, on_device
 from .mathematics import LOG2E, tanh
+from .prepared import check_capture
 
 # Rows of the buffer start at multiples of this many elements, so that 128-bit accesses and the matrix products' loads are aligned
 # whatever the vocabulary's size.
@@ -321,20 +322,24 @@ def cross_entropy(
         return
     config = config or cross_entropy_config(vocab_size)
     has_options = bias is not None or label_smoothing > 0 or softcap > 0
+    arguments = (
+        logits, logits.stride(0), bias, targets, dlosses, losses,
+        vocab_size, padded_size, ignore_index, label_smoothing, softcap, z_loss,
+    )  # fmt: skip
+    constants = {
+        "HAS_BIAS": bias is not None,
+        "HAS_DLOSSES": dlosses is not None,
+        "HAS_SMOOTHING": label_smoothing > 0,
+        "HAS_SOFTCAP": softcap > 0,
+        "EXACT_TANH": logits.dtype == torch.float32,
+        "WANTS_GRADIENT": wants_gradient,
+        "BLOCK_COLS": config.block_cols,
+        "GROUP": 16 // logits.element_size(),  # as many as one 128-bit load brings
+        "num_warps": config.num_warps,
+        # Two programs of 32 warps on an SM, or three of 16: without options nothing is spilled for it.
+        "maxnreg": None if has_options else 32 if config.num_warps == 32 else 40,
+        **COMMON_OPTIONS,
+    }
     with on_device(logits):
-        cross_entropy_kernel[(rows,)](
-            logits, logits.stride(0), bias, targets, dlosses, losses,
-            vocab_size, padded_size, ignore_index, label_smoothing, softcap, z_loss,
-            HAS_BIAS=bias is not None,
-            HAS_DLOSSES=dlosses is not None,
-            HAS_SMOOTHING=label_smoothing > 0,
-            HAS_SOFTCAP=softcap > 0,
-            EXACT_TANH=logits.dtype == torch.float32,
-            WANTS_GRADIENT=wants_gradient,
-            BLOCK_COLS=config.block_cols,
-            GROUP=16 // logits.element_size(),  # as many as one 128-bit load brings
-            num_warps=config.num_warps,
-            # Two programs of 32 warps on an SM, or three of 16: without options nothing is spilled for it.
-            maxnreg=None if has_options else 32 if config.num_warps == 32 else 40,
-            **COMMON_OPTIONS,
-        )  # fmt: skip
+        check_capture(cross_entropy_kernel, (rows,), arguments, constants, logits.get_device())
+        cross_entropy_kernel[(rows,)](*arguments, **constants)

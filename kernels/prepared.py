@@ -33,7 +33,8 @@ class PreparedLaunch:
     The first two calls go through Triton, which specialises, compiles and says which kernel it took; the next ones hand the addresses to
     that kernel's launcher. A call that Triton could treat differently goes through Triton again: a pointer that is not a multiple of 16
     bytes, another current device, a profiler's hooks, debugging options, a number beyond 32 bits. So do all calls in the interpreter,
-    while launches are recorded, and with a Triton whose launcher takes other arguments than those known here.
+    while launches are recorded, and with a Triton whose launcher takes other arguments than those known here. On its way through Triton a
+    launch that is captured into a CUDA graph is refused if its kernel was not compiled and loaded before (:func:`check_capture`).
 
     An option that Triton reads from the environment when it compiles must be set before the first launch, as with Triton itself.
 
@@ -142,6 +143,7 @@ class PreparedLaunch:
         for place, number in zip(self._number_places, numbers):
             arguments[place] = number
         with on_device(given[0]):
+            check_capture(self._kernel, self._grid, arguments, self._constants, device)
             compiled = self._kernel[self._grid](*arguments, **self._constants)
         if self._handles.get(device) is not None or compiled is None or not _can_launch_directly(device):
             return
@@ -163,6 +165,35 @@ class PreparedLaunch:
             else:
                 every = [_plain(value) for value in every]
             self._handles[device] = _Handle(launcher, every, places, number_places, _getter(present))
+
+
+def check_capture(
+    kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any], device: int
+) -> None:
+    """Refuses a launch that Triton would have to compile or load a kernel for while the current stream is being captured.
+
+    To be asked before a launch by Triton; ``device`` is the index of the tensors' device.
+
+    Raises:
+        RuntimeError: names the op, and what to do before capturing.
+    """
+    if not is_capturing(device):
+        return
+    before, _runtime.jit_cache_hook = (
+        _runtime.jit_cache_hook,
+        lambda **details: True,
+    )  # what is not there is not compiled
+    try:
+        compiled = kernel.run(*arguments, grid=grid, warmup=True, **constants)
+    finally:
+        _runtime.jit_cache_hook = before
+    if compiled is not None and getattr(compiled, "module", compiled) is not None:
+        return
+    op = kernel.fn.__module__.rpartition(".kernels.")[2].partition(".")[0]
+    raise RuntimeError(
+        f"{op}: a CUDA graph is being captured, and {kernel.fn.__name__} is not {'compiled' if compiled is None else 'loaded'} yet for "
+        "this call: before capturing, run it once, or call pytransformer.warmup(..., load=True) for the model"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -211,6 +242,13 @@ def by_name(
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 _data_ptr = torch.Tensor.data_ptr
+
+
+def is_capturing(device: int) -> bool:
+    """Whether the current stream is being captured into a CUDA graph; never where tensors are on a CPU (index -1)."""
+    return device >= 0 and torch.cuda.is_current_stream_capturing()
+
+
 # More than the layers of a model times the buffers that each step takes turns with.
 _MOST_ADDRESSES = 4096
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation

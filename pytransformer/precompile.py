@@ -14,7 +14,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -99,22 +99,25 @@ def warmup(
     ops: Iterable[str] | None = None,
     training: bool = False,
     arch: int | None = None,
+    load: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> list[Compiled]:
-    """Compiles what the ops launch for these shapes into Triton's cache on disk. Launches nothing, and needs no GPU.
+    """Compiles what the ops launch for these shapes into Triton's cache on disk. Launches nothing, and without ``load`` needs no GPU.
 
     Args:
         shapes: of the model, or its configuration (then for bfloat16 and a contiguous cache; :meth:`Shapes.of` takes others).
         ops: names out of :data:`OPS`; None = those of :data:`MODEL_OPS`.
         training: the backward passes too.
         arch: compute capability as major · 10 + minor, for another GPU than the one here; None = the current GPU.
+        load: also load the kernels onto the current GPU, so that a first call of this process neither compiles nor loads, as it must not
+            while a CUDA graph is captured.
         progress: called before each call of an op with its name, the number of calls done and of all.
 
     Returns:
-        Each kernel that was looked up, once.
+        Each kernel that was looked up on disk, once; with ``load`` those are not among them that this process had already.
 
     Raises:
-        ValueError: an unknown op or arch, or no ``arch`` on a machine without a GPU.
+        ValueError: an unknown op or arch, no ``arch`` on a machine without a GPU, or ``load`` there or together with an ``arch``.
         RuntimeError: TRITON_INTERPRET is set.
         ImportError: Triton is not installed.
     """
@@ -123,16 +126,20 @@ def warmup(
     for name in names:
         if name not in OPS:
             raise ValueError(f"ops must be among {', '.join(OPS)}, got {name!r}")
+    if load and (arch is not None or not torch.cuda.is_available()):
+        here = "this machine has none" if arch is None else f"arch must be None, got {arch}"
+        raise ValueError(f"load=True loads kernels onto the current GPU, and {here}")
     if arch is None and not torch.cuda.is_available():
         raise ValueError("arch must be given on a machine without a GPU, e.g. 90 for an H100 or H200")
     calls = [(name, call) for name in names for call in OPS[name](shapes, training)]
     compiled: dict[str, Compiled] = {}
-    with _compiling(arch) as looked_up, torch.set_grad_enabled(True):
+    with _compiling(arch, load) as looked_up, torch.set_grad_enabled(True):
         for index, (name, call) in enumerate(calls):
             if progress is not None:
                 progress(name, index, len(calls))
             start, before = time.perf_counter(), len(looked_up)
-            call()
+            for _ in range(2):  # the second by the launch that was kept, which may leave out what only a gradient needs
+                call()
             seconds = (time.perf_counter() - start) / max(len(looked_up) - before, 1)
             for key, kernel, found in looked_up[before:]:
                 compiled.setdefault(key, Compiled(name, kernel, found, seconds))
@@ -140,8 +147,10 @@ def warmup(
 
 
 @contextlib.contextmanager
-def _compiling(arch: int | None) -> Iterator[list[tuple[str, str, bool]]]:
+def _compiling(arch: int | None, load: bool = False) -> Iterator[list[tuple[str, str, bool]]]:
     """Inside, the ops take tensors of the CPU with backend "triton", and their kernels are compiled for ``arch`` but not launched.
+
+    ``load``: they are kept for the current GPU, and loaded onto it.
 
     Yields the list of what Triton's compiler was asked for so far: (key, kernel, whether it was found on disk).
     """
@@ -167,13 +176,17 @@ def _compiling(arch: int | None) -> Iterator[list[tuple[str, str, bool]]]:
             get_current_stream = staticmethod(lambda device: 0)
 
         def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            return run(self, *args, grid=grid, warmup=True, **kwargs)
+            compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+            if load:
+                compiled[grid]  # what would launch it: its module is loaded for that
+            return compiled
 
         def note(*, src: Any, metadata: Any, cache_hit: bool, **others: Any) -> None:
             looked_up.append((metadata["hash"], src.name, cache_hit))
 
         JITFunction.run = compile_only
-        driver.set_active(Compiler())
+        if not load:
+            driver.set_active(Compiler())
         triton.knobs.compilation.listener = note
         try:
             with triton_compiles_for_cpu_tensors():
@@ -400,6 +413,36 @@ def _linear_attention(shapes: Shapes, training: bool) -> Calls:
         yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
 
 
+def _quantized_linear(shapes: Shapes, training: bool) -> Calls:
+    """The layers of a quantised model, each width once, for each of the tiles that the number of rows chooses from."""
+    from pytransformer.model.transformer import Transformer
+    from pytransformer.nn.quantized import QuantizedLinear
+    from pytransformer.ops.quantized_linear import quantized_linear
+
+    if shapes.quantization is None:
+        return
+    config = TransformerConfig(**{field.name: getattr(shapes, field.name) for field in fields(TransformerConfig)})
+    modules = Transformer(config, device="meta").modules()
+    layers = {
+        (layer.in_features, layer.out_features, layer.bias is not None): layer
+        for layer in modules
+        if isinstance(layer, QuantizedLinear)
+    }
+    for layer, rows in itertools.product(layers.values(), (1, 64, 128)):
+        tensors = [layer.weight, layer.scale, layer.zero_point]
+        weight, scale, zero = (None if t is None else torch.zeros(t.shape, dtype=t.dtype) for t in tensors)
+        inputs = [_zeros(shapes, rows, layer.in_features, grad=training)]
+        if layer.bias is not None:
+            inputs.append(_zeros(shapes, layer.out_features, grad=training))
+
+        def call(
+            x: Tensor, bias: Tensor | None = None, weight: Any = weight, scale: Any = scale, zero: Any = zero
+        ) -> Tensor:
+            return quantized_linear(x, weight, scale, zero_point=zero, bias=bias, backend="triton")
+
+        yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
+
+
 # By name: the calls of an op (``training``: with a gradient too).
 OPS: dict[str, Callable[[Shapes, bool], Calls]] = {
     "attention": _attention,
@@ -409,6 +452,7 @@ OPS: dict[str, Callable[[Shapes, bool], Calls]] = {
     "norm": _norm,
     "activation": _activation,
     "grouped_linear": _grouped_linear,
+    "quantized_linear": _quantized_linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_attention": _linear_attention,
 }

@@ -323,6 +323,7 @@ def launch_failure(tmp_path_factory) -> Path:
         #include "launch_error.h"
         int main(int, char** argv) {
           try {
+            if (std::atoi(argv[1]) < 0) pytransformer::throw_runtime_error("cudaGetDevice", -std::atoi(argv[1]), "refused");
             pytransformer::throw_launch_error("norm_kernel", {8, 2, 1}, {128, 1, 1}, 4096, std::atoi(argv[1]), "refused");
           } catch (const pytransformer::LaunchError& error) {
             std::puts(error.what());
@@ -361,3 +362,5 @@ def test_a_failed_launch_names_the_kernel_its_sizes_and_the_remedy(error, remedy
     message = subprocess.run([str(launch_failure), str(error)], capture_output=True, text=True, check=True).stdout
     sizes = "norm_kernel: launch failed: refused (grid 8x2x1, block 128x1x1, 4096 bytes of dynamic shared memory)"
     assert message.startswith(sizes) and remedy in message
+    message = subprocess.run([str(launch_failure), str(-error)], capture_output=True, text=True, check=True).stdout
+    assert message.startswith("cudaGetDevice failed: refused") and remedy in message

@@ -36,4 +36,8 @@ void throw_launch_error(const char* kernel, Sizes grid, Sizes block, size_t shar
                     std::to_string(shared_bytes) + " bytes of dynamic shared memory)" + remedy(error));
 }
 
+void throw_runtime_error(const char* call, int error, const char* reason) {
+  throw LaunchError(std::string(call) + " failed: " + reason + remedy(error));
+}
+
 }  // namespace pytransformer

@@ -1,4 +1,4 @@
-// What a failed launch says: the kernel, its sizes, and what to do where the cause is known.
+// What a failed launch says: the kernel, its sizes, and what to do where the cause is known. The same for a question to the runtime.
 #pragma once
 
 #include <cstddef>
@@ -15,5 +15,6 @@ struct Sizes {
 };
 
 [[noreturn]] void throw_launch_error(const char* kernel, Sizes grid, Sizes block, size_t shared_bytes, int error, const char* reason);
+[[noreturn]] void throw_runtime_error(const char* call, int error, const char* reason);
 
 }  // namespace pytransformer

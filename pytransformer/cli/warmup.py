@@ -54,6 +54,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--arch", type=int, help="compute capability of the GPU, e.g. 90 (default: the GPU of this machine)"
     )
+    parser.add_argument(
+        "--load",
+        action="store_true",
+        help="load the kernels onto the GPU of this machine too: shows that they load, as each process loads them anew",
+    )
     parser.set_defaults(run=run)
 
 
@@ -91,7 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
         def show(op: str, done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, description=op)
 
-        kernels = warmup(shapes, ops=ops, training=arguments.training, arch=arguments.arch, progress=show)
+        kernels = warmup(
+            shapes, ops=ops, training=arguments.training, arch=arguments.arch, load=arguments.load, progress=show
+        )
     console.print(kernel_table(kernels))
     console.print(summary(kernels, time.perf_counter() - start), soft_wrap=True)
     console.print(for_whom(environment()), soft_wrap=True)

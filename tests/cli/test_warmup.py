@@ -11,7 +11,8 @@ import pytest
 
 from pytransformer.cli.main import main
 from pytransformer.cli.warmup import for_whom
-from pytransformer.precompile import environment
+from pytransformer.ops.overview import CHOICES
+from pytransformer.precompile import OPS, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", "16", "--hidden-size", "48"]
@@ -35,7 +36,7 @@ def tensor(*sizes, dtype=torch.bfloat16):
 tables = tensor(100, 8, dtype=torch.float32), tensor(100, 8, dtype=torch.float32)
 launched = 0
 with stubbed_driver(ARCH), torch.no_grad():
-    for batch, seqlen in ((1, 1), (3, 7), (2, 33)):
+    for batch, seqlen in ((1, 1), (1, 1), (3, 7), (2, 33), (2, 33)):  # the same again goes by launches that were kept
         q, k, v = tensor(batch, seqlen, 4, 16), tensor(batch, seqlen, 2, 16), tensor(batch, seqlen, 2, 16)
         caches = tensor(batch, 100, 2, 16), tensor(batch, 100, 2, 16)
         lengths, x = torch.zeros(batch, dtype=torch.int32), tensor(batch, seqlen, 48)
@@ -86,6 +87,88 @@ def test_another_architecture_has_to_be_compiled(warm_cache: Path) -> None:
 def test_what_is_there_is_found(warm_cache: Path) -> None:
     result = _run(warm_cache, "-m", "pytransformer", "warmup", *SIZES, "--arch", "90", "--ops", "norm,rope")
     assert result.returncode == 0 and "0 kernels compiled" in result.stdout, result.stdout + result.stderr
+
+
+# What a process may launch while it captures a CUDA graph: nothing new without a warm-up, and everything after one.
+CAPTURE = """
+import torch
+from unittest import mock
+from triton.runtime.jit import JITFunction
+import pytransformer
+from pytransformer import attention, linear_cross_entropy, rms_norm, rope
+from pytransformer.precompile import Shapes
+from tests.support.triton_stub import capturing, count_launches, stubbed_driver, visible_gpu
+
+def tensor(*sizes, dtype=torch.bfloat16):
+    return torch.zeros(sizes, dtype=dtype)
+
+q, k, v = tensor(2, 5, 4, 16), tensor(2, 5, 2, 16), tensor(2, 5, 2, 16)
+tables = tensor(9, 8, dtype=torch.float32), tensor(9, 8, dtype=torch.float32)
+calls = {
+    "norm": lambda: rms_norm(tensor(2, 5, 48), tensor(48), backend="triton"),
+    "rope": lambda: rope(q, k, *tables, backend="triton"),
+    "attention": lambda: attention(q, k, v, causal=True, backend="triton"),
+    "linear_cross_entropy": lambda: linear_cross_entropy(
+        tensor(2, 5, 48), tensor(300, 48), torch.zeros(2, 5, dtype=torch.int64), backend="triton"
+    ),
+}
+
+def refused(op, state):
+    before = count_launches()
+    try:
+        with capturing():
+            calls[op]()
+    except RuntimeError as error:
+        message = str(error)
+    assert count_launches() == before
+    assert message.startswith(f"{op}: a CUDA graph is being captured, and ") and f" is not {state} yet for this call" in message, message
+    assert message.endswith("run it once, or call pytransformer.warmup(..., load=True) for the model"), message
+
+sizes = dict(num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=48, intermediate_size=96, vocab_size=300, num_layers=1)
+shapes = Shapes.of(pytransformer.TransformerConfig.llama(**sizes))
+with stubbed_driver(90), torch.no_grad():
+    for op in calls:
+        refused(op, "compiled")
+    # Compiled by this process, but never loaded.
+    run = JITFunction.run
+    with mock.patch.object(JITFunction, "run", lambda *a, **k: run(*a, **{**k, "warmup": True})):
+        calls["norm"]()
+    refused("norm", "loaded")
+    with visible_gpu():
+        pytransformer.warmup(shapes, ops=list(calls), load=True)
+    for _ in range(3):  # the third by a launch that was kept
+        for op, call in calls.items():
+            before = count_launches()
+            with capturing():
+                call()
+            assert count_launches() == before + 1, op
+"""
+
+
+def test_a_captured_launch_is_refused_unless_it_was_warmed_up(warm_cache: Path) -> None:
+    result = _run(warm_cache, "-c", CAPTURE)
+    assert result.returncode == 0, result.stderr
+
+
+def test_each_op_with_triton_kernels_is_listed() -> None:
+    listed_as = dict.fromkeys(("layer_norm", "rms_norm"), "norm") | dict.fromkeys(
+        ("swiglu", "geglu", "gelu"), "activation"
+    )
+    with_kernels = {choice.op for choice in CHOICES if any(backend.name == "triton" for backend in choice.candidates)}
+    assert {listed_as.get(op, op) for op in with_kernels} == set(OPS)
+
+
+def test_layers_of_codes_are_compiled_for_few_rows_and_many(tmp_path: Path) -> None:
+    script = """
+from pytransformer import TransformerConfig, warmup
+from pytransformer.precompile import Shapes
+sizes = dict(num_heads=2, head_dim=32, hidden_size=64, intermediate_size=64, vocab_size=64, num_layers=2, quantization="int4-32")
+kernels = warmup(Shapes.of(TransformerConfig.llama(**sizes)), ops=["quantized_linear"], arch=90)
+print(sorted(kernel.kernel for kernel in kernels))
+"""
+    result = _run(tmp_path, "-c", script)
+    # 64 outputs (from attention, from the feed-forward, and words), 128 (gate and up), 192 (q, k and v): three widths, three tiles.
+    assert result.stdout == f"{['quantized_product_kernel'] * 9}\n", result.stdout + result.stderr
 
 
 IN_THE_KEY = (
@@ -148,7 +231,7 @@ def test_a_models_shapes_and_backward_passes(tmp_path: Path) -> None:
         (["--num-heads", "4", "--arch", "90"], "--head-dim must be given, or --model"),
         (
             [*SIZES, "--ops", "norm,sorting"],
-            "--ops must be among attention, decode_attention, kv_append, rope, norm, activation, grouped_linear, "
+            "--ops must be among attention, decode_attention, kv_append, rope, norm, activation, grouped_linear, quantized_linear, "
             "linear_cross_entropy, linear_attention",
         ),
         (["--model", "here", *SIZES], "--model says all shapes, so --hidden-size, --num-heads"),
@@ -171,3 +254,8 @@ def test_without_a_gpu_an_architecture_is_needed(tmp_path: Path) -> None:
     assert result.returncode == 2 and "arch must be given on a machine without a GPU" in result.stderr
     result = _run(tmp_path, "-m", "pytransformer", "warmup", *SIZES, "--arch", "91")
     assert result.returncode == 2 and "arch must be one of" in result.stderr
+    result = _run(tmp_path, "-m", "pytransformer", "warmup", *SIZES, "--load")
+    assert (
+        result.returncode == 2
+        and "load=True loads kernels onto the current GPU, and this machine has none" in result.stderr
+    )

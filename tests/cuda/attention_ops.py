@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytransformer import extension, reference
 from tests.kernels.attention_contract import Case, Inputs, contract_of, draw, run_kernels
-from tests.support.emulator import SCHEDULES, configure, in_every_schedule
+from tests.support.emulator import MOST_SHARED_MEMORY, SCHEDULES, configure, in_every_schedule
 
 EMULATED = "PYTRANSFORMER_CUDA_LIBRARY" in os.environ
 
@@ -49,19 +49,26 @@ def exact_forward(q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, **opti
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
-def check_case(case: Case, device: torch.device, *, every_schedule: bool) -> None:
-    """The contract over seeds that take turns with the schedules; on request the same bits from all of these for the first seed."""
+def check_case(
+    case: Case, device: torch.device, *, every_schedule: bool, shared_memory: int = MOST_SHARED_MEMORY
+) -> None:
+    """The contract over seeds that take turns with the schedules; on request the same bits from all of these for the first seed.
+
+    ``shared_memory`` is what a block may have of it in the emulator.
+    """
     turns = itertools.count()
 
     def backward_in_turns(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         if EMULATED:
-            configure(next(turns) % len(SCHEDULES))
+            configure(next(turns) % len(SCHEDULES), shared_memory=shared_memory)
         return backward(*args, **options)
 
     contract_of(case, device, exact_forward, backward_in_turns).check()
     if every_schedule:
         inputs = draw(case, 0, device)
-        in_every_schedule(lambda: list(gradients_of(case, inputs).values()))
+        in_every_schedule(lambda: list(gradients_of(case, inputs).values()), shared_memory=shared_memory)
+    elif EMULATED:
+        configure()
 
 
 def gradients_of(case: Case, inputs: Inputs) -> dict[str, Tensor]:

@@ -61,15 +61,3 @@ def test_fault_is_found(name: str, tmp_path: Path, device) -> None:
     output = result.stdout + result.stderr
     assert result.returncode != 0 and "nothing found" not in output
     assert any(text in output for text in report.split("|")), output[-3000:]
-
-
-@pytest.mark.slow
-def test_one_stage(tmp_path: Path, device) -> None:
-    """What GPUs with little shared memory run: tiles wait for each other in a single stage."""
-    if device.type == "cuda":
-        pytest.skip("a GPU runs what its shared memory allows")
-    changes = [("  if (blocks(bytes_of_two) >= 2) return 2;\n", "  if (blocks(bytes_of_one) > 0) return 1;\n")]
-    result = run_broken(
-        tmp_path, "attention/backward_tile.cuh", changes, SCRIPT, flavor=FLAVOR, recompile=[KEY_KERNEL[1]]
-    )
-    assert result.returncode == 0 and "nothing found" in result.stdout, result.stdout + result.stderr[-3000:]

@@ -1,11 +1,13 @@
 // Small kernels with faults that can be switched on: the emulator and the sanitizers must see every one of them (test_faults.py).
 //
 // Usage: faults NAME SCHEDULE. Exit status 0: the results were right; 3: wrong; 4: the emulator stopped the kernel; anything else: a sanitizer.
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../../csrc/common/ptx.cuh"
@@ -122,7 +124,8 @@ bool run_pipeline() {
   constexpr int num_tiles = 5;
   std::vector<float> x(num_tiles * kTile), y(num_tiles * kTile, NAN);
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
-  const size_t bytes = 2 * kTile * sizeof(float) - (has("too little shared memory") ? 16 : 0);
+  size_t bytes = 2 * kTile * sizeof(float) - (has("too little shared memory") ? 16 : 0);
+  if (has("more shared memory than there is")) bytes = 228 * 1024;
   launch("pipeline_kernel", &pipeline_kernel, dim3(1), dim3(kThreads), bytes, nullptr, x.data(), y.data(), num_tiles);
   for (int tile = 0; tile < num_tiles; ++tile) {
     for (int i = 0; i < kTile; ++i) {
@@ -152,6 +155,26 @@ bool run_warps() {
   return true;
 }
 
+// --- host threads launch at the same time, each a block of another size -----------------------------------------------------------------
+
+bool run_threads() {
+  constexpr size_t kSmallest = 50 * 1024, kStep = 1024;
+  constexpr int kHostThreads = 8;
+  emulator::options().stub_launches = true;
+  std::atomic<int> waiting{kHostThreads}, wrong{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kHostThreads; ++i) {
+    threads.emplace_back([&, i] {
+      for (--waiting; waiting > 0;) std::this_thread::yield();
+      wrong += device_limits().num_sms != 4;
+      launch("warp_kernel", &warp_kernel, dim3(1), dim3(kThreads), kSmallest + static_cast<size_t>(i) * kStep, nullptr, nullptr);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const size_t allowed = emulator::allowances().get(reinterpret_cast<const void*>(&warp_kernel), emulator::current_device());
+  return wrong == 0 && allowed == kSmallest + (kHostThreads - 1) * kStep && emulator::runtime_calls.limits == 1;
+}
+
 }  // namespace
 }  // namespace pytransformer
 
@@ -161,7 +184,7 @@ int main(int argc, char** argv) {
   fault = argv[1];
   emulator::options().schedule = std::atoi(argv[2]);
   try {
-    if (run_rows() && run_pipeline() && run_warps()) return 0;
+    if (has("host threads") ? run_threads() : run_rows() && run_pipeline() && run_warps()) return 0;
     std::puts("wrong result");
     return 3;
   } catch (const emulator::Error& error) {

@@ -31,6 +31,7 @@ FAULTS = {
     "empty grid": "invalid grid dimensions",
     "grid too high": "invalid grid dimensions",
     "block too large": "invalid block dimensions",
+    "more shared memory than there is": "pipeline_kernel: 233472 bytes .* a block may have 232448",
 }
 # Races change the result in some schedule; ThreadSanitizer calls them by their name.
 RACES = (
@@ -75,6 +76,12 @@ def test_sound_kernels_are_silent_in_every_schedule(flavor: str, programs) -> No
     for schedule in SCHEDULES:
         status, output = run(programs[flavor], flavor, "none", schedule)
         assert (status, output) == (0, ""), f"schedule {schedule}: {output}"
+
+
+@pytest.mark.parametrize("flavor", ["address", "thread"])
+def test_threads_of_the_host_may_launch_at_the_same_time(flavor: str, programs) -> None:
+    """The runtime is asked for the device's limits once, and a kernel may have the shared memory of the largest launch in the end."""
+    assert run(programs[flavor], flavor, "host threads", 0) == (0, "")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -19,6 +19,7 @@ def build_broken(
     *,
     flavor: str = "address",
     recompile: Sequence[str] = (),
+    others: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> Path:
     """The emulated library with ``changes`` (good, bad) made to ``source``, each of whose good texts must stand there exactly once.
 
@@ -29,22 +30,23 @@ def build_broken(
         flavor: "emulated", "address" or "thread".
         recompile: the units below csrc/ that need it when ``source`` is a header; by default ``source`` itself. A unit is a .cu file, or
             one compilation of it: "attention/forward_bfloat16_64.cu" of attention/forward_instances.cu (:func:`build.units`).
+        others: further sources, with the changes to each.
     """
     build = builder()
     build.build(flavor, quiet=True)
-    text = (build.CSRC / source).read_text()
-    for good, bad in changes:
-        if text.count(good) != 1:
-            raise ValueError(f"{source}: {good!r} stands there {text.count(good)} times, not once")
-        text = text.replace(good, bad)
+    changed = {
+        name: _change(name, (build.CSRC / name).read_text(), list(pairs))
+        for name, pairs in {source: changes, **(others or {})}.items()
+    }
     mirror = folder / "csrc"
     for path in build.CSRC.rglob("*"):
         copy = mirror / path.relative_to(build.CSRC)
         if path.suffix in (".cu", ".cuh", ".h"):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.symlink_to(path)
-    (mirror / source).unlink()
-    (mirror / source).write_text(text)
+    for name, text in changed.items():
+        (mirror / name).unlink()
+        (mirror / name).write_text(text)
     plan = build.emulated_plan(build.find_torch(), flavor, ())
     # Not all that lies there: a source that was renamed has left its object behind.
     built = ROOT / "build" / flavor
@@ -76,6 +78,14 @@ def build_broken(
     return library
 
 
+def _change(source: str, text: str, changes: Sequence[tuple[str, str]]) -> str:
+    for good, bad in changes:
+        if text.count(good) != 1:
+            raise ValueError(f"{source}: {good!r} stands there {text.count(good)} times, not once")
+        text = text.replace(good, bad)
+    return text
+
+
 def run_broken(
     folder: Path,
     source: str,
@@ -84,9 +94,11 @@ def run_broken(
     *,
     flavor: str = "address",
     recompile: Sequence[str] = (),
+    others: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Builds as :func:`build_broken` and runs a Python script in a process that has the broken library; its output is to be judged."""
-    return run_with(build_broken(folder, source, changes, flavor=flavor, recompile=recompile), script, flavor=flavor)
+    library = build_broken(folder, source, changes, flavor=flavor, recompile=recompile, others=others)
+    return run_with(library, script, flavor=flavor)
 
 
 def run_with(

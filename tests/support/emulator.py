@@ -26,6 +26,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 # In order, in reverse, and four random interleavings of threads, warps and blocks.
 SCHEDULES = range(6)
+# Bytes of dynamic shared memory of a block: on sm_90, which is the emulator's own limit, and on sm_86, sm_89 and sm_120.
+MOST_SHARED_MEMORY, LEAST_SHARED_MEMORY = 232448, 99 * 1024
 
 
 @functools.cache
@@ -78,9 +80,29 @@ def _control() -> ctypes.CDLL:
     return ctypes.CDLL(os.environ["PYTRANSFORMER_CUDA_LIBRARY"])
 
 
-def configure(schedule: int = 0, *, stub_launches: bool = False, num_sms: int = 4) -> None:
-    """Sets how the emulator of this process runs what is launched next."""
-    _control().pytransformer_emulator_configure(schedule, int(stub_launches), num_sms)
+def configure(
+    schedule: int = 0, *, stub_launches: bool = False, num_sms: int = 4, shared_memory: int = MOST_SHARED_MEMORY
+) -> None:
+    """Sets how the emulator of this process runs what is launched next.
+
+    Args:
+        schedule: out of :data:`SCHEDULES`.
+        stub_launches: launches return at once.
+        num_sms: what launch policy is told.
+        shared_memory: bytes of dynamic shared memory that a block may have; launch policy is told, and a launch that asks for more fails.
+
+    Raises:
+        ValueError: more shared memory than the emulator has.
+    """
+    if not 0 <= shared_memory <= MOST_SHARED_MEMORY:
+        raise ValueError(f"shared_memory must be from 0 to {MOST_SHARED_MEMORY}, got {shared_memory}")
+    _control().pytransformer_emulator_configure(schedule, int(stub_launches), num_sms, shared_memory)
+
+
+def runtime_calls() -> tuple[int, int]:
+    """How often CUDA's runtime was asked so far: for the limits of a device, and to allow a kernel more dynamic shared memory."""
+    limits, allowances = map(_control().pytransformer_emulator_runtime_calls, range(2))
+    return limits, allowances
 
 
 def blocks_of_last_launch() -> int:
@@ -88,12 +110,14 @@ def blocks_of_last_launch() -> int:
     return int(_control().pytransformer_emulator_blocks())
 
 
-def in_every_schedule(function: Callable[[], Sequence[Tensor | None]], *, num_sms: int = 4) -> list[Tensor | None]:
+def in_every_schedule(
+    function: Callable[[], Sequence[Tensor | None]], *, num_sms: int = 4, shared_memory: int = MOST_SHARED_MEMORY
+) -> list[Tensor | None]:
     """Calls ``function`` under each schedule of the emulator (on a GPU: as often), and compares all results bit by bit.
 
     Args:
         function: launches, and returns what is to be compared.
-        num_sms: what launch policy is told in the emulator.
+        num_sms, shared_memory: what launch policy is told in the emulator, as of :func:`configure`.
 
     Returns:
         The results of the first call.
@@ -102,7 +126,7 @@ def in_every_schedule(function: Callable[[], Sequence[Tensor | None]], *, num_sm
     first: list[Tensor | None] | None = None
     for schedule in SCHEDULES:
         if emulated:
-            configure(schedule, num_sms=num_sms)
+            configure(schedule, num_sms=num_sms, shared_memory=shared_memory)
         results = list(function())
         if first is None:
             first = results

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -156,6 +157,23 @@ def count_launches() -> int:
     """How many kernels this process has launched on the stub."""
     count: int = _library().stub_launches()
     return count
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Inside, the current stream is captured into a CUDA graph, as far as our launches can tell."""
+    with mock.patch.object(prepared, "is_capturing", lambda device: True):
+        yield
+
+
+@contextlib.contextmanager
+def visible_gpu() -> Iterator[None]:
+    """Inside the stubbed driver: torch says that there is a GPU, of the architecture that was asked for."""
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(launch, "assume_current_gpu", lambda: launch.assume_arch(max(_archs))),
+    ):
+        yield
 
 
 _archs: set[int] = set()

@@ -17,6 +17,7 @@
 
 #include "emulator/sanitizers.h"
 #include "emulator/state.h"
+#include "emulator/runtime.h"
 #include "emulator/fiber.h"
 #include "emulator/scheduler.h"
 #include "emulator/launch.h"

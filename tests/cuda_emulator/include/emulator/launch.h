@@ -19,19 +19,19 @@ EMULATOR_RUNTIME inline std::vector<uint64_t> block_order(uint64_t count) {
   return order;
 }
 
-EMULATOR_RUNTIME inline void check_sizes(dim3 grid, dim3 block, size_t shared_bytes) {
+EMULATOR_RUNTIME inline void check_sizes(const char* name, dim3 grid, dim3 block, size_t shared_bytes) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads < 1 || threads > kMaxThreads || block.z > 64) throw Error("invalid block dimensions");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
     throw Error("invalid grid dimensions");
   }
-  if (shared_bytes > kSharedMemory) throw Error("more dynamic shared memory than a block may have");
+  check_shared_memory(name, shared_bytes);
 }
 
 EMULATOR_RUNTIME inline void prepare_shared(size_t bytes) {
-  sanitizers::unpoison(state.shared, kSharedMemory);
+  sanitizers::unpoison(state.shared, kMostSharedMemory);
   memset(state.shared, 0xff, bytes);  // NaN in every floating-point format
-  sanitizers::poison(state.shared + bytes, kSharedMemory - bytes);
+  sanitizers::poison(state.shared + bytes, kMostSharedMemory - bytes);
 }
 
 EMULATOR_RUNTIME inline void run_block(dim3 block) {
@@ -59,9 +59,9 @@ EMULATOR_RUNTIME inline void run_block(dim3 block) {
 
 EMULATOR_RUNTIME inline void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void* argument,
                                       void (*body)(void*)) {
-  check_sizes(grid, block, shared_bytes);
+  check_sizes(name, grid, block, shared_bytes);
   if (state.shared == nullptr) {
-    void* memory = mmap(nullptr, kSharedMemory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory = mmap(nullptr, kMostSharedMemory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw Error("no memory for emulated shared memory");
     state.shared = static_cast<unsigned char*>(memory);
   }
@@ -84,7 +84,7 @@ EMULATOR_RUNTIME inline void run_grid(const char* name, dim3 grid, dim3 block, s
     run_block(block);
     if (state.failed) break;
   }
-  sanitizers::unpoison(state.shared, kSharedMemory);
+  sanitizers::unpoison(state.shared, kMostSharedMemory);
   if (state.failed) {
     for (Fiber& fiber : state.fibers) {
       fiber.started = false;  // abandoned in the middle: the next launch begins with fresh stacks
@@ -98,6 +98,9 @@ EMULATOR_RUNTIME inline void run_grid(const char* name, dim3 grid, dim3 block, s
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
   if (options().stub_launches) return;
+  if (shared_bytes > allowances().get(reinterpret_cast<const void*>(kernel), current_device())) {
+    throw Error(std::string(name) + ": " + std::to_string(shared_bytes) + " bytes of dynamic shared memory were not asked for");
+  }
   std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
   auto body = [&] { std::apply(kernel, values); };
   run_grid(name, grid, block, shared_bytes, &body, [](void* call) { (*static_cast<decltype(body)*>(call))(); });

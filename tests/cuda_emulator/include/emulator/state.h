@@ -1,6 +1,7 @@
 // The emulated block: its threads, its barriers, and what the scheduler knows about them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <source_location>
 #include <stdexcept>
@@ -23,14 +24,35 @@ struct Error : std::runtime_error {
 inline constexpr int kMaxThreads = 1024;
 inline constexpr int kMaxBarriers = 16;
 inline constexpr int kMaxGridYZ = 65535;
-inline constexpr size_t kSharedMemory = 232448;  // sm_90's limit of dynamic shared memory per block
+inline constexpr int kMostSharedMemory = 232448;  // of a block: sm_90's limit
 inline constexpr size_t kStackBytes = 256 * 1024;
 
 struct Options {
   int schedule = 0;            // 0: threads and blocks in order; 1: in reverse; more: a random order seeded by the number
   bool stub_launches = false;  // launches return at once: for measuring the host's share of a call
-  int num_sms = 4;             // what launch policy is told
+  int device = 0;              // the current one, of devices()
 };
+
+// What launch policy is told of a device.
+struct Device {
+  int num_sms = 4;
+  int shared_memory = kMostSharedMemory;  // what a block may have of it
+
+  bool operator==(const Device&) const = default;
+};
+
+// Other sizes are another device, as what is known of one is kept.
+inline std::vector<Device>& devices() {
+  static std::vector<Device> known(1);
+  return known;
+}
+
+inline int find_device(const Device& wanted) {
+  const auto found = std::find(devices().begin(), devices().end(), wanted);
+  const auto index = found - devices().begin();
+  if (found == devices().end()) devices().push_back(wanted);
+  return static_cast<int>(index);
+}
 
 inline Options& options() {
   static Options chosen;
