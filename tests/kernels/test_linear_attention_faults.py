@@ -100,12 +100,6 @@ FAULTS: dict[str, tuple[str, str, str, Case]] = {
         replace(PLAIN, seqlen=9),
     ),
     "denominator without the state": ("rows", "denominator *= weight", "denominator *= 0.0", replace(PLAIN, seqlen=9)),
-    "denominators of 0": (
-        "rows",
-        "tl.where(denominator == 0.0, 1.0, denominator)",
-        "denominator",
-        Case(5, 0, has_state=False, options={"causal": False}),
-    ),
     "delta not subtracted": (
         "rows",
         "products -= delta[:, None]",
