@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
     pages: Sequence[int]
     length: int
-    count: int
+    new: int
 
 
 class Scratch:
@@ -124,8 +124,9 @@ class DirectStep:
                 else:
                     piece = q[start:stop].transpose(0, 1)
                     window = (self._left, 0)
-                    out = attention(piece, keys, values, causal=True, window=window, softmax_scale=softmax_scale)
-                    out = out.view(-1, *heads)
+                    packed = attention(piece, keys, values, causal=True, window=window, softmax_scale=softmax_scale)
+                    assert isinstance(packed, Tensor)
+                    out = packed.reshape(-1, *heads)
                 outs.append(out)
         return torch.cat(outs).view(q.shape)
 
