@@ -22,7 +22,7 @@ from torch import Tensor, nn
 MAX_PACKED_ROWS = 16
 # A weight this small stays in a core's cache between tokens, whatever its layout.
 MIN_PACKED_ELEMENTS = 1 << 16
-# From so many rows on it pays to let oneDNN reorder a plain weight within the call, if an activation is to follow (see product).
+# From so many rows on it pays to let oneDNN reorder a plain weight within the call.
 _MIN_FUSED_ROWS = 64
 # What oneDNN does to a product before it leaves the registers, in the words of torch's op.
 _FUSED: dict[str | None, tuple[str, list[float], str]] = {
@@ -80,15 +80,12 @@ class Linear(nn.Linear):
 
         ``packed=False`` leaves those alone, whose being up to date :meth:`pack` would have to find out first.
 
-        ``activation`` ("relu", "gelu", "gelu_tanh", "silu") follows, inside the product where oneDNN makes it: as a pass of its own GELU's
-        tanh form takes a quarter of the time of the product before it (512 rows, 768 to 3072 features, AVX-512).
+        ``activation`` ("relu", "gelu", "gelu_tanh", "silu") follows, inside the product where oneDNN makes it faster: as a pass of its own
+        GELU's tanh form takes a quarter of the time of the product before it (512 rows, 768 to 3072 features, AVX-512).
         """
-        weight, bias = self.weight, self.bias
         if packed and self._packed is not None:
-            return self._packed.product(weight, bias, activation)
-        if activation is None:
-            return lambda x: F.linear(x, weight, bias)
-        return _plain_product(weight, bias, activation)
+            return self._packed.product(self.weight, self.bias, activation)
+        return _plain_product(self.weight, self.bias, activation)
 
     def __getstate__(self) -> dict[str, Any]:
         # copy.deepcopy and pickle: an opaque packed tensor does not follow, the copy packs again.
@@ -173,9 +170,7 @@ class RowBlocks(nn.Module):
         if packed and self._packed:
             products = [copy.product(block, bias) for copy, block, bias in zip(self._packed, self.blocks, biases)]
         else:
-            products = [
-                functools.partial(F.linear, weight=block, bias=bias) for block, bias in zip(self.blocks, biases)
-            ]
+            products = [_plain_product(block, bias) for block, bias in zip(self.blocks, biases)]
         return lambda x: torch.cat([product(x) for product in products], dim=-1)
 
     def _biases(self) -> Sequence[Tensor | None]:
@@ -261,20 +256,30 @@ class PackedWeight:
         return lambda x: activate(product(x, reordered, weight, bias, rows))
 
 
-def _plain_product(weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
-    """A product and an activation from a weight that is not packed."""
-    activate = ACTIVATIONS[activation]
+def _plain_product(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Callable[[Tensor], Tensor]:
+    """A product, and an activation if there is one, from a weight that is not packed."""
+    if activation is None:
+        by_linear: Callable[[Tensor], Tensor] = functools.partial(F.linear, weight=weight, bias=bias)
+        # MKL's, before which the bias is copied to every row. On AMD's CPUs that takes 10 % longer, and bfloat16 is oneDNN's anyway.
+        if _is_intel() or weight.dtype != torch.float32:
+            return by_linear
+    else:
+        activate = ACTIVATIONS[activation]
+        by_linear = lambda x: activate(F.linear(x, weight, bias))  # noqa: E731
     if why_not_packed(weight) is not None or not _works("onednn", weight.dtype):
-        return lambda x: activate(F.linear(x, weight, bias))
-    product, (name, numbers, algorithm), width = _product("onednn"), _FUSED[activation], weight.shape[1]
-    least = _MIN_FUSED_ROWS * width
+        return by_linear
+    # With AVX2 oneDNN's tanh takes longer than a pass of torch's over the product.
+    is_apart = activation == "gelu_tanh" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    product, (name, numbers, algorithm) = _product("onednn"), _FUSED[None if is_apart else activation]
+    least = _MIN_FUSED_ROWS * weight.shape[1]
 
-    def product_and_activation(x: Tensor) -> Tensor:
+    def by_onednn(x: Tensor) -> Tensor:
         if x.numel() < least:
-            return activate(F.linear(x, weight, bias))
-        return product(x, weight, bias, name, numbers, algorithm)  # type: ignore[no-any-return]
+            return by_linear(x)
+        y: Tensor = product(x, weight, bias, name, numbers, algorithm)
+        return torch.ops.aten.gelu_(y, approximate="tanh") if is_apart else y
 
-    return product_and_activation
+    return by_onednn
 
 
 def why_not_packed(weight: Tensor, rows: int = 1) -> str | None:

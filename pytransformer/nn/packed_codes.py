@@ -9,7 +9,8 @@ handed over as two, which the kernel takes as two rows beside each other and rea
     x ≈ s · (high + low / 254),   s = max |x| / 127,   high and low whole numbers from -127 to 127
 
 That is 16 bits of the row's largest magnitude: more than bfloat16 holds of any value above a hundredth of it. Sums of products of whole
-numbers are exact. (torch's own 8-bit weight kernel takes bfloat16 and half again the time on the chain of a GPT-2's weights.)
+numbers are exact where the CPU adds them up in 32 bits (VNNI). One that has only AVX2 stops at 16 bits; there torch's own kernel for 8-bit
+weights serves, which takes and gives bfloat16. With VNNI that takes half again the time of oneDNN's on the chain of a GPT-2's weights.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from pytransformer.reference import dequantize
 MAX_PACKED_ROWS = 16
 _ROWS_OF_TILE = 16
 _LOW = 254.0
+# The 8-bit kernel without VNNI reads rows in whole vectors of these many numbers, behind the end of others too.
+_WHOLE_COLUMNS = 32
 Product = Callable[[Tensor], Tensor]
+# x (rows, in_features) and the bias, or None -> (rows, out_features) of any floating dtype.
+_Multiply = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
 class PackedCodes:
@@ -36,10 +41,13 @@ class PackedCodes:
         self._source = _identity(weight, scale)
         self._rows = weight.shape[0]
         weight, scale = weight.detach(), scale.detach()
-        if weight.dtype == torch.int8:
+        self._multiply: _Multiply
+        if weight.dtype != torch.int8:
+            self._multiply = _multiply_int4(weight, scale, zero_point)
+        elif _adds_in_32_bits():
             self._multiply = _multiply_int8(weight, scale)
         else:
-            self._multiply = _multiply_int4(weight, scale, zero_point)
+            self._multiply = _multiply_int8_in_bfloat16(weight, scale)
 
     def is_of(self, weight: Tensor, scale: Tensor) -> bool:
         """Whether these are still the tensors that were packed, and nothing that torch has counted was written to them."""
@@ -48,11 +56,10 @@ class PackedCodes:
     def product(self, bias: Tensor | None) -> Product:
         """The layer as a function of x (…, in_features) alone, which checks nothing."""
         multiply, out_features = self._multiply, self._rows
+        bias = None if bias is None else bias.detach()
 
         def product(x: Tensor) -> Tensor:
-            y = multiply(x if x.ndim == 2 else x.view(-1, x.shape[-1])).to(x.dtype)
-            if bias is not None:
-                y = y + bias
+            y = multiply(x if x.ndim == 2 else x.view(-1, x.shape[-1]), bias).to(x.dtype)
             return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
         return product
@@ -66,6 +73,10 @@ def why_not_packed(weight: Tensor, rows: int = 1) -> str | None:
         return f"packing is for 1 to {MAX_PACKED_ROWS} rows, got {rows}"
     if weight.is_inference():
         return "the weight was made under torch.inference_mode(), which does not count writes"
+    if weight.dtype == torch.int8 and weight.shape[1] % _WHOLE_COLUMNS and not _adds_in_32_bits():
+        return (
+            f"the kernel for CPUs without VNNI wants a multiple of {_WHOLE_COLUMNS} in_features, got {weight.shape[1]}"
+        )
     if not _works(weight.dtype):
         return f"this build of torch has no kernel on this CPU for codes of {weight.dtype}"
     return None
@@ -75,37 +86,48 @@ def _identity(weight: Tensor, scale: Tensor) -> tuple[int, ...]:
     return weight.data_ptr(), weight._version, scale.data_ptr(), scale._version
 
 
-def _multiply_int8(weight: Tensor, scale: Tensor) -> Product:
-    """x (rows, in_features) -> float32 (rows, out_features)."""
+def _multiply_int8(weight: Tensor, scale: Tensor) -> _Multiply:
+    """By oneDNN, in float32."""
     codes = torch.ops.onednn.qlinear_prepack(weight, [2, weight.shape[1]])
     scales, zeros = scale.float(), torch.zeros(len(scale), dtype=torch.int64)
     linear = torch.ops.onednn.qlinear_pointwise.default
     shares = torch.tensor([[1 / 127, 1 / 127 / _LOW]])
-    norm, mm, float32 = torch.linalg.vector_norm, torch.mm, torch.float32
+    norm, float32 = torch.linalg.vector_norm, torch.float32
 
-    def multiply(x: Tensor) -> Tensor:
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         count = x.shape[0]
         # 1e-30: a row of zeros is divided by something.
         largest = norm(x, torch.inf, -1, True, dtype=float32).clamp_(min=1e-30)
-        scaled = x * (127.0 / largest)
-        parts = scaled.new_empty(2 * count, x.shape[1])
-        high, low = parts[:count], parts[count:]
-        torch.round(scaled, out=high)
-        torch.sub(scaled, high, out=low).mul_(_LOW)
+        low = torch.div(x, largest).mul_(127.0)
+        high = torch.round(low)
+        low.sub_(high).mul_(_LOW)
         # Whole numbers from 1 to 255 that stand for those from -127; the conversion cuts off.
-        numbers = parts.add_(128.5).to(torch.uint8)
+        numbers = torch.cat((high, low)).add_(128.5).to(torch.uint8)
         y: Tensor = linear(numbers, 1.0, 128, codes, scales, zeros, None, 1.0, 0, float32, "none", [], "")
-        if count == 1:
-            y = mm(largest * shares, y)
-        else:
-            y = (y[:count] + y[count:] / _LOW) * (largest / 127)
-        return y
+        if count > 1:
+            y = torch.add(y[:count], y[count:], alpha=1 / _LOW)
+            return y * (largest / 127) if bias is None else torch.addcmul(bias, y, largest / 127)
+        if bias is None:
+            return torch.mm(largest * shares, y)
+        return torch.addmm(bias if bias.dtype == float32 else bias.float(), largest * shares, y)
 
     return multiply
 
 
-def _multiply_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Product:
-    """x (rows, in_features) -> bfloat16 (rows, out_features)."""
+def _multiply_int8_in_bfloat16(weight: Tensor, scale: Tensor) -> _Multiply:
+    """By torch's kernel for 8-bit weights, from the codes as they are."""
+    codes, scales = weight.contiguous(), scale.to(torch.bfloat16)
+    linear, bfloat16 = torch.ops.aten._weight_int8pack_mm.default, torch.bfloat16
+
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = linear(x.to(bfloat16).contiguous(), codes, scales)
+        return y if bias is None else y + bias
+
+    return multiply
+
+
+def _multiply_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> _Multiply:
+    """By torch's kernel for 4-bit weights, in bfloat16."""
     out_features = weight.shape[0]
     padding = -out_features % _ROWS_OF_TILE  # rows of the head: the kernel wants whole tiles
     ones = torch.ones_like(scale, dtype=torch.float32)
@@ -119,28 +141,42 @@ def _multiply_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> 
     codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     linear, bfloat16 = torch.ops.aten._weight_int4pack_mm_for_cpu.default, torch.bfloat16
 
-    def multiply(x: Tensor) -> Tensor:
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = linear(x.to(bfloat16), codes, group_size, table)
-        return y[:, :out_features] if padding else y
+        if padding:
+            y = y[:, :out_features]
+        return y if bias is None else y + bias
 
     return multiply
 
 
 @functools.cache
 def _works(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has the kernel and it multiplies rightly on this CPU, found by trying it."""
+    """Whether this build of torch has a kernel that multiplies rightly on this CPU, found by trying it."""
+    if dtype == torch.int8:
+        return _adds_in_32_bits() or _is_right(*_small_int8(), _multiply_int8_in_bfloat16)
+    weight = (torch.arange(16 * 16) * 37 % 256).to(torch.uint8).view(16, 16)
+    return _is_right(weight, torch.eye(32)[3:5], lambda weight, scale: _multiply_int4(weight, scale[:, None], None))
+
+
+@functools.cache
+def _adds_in_32_bits() -> bool:
+    """Whether oneDNN's product of whole numbers is exact on this CPU."""
+    return _is_right(*_small_int8(), _multiply_int8)
+
+
+def _is_right(weight: Tensor, x: Tensor, make: Callable[[Tensor, Tensor], _Multiply]) -> bool:
+    scale = torch.ones(len(weight))
     try:
         with torch.no_grad():
-            if dtype == torch.int8:
-                # Sums of two products of the largest numbers are beyond 16 bits, in which CPUs without VNNI may add them up.
-                weight = torch.full((16, 64), 127, dtype=torch.int8)
-                weight[::2] = -128
-                x, scale, zero_point = torch.ones(2, 64), torch.ones(16), None
-            else:
-                weight, zero_point = (torch.arange(16 * 16) * 37 % 256).to(torch.uint8).view(16, 16), None
-                x, scale = torch.eye(32)[3:5], torch.ones(16, 1)
-            expected = x @ dequantize(weight, scale, zero_point).t()
-            found = PackedCodes(weight, scale, zero_point).product(None)(x)
-            return torch.allclose(found, expected, rtol=1e-5, atol=0.0)
+            expected = x @ dequantize(weight, scale if weight.dtype == torch.int8 else scale[:, None], None).t()
+            return torch.allclose(make(weight, scale)(x, None).float(), expected, rtol=1e-5, atol=0.0)
     except (AttributeError, RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
         return False
+
+
+def _small_int8() -> tuple[Tensor, Tensor]:
+    """Codes and x. Sums of two products of the largest numbers are beyond 16 bits, and all of them are numbers that bfloat16 has."""
+    weight = torch.full((16, 64), 127, dtype=torch.int8)
+    weight[::2] = -128
+    return weight, torch.ones(2, 64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pytransformer.nn import FeedForward, Linear, linear
+from pytransformer.nn import FeedForward, Linear, RowBlocks, linear
 from pytransformer.verification import SEEDS, Contract
 
 needs_packing = pytest.mark.skipif(
@@ -69,6 +69,34 @@ def test_an_activation_inside_the_product_is_as_near_as_behind_it(activation, pa
                 plain = activate(F.linear(x, module.weight, module.bias))
                 contract.add(f"{rows} rows", actual=product(x), plain=plain, golden=golden)
     contract.check()
+
+
+@needs_packing
+@torch.no_grad()
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("is_intel", [True, False])
+def test_plain_products_of_many_rows_are_the_faster_librarys(is_intel, capability, monkeypatch):
+    """Rows that do not lie beside each other, too; none of the three ways is taken for what it does not serve."""
+    monkeypatch.setattr(linear, "_is_intel", lambda: is_intel)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    real, names = linear._product("onednn"), []
+    monkeypatch.setattr(linear, "_product", lambda library: lambda *given: names.append(given[3]) or real(*given))
+    contract, module = Contract(torch.float32), Linear(300, 513, device=CPU)
+    blocks = RowBlocks(list(module.weight.split([256, 257])), module.bias)
+    products = {
+        "plain": (module.product(packed=False), lambda y: y),
+        "blocks": (blocks.product(packed=False), lambda y: y),
+        "gelu": (module.product("gelu_tanh", packed=False), linear.ACTIVATIONS["gelu_tanh"]),
+    }
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 300, 70).transpose(1, 2)
+        golden = F.linear(x.double(), module.weight.double(), module.bias.double())
+        plain = F.linear(x, module.weight, module.bias)
+        for name, (product, behind) in products.items():
+            contract.add(name, actual=product(x), plain=behind(plain), golden=behind(golden))
+    contract.check()
+    assert set(names) == ({"none"} if not is_intel else set()) | {"none" if capability == "AVX2" else "gelu"}
 
 
 @torch.no_grad()

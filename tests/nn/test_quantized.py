@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from pytransformer.nn import Linear, QuantizedLinear, RowBlocks
+from pytransformer.nn import Linear, QuantizedLinear, RowBlocks, packed_codes
 from pytransformer.nn.packed_codes import why_not_packed
 from pytransformer.nn.quantized import round_to_nearest
 from pytransformer.reference import dequantize
@@ -87,6 +87,31 @@ def test_the_packed_product_is_within_the_contract_of_bfloat16(bits, group_size,
         golden = F.linear(x.double(), weight, layer.bias.double())
         contract.add("y", actual=y.to(torch.bfloat16), plain=plain, golden=golden, kind="output")
     contract.check()
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_input_of_two_whole_numbers_is_off_by_half_a_step_of_the_lower_one(rows, bias_dtype):
+    """Codes up to 64, whose sums of two products stay within 16 bits, are multiplied exactly on CPUs without VNNI too."""
+    torch.manual_seed(0)
+    codes, scale = torch.randint(-64, 65, (40, 96), dtype=torch.int8), torch.rand(40)
+    x = torch.randn(rows, 96)
+    x[-1] *= 1e4
+    bias = None if bias_dtype is None else torch.randn(40).to(bias_dtype)
+    y = packed_codes._multiply_int8(codes, scale)(x, bias)
+    weight = codes.double() * scale.double()[:, None]
+    exact = x.double() @ weight.t() + (0.0 if bias is None else bias.double())
+    step = x.abs().amax(1, keepdim=True).double() / 127 / 254
+    # The product's share of float32's own rounding, of a sum of so many magnitudes.
+    rounding = 2**-23 * (x.abs().double() @ weight.abs().t() + 1)
+    assert y.dtype == torch.float32
+    assert ((y - exact).abs() <= step / 2 * weight.abs().sum(1) + rounding).all()
+    assert not packed_codes._multiply_int8(codes, scale)(torch.zeros(rows, 96), None).any()
+
+
+def test_widths_that_a_kernel_would_read_beyond(monkeypatch):
+    monkeypatch.setattr(packed_codes, "_adds_in_32_bits", lambda: False)
+    assert "multiple of 32 in_features, got 40" in why_not_packed(torch.zeros(16, 40, dtype=torch.int8))
 
 
 @packs

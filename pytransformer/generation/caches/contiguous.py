@@ -159,9 +159,7 @@ class ContiguousLayer:
             if rotary is not None:
                 offsets = cache.max_length if positions is None else 0
                 q, k = rotary(q, k, positions=positions, offsets=offsets)
-            places = slice(cache.max_length, cache.max_length + k.shape[1])
-            self.k_cache[:, places] = k
-            self.v_cache[:, places] = v
+            self._write(k, v)
             return q
         changes_q = rotary is not None or q_norm is not None
         new_q = kv_append(
@@ -183,6 +181,12 @@ class ContiguousLayer:
             **self._table(),
         )
         return q if new_q is None else new_q
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        """A direct step's new keys and values, normalised and rotated."""
+        places = slice(self._cache.max_length, self._cache.max_length + k.shape[1])
+        self.k_cache[:, places] = k
+        self.v_cache[:, places] = v
 
     def attend(
         self,

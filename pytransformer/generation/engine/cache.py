@@ -2,7 +2,8 @@
 
 A step's tokens reach the model as sequences of one token each, (total, 1), so that its linear layers see every token once and no padding.
 Only the attention must know which of them belong together: it gets them packed, with the starts of the rows (cu_seqlens). A step in which
-every row appends one token needs no packing, and goes the way of :class:`PagedLayer`.
+every row appends one token needs no packing, and goes the way of :class:`PagedLayer`. A bound step on a CPU goes without the ops, as
+direct.py says.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from pytransformer.generation.caches.paged import PagedCache, PagedLayer, PageGroup
 from pytransformer.generation.caches.part import CachePart
 
+from .direct import DirectStep, Row, Scratch
+
 
 class EngineCache(PagedCache):
     """A :class:`PagedCache` of which each step uses some rows. Pages are taken and given back by :class:`RowPages`, over its groups.
@@ -28,6 +31,15 @@ class EngineCache(PagedCache):
 
     starts: Tensor | None = None
     longest_piece = 1
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._scratch = Scratch()
+        self._direct: dict[int, DirectStep] = {}
+
+    def choose_path(self, bound: bool) -> None:
+        """Decides for the next step whether the layers do without the ops: they do if it is ``bound`` (see bound.py), without codes."""
+        self.is_direct = bound and self.read_kind()[1] is None
 
     def begin(
         self,
@@ -65,12 +77,23 @@ class EngineCache(PagedCache):
         self.max_length = max(ends) - 1  # the longest row has a token more when it attends
         self.longest_piece = max(counts)
         self.starts = None if self.longest_piece == 1 else step_starts.int()
-        self._tables = {group.left: group.table.index_select(0, row_index) for group in self.groups}
+        self._row_index: Tensor = row_index
+        self._tables: dict[int, Tensor] = {}
+        if self.is_direct:
+            for group in self.groups:
+                parts_of_rows = [Row(group.pages[row], *one) for row, *one in zip(rows, lengths, counts)]
+                self._direct[group.left] = DirectStep(parts_of_rows, group.left, group.pool.part.k[0], self._scratch)
         return ids[:, None], last
 
     def table(self, group: PageGroup) -> Tensor:
         """The pages of the step's rows: int32 (rows, max_pages)."""
+        if group.left not in self._tables:
+            self._tables[group.left] = group.table.index_select(0, self._row_index)
         return self._tables[group.left]
+
+    def direct(self, group: PageGroup) -> DirectStep:
+        """The step for layers of a group, where it :attr:`is_direct`."""
+        return self._direct[group.left]
 
     def positions(self, seqlen: int) -> Tensor:
         """Of the step's tokens: int64 (total, 1)."""
@@ -82,6 +105,11 @@ class EngineCache(PagedCache):
 
     def _make_layer(self, group: PageGroup, part: CachePart) -> PagedLayer:
         return EngineLayer(self, group, *part)
+
+
+def _has_terms(options: dict[str, Any]) -> bool:
+    """Whether anything is done to the scores beside the window."""
+    return options["softcap"] != 0.0 or any(options[name] is not None for name in ("alibi_slopes", "bias", "sinks"))
 
 
 def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -98,13 +126,23 @@ class EngineLayer(PagedLayer):
 
     def append(self, q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor | None, **options: Any) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
-        if self._paged.starts is None:
+        if self._paged.is_direct and positions is None:
+            positions = self._paged.positions(1)
+        if self._paged.is_direct or self._paged.starts is None:
             return super().append(q, k, v, positions=positions, **options)
         positions = None if positions is None else positions.flatten()
         return super().append(q[:, 0], k[:, 0], v[:, 0], positions=positions, **options)[:, None]
 
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        step = self._paged.direct(self._group)
+        step.write(self.k_cache, k)
+        step.write(self.v_cache, v)
+
     def attend(self, q: Tensor, **options: Any) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
+        if self._paged.is_direct and not _has_terms(options):
+            step = self._paged.direct(self._group)
+            return step.attend(q, self.k_cache, self.v_cache, options["softmax_scale"])
         if self._paged.starts is None:
             return super().attend(q, **options)
         return super().attend(q[:, 0], **options)[:, None]

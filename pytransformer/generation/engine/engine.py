@@ -223,6 +223,7 @@ class Engine:
         decoder, head = self._prepared()
         pieces = self._scheduler.plan()
         chosen = [place for place, piece in enumerate(pieces) if piece.completes]
+        self._cache.choose_path(bound=decoder is not self.model.model)
         ids, last = self._cache.begin(
             [piece.job.row for piece in pieces],  # type: ignore[misc]
             [piece.job.cached for piece in pieces],
