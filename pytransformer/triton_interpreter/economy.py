@@ -146,7 +146,7 @@ def patch_attr(semantic: Any) -> Method:
 
     def _patch_attr(owner: Any, name: str, member: Method, builder: Any, scope: Any) -> None:
         if getattr(member, "__code__", None) is asks_for_semantic:
-            member = member.__wrapped__  # without the question whether there is a _semantic
+            member = vars(member)["__wrapped__"]  # without the question whether there is a _semantic
 
         def builtin(*args: Any, **kwargs: Any) -> Any:
             kwargs["_semantic"] = semantic
