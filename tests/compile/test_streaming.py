@@ -1,0 +1,47 @@
+"""What kernels that move memory wait for before they ask for it, read in their machine code."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import triton
+
+from tests.support.compile_gate import Case, cases
+from tests.support.launch_recorder import Launch, record
+from tests.support.sass import compile_launch, disassemble
+
+ARCHITECTURES = (80, 90, 100)
+_LOAD_BARRIER_OR_CALL = re.compile(r"\b(?:LDG|BAR|CALL)\.[^;]*")
+
+
+def _case(op: str, name: str, arch: int) -> Case:
+    (found,) = (case for case in cases(op, [arch]) if case.name == name)
+    return found
+
+
+def _launch(op: str, name: str, arch: int, kernel: str) -> Launch:
+    case = _case(op, name, arch)
+    (launch,) = (launch for launch in record(case.call, arch) if launch.name == kernel)
+    return launch
+
+
+def _loads_and_barriers(launch: Launch) -> list[str]:
+    """Loads of global memory, barriers and calls of functions with their operands, in the order of the machine code."""
+    compiled = triton.compile(launch.source(), target=launch.target, options=launch.options.__dict__)
+    return _LOAD_BARRIER_OR_CALL.findall(disassemble(compiled.asm["cubin"]))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rope_reads_heads_before_it_knows_their_positions(arch: int) -> None:
+    """A thread's two loads of a head lie half a head apart, 128 bytes; the rows of the tables are known when the positions are."""
+    found = _loads_and_barriers(_launch("rope", "rope-half-32/8x128-bfloat16-positions", arch, "rope_kernel"))
+    wide = [text for text in found if re.match(r"LDG\S*\.(128|256)", text)]
+    assert "+0x80]" in wide[0] + wide[1], wide[:4]
+    assert not [text for text in found if not text.startswith("LDG")]
+
+
+@pytest.mark.parametrize("name", ["rope-half-32/8x128-bfloat16", "rope-interleaved-32/8x128-bfloat16"])
+def test_rope_hands_nothing_from_thread_to_thread(name: str) -> None:
+    statistics = compile_launch(_launch("rope", name, 90, "rope_kernel"))
+    assert statistics.shared_memory == 0 and not statistics.count("BAR|SHFL|CALL")
