@@ -45,3 +45,14 @@ def test_rope_reads_heads_before_it_knows_their_positions(arch: int) -> None:
 def test_rope_hands_nothing_from_thread_to_thread(name: str) -> None:
     statistics = compile_launch(_launch("rope", name, 90, "rope_kernel"))
     assert statistics.shared_memory == 0 and not statistics.count("BAR|SHFL|CALL")
+
+
+@pytest.mark.parametrize("name", ["bfloat16-prefill-rope", "bfloat16-prefill-interleaved", "bfloat16-decode-rope-norm"])
+def test_append_reads_features_once_before_it_knows_their_places(name: str) -> None:
+    """Two halves or two rows a thread, of q or of k; as many of v; cos, sin and weights. Nothing is read for a pair's other half."""
+    launch = _launch("kv_append", f"kv_append-{name}", 90, "_kv_append_kernel")
+    loads = [text for text in _loads_and_barriers(launch) if text.startswith("LDG")]
+    assert re.match(r"LDG\S*\.128", loads[0])
+    wide = [text for text in loads if re.match(r"LDG\S*\.128", text)]
+    assert len(wide) <= (14 if "norm" in name else 10)
+    assert compile_launch(launch).shared_memory == 0
