@@ -56,3 +56,12 @@ def test_append_reads_features_once_before_it_knows_their_places(name: str) -> N
     wide = [text for text in loads if re.match(r"LDG\S*\.128", text)]
     assert len(wide) <= (14 if "norm" in name else 10)
     assert compile_launch(launch).shared_memory == 0
+
+
+def test_norms_ask_for_weights_before_the_row_is_reduced() -> None:
+    found = _loads_and_barriers(
+        _launch("norm", "norm-forward-layer-4096-bfloat16-inference", 90, "norm_forward_kernel")
+    )
+    names = [text.split(".")[0] for text in found]
+    assert names.count("LDG") == 8  # two of x, residual, weight and bias
+    assert "LDG" not in names[names.index("BAR") :]
