@@ -89,7 +89,7 @@ def row_offsets(rows, rows_per_group, stride_group, stride_row, GROUPED: tl.cons
 # multiples of 16, ALIGNMENT says.
 UNSPECIALISED = [
     "num_rows", "rows_per_group", "stride_x_group", "stride_x_row", "stride_residual_group", "stride_residual_row", "stride_dy_group",
-    "stride_dy_row", "stride_s_group", "stride_s_row", "stride_ds_group", "stride_ds_row", "num_partials",
+    "stride_dy_row", "stride_s_group", "stride_s_row", "stride_ds_group", "stride_ds_row", "merge_group",
 ]  # fmt: skip
 
 

@@ -368,10 +368,6 @@ WIDE_FAULTS = {
     "masked lanes join the mean": [("lane_mean = tl.where(mask, new_mean, lane_mean)", "lane_mean = new_mean")],
 }
 BACKWARD_FAULTS = {
-    "no reduction over programs": [("range(0, num_partials, BLOCK_PARTIALS)", "range(0, 1, BLOCK_PARTIALS)")],
-    "partial sums of one program overwrite another's": [
-        ("partial = tl.program_id(0).to(tl.int64) * NUM_COLS", "partial = tl.program_id(0).to(tl.int64) * 0")
-    ],
     "no mean of g": [("dx -= g_mean[:, None]", "pass")],
     "ds dropped": [
         ("dx += tl.load(ds_ptr + ds_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)", "pass"),
@@ -445,11 +441,6 @@ def test_a_fault_in_the_backward_kernels_is_caught(
     fault: str, device, tmp_path: Path, poison_empty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = load_broken(tmp_path, "norm/backward", *BACKWARD_FAULTS[fault])
-    # Two programs share six tiles.
-    monkeypatch.setattr(
-        broken, "device_limits", lambda device: DeviceLimits(90, 40 if "reduction" in fault else 2, 232448)
-    )
-    case = _fault_case(TILES)
-    if "reduction" in fault:
-        case = replace(case, rows=70, backward_config=NormConfig(1, 64, 4))
-    assert _is_caught(case, device, backward=norm_backward_by(broken))
+    # Two programs share six tiles. Faults of what adds up their sums: test_norm_partials.py.
+    monkeypatch.setattr(broken, "device_limits", lambda device: DeviceLimits(90, 2, 232448))
+    assert _is_caught(_fault_case(TILES), device, backward=norm_backward_by(broken))
