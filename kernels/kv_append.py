@@ -24,6 +24,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention.options import row_strides
+from .features import (
+    encode,
+    load_part,
+    load_parts,
+    normalise_parts,
+    rotate_halves,
+    rotate_neighbours,
+    store_part,
+    store_parts,
+)
 from .launch import (
     COMMON_OPTIONS,
     NewTensor,
@@ -60,8 +70,8 @@ class AppendConfig:
 def append_config(tokens: int, num_kv_heads: int, head_dim: int, itemsize: int, device: torch.device) -> AppendConfig:
     """Rows per program from the size of a row, tokens per program from the number of tokens."""
     row_bytes = next_power_of_2(head_dim) * itemsize
-    # 4 KB per program of 4 warps is two 128-bit loads per thread, and as many again for the pairs' partners, cos and sin: with 8 blocks
-    # per SM that covers the latency. With 8 KB the interleaved layout spills.
+    # 4 KB per program of 4 warps is two 128-bit loads per thread, as many of v, and twice as many of cos and sin: with nine blocks per SM
+    # that covers the latency.
     rows = max(1, 4096 // row_bytes)
     block_heads = min(next_power_of_2(num_kv_heads), 8, rows)
     # A decode step has fewer tokens than SMs: one token per program spreads it; there is no bandwidth to win.
@@ -91,138 +101,84 @@ def _find_sequence(cu_seqlens_ptr, tokens, batch, search_steps):
 
 @triton.jit
 def _place(
-    tokens, exists, sequence, index, cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_block_table_batch, cache_batch_idx_ptr,
-    max_pages, num_pages, page_size,
+    token, exists, sequence, index, cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_block_table_batch, cache_batch_idx_ptr,
+    num_pages, page_size, num_places,
 ):  # fmt: skip
     """(page or row, offset in it, whether there is such a place, position in the sequence) of each token."""
-    position = index
+    # Places that exist have numbers as wide as their number is; others are dropped before these are taken apart.
+    COUNT: tl.constexpr = tl.uint64 if num_places.dtype.primitive_bitwidth == 64 else tl.uint32
+    position = index.to(tl.int64)
     if slot_mapping_ptr is not None:
-        slot = tl.load(slot_mapping_ptr + tokens, mask=exists, other=-1)
-        exists = exists & (slot >= 0)
-        page = slot // page_size
-        offset = slot % page_size
+        place = tl.load(slot_mapping_ptr + token, mask=exists, other=-1)
     else:
-        position = index + tl.load(cache_seqlens_ptr + sequence, mask=exists, other=0)
-        exists = exists & (position >= 0)
-        if block_table_ptr is not None:
-            entry = position // page_size
-            exists = exists & (entry < max_pages)
-            page = tl.load(block_table_ptr + sequence * stride_block_table_batch + entry, mask=exists, other=-1).to(
-                tl.int64
-            )
-            offset = (position % page_size).to(tl.int64)
-        else:
-            page = sequence
-            if cache_batch_idx_ptr is not None:
-                page = tl.load(cache_batch_idx_ptr + sequence, mask=exists, other=-1).to(tl.int64)
-            offset = position.to(tl.int64)
-            exists = exists & (position < page_size)
+        position += tl.load(cache_seqlens_ptr + sequence, mask=exists, other=0)
+        place = position
+    exists = exists & (place >= 0) & (place < num_places)
+    page = sequence
+    offset = place
+    if slot_mapping_ptr is not None or block_table_ptr is not None:
+        place = tl.where(exists, place, 0).to(COUNT)
+        page = (place // page_size.to(COUNT)).to(num_places.dtype)
+        offset = (place % page_size.to(COUNT)).to(num_places.dtype)
+    if block_table_ptr is not None:
+        page = tl.load(block_table_ptr + sequence.to(tl.int64) * stride_block_table_batch + page, mask=exists, other=-1)
+    if cache_batch_idx_ptr is not None:
+        page = tl.load(cache_batch_idx_ptr + sequence, mask=exists, other=-1)
     exists = exists & (page >= 0) & (page < num_pages)
-    return page, offset, exists, position
+    return page.to(tl.int64), offset.to(tl.int64), exists, position
 
 
 @triton.jit
-def _normalise(x, mean_square, weight, eps, weight_offset):
-    # Rounded to x's dtype before the rotation, as the two operations one after the other would.
-    return (
-        x.to(tl.float32)
-        * (1.0 / tl.sqrt_rn(mean_square + eps))[:, None]
-        * (weight.to(tl.float32) + weight_offset)[None, :]
-    ).to(x.dtype)
-
-
-@triton.jit
-def _transform(
-    rows_ptr, rows_mask, position, weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_table,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
+def _load_features(
+    rows_ptr, weight_ptr, other_weight_ptr, rows, mask,
+    DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """The rows' features after QK-norm and RoPE, in their own dtype; 0 where masked."""
-    dims = tl.arange(0, BLOCK_DIM)
-    HALF: tl.constexpr = ROTARY_DIM // 2
-    mask = rows_mask[:, None] & (dims < DIM)[None, :]
-    x = tl.load(rows_ptr[:, None] + dims[None, :], mask=mask, other=0.0)
-    mean_square = tl.zeros_like(position).to(tl.float32)
-    if weight_ptr is not None:
-        wide = x.to(tl.float32)
-        mean_square = tl.sum(wide * wide, 1) / DIM
-        x = _normalise(x, mean_square, tl.load(weight_ptr + dims, mask=dims < DIM, other=0.0), eps, weight_offset)
-    if ROTARY_DIM > 0:
-        if INTERLEAVED:
-            pairs = tl.arange(0, BLOCK_DIM // 2)
-            angles = position.to(tl.int64)[:, None] * stride_table + pairs[None, :]
-            rotates = rows_mask[:, None] & (pairs < HALF)[None, :]
-            cos = tl.load(cos_ptr + angles, mask=rotates, other=1.0)
-            sin = tl.load(sin_ptr + angles, mask=rotates, other=0.0)
-            first, second = tl.split(tl.reshape(x, [x.shape[0], BLOCK_DIM // 2, 2]))
-            wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
-            # Features that do not rotate are chosen, not multiplied by 1 and 0, which would turn an infinity into NaN.
-            new_first = tl.where(rotates, (wide_first * cos - wide_second * sin).to(x.dtype), first)
-            new_second = tl.where(rotates, (wide_second * cos + wide_first * sin).to(x.dtype), second)
-            x = tl.reshape(tl.join(new_first, new_second), [x.shape[0], BLOCK_DIM])
-        else:
-            # The other feature of the pair comes from the cache line that was just read.
-            partner_dims = tl.where(dims < HALF, dims + HALF, dims - HALF)
-            rotates = rows_mask[:, None] & (dims < ROTARY_DIM)[None, :]
-            partner = tl.load(rows_ptr[:, None] + partner_dims[None, :], mask=rotates, other=0.0)
-            if weight_ptr is not None:
-                weight = tl.load(weight_ptr + partner_dims, mask=dims < ROTARY_DIM, other=0.0)
-                partner = _normalise(partner, mean_square, weight, eps, weight_offset)
-            angles = position.to(tl.int64)[:, None] * stride_table + tl.where(dims < HALF, dims, dims - HALF)[None, :]
-            cos = tl.load(cos_ptr + angles, mask=rotates, other=1.0)
-            sin = tl.load(sin_ptr + angles, mask=rotates, other=0.0)
-            signed = tl.where((dims < HALF)[None, :], -partner.to(tl.float32), partner.to(tl.float32))
-            x = tl.where(rotates, (x.to(tl.float32) * cos + signed * sin).to(x.dtype), x)
-    return x
+    """(parts of rows, parts of the weight of their norm): of the other norm where this has none, of no norm again the rows."""
+    first, second, rest = load_parts(rows_ptr, mask, DIM, HALF, BLOCK_DIM, BLOCK_HALF, BLOCK_REST)
+    weight_first, weight_second, weight_rest = first, second, rest
+    if weight_ptr is not None or other_weight_ptr is not None:
+        # For each row, though all share it: so each thread has what belongs to its features, and nothing goes through shared memory.
+        weights_ptr = (other_weight_ptr if weight_ptr is None else weight_ptr) + rows * 0
+        weight_first, weight_second, weight_rest = load_parts(
+            weights_ptr, mask, DIM, HALF, BLOCK_DIM, BLOCK_HALF, BLOCK_REST
+        )
+        if weight_ptr is not None and other_weight_ptr is not None:  # noqa: SIM102
+            if weight_ptr.dtype != other_weight_ptr.dtype:
+                weight_first = weight_first.to(tl.float32)
+                weight_second, weight_rest = weight_second.to(tl.float32), weight_rest.to(tl.float32)
+    return first, second, rest, weight_first, weight_second, weight_rest
 
 
 @triton.jit
-def _encode(x, scale, FORMAT: tl.constexpr):
-    """Codes of x / scale: int8, or the bits of float8_e4m3fn (by hand: only parts from sm_89 on convert). Both round half to even."""
-    # Adding 1.5 · 2^23 leaves no bits below 1: the sum is the number rounded to an integer.
-    INTEGER: tl.constexpr = 12582912.0
-    scaled = tl.div_rn(x.to(tl.float32), tl.broadcast_to(scale[:, None], x.shape))
-    if FORMAT == "int8":
-        scaled = tl.minimum(tl.maximum(scaled, -128.0), 127.0)
-        codes = ((scaled + INTEGER) - INTEGER).to(tl.int8)
+def _write_codes(
+    first, second, rest, cache_rows_ptr, scale_ptr, stride_scale_page, stride_scale_token, stride_scale_head, page, offset, head, exists,
+    highest, DIM: tl.constexpr, HALF: tl.constexpr, FORMAT: tl.constexpr, SCALE_PER_TOKEN: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Writes the codes of rows, and their scales if each has its own."""
+    scale_place = scale_ptr + page * stride_scale_page + offset * stride_scale_token + head * stride_scale_head
+    if SCALE_PER_TOKEN:
+        largest = tl.max(tl.abs(first.to(tl.float32)), 1)
+        if HALF > 0:
+            largest = tl.maximum(largest, tl.max(tl.abs(second.to(tl.float32)), 1))
+            if 2 * HALF < DIM:
+                largest = tl.maximum(largest, tl.max(tl.abs(rest.to(tl.float32)), 1))
+        scale = tl.div_rn(largest, tl.zeros_like(largest) + highest)
+        scale = tl.where(scale > 0.0, scale, 1.0)
+        tl.store(scale_place, scale, mask=exists)
     else:
-        magnitude = tl.minimum(tl.abs(scaled), 448.0)
-        # Normal numbers keep 3 bits of mantissa, and the exponent's bias changes from 127 to 7; a carry moves into the exponent.
-        bits = magnitude.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-        subnormal = ((magnitude * 512.0 + INTEGER) - INTEGER).to(tl.int32)
-        code = tl.where(magnitude < 0.015625, subnormal, normal)
-        code = tl.where(scaled != scaled, 0x7F, code)
-        sign = (scaled.to(tl.int32, bitcast=True) >> 24) & 0x80
-        codes = (code | sign).to(tl.uint8)
-    return codes
-
-
-@triton.jit
-def _write(
-    x, cache_ptr, stride_page, stride_token, stride_head, scale_ptr, stride_scale_page, stride_scale_token, stride_scale_head,
-    page, offset, head, exists, highest,
-    DIM: tl.constexpr, FORMAT: tl.constexpr, SCALE_PER_TOKEN: tl.constexpr, BLOCK_DIM: tl.constexpr,
-):  # fmt: skip
-    dims = tl.arange(0, BLOCK_DIM)
-    if FORMAT != "native":
-        if SCALE_PER_TOKEN:
-            scale = tl.div_rn(tl.max(tl.abs(x.to(tl.float32)), 1), tl.zeros_like(head).to(tl.float32) + highest)
-            scale = tl.where(scale > 0.0, scale, 1.0)
-            tl.store(
-                scale_ptr + page * stride_scale_page + offset * stride_scale_token + head * stride_scale_head,
-                scale,
-                mask=exists,
-            )
-        else:
-            scale = tl.load(scale_ptr + head * stride_scale_head, mask=exists, other=1.0)
-        x = _encode(x, scale, FORMAT)
-    rows_ptr = cache_ptr + page * stride_page + offset * stride_token + head * stride_head
-    tl.store(rows_ptr[:, None] + dims[None, :], x, mask=exists[:, None] & (dims < DIM)[None, :])
+        scale = tl.load(scale_place, mask=exists, other=1.0)
+    first = encode(first, scale, FORMAT)
+    if HALF > 0:
+        second = encode(second, scale, FORMAT)
+        if 2 * HALF < DIM:
+            rest = encode(rest, scale, FORMAT)
+    store_parts(cache_rows_ptr, first, second, rest, exists, DIM, HALF, BLOCK_DIM, BLOCK_HALF, BLOCK_REST)
 
 
 # Integers that differ from call to call of one model, or with the size of a cache, must not make Triton compile again.
 UNSPECIALISED = [
-    "tokens", "seqlen", "batch", "search_steps", "max_pages", "num_pages", "page_size", "table_length", "stride_block_table_batch",
+    "tokens", "seqlen", "batch", "search_steps", "num_pages", "page_size", "num_places", "table_length", "stride_block_table_batch",
     "stride_k_scale_page", "stride_v_scale_page",
 ]  # fmt: skip
 
@@ -239,76 +195,133 @@ def _kv_append_kernel(
     v_scale_ptr, stride_v_scale_page, stride_v_scale_token, stride_v_scale_head,
     cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_block_table_batch, cu_seqlens_ptr, cache_batch_idx_ptr,
     positions_ptr, cos_ptr, sin_ptr, stride_cos, q_norm_weight_ptr, k_norm_weight_ptr, eps, weight_offset, highest,
-    tokens, seqlen, batch, search_steps, max_pages, num_pages, page_size, table_length,
+    tokens, seqlen, batch, search_steps, num_pages, page_size, num_places, table_length,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr, Q_BLOCKS: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
     FORMAT: tl.constexpr, SCALE_PER_TOKEN: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
+    # The half of the features that parts are cut by; neighbours that rotate are in one thread anyway.
+    HALF: tl.constexpr = 0 if INTERLEAVED else ROTARY_DIM // 2
     pid = tl.program_id(0)
     head_block = pid % HEAD_BLOCKS
+    is_q = head_block < Q_BLOCKS
     rows = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
-    token = (pid // HEAD_BLOCKS).to(tl.int64) * BLOCK_TOKENS + rows // BLOCK_HEADS
-    exists = token < tokens
-
+    # Unsigned, and as wide as the number of tokens is: 64-bit divisions would be calls, and what all loads wait for.
+    COUNT: tl.constexpr = tl.uint64 if tokens.dtype.primitive_bitwidth == 64 else tl.uint32
+    token = (pid // HEAD_BLOCKS).to(COUNT) * BLOCK_TOKENS + (rows // BLOCK_HEADS).to(COUNT)
+    exists = token < tokens.to(COUNT)
     # Where k, v and q of the token are; packed tensors have one row, of all tokens.
-    row = token // seqlen
-    column = token % seqlen
-    sequence = row
-    index = column
-    in_sequence = exists
+    row = (token // seqlen.to(COUNT)).to(tokens.dtype).to(tl.int64)
+    column = (token % seqlen.to(COUNT)).to(tokens.dtype).to(tl.int64)
+    token = token.to(tokens.dtype)
+    head = tl.where(is_q, head_block, head_block - Q_BLOCKS) * BLOCK_HEADS + rows % BLOCK_HEADS
+    read = exists & (head < tl.where(is_q, NUM_HEADS, NUM_KV_HEADS))
+    head = head.to(tl.int64)
+
+    # The features are read before it is known where they go and how they turn, which takes one load after the other.
+    # Branches, not a choice between pointers: of such Triton does not see that they are aligned.
+    k_rows_ptr = k_ptr + (row * stride_k_batch + column * stride_k_token + head * stride_k_head)
+    if q_ptr is not None:
+        if head_block < Q_BLOCKS:
+            q_rows_ptr = q_ptr + (row * stride_q_batch + column * stride_q_token + head * stride_q_head)
+            first, second, rest, weight_first, weight_second, weight_rest = _load_features(
+                q_rows_ptr,
+                q_norm_weight_ptr,
+                k_norm_weight_ptr,
+                rows,
+                read,
+                DIM,
+                HALF,
+                BLOCK_DIM,
+                BLOCK_HALF,
+                BLOCK_REST,
+            )
+        else:
+            first, second, rest, weight_first, weight_second, weight_rest = _load_features(
+                k_rows_ptr,
+                k_norm_weight_ptr,
+                q_norm_weight_ptr,
+                rows,
+                read,
+                DIM,
+                HALF,
+                BLOCK_DIM,
+                BLOCK_HALF,
+                BLOCK_REST,
+            )
+    else:
+        first, second, rest, weight_first, weight_second, weight_rest = _load_features(
+            k_rows_ptr, k_norm_weight_ptr, q_norm_weight_ptr, rows, read, DIM, HALF, BLOCK_DIM, BLOCK_HALF, BLOCK_REST
+        )
+    v_rows_ptr = v_ptr + row * stride_v_batch + column * stride_v_token + head * stride_v_head
+    v = load_part(v_rows_ptr, exists & (head < tl.where(is_q, 0, NUM_KV_HEADS)), 0, VALUE_DIM, BLOCK_VALUE_DIM)
+
+    sequence, index, in_sequence = row, column, exists
     if cu_seqlens_ptr is not None:
         sequence = _find_sequence(cu_seqlens_ptr, token, batch, search_steps)
         in_sequence = exists & (sequence < batch)
         index = token - tl.load(cu_seqlens_ptr + sequence, mask=in_sequence, other=0)
     page, offset, has_place, position = _place(
         token, in_sequence, sequence, index, cache_seqlens_ptr, slot_mapping_ptr, block_table_ptr, stride_block_table_batch,
-        cache_batch_idx_ptr, max_pages, num_pages, page_size,
+        cache_batch_idx_ptr, num_pages, page_size, num_places,
     )  # fmt: skip
+
+    if q_norm_weight_ptr is not None or k_norm_weight_ptr is not None:
+        scaled_first, scaled_second, scaled_rest = normalise_parts(
+            first, second, rest, weight_first, weight_second, weight_rest, eps, weight_offset, DIM, HALF
+        )
+        # Both are normed, or one is.
+        normed = True
+        if q_norm_weight_ptr is None:
+            normed = head_block >= Q_BLOCKS
+        if k_norm_weight_ptr is None:
+            normed = is_q
+        first, second = tl.where(normed, scaled_first, first), tl.where(normed, scaled_second, second)
+        rest = tl.where(normed, scaled_rest, rest)
     if ROTARY_DIM > 0:
         if positions_ptr is not None:
             position = tl.load(positions_ptr + token, mask=exists, other=0).to(tl.int64)
         else:
             position = tl.where(in_sequence, position, 0)
         # A dropped token may lie beyond the table; it takes the last row, and nobody reads the result.
-        position = tl.minimum(tl.maximum(position, 0), table_length - 1)
+        angles = tl.minimum(tl.maximum(position, 0), table_length - 1) * stride_cos
+        TABLE_BLOCK: tl.constexpr = BLOCK_DIM // 2 if INTERLEAVED else BLOCK_HALF
+        cos = load_part(cos_ptr + angles, read, 0, ROTARY_DIM // 2, TABLE_BLOCK)
+        sin = load_part(sin_ptr + angles, read, 0, ROTARY_DIM // 2, TABLE_BLOCK)
+        if INTERLEAVED:
+            first = rotate_neighbours(first, cos, sin, ROTARY_DIM // 2, BLOCK_DIM)
+        else:
+            first, second = rotate_halves(first, second, cos, sin)
 
+    written = read & has_place
     # Two questions: without q there is no pointer that Triton could compile the branch for.
     if q_ptr is not None:  # noqa: SIM102
         if head_block < Q_BLOCKS:
-            head = (head_block * BLOCK_HEADS + rows % BLOCK_HEADS).to(tl.int64)
-            mask = exists & (head < NUM_HEADS)
-            q_rows_ptr = q_ptr + row * stride_q_batch + column * stride_q_token + head * stride_q_head
-            x = _transform(
-                q_rows_ptr, mask, position, q_norm_weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_cos,
-                DIM, BLOCK_DIM, ROTARY_DIM, INTERLEAVED,
-            )  # fmt: skip
-            dims = tl.arange(0, BLOCK_DIM)
-            new_rows_ptr = new_q_ptr + (token * NUM_HEADS + head) * DIM
-            tl.store(new_rows_ptr[:, None] + dims[None, :], x, mask=mask[:, None] & (dims < DIM)[None, :])
+            new_q_rows_ptr = new_q_ptr + (token.to(tl.int64) * NUM_HEADS + head) * DIM
+            store_parts(new_q_rows_ptr, first, second, rest, read, DIM, HALF, BLOCK_DIM, BLOCK_HALF, BLOCK_REST)
     if head_block >= Q_BLOCKS:
-        head = ((head_block - Q_BLOCKS) * BLOCK_HEADS + rows % BLOCK_HEADS).to(tl.int64)
-        mask = has_place & (head < NUM_KV_HEADS)
-        k_rows_ptr = k_ptr + row * stride_k_batch + column * stride_k_token + head * stride_k_head
-        k = _transform(
-            k_rows_ptr, mask, position, k_norm_weight_ptr, eps, weight_offset, cos_ptr, sin_ptr, stride_cos,
-            DIM, BLOCK_DIM, ROTARY_DIM, INTERLEAVED,
-        )  # fmt: skip
-        _write(
-            k, k_cache_ptr, stride_k_cache_page, stride_k_cache_token, stride_k_cache_head,
-            k_scale_ptr, stride_k_scale_page, stride_k_scale_token, stride_k_scale_head,
-            page, offset, head, mask, highest, DIM, FORMAT, SCALE_PER_TOKEN, BLOCK_DIM,
-        )  # fmt: skip
-        v_rows_ptr = v_ptr + row * stride_v_batch + column * stride_v_token + head * stride_v_head
-        value_dims = tl.arange(0, BLOCK_VALUE_DIM)
-        v = tl.load(
-            v_rows_ptr[:, None] + value_dims[None, :], mask=mask[:, None] & (value_dims < VALUE_DIM)[None, :], other=0.0
+        k_place_ptr = k_cache_ptr + (
+            page * stride_k_cache_page + offset * stride_k_cache_token + head * stride_k_cache_head
         )
-        _write(
-            v, v_cache_ptr, stride_v_cache_page, stride_v_cache_token, stride_v_cache_head,
-            v_scale_ptr, stride_v_scale_page, stride_v_scale_token, stride_v_scale_head,
-            page, offset, head, mask, highest, VALUE_DIM, FORMAT, SCALE_PER_TOKEN, BLOCK_VALUE_DIM,
-        )  # fmt: skip
+        v_place_ptr = v_cache_ptr + (
+            page * stride_v_cache_page + offset * stride_v_cache_token + head * stride_v_cache_head
+        )
+        if FORMAT == "native":
+            store_parts(k_place_ptr, first, second, rest, written, DIM, HALF, BLOCK_DIM, BLOCK_HALF, BLOCK_REST)
+            store_part(v_place_ptr, v, written, 0, VALUE_DIM, BLOCK_VALUE_DIM)
+        else:
+            _write_codes(
+                first, second, rest, k_place_ptr,
+                k_scale_ptr, stride_k_scale_page, stride_k_scale_token, stride_k_scale_head, page, offset, head, written, highest,
+                DIM, HALF, FORMAT, SCALE_PER_TOKEN, BLOCK_DIM, BLOCK_HALF, BLOCK_REST,
+            )  # fmt: skip
+            _write_codes(
+                v, v, v, v_place_ptr,
+                v_scale_ptr, stride_v_scale_page, stride_v_scale_token, stride_v_scale_head, page, offset, head, written, highest,
+                VALUE_DIM, 0, FORMAT, SCALE_PER_TOKEN, BLOCK_VALUE_DIM, 1, 1,
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -350,12 +363,14 @@ class AppendLaunch:
         num_heads = 0 if call.q is None else call.q.shape[-2]
         q_blocks = cdiv(num_heads, config.block_heads)
         head_blocks = q_blocks + cdiv(num_kv_heads, config.block_heads)
+        rotary_dim = 0 if call.cos is None else 2 * call.cos.shape[1]
         values = {
             **_strides(call), **_options(call, tokens, seqlen),
             "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_BLOCKS": head_blocks, "Q_BLOCKS": q_blocks,
             "DIM": head_dim, "VALUE_DIM": value_dim,
             "BLOCK_TOKENS": config.block_tokens, "BLOCK_HEADS": config.block_heads,
-            "BLOCK_DIM": next_power_of_2(head_dim), "BLOCK_VALUE_DIM": next_power_of_2(value_dim),
+            "BLOCK_DIM": next_power_of_2(head_dim), "BLOCK_HALF": next_power_of_2(rotary_dim // 2),
+            "BLOCK_REST": next_power_of_2(head_dim - rotary_dim), "BLOCK_VALUE_DIM": next_power_of_2(value_dim),
         }  # fmt: skip
         if call.slot_mapping is not None:
             values["cu_seqlens_ptr"] = None  # a slot says all: nothing depends on the sequence
@@ -406,12 +421,14 @@ def _options(call: AppendCall, tokens: int, seqlen: int) -> dict[str, Any]:
     """What the kernel takes beside strides and tiles."""
     cos, table = call.cos, call.block_table
     batch = 1 if call.cache_seqlens is None else call.cache_seqlens.shape[0]
+    num_pages, page_size = call.k_cache.shape[:2]
+    # Pages that a place can be in: any by its slot, those of a sequence's table, or the sequence's own row.
+    reachable = num_pages if call.slot_mapping is not None else 1 if table is None else table.shape[1]
     return {
         "eps": call.norm_eps, "weight_offset": call.norm_weight_offset,
         "highest": HIGHEST_CODE[torch.int8 if call.k_cache.dtype == torch.int8 else torch.float8_e4m3fn],
         "tokens": tokens, "seqlen": seqlen, "batch": batch, "search_steps": (batch + 1).bit_length(),
-        "max_pages": 0 if table is None else table.shape[1],
-        "num_pages": call.k_cache.shape[0], "page_size": call.k_cache.shape[1],
+        "num_pages": num_pages, "page_size": page_size, "num_places": reachable * page_size,
         "table_length": 0 if cos is None else cos.shape[0],
         "ROTARY_DIM": 0 if cos is None else 2 * cos.shape[1], "INTERLEAVED": call.interleaved,
         "FORMAT": FORMATS.get(call.k_cache.dtype, "native"),

@@ -4,7 +4,8 @@
     half layout: x1 = x[i], x2 = x[i + rotary_dim / 2];  interleaved: x1 = x[2i], x2 = x[2i + 1]
 
 Bound by memory: 3 FLOP per element; 2b bytes per element of b bytes of q and k, plus 4 · rotary_dim bytes of cos and sin per token,
-which a program reads once for all heads of its tokens. Arithmetic in float32, one rounding.
+which a program reads once for all heads of its tokens. Arithmetic in float32, one rounding. The first heads of q and k are under way before
+it is known which rows of the tables they need; nothing goes through shared memory, no thread waits for another.
 """
 
 from __future__ import annotations
@@ -61,56 +62,94 @@ def rope_config(rotary_dim: int, num_heads: int, num_kv_heads: int) -> RopeConfi
 
 
 @triton.jit
-def rotate_heads(
-    x_ptr,
-    token_offsets,
-    stride_head,
-    out_ptr,
-    out_token_offsets,
-    stride_out_head,
-    token_mask,
-    num_heads,
-    cos,
-    sin,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    COPY_REST: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+def _heads_of_tokens(
+    token_offsets, stride_head, token_mask, first_head, num_heads, ALIGNMENT: tl.constexpr, BLOCK_HEADS: tl.constexpr
 ):
-    """Rotates all heads of BLOCK_TOKENS tokens. cos and sin: (BLOCK_TOKENS, 1, BLOCK_HALF)."""
+    """(offsets, mask) of BLOCK_HEADS heads of each token, (BLOCK_TOKENS, BLOCK_HEADS, 1)."""
+    heads = first_head + tl.arange(0, BLOCK_HEADS)
+    rows = token_offsets[:, None, None] + tl.multiple_of(heads.to(tl.int64) * stride_head, ALIGNMENT)[None, :, None]
+    return rows, token_mask[:, None, None] & (heads < num_heads)[None, :, None]
+
+
+@triton.jit
+def _read_heads(
+    x_ptr, token_offsets, stride_head, token_mask, first_head, num_heads,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """The pairs of BLOCK_HEADS heads of each token as they are in memory: first and second halves, or twice the same neighbours."""
+    rows, mask = _heads_of_tokens(token_offsets, stride_head, token_mask, first_head, num_heads, ALIGNMENT, BLOCK_HEADS)
+    if INTERLEAVED:
+        # Both of a pair come with one load, and are taken apart in registers.
+        cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        x1 = tl.load(x_ptr + rows + cols, mask=mask & (cols < 2 * HALF), other=0.0)
+        x2 = x1
+    else:
+        cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+        mask = mask & (cols < HALF)
+        x1 = tl.load(x_ptr + rows + cols, mask=mask, other=0.0)
+        x2 = tl.load(x_ptr + rows + (cols + HALF), mask=mask, other=0.0)
+    return x1, x2
+
+
+@triton.jit
+def _read_tables(
+    cos_ptr, sin_ptr, cos_offsets, sin_offsets, token_mask,
+    HALF: tl.constexpr, REVERSE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """(cos, sin) of a tile, (BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF).
+
+    One for each element, though all heads share them: so each thread loads those of its own part of a tile, once for all tiles and from
+    the first-level cache, where those of one head would be spread through shared memory, with a barrier each.
+    """
+    pairs = tl.arange(0, BLOCK_HALF)[None, None, :]
+    columns = tl.broadcast_to(pairs, [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF])
+    table_mask = token_mask[:, None, None] & (columns < HALF)
+    cos = tl.load(cos_ptr + cos_offsets[:, None, None] + columns, mask=table_mask, other=0.0)
+    sin = tl.load(sin_ptr + sin_offsets[:, None, None] + columns, mask=table_mask, other=0.0)
+    if REVERSE:
+        sin = -sin
+    return cos, sin
+
+
+@triton.jit
+def _rotate_heads(
+    x1, x2, x_ptr, token_offsets, stride_head, out_ptr, out_token_offsets, stride_out_head, token_mask, num_heads,
+    cos, sin,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, COPY_REST: tl.constexpr, ALIGNMENT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Rotates all heads of BLOCK_TOKENS tokens, of which the first BLOCK_HEADS were read: x1, x2."""
     for first_head in range(0, num_heads, BLOCK_HEADS):
-        heads = first_head + tl.arange(0, BLOCK_HEADS)
-        head_mask = token_mask[:, None, None] & (heads < num_heads)[None, :, None]
-        rows = token_offsets[:, None, None] + tl.multiple_of(heads.to(tl.int64) * stride_head, ALIGNMENT)[None, :, None]
-        out_rows = (
-            out_token_offsets[:, None, None]
-            + tl.multiple_of(heads.to(tl.int64) * stride_out_head, ALIGNMENT)[None, :, None]
+        out_rows, head_mask = _heads_of_tokens(
+            out_token_offsets, stride_out_head, token_mask, first_head, num_heads, ALIGNMENT, BLOCK_HEADS
         )
         if INTERLEAVED:
-            # Both of a pair come with one load, as neighbours, and are taken apart in registers.
             cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
             mask = head_mask & (cols < 2 * HALF)
-            pairs = tl.load(x_ptr + rows + cols, mask=mask, other=0.0).to(tl.float32)
-            x1, x2 = tl.split(tl.reshape(pairs, [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF, 2]))
-            rotated = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+            neighbours = tl.reshape(x1, [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF, 2])
+            first, second = tl.split(neighbours.to(tl.float32))
+            rotated = tl.join(first * cos - second * sin, second * cos + first * sin)
             rotated = tl.reshape(rotated, [BLOCK_TOKENS, BLOCK_HEADS, 2 * BLOCK_HALF])
             tl.store(out_ptr + out_rows + cols, rotated.to(out_ptr.dtype.element_ty), mask=mask)
         else:
             cols = tl.arange(0, BLOCK_HALF)[None, None, :]
             mask = head_mask & (cols < HALF)
-            x1 = tl.load(x_ptr + rows + cols, mask=mask, other=0.0).to(tl.float32)
-            x2 = tl.load(x_ptr + rows + (cols + HALF), mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptr + out_rows + cols, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(out_ptr + out_rows + (cols + HALF), (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+            first, second = x1.to(tl.float32), x2.to(tl.float32)
+            new_first, new_second = first * cos - second * sin, second * cos + first * sin
+            tl.store(out_ptr + out_rows + cols, new_first.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + out_rows + (cols + HALF), new_second.to(out_ptr.dtype.element_ty), mask=mask)
         if COPY_REST:
+            rows, _ = _heads_of_tokens(
+                token_offsets, stride_head, token_mask, first_head, num_heads, ALIGNMENT, BLOCK_HEADS
+            )
             cols = 2 * HALF + tl.arange(0, BLOCK_REST)[None, None, :]
             mask = head_mask & (cols < HEAD_DIM)
             tl.store(out_ptr + out_rows + cols, tl.load(x_ptr + rows + cols, mask=mask, other=0.0), mask=mask)
+        if first_head + BLOCK_HEADS < num_heads:
+            x1, x2 = _read_heads(
+                x_ptr, token_offsets, stride_head, token_mask, first_head + BLOCK_HEADS, num_heads,
+                HALF, INTERLEAVED, ALIGNMENT, BLOCK_HEADS, BLOCK_HALF,
+            )  # fmt: skip
 
 
 # Integers that differ from call to call of one model must not make Triton compile again. What it would learn from strides that are
@@ -174,10 +213,27 @@ def rope_kernel(
     BLOCK_SEQUENCES: tl.constexpr,
 ):
     """BLOCK_TOKENS tokens of the flattened (batch, seqlen), all their heads. Packed sequences are one batch of num_tokens."""
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    # Unsigned, and as wide as the number of tokens is: 64-bit divisions would be calls, and what all loads wait for.
+    COUNT: tl.constexpr = tl.uint64 if num_tokens.dtype.primitive_bitwidth == 64 else tl.uint32
+    INTEGER: tl.constexpr = num_tokens.dtype
+    num_tokens = num_tokens.to(COUNT)
+    tokens = tl.program_id(0).to(COUNT) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS).to(COUNT)
     token_mask = tokens < num_tokens
-    batch = tokens // seqlen
-    index = tokens % seqlen
+    batch = (tokens // seqlen.to(COUNT)).to(INTEGER).to(tl.int64)
+    index = (tokens % seqlen.to(COUNT)).to(INTEGER).to(tl.int64)
+
+    # q and k are read before it is known where their tokens stand, which takes two loads, one after the other.
+    q_offsets = tl.multiple_of(batch * stride_q_batch + index * stride_q_seqlen, ALIGNMENT)
+    q1, q2 = _read_heads(
+        q_ptr, q_offsets, stride_q_head, token_mask, 0, num_heads, HALF, INTERLEAVED, ALIGNMENT, BLOCK_HEADS, BLOCK_HALF
+    )
+    if HAS_K:
+        k_offsets = tl.multiple_of(batch * stride_k_batch + index * stride_k_seqlen, ALIGNMENT)
+        if not INTERLEAVED or BLOCK_KV_HEADS < BLOCK_HEADS:
+            k1, k2 = _read_heads(
+                k_ptr, k_offsets, stride_k_head, token_mask, 0, num_kv_heads,
+                HALF, INTERLEAVED, ALIGNMENT, BLOCK_KV_HEADS, BLOCK_HALF,
+            )  # fmt: skip
 
     if HAS_POSITIONS:
         places = batch * stride_positions_batch + index * stride_positions_seqlen
@@ -202,56 +258,42 @@ def rope_kernel(
     # A position outside of the table is an error that the host may not have seen: it must at least not read outside.
     positions = tl.minimum(tl.maximum(positions, 0), table_length - 1)
 
-    cols = tl.arange(0, BLOCK_HALF)[None, None, :]
-    table_mask = token_mask[:, None, None] & (cols < HALF)
-    cos = tl.load(cos_ptr + (positions * stride_cos_position)[:, None, None] + cols, mask=table_mask, other=0.0)
-    sin = tl.load(sin_ptr + (positions * stride_sin_position)[:, None, None] + cols, mask=table_mask, other=0.0)
-    if REVERSE:
-        sin = -sin
-
-    rotate_heads(
-        q_ptr,
-        tl.multiple_of(batch * stride_q_batch + index * stride_q_seqlen, ALIGNMENT),
-        stride_q_head,
-        q_out_ptr,
-        tl.multiple_of(batch * stride_q_out_batch + index * stride_q_out_seqlen, ALIGNMENT),
-        stride_q_out_head,
-        token_mask,
-        num_heads,
-        cos,
-        sin,
-        HEAD_DIM=HEAD_DIM,
-        HALF=HALF,
-        INTERLEAVED=INTERLEAVED,
-        COPY_REST=COPY_REST,
-        ALIGNMENT=ALIGNMENT,
-        BLOCK_TOKENS=BLOCK_TOKENS,
-        BLOCK_HEADS=BLOCK_HEADS,
-        BLOCK_HALF=BLOCK_HALF,
-        BLOCK_REST=BLOCK_REST,
+    cos_offsets, sin_offsets = positions * stride_cos_position, positions * stride_sin_position
+    cos, sin = _read_tables(
+        cos_ptr, sin_ptr, cos_offsets, sin_offsets, token_mask, HALF, REVERSE, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF
     )
+    _rotate_heads(
+        q1, q2, q_ptr, q_offsets, stride_q_head,
+        q_out_ptr, tl.multiple_of(batch * stride_q_out_batch + index * stride_q_out_seqlen, ALIGNMENT), stride_q_out_head,
+        token_mask, num_heads, cos, sin,
+        HEAD_DIM, HALF, INTERLEAVED, COPY_REST, ALIGNMENT, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
+    )  # fmt: skip
     if HAS_K:
-        rotate_heads(
-            k_ptr,
-            tl.multiple_of(batch * stride_k_batch + index * stride_k_seqlen, ALIGNMENT),
-            stride_k_head,
-            k_out_ptr,
-            tl.multiple_of(batch * stride_k_out_batch + index * stride_k_out_seqlen, ALIGNMENT),
-            stride_k_out_head,
-            token_mask,
-            num_kv_heads,
-            cos,
-            sin,
-            HEAD_DIM=HEAD_DIM,
-            HALF=HALF,
-            INTERLEAVED=INTERLEAVED,
-            COPY_REST=COPY_REST,
-            ALIGNMENT=ALIGNMENT,
-            BLOCK_TOKENS=BLOCK_TOKENS,
-            BLOCK_HEADS=BLOCK_KV_HEADS,
-            BLOCK_HALF=BLOCK_HALF,
-            BLOCK_REST=BLOCK_REST,
-        )
+        if INTERLEAVED and BLOCK_KV_HEADS >= BLOCK_HEADS:
+            # Read now, as two tiles of this size spill in the loop on sm_80.
+            k1, k2 = _read_heads(
+                k_ptr, k_offsets, stride_k_head, token_mask, 0, num_kv_heads,
+                HALF, INTERLEAVED, ALIGNMENT, BLOCK_KV_HEADS, BLOCK_HALF,
+            )  # fmt: skip
+        if BLOCK_KV_HEADS != BLOCK_HEADS:
+            cos, sin = _read_tables(
+                cos_ptr,
+                sin_ptr,
+                cos_offsets,
+                sin_offsets,
+                token_mask,
+                HALF,
+                REVERSE,
+                BLOCK_TOKENS,
+                BLOCK_KV_HEADS,
+                BLOCK_HALF,
+            )
+        _rotate_heads(
+            k1, k2, k_ptr, k_offsets, stride_k_head,
+            k_out_ptr, tl.multiple_of(batch * stride_k_out_batch + index * stride_k_out_seqlen, ALIGNMENT), stride_k_out_head,
+            token_mask, num_kv_heads, cos, sin,
+            HEAD_DIM, HALF, INTERLEAVED, COPY_REST, ALIGNMENT, BLOCK_TOKENS, BLOCK_KV_HEADS, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------- launcher

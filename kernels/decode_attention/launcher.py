@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..attention.options import block_dim, broadcast_strides, dot_precision, window_limits
+from ..counters import Counters
 from ..launch import (
     COMMON_OPTIONS,
     as_bytes,
@@ -39,7 +40,6 @@ from ..launch import (
     viewed,
 )
 from ..prepared import PreparedLaunch, by_name
-from .counters import Counters
 from .policy import DecodeConfig, decode_configs, num_programs, row_classes
 from .schedule import BLOCK_SEQUENCES
 from .sizes import Sizes, sizes_of

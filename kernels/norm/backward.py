@@ -8,7 +8,7 @@ Bound by memory: about 15 FLOP and 3b bytes per element of b bytes (4b with ds);
 second time: by a kernel for the row sums first, then by one that takes column blocks.
 
 Gradients of weight and bias are summed in registers over the rows of a fixed number of programs, then over the programs in a fixed
-order: no atomics, the same bits each run. dx of a row does not depend on how many rows there are.
+order (partials.py): the same bits each run. dx of a row does not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..counters import Counters
 from ..launch import COMMON_OPTIONS, NewTensor, cdiv, device_limits, next_power_of_2
 from ..prepared import PreparedLaunch
 from .forward import UNSPECIALISED, NormConfig, copied_places, made_contiguous, row_layout, row_offsets
+from .partials import count_counters, merge_group, merge_partials, merge_rows
 
 if TYPE_CHECKING:
     from pytransformer.ops.norm.call import NormGradientCall
@@ -39,9 +41,11 @@ def backward_config(num_cols: int) -> NormConfig:
         return NormConfig(1024 // block_cols, block_cols, num_warps=4, programs_per_sm=5, num_stages=2)
     if block_cols <= 8192:
         # 16 elements a thread of s, dy, weight, dweight, dbias and the result fit 128 registers, so 16 warps fit an SM. The programs
-        # are just as many as run at once: each more would write partial sums, and a second wave of them would be a short one.
+        # are just as many as run at once: each more would write partial sums, and a second wave of them would be a short one. Two rows
+        # share a program's sums, which halves those; of 8192 columns a second row does not fit.
         # Two stages: the next tile's loads are in flight while this one is reduced.
-        block_rows, num_warps = max(1, 2048 // block_cols), max(4, block_cols // 512)
+        block_rows = 1 if block_cols == 8192 else 2
+        num_warps = block_rows * block_cols // 512
         return NormConfig(block_rows, block_cols, num_warps, programs_per_sm=16 // num_warps, num_stages=2)
     # Column blocks of a row whose sums are known: nothing is reduced inside the loop, and 8 elements a thread let 32 warps run.
     return NormConfig(1, 2048, num_warps=8, programs_per_sm=4, num_stages=2)
@@ -115,11 +119,15 @@ def norm_backward_kernel(
     g_xhat_mean_ptr,
     g_mean_ptr,
     dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
     dweight_partial_ptr,
     dbias_partial_ptr,
+    counters_ptr,
     num_rows,
     rows_per_group,
     weight_offset,
+    merge_group,
     NUM_COLS: tl.constexpr,
     IS_RMS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -131,9 +139,10 @@ def norm_backward_kernel(
     ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """dx of every num_programs(0)-th tile of rows, and this program's sums of dweight and dbias over them.
+    """dx of every num_programs(0)-th tile of rows, and the sums of dweight and dbias over them, which the last programs add up.
 
     SUMS_GIVEN: program_id(1) selects a block of columns, and the row's means come from norm_row_sums_kernel; else rows are whole.
     dx is contiguous, the partial sums are (num_programs(0), NUM_COLS).
@@ -185,44 +194,11 @@ def norm_backward_kernel(
             dx += tl.load(ds_ptr + ds_offsets[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows[:, None] * NUM_COLS + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
-    partial = tl.program_id(0).to(tl.int64) * NUM_COLS + (tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS))
-    partial_mask = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS) < NUM_COLS
-    if NEED_DWEIGHT:
-        tl.store(dweight_partial_ptr + partial, tl.sum(dweight, axis=0), mask=partial_mask)
-    if NEED_DBIAS:
-        tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=0), mask=partial_mask)
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def norm_reduce_partials_kernel(
-    dweight_partial_ptr,
-    dbias_partial_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    num_partials,
-    NUM_COLS: tl.constexpr,
-    NEED_DWEIGHT: tl.constexpr,
-    NEED_DBIAS: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """Sums of the partial rows, always in the same order."""
-    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    col_mask = cols < NUM_COLS
-    dweight = tl.zeros([BLOCK_PARTIALS, BLOCK_COLS], dtype=tl.float32)
-    dbias = tl.zeros([BLOCK_PARTIALS, BLOCK_COLS], dtype=tl.float32)
-    for start in range(0, num_partials, BLOCK_PARTIALS):
-        rows = start + tl.arange(0, BLOCK_PARTIALS)
-        mask = (rows < num_partials)[:, None] & col_mask[None, :]
-        offsets = rows[:, None].to(tl.int64) * NUM_COLS + cols[None, :]
-        if NEED_DWEIGHT:
-            dweight += tl.load(dweight_partial_ptr + offsets, mask=mask, other=0.0)
-        if NEED_DBIAS:
-            dbias += tl.load(dbias_partial_ptr + offsets, mask=mask, other=0.0)
-    if NEED_DWEIGHT:
-        tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=col_mask)
-    if NEED_DBIAS:
-        tl.store(dbias_ptr + cols, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=col_mask)
+    if NEED_DWEIGHT or NEED_DBIAS:
+        merge_partials(
+            tl.sum(dweight, axis=0), tl.sum(dbias, axis=0), dweight_ptr, dbias_ptr, dweight_partial_ptr, dbias_partial_ptr,
+            counters_ptr, merge_group, NUM_COLS, NEED_DWEIGHT, NEED_DBIAS, BLOCK_COLS, MERGE_ROWS,
+        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------- launcher
@@ -275,12 +251,13 @@ class NormBackward:
         )
         programs, col_blocks = _backward_grid(layout.num_rows, num_cols, config, s.device)
         self._partial_shape = (programs, num_cols)
+        self._counters = Counters(s.device, count_counters(programs, col_blocks))
         self._backward = PreparedLaunch(
             norm_backward_kernel,
             (programs, col_blocks),
             (
-                *(dy, *strides[0], ds, *strides[2], s, *strides[1], weight, mean, rstd, None, None, None, None, None),
-                *(layout.num_rows, layout.rows_per_group, weight_offset),
+                *(dy, *strides[0], ds, *strides[2], s, *strides[1], weight, mean, rstd, *(None,) * 8),
+                *(layout.num_rows, layout.rows_per_group, weight_offset, merge_group(programs)),
             ),
             {
                 **flags,
@@ -290,26 +267,10 @@ class NormBackward:
                 "SUMS_GIVEN": self._sums_first,
                 "BLOCK_ROWS": config.block_rows,
                 "BLOCK_COLS": config.block_cols,
+                "MERGE_ROWS": merge_rows(config.block_cols, config.num_warps),
                 "NUM_STAGES": config.num_stages,
                 "num_warps": config.num_warps,
             },
-        )
-        # At least 128 bytes of each partial row per program, and enough programs to fill the GPU from 4k columns on.
-        reduce_cols = 32 if num_cols <= 8192 else 128
-        self._reduce = PreparedLaunch(
-            norm_reduce_partials_kernel,
-            (cdiv(num_cols, reduce_cols),),
-            (None, None, None, None, programs),
-            {
-                "NUM_COLS": num_cols,
-                "NEED_DWEIGHT": self._dweight_dtype is not None,
-                "NEED_DBIAS": dbias_dtype is not None,
-                "BLOCK_PARTIALS": 32,
-                "BLOCK_COLS": reduce_cols,
-                "num_warps": 4,
-                **COMMON_OPTIONS,
-            },
-            order=(1, 2, 3, 4),
         )
 
     def __call__(self, call: NormGradientCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -334,13 +295,15 @@ class NormBackward:
         if self._sums_first:
             sums = (torch.empty_like(rstd), None if mean is None else torch.empty_like(rstd))
             self._row_sums((dy, s, weight, mean, rstd, *sums))
+        counters = None
         if dweight is not None:
             dweight_partial = torch.empty(self._partial_shape, dtype=torch.float32, device=device)
         if dbias is not None:
             dbias_partial = torch.empty(self._partial_shape, dtype=torch.float32, device=device)
-        self._backward((dy, ds, s, weight, mean, rstd, *sums, dx, dweight_partial, dbias_partial))
         if dweight is not None or dbias is not None:
-            self._reduce((dx, dweight_partial, dbias_partial, dweight, dbias))  # the first says on which device
+            counters = self._counters()
+        grads = (dx, dweight, dbias, dweight_partial, dbias_partial, counters)
+        self._backward((dy, ds, s, weight, mean, rstd, *sums, *grads))
         return dx, dweight, dbias
 
 

@@ -51,8 +51,11 @@ class NormConfig:
     num_stages: int = 1
 
 
-def forward_config(num_cols: int) -> NormConfig:
-    """Tile of the forward kernel for rows of ``num_cols``; depends on nothing else, so a row's bits do not depend on its batch."""
+def forward_config(num_cols: int, itemsize: int) -> NormConfig:
+    """Tile of the forward kernel for rows of ``num_cols`` elements of ``itemsize`` bytes, or fewer.
+
+    It depends on nothing else, so a row's bits do not depend on its batch.
+    """
     block_cols = next_power_of_2(num_cols)
     if block_cols <= 2048:
         # Narrow rows share a program: 16 elements a thread are two 128-bit loads of 16-bit data in flight per tensor.
@@ -60,6 +63,10 @@ def forward_config(num_cols: int) -> NormConfig:
     if block_cols <= 16384:
         # 16 elements a thread up to 8k columns, 32 at 16k: x, weight and the result stay in registers.
         return NormConfig(1, block_cols, num_warps=min(block_cols // 512, 16))
+    if block_cols == 32768 and itemsize <= 2:
+        # 32 elements a thread again, which fit the 64 registers that each of 32 warps can have. Those of float32 spill, as do 64 elements a
+        # thread of 16 warps on sm_100, and rows of 64k columns over 32 warps.
+        return NormConfig(1, block_cols, num_warps=32)
     # Wider rows would spill, so they are walked in blocks. 16 warps of 8 elements a thread let two programs share an SM; more would
     # have more rows in flight than L2 holds for the second reading (2 · SMs rows of 64k 16-bit columns are 35 MB).
     return NormConfig(1, 4096, num_warps=16)
@@ -82,7 +89,7 @@ def row_offsets(rows, rows_per_group, stride_group, stride_row, GROUPED: tl.cons
 # multiples of 16, ALIGNMENT says.
 UNSPECIALISED = [
     "num_rows", "rows_per_group", "stride_x_group", "stride_x_row", "stride_residual_group", "stride_residual_row", "stride_dy_group",
-    "stride_dy_row", "stride_s_group", "stride_s_row", "stride_ds_group", "stride_ds_row", "num_partials",
+    "stride_dy_row", "stride_s_group", "stride_s_row", "stride_ds_group", "stride_ds_row", "merge_group",
 ]  # fmt: skip
 
 
@@ -115,6 +122,8 @@ def norm_forward_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     """Whole rows, BLOCK_ROWS per program. y and s are contiguous."""
+    # Weight and bias are asked for with the row, not when it is reduced; behind 4k columns their registers would cost programs per SM.
+    EARLY: tl.constexpr = BLOCK_COLS <= 4096
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     row_mask = rows < num_rows
@@ -133,6 +142,10 @@ def norm_forward_kernel(
         tl.store(s_ptr + out_offsets, rounded, mask=mask)
         s = rounded.to(tl.float32)
 
+    if HAS_WEIGHT and EARLY:
+        weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0)
+    if HAS_BIAS and EARLY:
+        bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0)
     if IS_RMS:
         centred = s
     else:
@@ -147,10 +160,14 @@ def norm_forward_kernel(
         tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
     y = centred * rstd[:, None]
+    if HAS_WEIGHT and not EARLY:
+        weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0)
+    if HAS_BIAS and not EARLY:
+        bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0)
     if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32) + weight_offset
+        y *= weight.to(tl.float32) + weight_offset
     if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+        y += bias.to(tl.float32)
     tl.store(y_ptr + out_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -341,7 +358,8 @@ class NormForward:
         walked, layout = row_layout([x] if residual is None else [x, residual])
         vectors = (None if vector is None else vector.contiguous() for vector in (weight, bias))
         self._copied = copied_places(tensors, (walked[0], *vectors, None if residual is None else walked[1]))
-        self._launch = self._prepare(call, layout, config or forward_config(x.shape[-1]))
+        itemsize = max(tensor.element_size() for tensor in walked)
+        self._launch = self._prepare(call, layout, config or forward_config(x.shape[-1], itemsize))
 
     def _prepare(self, call: NormCall, layout: RowLayout, config: NormConfig) -> PreparedLaunch:
         x, weight, bias, residual, eps, weight_offset, is_rms = call

@@ -9,7 +9,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from pytransformer.kernels.decode_attention import counters, launcher
+from pytransformer.kernels import counters
+from pytransformer.kernels.decode_attention import launcher
 from pytransformer.triton_interpreter import KernelFault, program_order
 from tests.conftest import INTERPRETING
 from tests.kernels.decode_contract import Decode, call_of, draw, run

@@ -131,6 +131,19 @@ def test_norm_alone(device):
     check_contract(Append(seqlen=2, norm=True, with_q=True, dims=(40, 8)), device)
 
 
+@pytest.mark.parametrize("norms", ["q", "k", "two dtypes"])
+def test_norm_of_one_and_weights_of_two_dtypes(norms, device):
+    contract = Contract(torch.bfloat16)
+    for seed in range(2):
+        arguments = draw(Append(seqlen=2, dtype=torch.bfloat16, rotary_dim=8, norm=True, with_q=True), seed, device)
+        weight = arguments["k_norm_weight"]
+        arguments["k_norm_weight"] = None if norms == "q" else weight.float() if norms == "two dtypes" else weight
+        if norms == "k":
+            arguments["q_norm_weight"] = None
+        contract.add_all(run(arguments), run_reference(arguments), run_reference(arguments, torch.float64))
+    contract.check()
+
+
 @pytest.mark.parametrize("place", ["packed", "packed-pages", "slots"])
 def test_rope_positions(place, device):
     """Each way of saying where tokens go says their positions; explicit ones win."""

@@ -215,7 +215,7 @@ FAULTS = {
         )
     ],
     "no mask at the last head": [("(heads < num_heads)[None, :, None]", "(heads < num_heads + 1)[None, :, None]")],
-    "no mask at the last token": [("token_mask = tokens < num_tokens", "token_mask = tokens < num_tokens + 1")],
+    "no mask at the last token": [("token_mask = tokens < num_tokens", "token_mask = tokens <= num_tokens")],
     "wrong head stride": [
         ("rows = token_offsets[:, None, None] + tl.multiple_of(heads.to(tl.int64) * stride_head,",
          "rows = token_offsets[:, None, None] + tl.multiple_of(heads.to(tl.int64) * (stride_head - 1),")
@@ -224,9 +224,10 @@ FAULTS = {
         ("tl.multiple_of(batch * stride_q_batch + index * stride_q_seqlen, ALIGNMENT)",
          "tl.multiple_of(batch * stride_q_seqlen + index * stride_q_seqlen, ALIGNMENT)")
     ],
-    "angle of the wrong sign": [("(x1 * cos - x2 * sin)", "(x1 * cos + x2 * sin)")],
+    "angle of the wrong sign": [("new_first, new_second = first * cos - second", "new_first, new_second = first * cos + second")],
     "position of the batch, not of the sequence": [("positions = index - start + offset", "positions = tokens + offset")],
     "first head of each tile only": [("for first_head in range(0, num_heads, BLOCK_HEADS)", "for first_head in range(0, 1, BLOCK_HEADS)")],
+    "first heads again": [("token_mask, first_head + BLOCK_HEADS, num_heads", "token_mask, 0, num_heads")],
     "rest not copied": [("tl.store(out_ptr + out_rows + cols, tl.load(x_ptr + rows + cols, mask=mask, other=0.0), mask=mask)", "pass")],
     "position not clamped": [("positions = tl.minimum(tl.maximum(positions, 0), table_length - 1)", "pass")],
     "next sequence's start": [("begun = starts[None, :] <= index[:, None]", "begun = starts[None, :] < index[:, None]")],

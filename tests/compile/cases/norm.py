@@ -32,6 +32,9 @@ def _forward_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"norm-forward-layer-{num_cols}-bfloat16-inference", functools.partial(inference, num_cols)
     for case in _norm_cases():
         yield f"norm-forward-{case[0]}", functools.partial(forward, *case[1:])
+    # The widest rows that are read once.
+    widest = functools.partial(forward, 32768, torch.bfloat16, False, True, torch.bfloat16)
+    yield "norm-forward-layer-32768-bfloat16-residual", widest
 
 
 def _backward_cases() -> Iterator[tuple[str, Callable[[], object]]]:

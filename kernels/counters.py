@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..prepared import current_stream
+from .prepared import current_stream
 
 _kept: dict[tuple[torch.device, int], Tensor] = {}
 
