@@ -22,7 +22,7 @@ GIVEN = {"feature_map": None, "normalize": False}
 BASE = Case(CHUNK + 9, decay=(0.9,))
 CASES = {
     "decay, GQA": BASE,
-    "no decay, three heads": Case(2 * CHUNK + 1, heads=(2, 2), dims=(16, 16), has_state=False),
+    "no decay, several tiles": Case(2 * CHUNK + 1, heads=(1, 1), dims=(36, 40), has_state=False),
     "given features, decay": replace(BASE, options=GIVEN),
     "not normalised": Case(CHUNK + 9, options={"normalize": False}),
     "full": Case(20, CHUNK + 9, options={"causal": False}),
