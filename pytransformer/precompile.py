@@ -401,7 +401,8 @@ def _linear_attention(shapes: Shapes, training: bool) -> Calls:
 
     if shapes.head_dim > WIDEST_HEAD:
         return
-    decay, options = torch.ones(shapes.num_kv_heads), {"return_state": True, "backend": "triton"}
+    decay = torch.ones(shapes.num_kv_heads)
+    options: dict[str, Any] = {"return_state": True, "backend": "triton"}
     sizes = (2, shapes.num_kv_heads, shapes.head_dim)
     state = (torch.zeros(*sizes, shapes.head_dim), torch.zeros(sizes))
     for factors in (None, decay):

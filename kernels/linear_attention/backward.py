@@ -67,7 +67,7 @@ class LinearBackward:
             },
         }
         rows_of = ("dq", "dk", "dv")
-        self._new = {
+        self._new: dict[str, Any] = {
             name: size and maker(q, size, q.dtype if name in rows_of else torch.float32) for name, size in new.items()
         }
         optional = ("decay", "state", "normalizer", "denominator", "dlast_state", "dlast_normalizer")
@@ -107,7 +107,7 @@ class LinearBackward:
     def __call__(self, given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """(dq, dk, dv, ddecay or None if it is not wanted, and the gradients of the initial S and z) of a call that is like the first."""
         q = given.q
-        made = {name: None if new is None else new(q) for name, new in self._new.items()}
+        made: dict[str, Any] = {name: None if new is None else new(q) for name, new in self._new.items()}
         pointers = (
             *(given.q, given.k, given.v, given.decay, given.state, given.normalizer, given.dout, given.out),
             *(given.denominator, given.dlast_state, given.dlast_normalizer, *made.values()),

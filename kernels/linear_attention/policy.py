@@ -57,9 +57,9 @@ def linear_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) 
     width = max(head_dim, value_dim)
     chunk = 128 if width <= 64 else 256
     if dtype == torch.float32:
-        # Exact products run on the FMA units, whose operands lie in registers for the whole depth of a dot.
+        # Exact products run on the FMA units, whose operands lie in registers for the whole depth of a dot: dq spilled 420 bytes by four.
         block_f, block_e = (min(limit, max(16, next_power_of_2(width))) for limit in (32, 64))
-        return LinearConfig(chunk, 32, block_f, block_e, 4, 1, 4)
+        return LinearConfig(chunk, 32, block_f, block_e, 4, 1, 8)
     # 64 × 128 results and 64 × 64 products by four warps are 96 registers of a thread: out takes 230, dv 244; dq and dk, which go back
     # through the feature map and have a gradient of the decay, spill 60 bytes so, and take 222 by eight. mma.sync's operands lie in
     # registers too: dq spills 112 bytes by eight warps on sm_80.

@@ -234,7 +234,7 @@ CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "linear_cross_entropy": (_cross_entropy, 1, ""),
     "grouped_linear": (_grouped(False), 3, "groups of up to 16 rows, up to 64, or more"),
     "grouped_linear, backward": (_grouped(True), 3, "groups of up to 16 rows, up to 64, or more"),
-    "linear_attention": (_linear, 1, ""),
+    "linear_attention": (_linear, 4, "out, dq, dk and dv are results of one kernel"),
     "linear_attention, a token": (_linear_decode, 1, ""),
     **{
         f"quantized_linear, int{bits}{', backward' if training else ''}": (

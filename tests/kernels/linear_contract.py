@@ -14,8 +14,8 @@ from pytransformer.verification import SEEDS, Contract
 from tests.support.launchers import linear_backward, linear_forward
 
 FLOAT32 = torch.float32
-# Small tiles: two of rows in a chunk, two of the features and of the values that the default case has.
-CONFIG = LinearConfig(32, 16, 16, 16, 4, 1, 4)
+# Small tiles: two of rows in a chunk, and features and values padded to 32.
+CONFIG = LinearConfig(32, 16, 32, 32, 4, 1, 4)
 CHUNK = CONFIG.chunk
 
 

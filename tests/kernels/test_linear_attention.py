@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pytransformer import linear_attention, triton_interpreter
 from pytransformer.kernels.linear_attention.policy import FEW_TOKENS, linear_config
+from pytransformer.verification import SEEDS
 from tests.support.launchers import linear_forward
 
 from .linear_contract import CHUNK, CONFIG, Case, by_kernel, by_reference, measure
@@ -22,7 +23,7 @@ GIVEN = {"feature_map": None, "normalize": False}
 BASE = Case(CHUNK + 9, decay=(0.9,))
 CASES = {
     "decay, GQA": BASE,
-    "no decay, three heads": Case(2 * CHUNK + 1, heads=(2, 2), dims=(16, 16), has_state=False),
+    "no decay, several tiles": Case(2 * CHUNK + 1, heads=(1, 1), dims=(36, 40), has_state=False),
     "given features, decay": replace(BASE, options=GIVEN),
     "not normalised": Case(CHUNK + 9, options={"normalize": False}),
     "full": Case(20, CHUNK + 9, options={"causal": False}),
@@ -56,9 +57,9 @@ def test_the_ends_of_decay(decay: float, device: torch.device, poison_empty: Non
 @pytest.mark.parametrize("seqlen", [1, FEW_TOKENS])
 def test_few_tokens(seqlen: int, device: torch.device, poison_empty: None) -> None:
     """The recurrence; the gradient's passes over chunks are those that ship."""
-    measure(
-        Case(seqlen, heads=(4, 2), dims=(20, 40), decay=(0.9, 0.5), dtype=BFLOAT16, config=None), device, seeds=3
-    ).check()
+    # The gradient of the decay is two numbers a seed, whose mean error needs all the seeds of the contract.
+    case = Case(seqlen, heads=(4, 2), dims=(20, 40), decay=(0.9, 0.5), dtype=BFLOAT16, config=None)
+    measure(case, device, SEEDS).check()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])

@@ -103,8 +103,8 @@ def _backward_of(run: Callable[[LinearAttentionCall], Outputs]) -> Callable[[Any
     def backward(given: Any) -> Outputs:
         call = given.call()
         with autograd_inside_an_op():
-            leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in call[:6]]
-            out, state, normalizer, _ = run(LinearAttentionCall(*leaves, *call[6:]))
+            leaves: list[Any] = [None if tensor is None else tensor.detach().requires_grad_() for tensor in call[:6]]
+            out, state, normalizer, _ = run(LinearAttentionCall._make((*leaves, *call[6:])))
             outputs = ((out, given.dout), (state, given.dlast_state), (normalizer, given.dlast_normalizer))
             used = [(output, gradient) for output, gradient in outputs if gradient is not None]
             wanted = [leaf for leaf in leaves if leaf is not None]
