@@ -127,7 +127,10 @@ def backward_config_of_blocks(config: BackwardConfig, block_size: tuple[int, int
         q_num_warps=_warps(config.q_num_warps, config.q_block_m, q_block_m),
         kv_block_m=math.gcd(config.kv_block_m, rows),
         kv_block_n=kv_block_n,
-        kv_num_warps=_warps(config.kv_num_warps, config.kv_block_n, kv_block_n),
+        # 64 keys with their two gradients need the registers of all eight: at d = 128 four spill 80 bytes.
+        kv_num_warps=config.kv_num_warps
+        if kv_block_n >= 64
+        else _warps(config.kv_num_warps, config.kv_block_n, kv_block_n),
     )
 
 
