@@ -46,7 +46,7 @@ def local_global_blocks(
     Raises:
         TypeError, ValueError: a number that is none or out of range.
 
-    Sources: Beltagy et al. 2020 (Longformer); Zaheer et al. 2020 (BigBird, there with random blocks too); Xiao et al. 2023 (the first tokens
+    Sources: Beltagy et al. 2020 (Longformer); Zaheer et al. 2020 (BigBird, there with random blocks too); Xiao et al. 2023 (first tokens
     seen by all, as attention sinks).
     """
     local = checks.check_int("local", local, minimum=0)
