@@ -46,8 +46,8 @@ def local_global_blocks(
     Raises:
         TypeError, ValueError: a number that is none or out of range.
 
-    Sources: Beltagy et al. 2020 (Longformer); Zaheer et al. 2020 (BigBird, there with random blocks too); Xiao et al. 2023 (the first
-    tokens seen by all, as attention sinks).
+    Sources: Beltagy et al. 2020 (Longformer); Zaheer et al. 2020 (BigBird, there with random blocks too); Xiao et al. 2023 (first tokens
+    seen by all, as attention sinks).
     """
     local = checks.check_int("local", local, minimum=0)
     count = checks.check_int("global_", global_, minimum=0)

@@ -357,7 +357,7 @@ class BackwardLaunch:
         self._lists: dict[str, block_lists.BlockLists] = {}  # by their names among the tensors
         key_lists = query_lists = None
         if call.block_mask is not None:
-            config = backward_config_of_blocks(config, call.block_size)
+            config = backward_config_of_blocks(config, call.block_size, shape)
             self._lists["key_lists"] = key_lists = block_lists.BlockLists(call, config.q_block_n)
             self._lists["query_lists"] = query_lists = block_lists.BlockLists(call, config.kv_block_m, of_keys=True)
         tiles_q, slots_q = shape.tiles(shape.seqlen_q, config.q_block_m), shape.slots(shape.num_heads)

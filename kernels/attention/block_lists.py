@@ -77,9 +77,8 @@ class BlockLists:
     def __init__(self, call: AttentionCall, tile: int, *, of_keys: bool = False) -> None:
         mask = call.block_mask
         assert mask is not None
-        batch, heads, *blocks = mask.shape
-        sizes = tuple(call.block_size)
-        (own_blocks, blocks), (own_size, size) = (blocks[::-1], sizes[::-1]) if of_keys else (blocks, sizes)
+        batch, heads, own_blocks, blocks = (mask.mT if of_keys else mask).shape
+        own_size, size = call.block_size[::-1] if of_keys else call.block_size
         assert size % tile == 0
         self._of_keys, self._per_block = of_keys, size // tile
         self._group = call.q.shape[-2] // call.k.shape[-2] if of_keys else 1

@@ -175,7 +175,7 @@ class ForwardLaunch:
             arch = device_limits(call.q.device).arch
             config = forward_config(shape.head_dim, shape.value_dim, call.q.dtype, arch, options.pressure)
         if call.block_mask is not None:
-            config = forward_config_of_blocks(config, call.block_size)
+            config = forward_config_of_blocks(config, call.block_size, shape)
             self._lists = block_lists.BlockLists(call, config.block_n)
         num_tiles, num_slots = shape.tiles(shape.seqlen_q, config.block_m), shape.slots(shape.num_heads)
         rows = [row_strides(tensor) for tensor in (call.q, call.k, call.v)] + [new_row_strides(out_shape)]

@@ -46,7 +46,7 @@ def forward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int,
     return ForwardConfig(128 if options < 2 else 64, 32, 8, 2)
 
 
-def forward_config_of_blocks(config: ForwardConfig, block_size: tuple[int, int]) -> ForwardConfig:
+def forward_config_of_blocks(config: ForwardConfig, block_size: tuple[int, int], shape: Geometry) -> ForwardConfig:
     """The policy under a block mask: a tile lies inside one block, so that it shrinks to the largest power of two that divides that."""
     rows, cols = block_size
     block_m = math.gcd(config.block_m, rows)
@@ -54,13 +54,14 @@ def forward_config_of_blocks(config: ForwardConfig, block_size: tuple[int, int])
         config,
         block_m=block_m,
         block_n=math.gcd(config.block_n, cols),
-        num_warps=_warps(config.num_warps, config.block_m, block_m),
+        num_warps=_warps(config.num_warps, config.block_m, block_m, shape),
     )
 
 
-def _warps(num_warps: int, block: int, smaller: int) -> int:
-    """Fewer rows leave fewer warps something to do; wgmma has four to its 64 rows."""
-    return num_warps if smaller == block else min(num_warps, 4)
+def _warps(num_warps: int, block: int, smaller: int, shape: Geometry) -> int:
+    """Fewer rows leave fewer warps something to do; wgmma has four to its 64 rows. At d = 256 four spill 516 bytes in the forward loop."""
+    width = max(block_dim(shape.head_dim), block_dim(shape.value_dim))
+    return num_warps if smaller == block or smaller * width > 64 * 128 else min(num_warps, 4)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
     return BackwardConfig(32, 32, 8, 2, 16, 32, 8, 2)
 
 
-def backward_config_of_blocks(config: BackwardConfig, block_size: tuple[int, int]) -> BackwardConfig:
+def backward_config_of_blocks(config: BackwardConfig, block_size: tuple[int, int], shape: Geometry) -> BackwardConfig:
     """As :func:`forward_config_of_blocks`."""
     rows, cols = block_size
     q_block_m, kv_block_n = math.gcd(config.q_block_m, rows), math.gcd(config.kv_block_n, cols)
@@ -124,10 +125,13 @@ def backward_config_of_blocks(config: BackwardConfig, block_size: tuple[int, int
         config,
         q_block_m=q_block_m,
         q_block_n=math.gcd(config.q_block_n, cols),
-        q_num_warps=_warps(config.q_num_warps, config.q_block_m, q_block_m),
+        q_num_warps=_warps(config.q_num_warps, config.q_block_m, q_block_m, shape),
         kv_block_m=math.gcd(config.kv_block_m, rows),
         kv_block_n=kv_block_n,
-        kv_num_warps=_warps(config.kv_num_warps, config.kv_block_n, kv_block_n),
+        # 64 keys with their two gradients need the registers of all eight: at d = 128 four spill 80 bytes.
+        kv_num_warps=config.kv_num_warps
+        if kv_block_n >= 64
+        else _warps(config.kv_num_warps, config.kv_block_n, kv_block_n, shape),
     )
 
 
