@@ -51,7 +51,7 @@ from .errors import (
     RaceError,
     UnsupportedTritonError,
 )
-from .install import install, installed, program_order, uninstall
+from .install import install, installed, launched, program_order, uninstall
 
 __all__ = [
     "KernelFault",
@@ -62,6 +62,7 @@ __all__ = [
     "UnsupportedTritonError",
     "install",
     "installed",
+    "launched",
     "program_order",
     "uninstall",
 ]
