@@ -39,8 +39,8 @@ _EXPORTS = {
 # Packages and modules that are there after a bare ``import pytransformer``, as `pytransformer.nn.patch(model)`.
 _MODULES = frozenset(
     {
-        "benchmarks", "cli", "extension", "flops", "generation", "gluon_interpreter", "interop", "kernels", "model", "nn", "ops", "precompile",
-        "reference", "text", "training", "triton_interpreter", "verification",
+        "benchmarks", "cli", "extension", "flops", "generation", "gluon_interpreter", "interop", "kernels", "model", "nn", "ops",
+        "precompile", "reference", "text", "training", "triton_interpreter", "verification",
     }
 )  # fmt: skip
 

@@ -58,7 +58,7 @@ def launch(
         warnings.simplefilter("ignore", RuntimeWarning)
         values = {name: _value(name, value, memory, constant) for name, value, constant in _parameters(kernel, bound)}
         total = lengths[0] * lengths[1] * lengths[2]
-        for number, program in enumerate(itertools.product(*map(range, lengths))):
+        for number, program in enumerate(itertools.product(range(lengths[0]), range(lengths[1]), range(lengths[2]))):
             memory.order.enter(number, total)
             for builder in (SEMANTIC.builder, interpreter.interpreter_builder):
                 builder.grid_dim, builder.grid_idx = lengths, program

@@ -145,12 +145,12 @@ def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
 def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, block: int, schedule: Schedule, kernel=attention
 ) -> tuple[torch.Tensor, torch.Tensor, list[Trace]]:
-    """(output, log-sum-exp in base 2, traces) of (num_heads, seqlen, head_dim)."""
+    """(output, log-sum-exp in base 2, traces) of (num_heads, seqlen, head_dim); with one head there may be fewer queries than keys."""
     heads, seqlen, head_dim = q.shape
     rows = [x.reshape(-1, head_dim) for x in (q, k, v)]
     out, lse = torch.full_like(rows[0], float("nan")), torch.full((heads * seqlen,), float("nan"))
     descriptors = [descriptor(x, size) for x, size in zip((*rows, out), (ROWS, block, block, ROWS))]
     scale = head_dim**-0.5 * LOG2_E
     grid = (heads, seqlen // 128)
-    traces = launch(kernel, grid, *descriptors, lse, scale, seqlen, head_dim, block, causal, schedule=schedule)
+    traces = launch(kernel, grid, *descriptors, lse, scale, k.shape[1], head_dim, block, causal, schedule=schedule)
     return out.view_as(q), lse.view(heads, seqlen), traces
