@@ -151,5 +151,5 @@ def _descriptor(value: TensorDescriptor, memory: Any) -> Descriptor:
         element,
         interpreter._get_np_dtype(element),
         value.layout,
-        value.padding == "nan",
+        getattr(value, "padding", "zero") == "nan",  # Triton 3.6 has none
     )

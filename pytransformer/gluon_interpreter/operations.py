@@ -6,15 +6,15 @@ step, at which other tasks may run.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.language import _core as core
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.ampere import mbarrier as ampere_mbarrier
+from triton.experimental.gluon.language.nvidia import ampere, hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.runtime import interpreter
 
@@ -77,8 +77,7 @@ class SharedView(gl.shared_memory_descriptor):  # type: ignore[misc]
         places = tuple(_integer(place) for place in order)
         layout = self.layout
         if isinstance(layout, gl.NVMMASharedLayout) and places == (1, 0):
-            fields = (layout.swizzle_byte_width, layout.element_bitwidth, layout.rank, not layout.transposed)
-            layout = gl.NVMMASharedLayout(*fields, layout.fp4_padded, layout.cga_layout)
+            layout = dataclasses.replace(layout, transposed=not layout.transposed)
         return self._seen(self.handle.permute(places), layout)
 
     def reshape(self, shape: Sequence[Any]) -> SharedView:
@@ -171,13 +170,16 @@ def mbarrier_arrive(barrier: SharedView, *, count: Any = 1, pred: Any = True, fr
     yield running.step("arrive", found)
 
 
-def mbarrier_expect(barrier: SharedView, bytes_per_cta: Any = None, pred: Any = True, *, from_cta: Any = None) -> Steps:
+def mbarrier_expect(
+    barrier: SharedView, bytes_per_cta: Any = None, pred: Any = True, *, from_cta: Any = None, bytes: Any = None
+) -> Steps:
     """``mbarrier.expect``: an arrival that announces bytes."""
     running = machine()
     found = running.barrier(barrier.handle)
+    size = _integer(bytes if bytes_per_cta is None else bytes_per_cta)  # 3.6 calls it bytes
     if _true(pred):
-        found.expect(_integer(bytes_per_cta), running.task.knowledge, line())
-    yield running.step("expect", f"{bytes_per_cta} bytes at {found}")
+        found.expect(size, running.task.knowledge, line())
+    yield running.step("expect", f"{size} bytes at {found}")
 
 
 def mbarrier_wait(barrier: SharedView, phase: Any, pred: Any = True, deps: Any = ()) -> Steps:
@@ -423,29 +425,40 @@ def num_ctas() -> int:
     return 1
 
 
-REPLACED: list[tuple[Any, Any]] = [
-    (gl.allocate_shared_memory, allocate_shared_memory),
-    (gl.barrier, barrier),
-    (gl.num_warps, num_warps),
-    (gl.num_ctas, num_ctas),
-    (gl.inline_asm, inline_asm),
-    (gl.warp_specialize, warp_specialize),
-    (ampere_mbarrier.allocate_mbarrier, allocate_mbarrier),
-    (mbarrier.init, mbarrier_init),
-    (mbarrier.invalidate, mbarrier_invalidate),
-    (mbarrier.wait, mbarrier_wait),
-    (mbarrier.arrive, mbarrier_arrive),
-    (ampere_mbarrier.arrive, mbarrier_arrive),
-    (mbarrier.expect, mbarrier_expect),
-    (tma.async_load, async_load),
-    (tma.async_store, async_store),
-    (tma.async_atomic_add, async_atomic_add),
-    (tma.async_atomic_min, async_atomic_min),
-    (tma.async_atomic_max, async_atomic_max),
-    (tma.store_wait, store_wait),
-    (tma.make_tensor_descriptor, make_tensor_descriptor),
-    (hopper.fence_async_shared, fence_async_shared),
-    (hopper.warpgroup_mma, warpgroup_mma),
-    (hopper.warpgroup_mma_init, warpgroup_mma_init),
-    (hopper.warpgroup_mma_wait, warpgroup_mma_wait),
-]
+def _replaced() -> Iterator[tuple[Any, Any]]:
+    """(what Triton has, what stands for it), for the names of Triton 3.9 and of 3.6."""
+    for owner, name, by in (
+        (gl, "allocate_shared_memory", allocate_shared_memory),
+        (gl, "barrier", barrier),
+        (gl, "thread_barrier", barrier),  # 3.6
+        (gl, "num_warps", num_warps),
+        (gl, "num_ctas", num_ctas),
+        (gl, "inline_asm", inline_asm),
+        (gl, "warp_specialize", warp_specialize),
+        (mbarrier, "allocate_mbarrier", allocate_mbarrier),
+        (mbarrier, "init", mbarrier_init),
+        (mbarrier, "invalidate", mbarrier_invalidate),
+        (mbarrier, "wait", mbarrier_wait),
+        (mbarrier, "arrive", mbarrier_arrive),
+        (ampere.mbarrier, "arrive", mbarrier_arrive),
+        (mbarrier, "expect", mbarrier_expect),
+        (tma, "async_load", async_load),
+        (tma, "async_store", async_store),
+        (tma, "async_atomic_add", async_atomic_add),
+        (tma, "async_atomic_min", async_atomic_min),
+        (tma, "async_atomic_max", async_atomic_max),
+        (tma, "store_wait", store_wait),
+        (tma, "make_tensor_descriptor", make_tensor_descriptor),
+        (hopper, "fence_async_shared", fence_async_shared),
+        (hopper, "warpgroup_mma", warpgroup_mma),
+        (hopper, "warpgroup_mma_init", warpgroup_mma_init),
+        (hopper, "warpgroup_mma_wait", warpgroup_mma_wait),
+    ):
+        if hasattr(owner, name):
+            yield getattr(owner, name), by
+    if not hasattr(tma, "async_load"):  # 3.6; later versions have them only to say that they are gone
+        yield tma.async_copy_global_to_shared, async_load
+        yield tma.async_copy_shared_to_global, async_store
+
+
+REPLACED = list(_replaced())

@@ -6,6 +6,7 @@ layouts must match. Below it stands the builder of the hardened interpreter, whi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -209,14 +210,10 @@ def _permuted(layout: Any, order: list[int]) -> Any:
     """The layout of a tensor whose dimensions are put in another order."""
     if isinstance(layout, (gl.AutoLayout, gl.CoalescedLayout)):
         return layout
-    if isinstance(layout, gl.BlockedLayout):
-        return gl.BlockedLayout(
-            [layout.size_per_thread[dim] for dim in order],
-            [layout.threads_per_warp[dim] for dim in order],
-            [layout.warps_per_cta[dim] for dim in order],
-            [order.index(dim) for dim in layout.order],
-            [[basis[dim] for dim in order] for basis in layout.cga_layout],
-        )
+    if isinstance(layout, gl.BlockedLayout):  # of one block: clusters are not run here
+        of_dimensions = ("size_per_thread", "threads_per_warp", "warps_per_cta")
+        lengths = {name: [getattr(layout, name)[dim] for dim in order] for name in of_dimensions}
+        return dataclasses.replace(layout, **lengths, order=[order.index(dim) for dim in layout.order])
     raise NotImplementedError(f"the Gluon interpreter permutes no tensor of layout {layout}, at {line()}")
 
 
