@@ -415,6 +415,12 @@ def _ends_of(tasks: list[Task]) -> Waiting:
     )
 
 
+def static_assert(cond: Any, msg: Any = "") -> None:
+    """``gl.static_assert``."""
+    if not _true(cond):
+        raise AssertionError(f"static_assert at {line()}: {core._unwrap_if_constexpr(msg)}")
+
+
 def num_warps() -> int:
     """``gl.num_warps``."""
     return machine().task.num_warps
@@ -435,6 +441,7 @@ def _replaced() -> Iterator[tuple[Any, Any]]:
         (gl, "num_ctas", num_ctas),
         (gl, "inline_asm", inline_asm),
         (gl, "warp_specialize", warp_specialize),
+        (gl, "static_assert", static_assert),
         (mbarrier, "allocate_mbarrier", allocate_mbarrier),
         (mbarrier, "init", mbarrier_init),
         (mbarrier, "invalidate", mbarrier_invalidate),
