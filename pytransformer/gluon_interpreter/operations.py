@@ -336,7 +336,7 @@ def warpgroup_mma(
     running = machine()
     task = running.task
     check(a, b, acc.type, task.num_warps)
-    before = acc.product if acc.product is not None and acc._handle is None else acc.handle.data
+    before = acc.handle.data if acc.product is None else acc.product
     product = Product(running, a, b, before, _true(use_acc))
     task.products.append(product)
     policy = running.schedule.products
@@ -366,9 +366,14 @@ def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Steps:
     for product in task.products[:through]:
         product.finish()
     del task.products[:through]
-    results = [Tensor(dep._handle, dep.type, dep.product) if isinstance(dep, Tensor) else dep for dep in deps]
+    results = [_waited(dep) for dep in deps]
     yield running.step("produced", through)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _waited(dep: Any) -> Any:
+    product = dep.product if isinstance(dep, Tensor) else None
+    return dep if product is None or not product.done else Tensor(Handle(product.result, dep.dtype), dep.type)
 
 
 # Partitions.

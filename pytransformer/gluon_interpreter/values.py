@@ -74,7 +74,11 @@ def as_tensor(value: Any) -> Any:
 
 
 class Tensor(gl.tensor):  # type: ignore[misc]
-    """A tensor whose operators work outside of the compiler; while a product is under way that makes it, it must not be looked at."""
+    """A tensor whose operators work outside of the compiler.
+
+    With a product in place of elements it is an accumulator that came out of no wait which let that product be through: the registers may
+    have been copied since. Only another product or another wait can take it.
+    """
 
     __hash__ = object.__hash__
 
@@ -91,16 +95,13 @@ class Tensor(gl.tensor):  # type: ignore[misc]
         """The elements.
 
         Raises:
-            MissingWaitError: a product has not been found to be through yet.
+            MissingWaitError: it is an accumulator that may not be there.
         """
-        if self._handle is None:
-            assert self.product is not None
-            if not self.product.done:
-                raise MissingWaitError(
-                    f"the accumulator of the product at {self.product.where} is read at {line()}, and no wait so far has let that product "
-                    "be through"
-                )
-            self._handle = Handle(self.product.result, self.dtype)
+        if self.product is not None:
+            raise MissingWaitError(
+                f"the accumulator of the product at {self.product.where} is read at {line()}, and has come out of no wait that lets that "
+                "product be through"
+            )
         return self._handle
 
     def __bool__(self) -> bool:

@@ -124,18 +124,19 @@ def attention_backward(
     for w in gl.static_range(2):
         tma.async_load(k_desc, [first + w * 64, 0], kv_full, k.index(w))
         tma.async_load(v_desc, [first + w * 64, 0], kv_full, v.index(w))
-    out = (dq_desc, dk_desc, dv_desc, lse, delta)
-    shared = (k, v, kv_full, ds, dq, q, g, q_full, q_empty, g_full, g_empty)
-    rest = (row, first, num_tiles, scale, softmax_scale, D, BLOCK)
+    # fmt: off
     gl.warp_specialize(
         [
-            (consume, (0, *out, *shared, *rest)),
-            (consume, (1, *out, *shared, *rest)),
+            (consume, (0, dq_desc, dk_desc, dv_desc, lse, delta, k, v, kv_full, ds, dq, q, g, q_full, q_empty, g_full, g_empty,
+                       row, first, num_tiles, scale, softmax_scale, D, BLOCK)),
+            (consume, (1, dq_desc, dk_desc, dv_desc, lse, delta, k, v, kv_full, ds, dq, q, g, q_full, q_empty, g_full, g_empty,
+                       row, first, num_tiles, scale, softmax_scale, D, BLOCK)),
             (produce, (q_desc, g_desc, q, g, q_full, q_empty, g_full, g_empty, row, num_tiles, BLOCK)),
         ],
         [4, 1],
         [240, 24],
     )
+    # fmt: on
 
 
 def run(

@@ -121,20 +121,19 @@ def attention(
     mbarrier.expect(q_full, 2 * q_desc.nbytes_per_cta)
     for w in gl.static_range(2):
         tma.async_load(q_desc, [first + w * 64, 0], q_full, q.index(w))
-    shared = (q, q_full, k, v, k_full, k_empty, v_full, v_empty)
-    rest = (first, tile * 128, num_tiles, scale, D, BLOCK, CAUSAL)
+    # fmt: off
     gl.warp_specialize(
         [
-            (consume, (0, o_desc, lse, *shared, *rest)),
-            (consume, (1, o_desc, lse, *shared, *rest)),
-            (
-                produce,
-                (k_desc, v_desc, k, v, k_full, k_empty, v_full, v_empty, head * seqlen, num_tiles, BLOCK),
-            ),
+            (consume, (0, o_desc, lse, q, q_full, k, v, k_full, k_empty, v_full, v_empty, first, tile * 128, num_tiles, scale,
+                       D, BLOCK, CAUSAL)),
+            (consume, (1, o_desc, lse, q, q_full, k, v, k_full, k_empty, v_full, v_empty, first, tile * 128, num_tiles, scale,
+                       D, BLOCK, CAUSAL)),
+            (produce, (k_desc, v_desc, k, v, k_full, k_empty, v_full, v_empty, head * seqlen, num_tiles, BLOCK)),
         ],
         [4, 1],
         [240, 24],
     )
+    # fmt: on
 
 
 def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:

@@ -12,8 +12,8 @@ from pytransformer.verification import Contract
 from tests.gluon_interpreter.attention_forward import LOG2_E, run
 
 
-def _inputs(heads: int, seqlen: int, head_dim: int) -> list[torch.Tensor]:
-    return [torch.randn(heads, seqlen, head_dim).to(torch.bfloat16) for _ in range(3)]
+def _inputs(heads: int, queries: int, keys: int, head_dim: int) -> list[torch.Tensor]:
+    return [torch.randn(heads, length, head_dim).to(torch.bfloat16) for length in (queries, keys, keys)]
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,13 +25,13 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> t
 
 
 @pytest.mark.parametrize(
-    ("heads", "seqlen", "head_dim", "causal", "block"),
-    [(2, 256, 128, True, 128), (1, 512, 64, False, 128)],
+    ("heads", "queries", "keys", "head_dim", "causal"),
+    [(2, 256, 256, 128, True), (1, 128, 512, 64, False)],
     ids=["d128-causal", "d64"],
 )
-def test_every_schedule_gives_the_same_bits_within_the_contract(heads, seqlen, head_dim, causal, block) -> None:
-    q, k, v = _inputs(heads, seqlen, head_dim)
-    out, lse, _ = run(q, k, v, causal, block, EARLY)
+def test_every_schedule_gives_the_same_bits_within_the_contract(heads, queries, keys, head_dim, causal) -> None:
+    q, k, v = _inputs(heads, queries, keys, head_dim)
+    out, lse, _ = run(q, k, v, causal, 128, EARLY)
     contract = Contract(torch.bfloat16)
     golden = _plain(q.double(), k.double(), v.double(), causal)
     plain = _plain(q, k, v, causal)
@@ -39,14 +39,14 @@ def test_every_schedule_gives_the_same_bits_within_the_contract(heads, seqlen, h
         contract.add(name, actual=actual, plain=of_plain, golden=of_golden)
     contract.check()
     for schedule in SCHEDULES[1:]:
-        again, lse_again, _ = run(q, k, v, causal, block, schedule)
+        again, lse_again, _ = run(q, k, v, causal, 128, schedule)
         assert torch.equal(out, again), schedule
         assert torch.equal(lse, lse_again), schedule
 
 
-def test_one_tile_of_queries_takes_less_than_a_third_of_a_second() -> None:
-    q, k, v = _inputs(1, 512, 64)
+def test_a_tile_of_queries_takes_less_than_a_third_of_a_second() -> None:
+    q, k, v = _inputs(1, 128, 512, 64)
     run(q, k, v, False, 128, EARLY)
     begin = time.process_time()
-    run(q, k, v, False, 128, EARLY)  # four tiles
-    assert (time.process_time() - begin) / 4 < 0.3
+    run(q, k, v, False, 128, EARLY)
+    assert time.process_time() - begin < 0.3

@@ -64,6 +64,18 @@ def _accumulator_too_early(source, result, BROKEN: gl.constexpr):
 
 
 @gluon.jit
+def _not_out_of_the_wait(source, result, BROKEN: gl.constexpr):
+    memory, _bar = _operands(source)
+    zero = gl.zeros([64, 64], gl.float32, ACC)
+    product = warpgroup_mma(memory.index(0), memory.index(1), zero, use_acc=False, is_async=True)
+    waited = warpgroup_mma_wait(0, deps=[product])
+    if BROKEN:
+        _finish(result, memory, product * 2.0)  # not out of the wait
+    else:
+        _finish(result, memory, waited * 2.0)
+
+
+@gluon.jit
 def _chain(source, result, BROKEN: gl.constexpr):
     """A product may go on from an accumulator that is not there yet."""
     memory, _bar = _operands(source)
@@ -187,6 +199,10 @@ def _width(source, result, BROKEN: gl.constexpr):
 
 def test_fault_is_reported_accumulator_read_before_its_wait() -> None:
     check(_accumulator_too_early, "too early", MissingWaitError)
+
+
+def test_fault_is_reported_accumulator_that_is_not_what_its_wait_returned() -> None:
+    check(_not_out_of_the_wait, "not out of the wait", MissingWaitError)
 
 
 def test_fault_is_reported_accumulator_of_a_chain_read_before_its_wait() -> None:
