@@ -270,6 +270,8 @@ def async_load(
     cache_policy: Any = None,
 ) -> Steps:
     """``tma.async_load``."""
+    if _true(multicast):
+        raise NotImplementedError(f"the Gluon interpreter runs blocks that are no cluster: no multicast, at {line()}")
     if not _true(pred):
         return
     running = machine()

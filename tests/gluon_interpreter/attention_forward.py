@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pytransformer.gluon_interpreter import Schedule, Trace, launch
+from tests.gluon_interpreter.names import async_load, async_store
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 ROWS = 64  # queries of one consumer
@@ -32,11 +33,11 @@ def produce(k_desc, v_desc, k, v, k_full, k_empty, v_full, v_empty, row, num_til
         phase = ((i // 2) & 1) ^ 1
         begin = row + (num_tiles - 1 - i) * BLOCK
         mbarrier.wait(k_empty.index(stage), phase)
-        mbarrier.expect(k_full.index(stage), k_desc.nbytes_per_cta)
-        tma.async_load(k_desc, [begin, 0], k_full.index(stage), k.index(stage))
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        async_load(k_desc, [begin, 0], k_full.index(stage), k.index(stage))
         mbarrier.wait(v_empty.index(stage), phase)
-        mbarrier.expect(v_full.index(stage), v_desc.nbytes_per_cta)
-        tma.async_load(v_desc, [begin, 0], v_full.index(stage), v.index(stage))
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        async_load(v_desc, [begin, 0], v_full.index(stage), v.index(stage))
 
 
 @gluon.jit
@@ -92,7 +93,7 @@ def consume(
     out = out / gl.convert_layout(total, O_ROWS)[:, None]
     own.store(out.to(gl.bfloat16))
     fence_async_shared()
-    tma.async_store(o_desc, [first + W * 64, 0], own)
+    async_store(o_desc, [first + W * 64, 0], own)
     tma.store_wait(0)
 
 
@@ -108,19 +109,19 @@ def attention(
     k = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, D], k_desc.layout)
     v = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, D], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = mbarrier.allocate_mbarrier(batch=2)
-    k_empty = mbarrier.allocate_mbarrier(batch=2)
-    v_full = mbarrier.allocate_mbarrier(batch=2)
-    v_empty = mbarrier.allocate_mbarrier(batch=2)
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     for stage in gl.static_range(2):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=2)
-    mbarrier.expect(q_full, 2 * q_desc.nbytes_per_cta)
+    mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
     for w in gl.static_range(2):
-        tma.async_load(q_desc, [first + w * 64, 0], q_full, q.index(w))
+        async_load(q_desc, [first + w * 64, 0], q_full, q.index(w))
     # fmt: off
     gl.warp_specialize(
         [

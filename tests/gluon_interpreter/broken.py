@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-_PROTOCOL = r"mbarrier\.(?:wait|arrive|expect|init)\(.*\)|tma\.(?:async_load|store_wait)\(.*\)|fence_async_shared\(\)"
+_PROTOCOL = (
+    r"mbarrier\.(?:wait|arrive|expect|init)\(.*\)|(?:tma\.)?(?:async_load|store_wait)\(.*\)|fence_async_shared\(\)"
+)
 
 
 def broken_copies(source: str, changes: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, str]]:

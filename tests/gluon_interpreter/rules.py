@@ -26,7 +26,8 @@ def tiles(count: int = 4) -> torch.Tensor:
 
 def descriptor(tensor: torch.Tensor, rows: int = SIDE, padding: str = "zero") -> TensorDescriptor:
     """Boxes of 64 columns."""
-    return TensorDescriptor.from_tensor(tensor, [rows, SIDE], LAYOUT, padding=padding)
+    options = {} if padding == "zero" else {"padding": padding}  # Triton 3.6 knows no other
+    return TensorDescriptor.from_tensor(tensor, [rows, SIDE], LAYOUT, **options)
 
 
 def run(

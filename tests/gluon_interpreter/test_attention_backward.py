@@ -9,6 +9,7 @@ import torch
 from pytransformer.gluon_interpreter import EARLY, SCHEDULES
 from pytransformer.verification import Contract
 from tests.gluon_interpreter.attention_backward import LOG2_E, run
+from tests.gluon_interpreter.names import needs_reductions
 
 
 def _gradients(
@@ -22,6 +23,7 @@ def _gradients(
     return [x.grad for x in (q, k, v)], scores.detach().logsumexp(-1) * LOG2_E, delta
 
 
+@needs_reductions
 def test_every_schedule_gives_the_same_bits_within_the_contract() -> None:
     # With 128 keys each element of dq is a sum of two parts, whose order does not matter.
     tensors = [torch.randn(1, 128, 64).to(torch.bfloat16) for _ in range(3)]

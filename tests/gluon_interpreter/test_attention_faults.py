@@ -11,6 +11,7 @@ from pytransformer.gluon_interpreter import LATE, Schedule
 from pytransformer.triton_interpreter import KernelFault
 from tests.gluon_interpreter import attention_backward, attention_forward
 from tests.gluon_interpreter.broken import broken_copies, imported
+from tests.gluon_interpreter.names import needs_reductions
 
 SCHEDULES = (Schedule(order="first"), Schedule(order="last", copies="late", products="late"))
 
@@ -25,7 +26,7 @@ FORWARD = dict(
             (r"\(\(i // 2\) & 1\) \^ 1", "(i // 2) & 1", "other parity"),
             (r"(?<!\()\(i // 2\) & 1\)", "((i // 2) & 1) ^ 1)", "other parity"),
             (r"\(\(i - 1\) // 2\) & 1\)", "(((i - 1) // 2) & 1) ^ 1)", "other parity"),
-            (r"2 \* q_desc\.nbytes_per_cta", "q_desc.nbytes_per_cta", "half of the bytes"),
+            (r"2 \* q_desc\.block_type\.nbytes", "q_desc.block_type.nbytes", "half of the bytes"),
             (r"v_full\.index\(stage\), v\.index\(stage\)\)", "v_full.index(stage), v.index(1 - stage))", "other stage"),
         ),
     )
@@ -61,6 +62,7 @@ def test_a_fault_in_the_forward_pass_is_reported(name: str, tmp_path: Path) -> N
             attention_forward.run(q[:, -128:], k, v, False, 128, schedule, module.attention)
 
 
+@needs_reductions
 @pytest.mark.parametrize("name", BACKWARD)
 def test_a_fault_in_the_backward_pass_is_reported(name: str, tmp_path: Path) -> None:
     module = imported(BACKWARD[name], tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from pytransformer.gluon_interpreter import (
     BarrierStateError,
@@ -15,6 +15,7 @@ from pytransformer.gluon_interpreter import (
     PhaseError,
     SharedRaceError,
 )
+from tests.gluon_interpreter.names import async_load, needs_inline_asm
 from tests.gluon_interpreter.rules import check
 
 
@@ -30,7 +31,7 @@ def _meet(mine, other, BROKEN: gl.constexpr):
 
 @gluon.jit
 def _deadlock(source, result, BROKEN: gl.constexpr):
-    bars = mbarrier.allocate_mbarrier(batch=2)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(bars.index(i), count=1)
     first, second = bars.index(0), bars.index(1)
@@ -39,7 +40,7 @@ def _deadlock(source, result, BROKEN: gl.constexpr):
 
 @gluon.jit
 def _over_arrival(source, result, BROKEN: gl.constexpr):
-    bar = mbarrier.allocate_mbarrier()
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=2)
     mbarrier.arrive(bar, count=1)
     mbarrier.arrive(bar, count=2 if BROKEN else 1)  # over arrival
@@ -49,10 +50,10 @@ def _over_arrival(source, result, BROKEN: gl.constexpr):
 @gluon.jit
 def _bytes(source, result, NUMERATOR: gl.constexpr, DENOMINATOR: gl.constexpr):
     memory = gl.allocate_shared_memory(gl.bfloat16, [64, 64], source.layout)
-    bar = mbarrier.allocate_mbarrier()
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
-    mbarrier.expect(bar, source.nbytes_per_cta * NUMERATOR // DENOMINATOR)
-    tma.async_load(source, [0, 0], bar, memory)  # too few bytes
+    mbarrier.expect(bar, source.block_type.nbytes * NUMERATOR // DENOMINATOR)
+    async_load(source, [0, 0], bar, memory)  # too few bytes
     mbarrier.wait(bar, 0)  # too many bytes
 
 
@@ -68,7 +69,7 @@ def _too_many_bytes(source, result, BROKEN: gl.constexpr):
 
 @gluon.jit
 def _not_initialised(source, result, BROKEN: gl.constexpr):
-    bar = mbarrier.allocate_mbarrier()
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     if not BROKEN:
         mbarrier.init(bar, count=1)
     mbarrier.arrive(bar)  # not initialised
@@ -76,7 +77,7 @@ def _not_initialised(source, result, BROKEN: gl.constexpr):
 
 @gluon.jit
 def _initialised_twice(source, result, BROKEN: gl.constexpr):
-    bar = mbarrier.allocate_mbarrier()
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     if not BROKEN:
         mbarrier.invalidate(bar)
@@ -85,7 +86,7 @@ def _initialised_twice(source, result, BROKEN: gl.constexpr):
 
 @gluon.jit
 def _invalidated(source, result, BROKEN: gl.constexpr):
-    bar = mbarrier.allocate_mbarrier()
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     if BROKEN:
         mbarrier.invalidate(bar)
@@ -94,7 +95,7 @@ def _invalidated(source, result, BROKEN: gl.constexpr):
 
 @gluon.jit
 def _phase_of_two(source, result, BROKEN: gl.constexpr):
-    bar = mbarrier.allocate_mbarrier()
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     for i in range(3):
         mbarrier.arrive(bar)
@@ -118,7 +119,7 @@ def _wait_twice(bar, seen):
 
 @gluon.jit
 def _lapped(source, result, BROKEN: gl.constexpr):
-    bars = mbarrier.allocate_mbarrier(batch=2)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(bars.index(i), count=1)
     gl.warp_specialize(
@@ -203,10 +204,12 @@ def test_fault_is_reported_a_phase_that_ends_before_its_waiter_looks() -> None:
     check(_lapped, "lapped", PhaseError, DeadlockError)
 
 
+@needs_inline_asm
 def test_fault_is_reported_reserved_named_barrier() -> None:
     check(_reserved, "reserved", NamedBarrierError)
 
 
+@needs_inline_asm
 def test_fault_is_reported_named_barrier_of_two_counts() -> None:
     # Where the one with the smaller count comes first it does not wait for the other.
     check(_other_count, "threads", NamedBarrierError, SharedRaceError)

@@ -19,6 +19,7 @@ from pytransformer.gluon_interpreter import (
     UninitialisedReadError,
 )
 from pytransformer.triton_interpreter import OutOfBoundsError, RaceError
+from tests.gluon_interpreter.names import async_load, async_store
 from tests.gluon_interpreter.rules import check
 
 BLOCKED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
@@ -28,21 +29,21 @@ BLOCKED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 def _stages(source, COUNT: gl.constexpr):
     """Shared memory for tiles, and a barrier."""
     memory = gl.allocate_shared_memory(gl.bfloat16, [COUNT, 64, 64], source.layout)
-    bar = mbarrier.allocate_mbarrier()
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     return memory, bar
 
 
 @gluon.jit
 def _fetch(source, memory, bar):
-    mbarrier.expect(bar, source.nbytes_per_cta)
-    tma.async_load(source, [0, 0], bar, memory)
+    mbarrier.expect(bar, source.block_type.nbytes)
+    async_load(source, [0, 0], bar, memory)
 
 
 @gluon.jit
 def _write(result, memory):
     fence_async_shared()
-    tma.async_store(result, [0, 0], memory)
+    async_store(result, [0, 0], memory)
     tma.store_wait(0)
 
 
@@ -75,7 +76,7 @@ def _no_fence(source, result, BROKEN: gl.constexpr):
     memory.index(0).store(gl.full([64, 64], 1.0, gl.bfloat16, BLOCKED))
     if not BROKEN:
         fence_async_shared()
-    tma.async_store(result, [0, 0], memory.index(0))  # no fence
+    async_store(result, [0, 0], memory.index(0))  # no fence
     tma.store_wait(0)
 
 
@@ -85,8 +86,8 @@ def _no_fence_before_a_load(source, result, BROKEN: gl.constexpr):
     memory.index(0).store(gl.full([64, 64], 1.0, gl.bfloat16, BLOCKED))
     if not BROKEN:
         fence_async_shared()
-    mbarrier.expect(bar, source.nbytes_per_cta)
-    tma.async_load(source, [0, 0], bar, memory.index(0))  # no fence before a load
+    mbarrier.expect(bar, source.block_type.nbytes)
+    async_load(source, [0, 0], bar, memory.index(0))  # no fence before a load
     mbarrier.wait(bar, 0)
 
 
@@ -96,7 +97,7 @@ def _stored_over(source, result, BROKEN: gl.constexpr):
     tile = gl.full([64, 64], 1.0, gl.bfloat16, BLOCKED)
     memory.index(0).store(tile)
     fence_async_shared()
-    tma.async_store(result, [0, 0], memory.index(0))
+    async_store(result, [0, 0], memory.index(0))
     if not BROKEN:
         tma.store_wait(0)
     memory.index(0).store(tile)  # stored over
@@ -111,8 +112,8 @@ def _too_many_pending(source, result, BROKEN: gl.constexpr):
     memory.index(0).store(tile)
     memory.index(1).store(tile)
     fence_async_shared()
-    tma.async_store(result, [0, 0], memory.index(0))
-    tma.async_store(result, [64, 0], memory.index(1))
+    async_store(result, [0, 0], memory.index(0))
+    async_store(result, [64, 0], memory.index(1))
     tma.store_wait(1)
     if BROKEN:
         memory.index(1).store(tile)  # too many pending
@@ -126,7 +127,7 @@ def _unfinished_store(source, result, BROKEN: gl.constexpr):
     memory, _bar = _stages(source, 1)
     memory.index(0).store(gl.full([64, 64], 1.0, gl.bfloat16, BLOCKED))
     fence_async_shared()
-    tma.async_store(result, [0, 0], memory.index(0))  # unfinished store
+    async_store(result, [0, 0], memory.index(0))  # unfinished store
     if not BROKEN:
         tma.store_wait(0)
 
@@ -134,8 +135,8 @@ def _unfinished_store(source, result, BROKEN: gl.constexpr):
 @gluon.jit
 def _unfinished_load(source, result, BROKEN: gl.constexpr):
     memory, bar = _stages(source, 1)
-    mbarrier.expect(bar, source.nbytes_per_cta)
-    tma.async_load(source, [0, 0], bar, memory.index(0))  # unfinished load
+    mbarrier.expect(bar, source.block_type.nbytes)
+    async_load(source, [0, 0], bar, memory.index(0))  # unfinished load
     if not BROKEN:
         mbarrier.wait(bar, 0)
 
@@ -174,8 +175,8 @@ def _produce(source, memory, full, empty, WAIT: gl.constexpr):
     for i in range(4):
         if WAIT:
             mbarrier.wait(empty.index(i % 2), ((i // 2) & 1) ^ 1)
-        mbarrier.expect(full.index(i % 2), source.nbytes_per_cta)
-        tma.async_load(source, [i * 64, 0], full.index(i % 2), memory.index(i % 2))  # overwritten
+        mbarrier.expect(full.index(i % 2), source.block_type.nbytes)
+        async_load(source, [i * 64, 0], full.index(i % 2), memory.index(i % 2))  # overwritten
 
 
 @gluon.jit
@@ -191,8 +192,8 @@ def _consume(memory, full, empty, WAIT: gl.constexpr):
 @gluon.jit
 def _ring(source, FULL: gl.constexpr, EMPTY: gl.constexpr):
     memory, _bar = _stages(source, 2)
-    full = mbarrier.allocate_mbarrier(batch=2)
-    empty = mbarrier.allocate_mbarrier(batch=2)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
@@ -214,10 +215,10 @@ def _full_not_awaited(source, result, BROKEN: gl.constexpr):
 @gluon.jit
 def _box(source, result, BROKEN: gl.constexpr):
     memory = gl.allocate_shared_memory(gl.bfloat16, [32 if BROKEN else 64, 64], source.layout)
-    bar = mbarrier.allocate_mbarrier()
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
-    mbarrier.expect(bar, source.nbytes_per_cta)
-    tma.async_load(source, [0, 0], bar, memory)  # box
+    mbarrier.expect(bar, source.block_type.nbytes)
+    async_load(source, [0, 0], bar, memory)  # box
     mbarrier.wait(bar, 0)
 
 
@@ -225,10 +226,10 @@ def _box(source, result, BROKEN: gl.constexpr):
 def _swizzle(source, result, BROKEN: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64 if BROKEN else 128, 16, 2)
     memory = gl.allocate_shared_memory(gl.bfloat16, [64, 64], LAYOUT)
-    bar = mbarrier.allocate_mbarrier()
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
-    mbarrier.expect(bar, source.nbytes_per_cta)
-    tma.async_load(source, [0, 0], bar, memory)  # swizzle
+    mbarrier.expect(bar, source.block_type.nbytes)
+    async_load(source, [0, 0], bar, memory)  # swizzle
     mbarrier.wait(bar, 0)
 
 
@@ -249,7 +250,7 @@ def _same_rows(source, result, BROKEN: gl.constexpr):
     memory, _bar = _stages(source, 1)
     memory.index(0).store(gl.full([64, 64], 1.0, gl.bfloat16, BLOCKED))
     fence_async_shared()
-    tma.async_store(result, [0 if BROKEN else gl.program_id(0) * 64, 0], memory.index(0))  # same rows
+    async_store(result, [0 if BROKEN else gl.program_id(0) * 64, 0], memory.index(0))  # same rows
     tma.store_wait(0)
 
 

@@ -23,6 +23,7 @@ from pytransformer.gluon_interpreter import (
     UnfinishedError,
     UninitialisedReadError,
 )
+from tests.gluon_interpreter.names import async_load, async_store
 from tests.gluon_interpreter.rules import check, run
 
 ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
@@ -33,12 +34,12 @@ LEFT = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
 def _operands(source):
     """Two tiles that are there, and a barrier for what else is loaded."""
     memory = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], source.layout)
-    bars = mbarrier.allocate_mbarrier(batch=2)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(bars.index(0), count=1)
     mbarrier.init(bars.index(1), count=1)
-    mbarrier.expect(bars.index(0), 2 * source.nbytes_per_cta)
+    mbarrier.expect(bars.index(0), 2 * source.block_type.nbytes)
     for i in gl.static_range(2):
-        tma.async_load(source, [i * 64, 0], bars.index(0), memory.index(i))
+        async_load(source, [i * 64, 0], bars.index(0), memory.index(i))
     mbarrier.wait(bars.index(0), 0)
     return memory, bars.index(1)
 
@@ -47,7 +48,7 @@ def _operands(source):
 def _finish(result, memory, product):
     memory.index(0).store(product.to(gl.bfloat16))
     fence_async_shared()
-    tma.async_store(result, [0, 0], memory.index(0))
+    async_store(result, [0, 0], memory.index(0))
     tma.store_wait(0)
 
 
@@ -96,8 +97,8 @@ def _overwritten_while_read(source, result, BROKEN: gl.constexpr):
     product = warpgroup_mma(a, b, gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True)
     if not BROKEN:
         product = warpgroup_mma_wait(0, deps=[product])
-    mbarrier.expect(bar, source.nbytes_per_cta)
-    tma.async_load(source, [128, 0], bar, b)  # overwritten while read
+    mbarrier.expect(bar, source.block_type.nbytes)
+    async_load(source, [128, 0], bar, b)  # overwritten while read
     mbarrier.wait(bar, 0)
     product = warpgroup_mma_wait(0, deps=[product])
     _finish(result, memory, product)
@@ -165,15 +166,15 @@ def _release(memory, full, empty, BROKEN: gl.constexpr):
 def _fill(source, memory, full, empty):
     for i in range(4):
         mbarrier.wait(empty.index(i % 2), ((i // 2) & 1) ^ 1)
-        mbarrier.expect(full.index(i % 2), source.nbytes_per_cta)
-        tma.async_load(source, [i * 64, 0], full.index(i % 2), memory.index(i % 2))  # released too early
+        mbarrier.expect(full.index(i % 2), source.block_type.nbytes)
+        async_load(source, [i * 64, 0], full.index(i % 2), memory.index(i % 2))  # released too early
 
 
 @gluon.jit
 def _released_too_early(source, result, BROKEN: gl.constexpr):
     memory = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], source.layout)
-    full = mbarrier.allocate_mbarrier(batch=2)
-    empty = mbarrier.allocate_mbarrier(batch=2)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
