@@ -107,7 +107,8 @@ def _integer(value: Any) -> int:
 
 
 def _true(pred: Any) -> bool:
-    return bool(core._unwrap_if_constexpr(pred))
+    value = core._unwrap_if_constexpr(pred)
+    return value.truth() if isinstance(value, Tensor) else bool(value)
 
 
 # Shared memory.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from triton.experimental.gluon.language._semantic import GluonSemantic
 from triton.runtime import interpreter
 
 from .faults import MissingWaitError
-from .source import line
+from .source import MARK, line
 
 if TYPE_CHECKING:
     from .products import Product
@@ -28,6 +29,10 @@ Handle = interpreter.TensorHandle
 
 class Builder(interpreter.InterpreterBuilder):  # type: ignore[misc]
     """The hardened interpreter's builder for types that have a layout, which says nothing about the elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = dataclasses.replace(self.options, debug=True)  # device_assert is checked
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("get_") and name.endswith("_layout"):
@@ -105,8 +110,15 @@ class Tensor(gl.tensor):  # type: ignore[misc]
         return self._handle
 
     def __bool__(self) -> bool:
+        # Triton's own code asks in this way whether there is a tensor; only a kernel means its value.
+        if MARK not in sys._getframe(1).f_globals:
+            return True
         if self.shape:
             raise ValueError(f"a tensor of shape {self.shape} is no condition, at {line()}")
+        return self.truth()
+
+    def truth(self) -> bool:
+        """The value of a scalar as a condition."""
         return bool(self.handle.data.item())
 
     def __index__(self) -> int:
