@@ -26,8 +26,8 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> t
 
 @pytest.mark.parametrize(
     ("heads", "queries", "keys", "head_dim", "causal"),
-    [(2, 256, 256, 128, True), (1, 128, 512, 64, False)],
-    ids=["d128-causal", "d64"],
+    [(1, 256, 256, 128, True), (2, 128, 128, 64, False), (1, 128, 512, 64, False)],
+    ids=["d128-causal", "two-heads", "d64"],
 )
 def test_every_schedule_gives_the_same_bits_within_the_contract(heads, queries, keys, head_dim, causal) -> None:
     q, k, v = _inputs(heads, queries, keys, head_dim)
