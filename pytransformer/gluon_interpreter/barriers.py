@@ -185,9 +185,11 @@ class NamedBarrier:
         self._known = Knowledge()
         self._arriving = Knowledge()
         self._tasks: list[str] = []
+        self._ends: list[int] = []  # events: the end of each round
+        self._last: dict[Task, tuple[int, str]] = {}  # each task's latest arrival: round and line
 
-    def arrive(self, threads: int, task: Task, where: str) -> int:
-        """The warps of a task arrive; returns the round in which."""
+    def arrive(self, threads: int, task: Task, event: int, where: str) -> int:
+        """The warps of a task arrive, which may end a round, an event with that number; returns the round."""
         own = 32 * task.num_warps
         if threads % 32 or threads < own:
             raise NamedBarrierError(
@@ -203,6 +205,13 @@ class NamedBarrier:
             raise NamedBarrierError(
                 f"named barrier {self.number} gets {self._came + own} threads with {task.name} at {where}, and is for {threads}"
             )
+        last, at = self._last.get(task, (-1, ""))
+        if last >= 0 and not (last < self.rounds and task.knowledge.knows(self._ends[last])):
+            raise NamedBarrierError(
+                f"{task.name} arrives at named barrier {self.number} at {where}, and nothing makes sure that the round is over in which it "
+                f"arrived at {at}: both could count in one"
+            )
+        self._last[task] = self.rounds, where
         self._threads = threads
         self._came += own
         self._tasks.append(task.name)
@@ -213,6 +222,8 @@ class NamedBarrier:
             self._came = 0
             self._tasks = []
             self._known.join(self._arriving)
+            self._known.add(event)
+            self._ends.append(event)
             self._arriving = Knowledge()
         return arrived
 

@@ -220,7 +220,7 @@ def inline_asm(asm: Any, constraints: Any = "", args: Any = (), result_types: An
             f"named barrier {number} at {line()}: those from {first} to 15 are free in a kernel of {first - _RESERVED + 1} partitions"
         )
     task, named, where = running.task, running.named_barrier(number), line()
-    arrived = named.arrive(threads, task, where)
+    arrived = named.arrive(threads, task, running.shared.event(), where)
     if found.group(1) == "sync":
         waiting = named.wait(arrived, where)
         if not waiting.ready():
