@@ -32,7 +32,8 @@ class Builder(interpreter.InterpreterBuilder):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.options = dataclasses.replace(self.options, debug=True)  # device_assert is checked
+        # With debug device_assert is checked.
+        self.options: Any = dataclasses.replace(interpreter.InterpreterOptions(), debug=True)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("get_") and name.endswith("_layout"):
