@@ -39,8 +39,8 @@ _EXPORTS = {
 # Packages and modules that are there after a bare ``import pytransformer``, as `pytransformer.nn.patch(model)`.
 _MODULES = frozenset(
     {
-        "benchmarks", "block_masks", "cli", "extension", "flops", "generation", "interop", "kernels", "model", "nn", "ops", "precompile",
-        "reference", "text", "training", "triton_interpreter", "verification",
+        "benchmarks", "block_masks", "cli", "extension", "flops", "generation", "gluon_interpreter", "interop", "kernels", "model", "nn",
+        "ops", "precompile", "reference", "text", "training", "triton_interpreter", "verification",
     }
 )  # fmt: skip
 
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from pytransformer import extension as extension
     from pytransformer import flops as flops
     from pytransformer import generation as generation
+    from pytransformer import gluon_interpreter as gluon_interpreter
     from pytransformer import interop as interop
     from pytransformer import kernels as kernels
     from pytransformer import model as model

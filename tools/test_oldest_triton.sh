@@ -12,5 +12,6 @@ if [ ! -e "$venv/.ready" ]; then
   touch "$venv/.ready"
 fi
 export PYTHONPATH=. OMP_NUM_THREADS=1
-"$venv/bin/python" -m pytest -n "${WORKERS:-2}" tests/kernels tests/ops tests/triton_interpreter -m "not slow"
+"$venv/bin/python" -m pytest -n "${WORKERS:-2}" tests/kernels tests/ops tests/triton_interpreter \
+  tests/gluon_interpreter -m "not slow"
 PYTRANSFORMER_TEST_COMPILE=1 "$venv/bin/python" -m pytest tests/compile

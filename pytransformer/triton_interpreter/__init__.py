@@ -52,7 +52,7 @@ from .errors import (
     RaceError,
     UnsupportedTritonError,
 )
-from .install import install, installed, program_order, uninstall
+from .install import install, installed, launched, program_order, uninstall
 
 __all__ = [
     "KernelFault",
@@ -63,6 +63,7 @@ __all__ = [
     "UnsupportedTritonError",
     "install",
     "installed",
+    "launched",
     "program_order",
     "uninstall",
 ]

@@ -9,7 +9,7 @@ import inspect
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -189,6 +189,27 @@ def program_order(seed: int | None) -> Iterator[None]:
         yield
     finally:
         _order_seed = before
+
+
+@contextlib.contextmanager
+def launched(arguments: Iterable[tuple[str, Any]]) -> Iterator[LaunchMemory]:
+    """A launch that something else than Triton's interpreter runs: what loads, stores and atomics inside touch is checked all the same.
+
+    Args:
+        arguments: names and values; the tensors among them, also in tuples and descriptors, are what may be touched.
+    """
+    if _active is None:
+        install()
+    active = _active
+    assert active is not None
+    tensors = [item for name, value in arguments for item in named_tensors(name, value)]
+    outer, active.launch = active.launch, _Launch()
+    memory = LaunchMemory(tensors, bounds=active.options.bounds, races=active.options.races)
+    active.launch.memory = memory
+    try:
+        yield memory
+    finally:
+        active.launch = outer
 
 
 def _check_interpreting() -> None:
