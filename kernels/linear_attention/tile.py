@@ -99,13 +99,20 @@ def power_of_two_below(top):
 
 
 @triton.jit
-def multiply(rows, others, acc, traits):
-    """acc + rows @ others; rows in float32, each of them brought near 1 where float16 might not hold it."""
+def multiply(rows, others, acc, PARTS: tl.constexpr, traits):
+    """acc + rows @ others; rows in float32, taken apart into so many numbers of the other factor's dtype, and each of them brought near 1
+    where float16 might not hold it."""
+    top = 1.0
     if traits.SCALED:
         top = power_of_two_below(tl.max(tl.abs(rows), 1))[:, None]
-        acc += tl.dot((rows / top).to(others.dtype), others) * top
-    else:
-        acc = tl.dot(rows.to(others.dtype), others, acc, input_precision=traits.PRECISION)
+        rows = rows / top
+    for _ in tl.static_range(PARTS):
+        part = rows.to(others.dtype)
+        if traits.SCALED:
+            acc += tl.dot(part, others) * top
+        else:
+            acc = tl.dot(part, others, acc, input_precision=traits.PRECISION)
+        rows = rows - part.to(tl.float32)
     return acc
 
 
