@@ -25,6 +25,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "softcap": ("none", "given"),
     "mask": ("none", "boolean, full", "boolean, (1, 1, Lq, Lk)", "integer, (batch, 1, 1, Lk)"),
     "bias": ("none", "full", "(1, heads, Lq, Lk)", "(batch, 1, 1, Lk)", "-inf, whole rows too", "no gradient wanted"),
+    "block_mask": ("none", "(batch, heads, blocks)", "(1, 1, blocks)"),
     "key_padding_mask": ("none", "given"),
     "alibi_slopes": ("none", "(heads)", "(batch, heads)"),
     "sinks": ("none", "given"),
@@ -33,7 +34,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "deterministic": ("no", "yes"),
     "strides": ("contiguous", "heads before tokens"),
 }
-_TERMS = ("softcap", "mask", "bias", "key_padding_mask", "alibi_slopes", "dropout_p")
+_TERMS = ("softcap", "mask", "bias", "block_mask", "key_padding_mask", "alibi_slopes", "dropout_p")
 # No pair is excluded; these rows are, because in them one of a pair would be there in name only.
 RULES = tuple(
     Impossible(
@@ -60,6 +61,7 @@ VISIBLE: dict[str, dict[str, Any]] = {
     "window": {"window": (6, 3)},
     "causal, window": {"causal": True, "window": (7, -1)},
 }
+BLOCK_SIZE = 16
 SEED = torch.tensor([2**40 + 5, -(2**33) - 7])
 Draw = Callable[[Case, torch.Generator], Any]
 
@@ -81,6 +83,21 @@ def _random_mask(shape: Callable[[int, int, int, int], tuple[int, ...]], dtype: 
         if mask.shape[-2] > 1 and mask.shape[1] > 1:
             mask[-1, -1, 0] = False
         return mask if dtype == torch.bool else mask.to(dtype) * 3
+
+    return make
+
+
+def _random_blocks(is_full: bool) -> Draw:
+    """Lists two thirds of the blocks of 16; alone, never all of them."""
+
+    def make(case: Case, generator: torch.Generator) -> Tensor:
+        batch, heads, *lengths = _sizes(case)
+        listed = torch.rand(
+            *((batch, heads) if is_full else (1, 1)), *(-(-n // BLOCK_SIZE) for n in lengths), generator=generator
+        )
+        listed = listed > 0.35
+        listed[:1, :1, -1:, :1] = False
+        return listed
 
     return make
 
@@ -127,6 +144,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "-inf, whole rows too": {"bias": _random_bias(_full, infinities=True)},
         "no gradient wanted": {"bias": _random_bias(lambda batch, heads, *lengths: (1, 1, *lengths))},
+    },
+    "block_mask": {
+        "(batch, heads, blocks)": {"block_mask": _random_blocks(True), "block_size": BLOCK_SIZE},
+        "(1, 1, blocks)": {"block_mask": _random_blocks(False), "block_size": BLOCK_SIZE},
     },
     "key_padding_mask": {"given": {"key_padding_mask": _padding}},
     "alibi_slopes": {

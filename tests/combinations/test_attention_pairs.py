@@ -43,7 +43,7 @@ def test_option_alone(row: Row, backend: str, device: torch.device) -> None:
         )
 
 
-TERMS = ("visible", "softcap", "mask", "bias", "key_padding_mask", "alibi_slopes", "sinks", "dropout_p")
+TERMS = ("visible", "softcap", "mask", "bias", "block_mask", "key_padding_mask", "alibi_slopes", "sinks", "dropout_p")
 
 
 @pytest.mark.parametrize(
