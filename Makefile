@@ -18,7 +18,7 @@ EMULATED := tests/cuda tests/ops/test_norm.py tests/ops/test_norm_checks.py test
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
-.PHONY: help demo test test-all coverage cuda sanitize gate gate-figures lint types gpu gpu-bench bench peers readme-numbers huggingface-classes clean venv
+.PHONY: help demo test test-all coverage cuda sanitize gate gate-changed gate-figures lint types gpu gpu-bench bench peers readme-numbers huggingface-classes clean venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
@@ -62,6 +62,9 @@ gate: $(VENV)/.dev ## every kernel × shipped configuration compiled for sm_80, 
 test-all: test gate sanitize ## all of it: the slow tests, and the kernels under the oldest supported Triton
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --ignore=tests/compile --ignore=tests/cuda
 	bash tools/test_oldest_triton.sh
+
+gate-changed: $(VENV)/.dev ## the gate for what the committed figures do not know, and one launch of each kernel and architecture that they do
+	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 PYTRANSFORMER_COMPILE_CHANGED=1 $(BIN)/python -m pytest --timeout $(COMPILE_SECONDS) tests/compile
 
 gate-figures: $(VENV)/.dev ## commits to what the kernels compile to now (benchmarks/results/gate, docs/kernels.md)
 	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 PYTRANSFORMER_UPDATE_FIGURES=1 $(BIN)/python -m pytest --timeout $(COMPILE_SECONDS) tests/compile

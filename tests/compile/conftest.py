@@ -1,7 +1,8 @@
 """Kernels are compiled here, which does not mix with interpreting them: only with PYTRANSFORMER_TEST_COMPILE=1, in a run of its own.
 
 A first run compiles everything, a repeat finds what has not changed in Triton's cache. PYTRANSFORMER_COMPILE_ARCHS=90 (or 80,90)
-narrows the architectures down.
+narrows the architectures down. PYTRANSFORMER_COMPILE_CHANGED=1 compiles what the committed figures do not know, and one launch of
+each kernel and architecture that they do.
 """
 
 from __future__ import annotations
@@ -43,10 +44,16 @@ def _cases_of_importable_ops() -> list[object]:
 @pytest.fixture(scope="session")
 def reports(request: pytest.FixtureRequest):
     """Reports of all cases that were chosen for this run: compiled together, so that all cores have work."""
-    from tests.support import compile_gate
+    from tests.support import compile_gate, gate_figures
 
     chosen = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
-    return compile_gate.run_cases([case for case in chosen if case is not None])
+    changed_alone = os.environ.get("PYTRANSFORMER_COMPILE_CHANGED") == "1" and not _updates_figures()
+    known = gate_figures.known_keys() if changed_alone else frozenset()
+    return compile_gate.run_cases([case for case in chosen if case is not None], known=known)
+
+
+def _updates_figures() -> bool:
+    return os.environ.get("PYTRANSFORMER_UPDATE_FIGURES") == "1"
 
 
 @pytest.fixture
@@ -54,9 +61,9 @@ def record_figures():
     """Compares compiled kernels with the committed figures, or commits them if PYTRANSFORMER_UPDATE_FIGURES=1."""
     from tests.support import gate_figures
 
-    def compare(kind, kernels) -> None:
-        if os.environ.get("PYTRANSFORMER_UPDATE_FIGURES") == "1":
-            gate_figures.write(kind, kernels)
+    def compare(kind, kernels, passed=None) -> None:
+        if _updates_figures():
+            gate_figures.write(kind, kernels, passed or {})
             return
         wrong, changes = gate_figures.compare(kind, kernels)
         for change in changes:

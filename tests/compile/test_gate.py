@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pytransformer.kernels.launch import COMMON_OPTIONS, device_limits
-from tests.support import compile_gate, sass
+from tests.support import compile_gate, gate_figures, sass
 from tests.support.compile_gate import Case
 from tests.support.launch_recorder import record, record_launches
 
@@ -88,6 +89,25 @@ def test_nothing_runs_and_equal_launches_count_once():
     assert launches[0].key == launches[1].key
     assert len(record(lambda: [_scale(x), _scale(x, 1024), _scale(x.half())], 90)) == 3
     assert record(lambda: _scale(x), 80)[0].key != launches[0].key
+
+
+def test_what_is_known_to_pass_is_compiled_once_for_each_kernel_and_architecture():
+    x = torch.empty(1024)
+    cases = [_case(lambda: [_scale(x), _scale(x.half()), _scale(x.bfloat16())], arch) for arch in (80, 90)]
+    launches = [launch for case in cases for launch in record(case.call, case.arch)]
+    known = frozenset(launch.key for launch in launches[:2] + launches[3:])
+    reports = compile_gate.run_cases(cases, known=known)
+    compiled = [[outcome.statistics is not None for outcome in report.outcomes] for report in reports.values()]
+    assert compiled == [[True, False, True], [True, False, False]]
+
+
+def test_figures_of_another_compiler_or_other_rules_are_not_known(monkeypatch, tmp_path):
+    rules, compiler = gate_figures.rules(), gate_figures.compiler("triton")
+    monkeypatch.setattr(gate_figures, "FOLDER", tmp_path)
+    for given, expected in (((compiler, rules), {"a"}), ((compiler, "0"), set()), (("other", rules), set())):
+        kept = dict(zip(("compiler", "rules"), given), kernels={"x": {"key": "a"}, "y": {"registers": 3}})
+        (tmp_path / "triton.json").write_text(json.dumps(kept))
+        assert gate_figures.known_keys() == expected
 
 
 def test_launch_policy_answers_for_the_architecture():

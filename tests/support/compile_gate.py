@@ -162,10 +162,10 @@ def complaints(case: Case, launch: Launch, statistics: Statistics) -> list[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A launch of a case, what came of compiling it, and what is wrong with that."""
+    """A launch of a case, what came of compiling it (None: not compiled again), and what is wrong with that."""
 
     launch: Launch
-    statistics: Statistics
+    statistics: Statistics | None
     complaints: tuple[str, ...]
 
 
@@ -194,17 +194,29 @@ def _record(case: Case) -> list[Launch] | str:
         return f"{type(error).__name__}: {error}"
 
 
-def run_cases(chosen: Sequence[Case], processes: int | None = None) -> dict[str, Report]:
-    """Records and compiles the cases, equal launches once; reports by the case's text."""
+def run_cases(
+    chosen: Sequence[Case], processes: int | None = None, known: Collection[str] = frozenset()
+) -> dict[str, Report]:
+    """Records and compiles the cases, equal launches once; reports by the case's text.
+
+    Launches whose keys are ``known`` to have compiled within the limits are left out, but for one of each kernel and architecture.
+    """
     recorded = [(case, _record(case)) for case in chosen]
     launches = [launch for _, group in recorded if not isinstance(group, str) for launch in group]
-    statistics = compile_launches(launches, processes)
+    firsts = {(launch.name, launch.arch): launch.key for launch in reversed(launches)}
+    due = [launch for launch in launches if launch.key not in known or firsts[launch.name, launch.arch] == launch.key]
+    statistics = compile_launches(due, processes)
     reports = {}
     for case, group in recorded:
         if isinstance(group, str):
             reports[str(case)] = Report(case, (), group)
             continue
-        results = ((launch, statistics[launch.key]) for launch in group)
-        outcomes = tuple(Outcome(launch, got, tuple(complaints(case, launch, got))) for launch, got in results)
-        reports[str(case)] = Report(case, outcomes)
+        results = ((launch, statistics.get(launch.key)) for launch in group)
+        reports[str(case)] = Report(
+            case,
+            tuple(
+                Outcome(launch, got, () if got is None else tuple(complaints(case, launch, got)))
+                for launch, got in results
+            ),
+        )
     return reports

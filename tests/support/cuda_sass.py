@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -14,8 +16,25 @@ from tests.support.hot_loop import hot_loops
 from tests.support.occupancy import cuda_blocks
 from tests.support.sass import Statistics, count_instructions
 
-# PYTRANSFORMER_COMPILE_ARCHS=90 narrows them down, as it does for the Triton kernels.
-ARCHITECTURES = tuple(os.environ.get("PYTRANSFORMER_COMPILE_ARCHS", "80,90,100").split(","))
+FIGURES = ROOT / "benchmarks/results/gate/cuda.json"
+
+
+def sources() -> str:
+    """Of all that nvcc compiles, a hash."""
+    files = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def _architectures() -> tuple[str, ...]:
+    """PYTRANSFORMER_COMPILE_ARCHS=90 narrows them down, as it does for the Triton kernels; PYTRANSFORMER_COMPILE_CHANGED=1 to sm_90 where
+    the committed figures are of these sources."""
+    chosen = os.environ.get("PYTRANSFORMER_COMPILE_ARCHS")
+    if chosen is None and os.environ.get("PYTRANSFORMER_COMPILE_CHANGED") == "1":
+        chosen = "90" if json.loads(FIGURES.read_text()).get("sources") == sources() else None
+    return tuple((chosen or "80,90,100").split(","))
+
+
+ARCHITECTURES = _architectures()
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s*(\S+?):?$", re.MULTILINE)

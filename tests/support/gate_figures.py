@@ -6,6 +6,7 @@ meant; a kernel without figures fails: `make gate-figures` writes them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -14,12 +15,15 @@ from typing import Any
 
 import triton
 
+from tests.support import cuda_sass
 from tests.support.emulator import ROOT, builder
 from tests.support.hot_loop import Loop
 from tests.support.occupancy import blocks_per_sm
 from tests.support.sass import GLOBAL_128_BIT, GLOBAL_ACCESS, TENSOR_MEMORY_MMA, WARP_GROUP_MMA, Statistics
 
 FOLDER = ROOT / "benchmarks/results/gate"
+# What decides whether a compiled kernel passes, beside the compiler: with other rules each is compiled again.
+_RULES = ("compile_gate.py", "hot_loop.py", "occupancy.py", "sass.py")
 WARP_MMA = re.compile(r"[HIQ]MMA")
 LOCAL_ACCESS = re.compile(r"LDL|STL")
 # A change of more than this is said.
@@ -85,7 +89,7 @@ def figures(statistics: Statistics, arch: int) -> dict[str, Any]:
 
 def flat(kept: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of :func:`figures` by one name each, those of loops as "loop 0 integer"."""
-    numbers = {name: value for name, value in kept.items() if name != "loops" and value is not None}
+    numbers = {name: value for name, value in kept.items() if name not in ("loops", "key") and value is not None}
     loops = kept.get("loops", [])
     numbers["loops"] = len(loops)
     for number, loop in enumerate(loops):
@@ -94,12 +98,31 @@ def flat(kept: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def write(kind: str, kernels: Mapping[str, Statistics]) -> None:
-    """Makes these the committed figures of a kind."""
+def rules() -> str:
+    """Of the sources of the rules, a hash."""
+    texts = [(ROOT / "tests/support" / name).read_bytes() for name in _RULES]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
+def known_keys() -> frozenset[str]:
+    """Keys of the Triton launches that have passed with this compiler and these rules, as the committed figures say."""
+    committed = json.loads((FOLDER / "triton.json").read_text())
+    if (committed["compiler"], committed.get("rules")) != (compiler("triton"), rules()):
+        return frozenset()
+    return frozenset(kept["key"] for kept in committed["kernels"].values() if "key" in kept)
+
+
+def write(kind: str, kernels: Mapping[str, Statistics], passed: Mapping[str, str]) -> None:
+    """Makes these the committed figures of a kind; ``passed`` has the keys of those that are within the limits, by name."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    lines = [f"    {json.dumps(name)}: {json.dumps(figures(kernels[name], arch_of(name)))}" for name in sorted(kernels)]
-    text = f'{{\n  "compiler": {json.dumps(compiler(kind))},\n  "kernels": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
-    (FOLDER / f"{kind}.json").write_text(text)
+    lines = []
+    for name in sorted(kernels):
+        kept = ({"key": passed[name]} if name in passed else {}) | figures(kernels[name], arch_of(name))
+        lines.append(f"    {json.dumps(name)}: {json.dumps(kept)}")
+    head = f'{{\n  "compiler": {json.dumps(compiler(kind))},\n  "rules": {json.dumps(rules())},\n'
+    if kind == "cuda":
+        head += f'  "sources": {json.dumps(cuda_sass.sources())},\n'
+    (FOLDER / f"{kind}.json").write_text(head + '  "kernels": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 
 def compare(kind: str, kernels: Mapping[str, Statistics]) -> tuple[list[str], list[str]]:
