@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter
 
 Method = Callable[..., Any]
 
@@ -52,7 +54,7 @@ def block_type_init(original: Method) -> Method:
             self.element_ty = element_ty
             return
         original(self, element_ty, shape)
-        made[key] = dict(vars(self))
+        made[key] = {name: value for name, value in vars(self).items() if name in ("shape", "numel", "name")}
 
     return __init__
 
@@ -73,6 +75,8 @@ def broadcast_impl_value(original: Method) -> Method:
 
     @functools.wraps(original)
     def method(self: Any, lhs: Any, rhs: Any) -> Any:
+        if type(self) is not TritonSemantic:  # Gluon's shapes come with layouts
+            return original(self, lhs, rhs)
         left, right = lhs.type, rhs.type
         if not left.is_block() and not right.is_block():
             return lhs, rhs
@@ -140,7 +144,7 @@ def binary_op_sanitize_overflow_impl(original: Method) -> Method:
     return method
 
 
-def patch_attr(semantic: Any) -> Method:
+def patch_attr() -> Method:
     """``_patch_attr`` whose builtins replace their ``_semantic`` without a copy of all arguments by name."""
     asks_for_semantic = tl.core.builtin(lambda: None).__code__
 
@@ -149,7 +153,7 @@ def patch_attr(semantic: Any) -> Method:
             member = vars(member)["__wrapped__"]  # without the question whether there is a _semantic
 
         def builtin(*args: Any, **kwargs: Any) -> Any:
-            kwargs["_semantic"] = semantic
+            kwargs["_semantic"] = interpreter.interpreter_semantic
             return member(*args, **kwargs)
 
         scope.set_attr(owner, name, builtin)
@@ -172,4 +176,17 @@ def patch_builtin(is_builtin: Callable[[Any], bool], patch_attr: Method) -> Meth
     return _patch_builtin
 
 
-SEMANTICS = (broadcast_impl_value, cast, computation_type_impl, binary_op_sanitize_overflow_impl)
+def install(replace: Callable[[Any, str, Any], None]) -> None:
+    """Puts all of them in place by ``replace(owner, name, value)``."""
+    for owner, name, wrapper in (
+        (tl.core.tensor, "__init__", tensor_init),
+        (tl.core.block_type, "__init__", block_type_init),
+        (TritonSemantic, "broadcast_impl_value", broadcast_impl_value),
+        (TritonSemantic, "cast", cast),
+        (TritonSemantic, "computation_type_impl", computation_type_impl),
+        (TritonSemantic, "binary_op_sanitize_overflow_impl", binary_op_sanitize_overflow_impl),
+    ):
+        replace(owner, name, wrapper(getattr(owner, name)))
+    attr = patch_attr()
+    replace(interpreter, "_patch_attr", attr)
+    replace(interpreter, "_patch_builtin", patch_builtin(tl.core.is_builtin, attr))

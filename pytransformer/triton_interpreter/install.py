@@ -475,16 +475,7 @@ def _install_language(active: _Interpreter) -> None:
             found = np_dtypes[tt_dtype.name] = get_np_dtype(tt_dtype)
         return found
 
-    semantic = interpreter.interpreter_semantic
-    for owner, name, wrapper in (
-        (tl.core.tensor, "__init__", economy.tensor_init),
-        (tl.core.block_type, "__init__", economy.block_type_init),
-        *((type(semantic), wrapper.__name__, wrapper) for wrapper in economy.SEMANTICS),
-    ):
-        active.replace(owner, name, wrapper(getattr(owner, name)))
-    patch_attr = economy.patch_attr(semantic)
-    active.replace(interpreter, "_patch_attr", patch_attr)
-    active.replace(interpreter, "_patch_builtin", economy.patch_builtin(tl.core.is_builtin, patch_attr))
+    economy.install(active.replace)
     active.replace(interpreter, "_patch_lang_tensor", patch_tensor)
     active.replace(interpreter, "_patch_lang", patch_lang_once)
     active.replace(interpreter, "_get_np_dtype", cached_np_dtype)

@@ -108,7 +108,7 @@ class Problem:
 
     def row_blocks(self) -> Iterator[tuple[slice, slice]]:
         """(sequences, rows) of each block of queries."""
-        rows_per_block = self.seqlen_q if self.blocks is None else self.blocks.rows
+        rows_per_block = max(self.seqlen_q, 1) if self.blocks is None else self.blocks.rows
         for first in range(0, self.batch, self.sequences_per_tile):
             sequences = slice(first, min(self.batch, first + self.sequences_per_tile))
             for block in range(0, self.seqlen_q, rows_per_block):
