@@ -231,7 +231,10 @@ def calls_of(row: Mapping[str, str]) -> int:
 def contract_of(row: Mapping[str, str], backend: str, device: torch.device, gradients: bool = True) -> Contract:
     """Errors of the op, pooled, beside plain PyTorch's; the first call is made twice, for the same bits."""
     contract = Contract(DTYPES[row["dtype"]])
-    for seed in range(calls_of(row)):
+    for seed in range(2 * SEEDS):
+        # A gradient of few numbers, most of them hidden, is one draw's luck: in doubt there are more.
+        if seed >= calls_of(row) and not contract.failures():
+            break
         inputs = inputs_of(row, seed, device)
         golden, golden_gradients = run_reference(inputs, torch.float64)
         plain, plain_gradients = run_reference(inputs)
