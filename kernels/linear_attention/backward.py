@@ -75,14 +75,15 @@ class LinearBackward:
         absent += [name for name, size in new.items() if size is None]
         strides = {name: strides_of(getattr(given, name)) for name in ("q", "k", "v", "dout", "out")}
         strides |= {name: new_row_strides(new[name]) for name in rows_of}  # type: ignore[arg-type]
+        rows = list(strides.values())
         of_states = ("state", "normalizer", "dlast_state", "dlast_normalizer")
         strides |= {name: state_strides(getattr(given, name)) for name in of_states}
         common = {
-            "traits": traits_of(given, shape, allow_tf32),
+            "traits": traits_of(given, shape, allow_tf32, *rows),
             "stride_decay": 0 if given.decay is None else given.decay.stride(0),
             "num_heads": shape.num_heads,
             "num_kv_heads": shape.num_kv_heads,
-            **tiles_of(config, *(strides[name] for name in ("q", "k", "v", "dout", "out", "dq", "dk", "dv"))),
+            **tiles_of(config, *rows),
         }
         passes = Passes(_NAMES, strides, common, absent)
         roles = {

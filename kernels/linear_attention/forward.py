@@ -68,8 +68,9 @@ class LinearForward:
         strides = {name: strides_of(getattr(call, name)) for name in ("q", "k", "v")}
         strides |= {name: state_strides(getattr(call, name)) for name in ("state", "normalizer")}
         strides["out"] = new_row_strides(out_shape)
+        rows = [strides[name] for name in ("q", "k", "v", "out")]
         common = {
-            "traits": traits_of(call, shape, allow_tf32),
+            "traits": traits_of(call, shape, allow_tf32, *rows),
             "stride_decay": 0 if call.decay is None else call.decay.stride(0),
             "num_heads": shape.num_heads,
             "num_kv_heads": shape.num_kv_heads,
@@ -81,7 +82,7 @@ class LinearForward:
         config = config or linear_config(shape.head_dim, shape.value_dim, q.dtype, device_limits(q.device).arch)
         num_chunks = cdiv(shape.seqlen_k, config.chunk)
         self._new_states = maker(q, shape.states(num_chunks), torch.float32)
-        common |= tiles_of(config, *(strides[name] for name in ("q", "k", "v", "out")))
+        common |= tiles_of(config, *rows)
         self._launches = [
             *states_of_keys(passes, shape, config, num_chunks),
             rows_launch(passes, shape, config, "out", num_chunks),

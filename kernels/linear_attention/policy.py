@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,10 @@ def linear_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) 
     width = max(head_dim, value_dim)
     chunk = 128 if width <= 64 else 256
     if dtype == torch.float32:
-        # Exact products run on the FMA units, whose operands lie in registers for the whole depth of a dot: dq spilled 420 bytes by four.
+        # Exact products run on the FMA units, whose operands lie in registers for the whole depth of a dot: by four
+        # warps dq spilled 420 bytes, and dv 44 at 256 features.
         block_f, block_e = (min(limit, max(16, next_power_of_2(width))) for limit in (32, 64))
-        return LinearConfig(chunk, 32, block_f, block_e, 4, 1, 8)
+        return LinearConfig(chunk, 32, block_f, block_e, 8, 1, 8)
     # 64 × 128 results and 64 × 64 products by four warps are 96 registers of a thread: out takes 230, dv 244; dq and dk, which go back
     # through the feature map and have a gradient of the decay, spill 60 bytes so, and take 222 by eight. mma.sync's operands lie in
     # registers too: dq spills 112 bytes by eight warps on sm_80.
@@ -100,8 +102,8 @@ def geometry(call: LinearAttentionCall) -> Geometry:
     return Geometry(batch, num_heads, call.k.shape[2], seqlen_q, call.k.shape[1], head_dim, call.v.shape[-1])
 
 
-def traits_of(call: LinearAttentionCall, shape: Geometry, allow_tf32: bool) -> Traits:
-    """The constants of a call."""
+def traits_of(call: LinearAttentionCall, shape: Geometry, allow_tf32: bool, *strides: RowStrides) -> Traits:
+    """The constants of a call, whose rows have these strides."""
     dtype, has_decay = call.q.dtype, call.decay is not None
     # Features of 16 bits times a power of the decay have more digits than one such number holds. Those of elu have been rounded to it
     # once, beside which two are exact; given ones are exact themselves and take three.
@@ -117,6 +119,7 @@ def traits_of(call: LinearAttentionCall, shape: Geometry, allow_tf32: bool) -> T
         "SCALED": dtype == torch.float16,
         "PRECISION": dot_precision(dtype, allow_tf32),
         "PARTS": parts,
+        "ALIGNMENT": math.gcd(16, *(stride for of_tensor in strides for stride in of_tensor)),
     }
     return Traits(**{name: tl.constexpr(value) for name, value in constants.items()})
 
@@ -126,9 +129,16 @@ def tiles_of(config: LinearConfig, *strides: RowStrides) -> dict[str, Any]:
     return {
         "CHUNK": config.chunk,
         "BLOCK_ROWS": config.block_rows,
-        "BLOCK_F": config.block_f,
-        "BLOCK_E": config.block_e,
         "WIDE": needs_wide_offsets(config.block_rows, *strides),
+    }
+
+
+def tile_of(config: LinearConfig, depth: int, width: int) -> dict[str, int]:
+    """The constants of a tile of a product that contracts ``depth`` features into ``width`` columns, or of a state of so many features
+    and values: where values are fewer than features, results and states of values need fewer columns than those of features."""
+    return {
+        "BLOCK_F": min(config.block_f, max(16, next_power_of_2(depth))),
+        "BLOCK_E": min(config.block_e, max(16, next_power_of_2(width))),
     }
 
 

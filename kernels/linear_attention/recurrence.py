@@ -11,11 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..attention.tile import row_offset
 from ..launch import cdiv, next_power_of_2
 from ..prepared import PreparedLaunch
 from .policy import RECURRENCE_COLUMNS, RECURRENCE_WARPS, Geometry, Passes
-from .tile import locate, log2_of_decay, power
+from .tile import locate, log2_of_decay, power, row_begin
 
 
 @triton.jit
@@ -53,16 +52,18 @@ def linear_attention_recurrence_kernel(
     for token in range(seqlen):
         row = tl.cast(token, tl.int64)
         k = load_vector(
-            k_ptr + row_offset(k_strides, here.batch, row, here.kv_head), offs_f, traits.HEAD_DIM, True, traits
+            k_ptr + row_begin(k_strides, here.batch, row, here.kv_head, traits), offs_f, traits.HEAD_DIM, True, traits
         )
         v = load_vector(
-            v_ptr + row_offset(v_strides, here.batch, row, here.kv_head), offs_e, traits.VALUE_DIM, False, traits
+            v_ptr + row_begin(v_strides, here.batch, row, here.kv_head, traits), offs_e, traits.VALUE_DIM, False, traits
         )
         state = decay * state + k[:, None] * v[None, :]
         normalizer = decay * normalizer + k
         for member in range(traits.HEADS_PER_KV):
             head = here.kv_head * traits.HEADS_PER_KV + member
-            q = load_vector(q_ptr + row_offset(q_strides, here.batch, row, head), offs_f, traits.HEAD_DIM, True, traits)
+            q = load_vector(
+                q_ptr + row_begin(q_strides, here.batch, row, head, traits), offs_f, traits.HEAD_DIM, True, traits
+            )
             out = tl.sum(q[:, None] * state, 0)
             if traits.NORMALIZE:
                 denominator = tl.sum(q * normalizer, 0)
@@ -70,7 +71,7 @@ def linear_attention_recurrence_kernel(
                 if tile_e == 0:
                     slot = here.batch * num_kv_heads * traits.HEADS_PER_KV + head
                     tl.store(denominator_ptr + slot * seqlen + token, denominator)
-            out_row_ptr = out_ptr + row_offset(out_strides, here.batch, row, head)
+            out_row_ptr = out_ptr + row_begin(out_strides, here.batch, row, head, traits)
             tl.store(out_row_ptr + offs_e, out.to(out_ptr.dtype.element_ty), mask=offs_e < traits.VALUE_DIM)
     last_state_ptr += here.slot * (traits.HEAD_DIM * traits.VALUE_DIM)
     tl.store(last_state_ptr + offs_f[:, None] * traits.VALUE_DIM + offs_e[None, :], state, mask=inside)

@@ -17,11 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..attention.tile import row_offset, store_tile, tile_offsets
+from ..attention.tile import tile_offsets
 from ..launch import cdiv
 from ..prepared import PreparedLaunch
-from .policy import Geometry, LinearConfig, Passes
-from .tile import load_features, locate, log2_of_decay, multiply, multiply_by_state, power, slope
+from .policy import Geometry, LinearConfig, Passes, tile_of
+from .tile import load_features, locate, log2_of_decay, multiply, multiply_by_state, power, row_begin, slope, store_rows
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def linear_attention_rows_kernel(
     offs_row = tile_offsets(BLOCK_ROWS, WIDE)
     rows = start + tl.arange(0, BLOCK_ROWS)
     offs_e = tile_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    row_ptr += row_offset(row_strides, here.batch, start.to(tl.int64), here.row_head)
+    row_ptr += row_begin(row_strides, here.batch, start.to(tl.int64), here.row_head, traits)
     SIZE: tl.constexpr = traits.HEAD_DIM * (traits.VALUE_DIM + 1)
     if traits.CAUSAL:
         states_ptr += (here.slot * num_chunks + chunk) * SIZE
@@ -104,7 +104,7 @@ def linear_attention_rows_kernel(
             age = end - 1 - rows
         gradient = tl.zeros([BLOCK_ROWS], tl.float32)
         if partial_ptr is not None:
-            base_tile_ptr = base_ptr + row_offset(base_strides, here.batch, start.to(tl.int64), here.row_head)
+            base_tile_ptr = base_ptr + row_begin(base_strides, here.batch, start.to(tl.int64), here.row_head, traits)
             base = load_features(base_tile_ptr, base_strides.seq, rows_left, offs_row, offs_e, E, True, traits)
             gradient += tl.sum(base.to(tl.float32) * acc, 1) * slope(log2_decay, age, traits)
         weight = power(log2_decay, age, traits)
@@ -127,8 +127,8 @@ def linear_attention_rows_kernel(
                 others = other_start + tl.arange(0, BLOCK_ROWS)
                 others_left = seqlen - other_start
                 at = tl.cast(other_start, tl.int64)
-                other_tile_ptr = other_ptr + row_offset(other_strides, here.batch, at, head)
-                value_tile_ptr = value_ptr + row_offset(value_strides, here.batch, at, head)
+                other_tile_ptr = other_ptr + row_begin(other_strides, here.batch, at, head, traits)
+                value_tile_ptr = value_ptr + row_begin(value_strides, here.batch, at, head, traits)
                 products = tl.zeros([BLOCK_ROWS, BLOCK_ROWS], tl.float32)
                 for part in range(0, F, BLOCK_F):
                     offs_f = part + tl.arange(0, BLOCK_F)
@@ -173,13 +173,13 @@ def linear_attention_rows_kernel(
     if OF_FEATURES:
         acc *= inverse[:, None]
         if traits.ELU:
-            tile_ptr = base_ptr + row_offset(base_strides, here.batch, start.to(tl.int64), here.row_head)
+            tile_ptr = base_ptr + row_begin(base_strides, here.batch, start.to(tl.int64), here.row_head, traits)
             raw = load_features(tile_ptr, base_strides.seq, rows_left, offs_row, offs_e, E, False, traits).to(
                 tl.float32
             )
             acc *= tl.where(raw > 0.0, 1.0, tl.exp(raw))
-    out_ptr += row_offset(out_strides, here.batch, start.to(tl.int64), here.row_head)
-    store_tile(out_ptr, out_strides.seq, rows_left, offs_row, offs_e, acc, E, BLOCK_E * tiles_e)
+    out_ptr += row_begin(out_strides, here.batch, start.to(tl.int64), here.row_head, traits)
+    store_rows(out_ptr, out_strides.seq, rows_left, offs_row, offs_e, acc, E, traits)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- launch
@@ -200,20 +200,23 @@ def rows_launch(
     programs = num_programs(shape, config, result)
     if programs == 0:
         return None
-    are_keys = result in ("dk", "dv")
+    are_keys, of_features = result in ("dk", "dv"), result in ("dq", "dk")
+    dims = (shape.head_dim, shape.value_dim)
     seqlen = shape.seqlen_k if are_keys else shape.seqlen_q
     values = {
         "num_row_heads": shape.num_kv_heads if are_keys else shape.num_heads,
         "seqlen": seqlen,
         "num_tiles": cdiv(seqlen, config.block_rows),
         "num_chunks": num_chunks,
-        "OF_FEATURES": result in ("dq", "dk"),
+        "OF_FEATURES": of_features,
         "ROWS_ARE_KEYS": are_keys,
+        **(tile_of(config, *dims[::-1]) if of_features else tile_of(config, *dims)),
     }
-    num_warps = config.more_warps if result in ("dq", "dk") else config.num_warps
+    num_warps = config.more_warps if of_features else config.num_warps
+    num_stages = 1 if result == "dk" else config.num_stages  # as of the chunks' gradients (states.py)
     return PreparedLaunch(
         linear_attention_rows_kernel,
-        *passes.arguments(linear_attention_rows_kernel, programs, _ROLES[result], values, num_warps, config.num_stages),
+        *passes.arguments(linear_attention_rows_kernel, programs, _ROLES[result], values, num_warps, num_stages),
     )
 
 

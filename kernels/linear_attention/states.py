@@ -16,11 +16,11 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from ..attention.tile import row_offset, tile_offsets
+from ..attention.tile import tile_offsets
 from ..launch import cdiv
 from ..prepared import PreparedLaunch
-from .policy import SCAN_BLOCK, SCAN_WARPS, Geometry, LinearConfig, Passes
-from .tile import load_features, locate, log2_of_decay, outer_products, power, slope
+from .policy import SCAN_BLOCK, SCAN_WARPS, Geometry, LinearConfig, Passes, tile_of
+from .tile import load_features, locate, log2_of_decay, outer_products, power, row_begin, slope
 
 
 @triton.jit(do_not_specialize=["num_row_heads", "num_kv_heads", "seqlen", "num_chunks"])
@@ -51,8 +51,8 @@ def linear_attention_chunk_kernel(
         if OF_GRADIENT:
             head = here.kv_head * traits.HEADS_PER_KV + member
         statistic = (here.batch * num_row_heads + head) * seqlen + first
-        x_head_ptr = x_ptr + row_offset(x_strides, here.batch, first.to(tl.int64), head)
-        y_head_ptr = y_ptr + row_offset(y_strides, here.batch, first.to(tl.int64), head)
+        x_head_ptr = x_ptr + row_begin(x_strides, here.batch, first.to(tl.int64), head, traits)
+        y_head_ptr = y_ptr + row_begin(y_strides, here.batch, first.to(tl.int64), head, traits)
         for start in range(0, length, BLOCK_ROWS):
             rows = start + tl.arange(0, BLOCK_ROWS)
             rows_left = length - start
@@ -190,10 +190,13 @@ def chunk_launch(
         "seqlen": shape.seqlen_q if of_gradient else shape.seqlen_k,
         "num_chunks": num_chunks,
         "OF_GRADIENT": of_gradient,
+        **tile_of(config, shape.head_dim, shape.value_dim),
     }
+    # With two stages ptxas serialises the products of the gradients, which go through two loops (C7515).
+    num_stages = 1 if of_gradient else config.num_stages
     return PreparedLaunch(
         linear_attention_chunk_kernel,
-        *passes.arguments(linear_attention_chunk_kernel, programs, roles, values, config.more_warps, config.num_stages),
+        *passes.arguments(linear_attention_chunk_kernel, programs, roles, values, config.more_warps, num_stages),
     )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..attention.tile import row_offset, tile_offsets
+from ..attention.tile import tile_offsets
 from ..launch import cdiv, next_power_of_2
 from ..prepared import PreparedLaunch
 from .policy import STATISTICS_ROWS, Geometry, Passes
-from .tile import load_features
+from .tile import load_features, row_begin
 
 
 @triton.jit(do_not_specialize=["num_row_heads", "seqlen", "num_tiles"])
@@ -29,11 +29,11 @@ def linear_attention_statistics_kernel(
     rows, rows_left = start + tl.arange(0, BLOCK_ROWS), seqlen - start
     at = start.to(tl.int64)
     dout = load_features(
-        dout_ptr + row_offset(dout_strides, batch, at, head), dout_strides.seq, rows_left, offs_row, offs_e,
+        dout_ptr + row_begin(dout_strides, batch, at, head, traits), dout_strides.seq, rows_left, offs_row, offs_e,
         traits.VALUE_DIM, False, traits,
     )  # fmt: skip
     out = load_features(
-        out_ptr + row_offset(out_strides, batch, at, head), out_strides.seq, rows_left, offs_row, offs_e,
+        out_ptr + row_begin(out_strides, batch, at, head, traits), out_strides.seq, rows_left, offs_row, offs_e,
         traits.VALUE_DIM, False, traits,
     )  # fmt: skip
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..attention.tile import row_offset
+
 
 class Traits(NamedTuple):
     """The constants that say what a call is, constexprs all of them.
 
     ELU: features are elu(x) + 1, else x itself. SCALED: operands are float16, whose range products of features leave. PRECISION: of
-    float32 products. PARTS: how many 16-bit numbers make up a feature times a power of the decay.
+    float32 products. PARTS: how many 16-bit numbers make up a feature times a power of the decay. ALIGNMENT: divides the strides of rows.
+    Triton looks no further than whether 16 does, but rows of 40 values of 16 bits still begin at multiples of 16 bytes.
     """
 
     HEADS_PER_KV: Any
@@ -28,6 +31,7 @@ class Traits(NamedTuple):
     SCALED: Any
     PRECISION: Any
     PARTS: Any
+    ALIGNMENT: Any
 
 
 class Head(NamedTuple):
@@ -81,15 +85,30 @@ def slope(log2_decay, exponent, traits):
 
 
 @triton.jit
+def row_begin(strides, batch, row, head, traits):
+    """Where a row of a head begins."""
+    return tl.multiple_of(row_offset(strides, batch, row, head), traits.ALIGNMENT)
+
+
+@triton.jit
 def load_features(ptr, stride, rows_left, offs_row, offs_dim, DIM: tl.constexpr, IS_MAPPED: tl.constexpr, traits):
     """Rows in their dtype from ``ptr`` on, IS_MAPPED those of their features; 0 for features from DIM on, whatever φ(0) is."""
     inside = (offs_row[:, None] < rows_left) & (offs_dim[None, :] < DIM)
-    x = tl.load(ptr + (offs_row[:, None] * stride + offs_dim[None, :]), mask=inside, other=0.0)
+    offsets = tl.multiple_of(offs_row * stride, traits.ALIGNMENT)
+    x = tl.load(ptr + (offsets[:, None] + offs_dim[None, :]), mask=inside, other=0.0)
     if IS_MAPPED and traits.ELU:
         wide = x.to(tl.float32)
         # Not exp(x) - 1 + 1, of which a feature far below 1 would keep few digits.
         x = tl.where(inside, tl.where(wide > 0.0, wide + 1.0, tl.exp(wide)), 0.0).to(x.dtype)
     return x
+
+
+@triton.jit
+def store_rows(ptr, stride, rows_left, offs_row, offs_dim, value, DIM: tl.constexpr, traits):
+    """Rows in the tensor's dtype from ``ptr`` on, less the features from DIM on."""
+    inside = (offs_row[:, None] < rows_left) & (offs_dim[None, :] < DIM)
+    offsets = tl.multiple_of(offs_row * stride, traits.ALIGNMENT)
+    tl.store(ptr + (offsets[:, None] + offs_dim[None, :]), value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -38,8 +38,8 @@ FAULTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "rows behind the last loaded": (
         "tile",
-        "(offs_row[:, None] < rows_left) & (offs_dim",
-        "(offs_row[:, None] >= 0) & (offs_dim",
+        "mask=inside, other=0.0)",
+        "mask=(offs_row[:, None] >= 0) & (offs_dim[None, :] < DIM), other=0.0)",
         PLAIN,
     ),
     "decay one step late": ("rows", "age = rows - first + 1", "age = rows - first", DECAYED),

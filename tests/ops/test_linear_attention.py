@@ -222,13 +222,13 @@ def test_compiles_whole(dynamic: bool, device: torch.device) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for seqlen in (5, CHUNK + 3):
+    # A graph for each number of chunks, of which those of unknown lengths take the compiler long: there one, without its backward pass.
+    for seqlen in (5, 7) if dynamic else (CHUNK + 3,):
         given = (
             *draw(device, seqlen=seqlen),
             torch.tensor([0.9, 0.5], device=device),
             *draw_with_state(device, FLOAT32, 1)[3:],
         )
-        # The graphs of unknown lengths take half a minute with their backward passes, which the other case compares.
         with torch.set_grad_enabled(not dynamic):
             expected, actual = step(*given), compiled(*given)
         torch.testing.assert_close(actual, expected)

@@ -22,6 +22,9 @@ MAX_SPILL_BYTES = 16
 KNOWN_COMPLAINTS = {
     # ptxas stops at 64 registers; what it puts on the stack is read and written outside of the loop, which the gate holds to none.
     ("3.9", "attention_bias_gradient-float32-d64-sm_80"): "spills 24 bytes",
+    # Gradients of few features: ptxas puts waits between products that share registers. Neither one stage nor four warps changed that.
+    ("3.9", "linear_attention-bfloat16-d64-sm_90"): "ptxas warns: ptxas-blackwell info    : (C751",
+    ("3.9", "linear_attention-bfloat16-d80-given-sm_90"): "ptxas warns: ptxas-blackwell info    : (C7517)",
     # 128 rows of 256 values fill the registers; it keeps some of what is used before the loop on the stack.
     ("3.6", "attention_forward-bfloat16-d256-causal-sm_90"): "spills 72 bytes",
     # All options at once: it waits for each product before the next.

@@ -34,20 +34,18 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         if backward:
             linear_backward(call, results, torch.empty_like(results[0]), allow_tf32=tf32)
 
+    # A kernel costs CI seconds, so that each variant is met once: without decay, with it, of given features, in float32; widths beyond
+    # one tile differ in how many there are, and float16 in how the same products are scaled.
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
     yield "linear_attention-bfloat16-d64", functools.partial(launch, (64, 64), bfloat16)
     yield "linear_attention-bfloat16-d128-decay", functools.partial(launch, (128, 128), bfloat16, decay=True)
-    yield "linear_attention-bfloat16-d256", functools.partial(launch, (256, 256), bfloat16, decay=True, has_state=True)
     given = {"feature_map": None, "normalize": False}
     yield "linear_attention-bfloat16-d80-given", functools.partial(launch, (80, 40), bfloat16, decay=True, **given)
-    yield "linear_attention-bfloat16-d128-full", functools.partial(launch, (128, 128), bfloat16, causal=False)
-    yield "linear_attention-float16-d128-decay", functools.partial(launch, (128, 128), float16, decay=True)
-    yield "linear_attention-float32-d64-decay", functools.partial(launch, (64, 64), float32, decay=True)
     yield "linear_attention-float32-d256", functools.partial(launch, (256, 256), float32, decay=True)
-    yield "linear_attention-float32-d128-tf32", functools.partial(launch, (128, 128), float32, tf32=True)
+    forward = functools.partial(launch, (128, 128), backward=False)
+    yield "linear_attention-float16-d128-decay-forward", functools.partial(forward, float16, decay=True)
     decode = functools.partial(launch, seqlen=1, decay=True, has_state=True, backward=False)
     yield "linear_attention-bfloat16-d128-decoding", functools.partial(decode, (128, 128), bfloat16)
-    yield "linear_attention-float32-d256-decoding", functools.partial(decode, (256, 256), float32)
 
 
 def wgmma_kernels(case_name: str) -> tuple[str, ...]:
