@@ -75,7 +75,7 @@ def test_hot_loops_stay_out_of_local_memory(kernels):
 def test_blocks_that_are_compiled_in_are_known(kernels):
     """Two attention forward blocks of 4 warps share an SM of sm_90 up to a width of 128, as forward.cuh says."""
     for name, got in kernels.items():
-        if re.search(r"attention_(forward|backward_d\w+)_kernel|decode_kernel", name):
+        if re.search(r"attention_(forward|backward_d\w+)_kernel|decode_split", name):
             figures = gate_figures.figures(got, gate_figures.arch_of(name))
             assert got.num_warps > 0 and figures["blocks_per_sm"] >= 1, name
             if "attention_forward_kernel" in name and ", 256" not in name:

@@ -85,7 +85,7 @@ def _deciding(kernel: str) -> tuple[str, str]:
     name, _, rest = kernel.split("::")[-1].partition("<")
     arguments = rest.rstrip(">").split(", ")
     width = next((argument for argument in arguments if argument.isdigit()), "")
-    if name != "decode_kernel":
+    if name != "decode_split_kernel":
         return name, width
     return name, f"{'plain' if arguments[0] == arguments[1] else 'widened'} {width}"
 
