@@ -253,5 +253,5 @@ CASES: dict[str, tuple[Callable[[int, int], object], int, str]] = {
     "attention, packed": (_attention_packed, 2, "causal masking of one query masks nothing"),
     "decode": (_decode, 2, "one split needs no scratch"),
     "decode, paged": (_decode_paged, 2, "one split needs no scratch"),
-    "decode, int8": (_decode_quantised, 1, ""),
+    "decode, int8": (_decode_quantised, 2, "one split needs no scratch"),
 }

@@ -198,8 +198,8 @@ ptxas info    : Used 168 registers, used 1 barriers, 24 bytes cumulative stack s
 
 def test_kernels_held_to_the_issue_ratio_exist():
     """A kernel that was renamed would be held to nothing."""
-    launched = set().union(*map(compile_gate.kernels_of, compile_gate.ops()))
-    assert launched >= compile_gate.STREAMING
+    sources = [path.read_text() for path in compile_gate.KERNELS.rglob("*.py")]
+    assert all(any(f"def {name}(" in source for source in sources) for name in compile_gate.STREAMING)
 
 
 def test_launched_kernels_are_found_in_the_source(tmp_path):
