@@ -13,6 +13,7 @@ from pytransformer.ops.attention import attention
 from pytransformer.verification import SEEDS, Contract
 from tests.combinations.pairwise import Impossible, Row, covering_array
 from tests.kernels.attention_contract import Case, Inputs, draw, run_reference
+from tests.support.draws import pool
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "dtype": ("bfloat16", "float32", "float16"),
@@ -231,10 +232,8 @@ def calls_of(row: Mapping[str, str]) -> int:
 def contract_of(row: Mapping[str, str], backend: str, device: torch.device, gradients: bool = True) -> Contract:
     """Errors of the op, pooled, beside plain PyTorch's; the first call is made twice, for the same bits."""
     contract = Contract(DTYPES[row["dtype"]])
-    for seed in range(2 * SEEDS):
-        # A gradient of few numbers, most of them hidden, is one draw's luck: in doubt there are more.
-        if seed >= calls_of(row) and not contract.failures():
-            break
+
+    def add(seed: int) -> None:
         inputs = inputs_of(row, seed, device)
         golden, golden_gradients = run_reference(inputs, torch.float64)
         plain, plain_gradients = run_reference(inputs)
@@ -245,4 +244,6 @@ def contract_of(row: Mapping[str, str], backend: str, device: torch.device, grad
                 assert torch.equal({**again[0], **again[1]}[name], value), f"{name} differs between two runs"
         contract.add_all(outputs, plain, golden)
         contract.add_all(found, plain_gradients, golden_gradients, kind="gradient")
-    return contract
+
+    # A gradient of few numbers, most of them hidden, is one draw's luck: in doubt there are more.
+    return pool(contract, add, calls_of(row), 2 * SEEDS)

@@ -26,7 +26,7 @@ from transformers.models.t5 import T5Config, T5ForConditionalGeneration
 from pytransformer import TransformerConfig
 from pytransformer.reference import EncoderDecoder, Transformer
 from pytransformer.verification import Contract
-from tests.support.draws import hold
+from tests.support.draws import pool
 
 VOCAB, HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE = 40, 16, 4, 4, 24
 TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -327,7 +327,7 @@ def test_logits_and_gradients_equal_transformers(family, device):
             for name, *found in zip(("logits", "gradient"), other, plain, exact, strict=True):
                 contract.add(name, **dict(zip(("actual", "plain", "golden"), found)))
 
-        hold(contract, add, 1)
+        pool(contract, add, 1).check()
 
 
 def outputs(model, call, real):

@@ -29,7 +29,7 @@ from pytransformer.generation import generate
 from pytransformer.model.families import Family, find_family, mapping, read_config, write_config
 from pytransformer.model.families.family import COMMON
 from pytransformer.verification.contract import SEEDS, Contract
-from tests.support.draws import hold
+from tests.support.draws import pool
 
 # The bound: largest error of float32 logits as a part of their largest magnitude.
 LOGITS_ERROR = 2e-5
@@ -304,7 +304,7 @@ def gradients(case: Case) -> None:
         assert names <= set(plain), f"not compared: {sorted(names - set(plain))}"
         contract.add_all({name: actual[name] for name in names}, plain, both.golden(index)[1], kind="gradient")
 
-    hold(contract, add, DRAWS)
+    pool(contract, add, DRAWS).check()
 
 
 def backward(model: torch.nn.Module, output: Tensor) -> dict[str, Tensor]:
