@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from pytransformer import reference
 from pytransformer.ops.attention import attention, by_torch
 from pytransformer.ops.attention.blocks import Blocks, portions
-from pytransformer.verification import measure
+from pytransformer.verification import SEEDS, Contract, measure
 from pytransformer.verification.cases import FLOATS
 from tests.ops.attention_cases import bias_with_holes, case, packed_qkv, qkv
 
@@ -219,15 +220,18 @@ def test_func_and_autocast(device):
 
 
 def test_a_kept_launch_reads_the_mask_anew(device):
-    """The second and third call are like the first in all but the values of the mask."""
+    """The calls are like the first in all but the values of the mask."""
     tensors = [tensor.to(device, torch.bfloat16) for tensor in qkv(1, 32, 32, 1, 1).values()]
-    for seed in range(3):
+    contract = Contract(torch.bfloat16)
+    for seed in range(SEEDS):
         torch.manual_seed(seed)
-        listed = torch.rand(1, 1, 2, 2, device=device) < 0.5
-        found, expected = (
-            attention(*tensors, block_mask=listed, block_size=16, backend=backend) for backend in ("triton", "torch")
+        blocks = {"block_mask": torch.rand(1, 1, 2, 2, device=device) < 0.5, "block_size": 16}
+        found = attention(*tensors, **blocks, backend="triton")
+        plain, golden = (
+            reference.attention(*(t.to(dtype) for t in tensors), **blocks) for dtype in (torch.bfloat16, torch.float64)
         )
-        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+        contract.add("out", actual=found, plain=plain, golden=golden)
+    contract.check()
 
 
 def test_nothing_to_attend_to_in_packed_sequences(device):
