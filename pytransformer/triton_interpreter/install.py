@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from . import arithmetic, assembly, casts, economy, reductions
+from . import arithmetic, assembly, casts, economy, language, reductions
 from .errors import KernelFault, UnsupportedTritonError
 from .memory import Access, LaunchMemory, named_tensors, strip
 
@@ -83,8 +83,13 @@ class _Launch:
     memory: LaunchMemory | None = None
     # Linear program numbers in the order in which they run; None for the natural order.
     order: list[int] | None = None
-    # Sets of language modules that have been pointed at the interpreter already.
-    patched: set[frozenset[int]] = dataclasses.field(default_factory=set)
+    # Sets of language modules that have been pointed at the interpreter already, and how each becomes itself again.
+    patched: dict[frozenset[int], Any] = dataclasses.field(default_factory=dict)
+
+    def restore(self) -> None:
+        """Gives the language back as it was before the launch, the last change first."""
+        while self.patched:
+            self.patched.popitem()[1].restore()
 
 
 class _Interpreter:
@@ -203,12 +208,14 @@ def launched(arguments: Iterable[tuple[str, Any]]) -> Iterator[LaunchMemory]:
     active = _active
     assert active is not None
     tensors = [item for name, value in arguments for item in named_tensors(name, value)]
+    language.restore()
     outer, active.launch = active.launch, _Launch()
     memory = LaunchMemory(tensors, bounds=active.options.bounds, races=active.options.races)
     active.launch.memory = memory
     try:
         yield memory
     finally:
+        active.launch.restore()
         active.launch = outer
 
 
@@ -461,12 +468,12 @@ def _install_language(active: _Interpreter) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def patch_lang_once(fn: Any) -> Any:
-        # The stock interpreter points the language at itself anew in every call of a device function.
+        # The stock interpreter points the language at itself anew in every call of a device function, and leaves it so: tl.sum
+        # is one, and its module is not the kernel's. Here all is undone with the launch, whose scope is the first.
         modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
-        if modules and modules in active.launch.patched:
-            return None
-        active.launch.patched.add(modules)
-        return patch_lang(fn)
+        if modules not in active.launch.patched:
+            active.launch.patched[modules] = patch_lang(fn)
+        return active.launch
 
     def cached_np_dtype(tt_dtype: Any) -> Any:
         # The stock function builds its table of all types in every call, several times in every operation.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from pytransformer import triton_interpreter
 from pytransformer.gluon_interpreter import launch
 from pytransformer.triton_interpreter import RaceError
 
@@ -138,3 +141,20 @@ def test_what_has_no_meaning_here_raises() -> None:
         launch(_joined, (1,), torch.zeros(1))
     with pytest.raises(ValueError, match=r"shape \[128\] is no condition, at test_language.py:\d+ in _condition"):
         launch(_condition, (1,), torch.zeros(1))
+
+
+@triton.jit
+def _total(x, out, N: tl.constexpr):
+    tl.store(out, tl.sum(tl.load(x + tl.arange(0, N))))
+
+
+def test_launches_of_the_stock_interpreter_leave_nothing_behind() -> None:
+    # Triton's own interpreter leaves the functions of triton.language.core pointed at itself after a kernel with tl.sum.
+    triton_interpreter.uninstall()
+    try:
+        _total[(1,)](torch.ones(8), torch.zeros(1), 8)
+    finally:
+        triton_interpreter.install()
+    x, out = torch.randn(50), torch.zeros(100)
+    launch(_masked, (1,), x, out, 50)
+    torch.testing.assert_close(out[:50], x.exp2())

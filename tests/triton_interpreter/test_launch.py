@@ -205,6 +205,24 @@ def _snapshot() -> dict[tuple[str, str], object]:
     }
 
 
+def test_the_language_is_itself_again_after_a_kernel_that_sums():
+    # Triton 3.9's interpreter leaves triton.language.core patched for good after a call of tl.sum, whose module is not the kernel's;
+    # Gluon's tensors, whose operators are found there, were then taken for Triton's.
+    def patched() -> list[str]:
+        owners = (tl, tl.core, tl.math, tl.core.tensor, tl.core.tensor_descriptor_base)
+        return [f"{owner}.{name}" for owner in owners for name, value in vars(owner).items() if _is_patched(value)]
+
+    assert patched() == []
+    out = torch.zeros(1)
+    _row_sum_kernel[(1,)](torch.ones(8), out, 8, True, 8)
+    assert out.item() == 8
+    assert patched() == []
+
+
+def _is_patched(value: object) -> bool:
+    return "_patch" in getattr(value, "__qualname__", "")
+
+
 def test_uninstall_restores_the_stock_interpreter():
     try:
         triton_interpreter.uninstall()
