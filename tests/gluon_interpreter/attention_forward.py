@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pytransformer.gluon_interpreter import Schedule, Trace, launch
-from tests.gluon_interpreter.names import async_load, async_store
+from pytransformer.kernels.hopper.names import async_load, async_store
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 ROWS = 64  # queries of one consumer

@@ -15,7 +15,8 @@ from pytransformer.gluon_interpreter import (
     PhaseError,
     SharedRaceError,
 )
-from tests.gluon_interpreter.names import async_load, needs_inline_asm
+from pytransformer.kernels.hopper.names import async_load
+from tests.gluon_interpreter.names import needs_inline_asm
 from tests.gluon_interpreter.rules import check
 
 

@@ -18,8 +18,8 @@ from pytransformer.gluon_interpreter import (
     UnfinishedError,
     UninitialisedReadError,
 )
+from pytransformer.kernels.hopper.names import async_load, async_store
 from pytransformer.triton_interpreter import OutOfBoundsError, RaceError
-from tests.gluon_interpreter.names import async_load, async_store
 from tests.gluon_interpreter.rules import check
 
 BLOCKED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))

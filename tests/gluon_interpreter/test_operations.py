@@ -10,8 +10,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pytransformer.gluon_interpreter import EARLY, LATE, SCHEDULES, DescriptorError, Schedule, launch
+from pytransformer.kernels.hopper.names import OLD, async_load, async_store
 from pytransformer.triton_interpreter import OutOfBoundsError
-from tests.gluon_interpreter.names import OLD, async_load, async_store, needs_inline_asm, needs_reductions
+from tests.gluon_interpreter.names import needs_inline_asm, needs_reductions
 from tests.gluon_interpreter.rules import LAYOUT, SIDE, descriptor, run, tiles
 
 BLOCKED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))

@@ -23,7 +23,7 @@ from pytransformer.gluon_interpreter import (
     UnfinishedError,
     UninitialisedReadError,
 )
-from tests.gluon_interpreter.names import async_load, async_store
+from pytransformer.kernels.hopper.names import async_load, async_store
 from tests.gluon_interpreter.rules import check, run
 
 ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
