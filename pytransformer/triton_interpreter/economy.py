@@ -95,6 +95,71 @@ def broadcast_impl_value(original: Method) -> Method:
     return method
 
 
+def binary_op_type_checking_impl(original: Method) -> Method:
+    """``TritonSemantic.binary_op_type_checking_impl`` that leaves broadcasting to NumPy, where there is nothing to convert.
+
+    What asks for it is an operation of single elements: it gets an operand's few elements under the type of the result.
+    """
+    float32, int32, int64 = tl.float32, tl.int32, tl.int64
+    shapes: dict[tuple[Any, Any], list[int]] = {}
+
+    @functools.lru_cache(4096)
+    def constant(semantic: Any, value: Any, kind: type, dtype: Any) -> Any:
+        return semantic.scalar_constant(value, dtype=dtype)
+
+    def number(semantic: Any, value: Any, dtype: Any) -> Any:
+        """A Python number as an operand beside a tensor of ``dtype``, or None where Triton has to decide."""
+        kind = type(value)
+        if (kind is float and dtype is float32 and value != 0.0) or (  # 0.0 and -0.0 are one key
+            kind is int and (dtype is float32 or dtype is int32 or dtype is int64) and -(2**31) <= value < 2**31
+        ):
+            return constant(semantic, value, kind, dtype)
+        return None
+
+    def common_shape(left: Any, right: Any) -> list[int] | None:
+        key = (tuple(left), tuple(right))
+        if key not in shapes:
+            if len(left) != len(right) or any(a != b and 1 not in (a, b) for a, b in zip(*key)):
+                return None
+            shapes[key] = [max(a, b) for a, b in zip(*key)]
+        return shapes[key]
+
+    @functools.wraps(original)
+    def method(self: Any, lhs: Any, rhs: Any, allow_lhs_ptr: bool = False, *args: Any, **kwargs: Any) -> Any:
+        left, right = lhs, rhs
+        if type(self) is TritonSemantic:  # Gluon's shapes come with layouts
+            if type(left) is tl.tensor:
+                if type(right) is not tl.tensor:
+                    right = number(self, right, left.dtype)
+            elif type(right) is tl.tensor:
+                left = number(self, left, right.dtype)
+            else:
+                left = None
+            if left is not None and right is not None:
+                dtype, other = left.dtype, right.dtype
+                same = dtype is other and (dtype is float32 or dtype is int32 or dtype is int64)
+                if same or (allow_lhs_ptr and type(dtype) is tl.pointer_type and (other is int32 or other is int64)):
+                    of_left, of_right = left.type.is_block(), right.type.is_block()
+                    if not of_left and not of_right:
+                        return left, right
+                    if not of_left:
+                        return self.make_tensor(left.handle, type(right.type)(dtype, right.shape)), right
+                    if not of_right:
+                        return left, self.make_tensor(right.handle, type(left.type)(other, left.shape))
+                    if left.type.shape == right.type.shape:
+                        return left, right
+                    shape = common_shape(left.type.shape, right.type.shape)
+                    if shape is not None:
+                        block = type(left.type)
+                        return (
+                            self.make_tensor(left.handle, block(dtype, shape)),
+                            self.make_tensor(right.handle, block(other, shape)),
+                        )
+        return original(self, lhs, rhs, allow_lhs_ptr, *args, **kwargs)
+
+    return method
+
+
 def cast(original: Method) -> Method:
     """``TritonSemantic.cast`` that returns what has the type already as it is."""
 
@@ -119,6 +184,18 @@ def computation_type_impl(original: Method) -> Method:
         return found[key]
 
     return method
+
+
+def handle_post_init(original: Method) -> Method:
+    """``TensorHandle.__post_init__`` whose check passes without three more calls."""
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        size = self.data.itemsize
+        if size != 1 and size * 8 > getattr(self.dtype, "primitive_bitwidth", 64):
+            original(self)
+
+    return __post_init__
 
 
 _CHECKED = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
@@ -176,17 +253,34 @@ def patch_builtin(is_builtin: Callable[[Any], bool], patch_attr: Method) -> Meth
     return _patch_builtin
 
 
+def get_np_dtype(original: Method) -> Method:
+    """``_get_np_dtype``, which builds its table of all types in every call, several times in every operation."""
+    found: dict[str, Any] = {}
+
+    @functools.wraps(original)
+    def _get_np_dtype(tt_dtype: Any) -> Any:
+        dtype = found.get(tt_dtype.name)
+        if dtype is None:
+            dtype = found[tt_dtype.name] = original(tt_dtype)
+        return dtype
+
+    return _get_np_dtype
+
+
 def install(replace: Callable[[Any, str, Any], None]) -> None:
     """Puts all of them in place by ``replace(owner, name, value)``."""
     for owner, name, wrapper in (
+        (interpreter.TensorHandle, "__post_init__", handle_post_init),
         (tl.core.tensor, "__init__", tensor_init),
         (tl.core.block_type, "__init__", block_type_init),
         (TritonSemantic, "broadcast_impl_value", broadcast_impl_value),
+        (TritonSemantic, "binary_op_type_checking_impl", binary_op_type_checking_impl),
         (TritonSemantic, "cast", cast),
         (TritonSemantic, "computation_type_impl", computation_type_impl),
         (TritonSemantic, "binary_op_sanitize_overflow_impl", binary_op_sanitize_overflow_impl),
     ):
         replace(owner, name, wrapper(getattr(owner, name)))
     attr = patch_attr()
+    replace(interpreter, "_get_np_dtype", get_np_dtype(interpreter._get_np_dtype))
     replace(interpreter, "_patch_attr", attr)
     replace(interpreter, "_patch_builtin", patch_builtin(tl.core.is_builtin, attr))

@@ -83,6 +83,8 @@ class _Launch:
     memory: LaunchMemory | None = None
     # Linear program numbers in the order in which they run; None for the natural order.
     order: list[int] | None = None
+    # Language modules that a module of functions names, by the id of its names.
+    modules: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     # Sets of language modules that have been pointed at the interpreter already, and how each becomes itself again.
     patched: dict[frozenset[int], Any] = dataclasses.field(default_factory=dict)
 
@@ -459,8 +461,6 @@ def _install_grid(active: _Interpreter) -> None:
 def _install_language(active: _Interpreter) -> None:
     """One repair (loaded integers as loop bounds), and savings of time, which together pay for all the checks."""
     patch_lang_tensor, patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
-    get_np_dtype = interpreter._get_np_dtype
-    np_dtypes: dict[str, Any] = {}
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         patch_lang_tensor(tensor, scope)
@@ -470,22 +470,18 @@ def _install_language(active: _Interpreter) -> None:
     def patch_lang_once(fn: Any) -> Any:
         # The stock interpreter points the language at itself anew in every call of a device function, and leaves it so: tl.sum
         # is one, and its module is not the kernel's. Here all is undone with the launch, whose scope is the first.
-        modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        names = fn.__globals__
+        modules = active.launch.modules.get(id(names))
+        if modules is None:
+            modules = frozenset(id(value) for value in names.values() if value is tl or value is tl.core)
+            active.launch.modules[id(names)] = modules
         if modules not in active.launch.patched:
             active.launch.patched[modules] = patch_lang(fn)
         return active.launch
 
-    def cached_np_dtype(tt_dtype: Any) -> Any:
-        # The stock function builds its table of all types in every call, several times in every operation.
-        found = np_dtypes.get(tt_dtype.name)
-        if found is None:
-            found = np_dtypes[tt_dtype.name] = get_np_dtype(tt_dtype)
-        return found
-
     economy.install(active.replace)
     active.replace(interpreter, "_patch_lang_tensor", patch_tensor)
     active.replace(interpreter, "_patch_lang", patch_lang_once)
-    active.replace(interpreter, "_get_np_dtype", cached_np_dtype)
 
 
 def _fault_within(error: BaseException | None) -> BaseException | None:
