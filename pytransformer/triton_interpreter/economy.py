@@ -104,7 +104,7 @@ def binary_op_type_checking_impl(original: Method) -> Method:
     shapes: dict[tuple[Any, Any], list[int]] = {}
 
     @functools.lru_cache(4096)
-    def constant(semantic: Any, value: Any, kind: type, dtype: Any) -> Any:
+    def constant(semantic: Any, value: Any, is_float: bool, dtype: Any) -> Any:
         return semantic.scalar_constant(value, dtype=dtype)
 
     def number(semantic: Any, value: Any, dtype: Any) -> Any:
@@ -113,7 +113,7 @@ def binary_op_type_checking_impl(original: Method) -> Method:
         if (kind is float and dtype is float32 and value != 0.0) or (  # 0.0 and -0.0 are one key
             kind is int and (dtype is float32 or dtype is int32 or dtype is int64) and -(2**31) <= value < 2**31
         ):
-            return constant(semantic, value, kind, dtype)
+            return constant(semantic, value, kind is float, dtype)
         return None
 
     def common_shape(left: Any, right: Any) -> list[int] | None:
