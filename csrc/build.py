@@ -33,7 +33,7 @@ TORCH_TARGET = "0x020a000000000000"
 # One binary for each generation: sm_80 serves 8.6 and 8.9 too, sm_100 10.3, sm_120 12.1. For all others the driver compiles the PTX.
 #
 # The front end, a third of the time, runs for two of them. From the PTX of compute_80 sm_90 gets the same instructions as from its own, or
-# fewer; Blackwell gets fewer from its own.
+# fewer; Blackwell gets fewer from its own. What needs an instruction that compute_80 lacks lists its front ends itself (see units).
 ARCHITECTURES = ("80", "90", "100", "120")
 FRONT_ENDS = ("80", "100")
 OLDEST = 80
@@ -184,9 +184,27 @@ def chosen_architectures(nvcc: Path, asked: str | None = None) -> list[str]:
     return wanted
 
 
-def front_end(name: str) -> str:
-    """Of :data:`FRONT_ENDS`, the one whose PTX "sm_90" is assembled from."""
-    return max((arch for arch in FRONT_ENDS if int(arch) <= int(name.split("_")[1])), key=int)
+def front_end(name: str, front_ends: Sequence[str] = FRONT_ENDS) -> str:
+    """The one whose PTX "sm_90" is assembled from."""
+    return max((arch for arch in front_ends if int(arch) <= int(name.split("_")[1])), key=int)
+
+
+def front_ends(source: Path, macros: Sequence[str]) -> tuple[str, ...]:
+    """Of a unit: :data:`FRONT_ENDS`, unless a line ``// Front ends of PYT_CACHE=widened: 80 89 100`` lists others for one of its macros."""
+    listed = re.findall(r"^// Front ends of (PYT_\w+=\w+): ([\d ]+)$", source.read_text(), re.MULTILINE)
+    return next((tuple(archs.split()) for macro, archs in listed if f"-D{macro}" in macros), FRONT_ENDS)
+
+
+def with_front_ends(flags: Sequence[str], of_unit: Sequence[str]) -> list[str]:
+    """nvcc's flags with the PTX of each binary by these front ends."""
+    return [
+        re.sub(
+            r"^-gencode=arch=compute_\d+,code=(\w+)$",
+            lambda m: f"-gencode=arch=compute_{front_end(m[1], of_unit)},code={m[1]}",
+            flag,
+        )
+        for flag in flags
+    ]
 
 
 def source_files(suffix: str) -> list[Path]:
@@ -356,6 +374,9 @@ def ninja_file(plan: Plan, output: Path) -> str:
                 if is_precompiled:
                     extra += ["-include", f"{rule}.h"]
                 lines.append(f"  extra = {shlex.join(extra)}")
+                of_unit = front_ends(source, macros)
+                if rule == "kernel" and of_unit != FRONT_ENDS:
+                    lines.append(f"  kernel_flags = {' '.join(with_front_ends(plan.kernel_flags, of_unit))}")
     lines.append(f"build {output}: link {' '.join(objects)}")
     lines.append(f"default {output}")
     return "\n".join(lines) + "\n"

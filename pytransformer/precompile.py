@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytransformer import extension
 from pytransformer.model.config import TransformerConfig
-from pytransformer.ops.backend import WIDEST_HEAD
+from pytransformer.ops.backend import WIDEST_HEAD, use_backend
 from pytransformer.ops.op import triton_compiles_for_cpu_tensors
 
 _MANY_TOKENS = 1024  # a prefill: more than a few for each SM, from where on kv_append takes larger tiles
@@ -102,7 +103,7 @@ def warmup(
     load: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> list[Compiled]:
-    """Compiles what the ops launch for these shapes into Triton's cache on disk. Launches nothing, and without ``load`` needs no GPU.
+    """Compiles what the ops launch for these shapes into Triton's cache on disk. Without ``load`` launches nothing and needs no GPU.
 
     Args:
         shapes: of the model, or its configuration (then for bfloat16 and a contiguous cache; :meth:`Shapes.of` takes others).
@@ -110,7 +111,7 @@ def warmup(
         training: the backward passes too.
         arch: compute capability as major · 10 + minor, for another GPU than the one here; None = the current GPU.
         load: also load the kernels onto the current GPU, so that a first call of this process neither compiles nor loads, as it must not
-            while a CUDA graph is captured.
+            while a CUDA graph is captured. Those of the CUDA extension, where it is built, are launched for that, on zeros.
         progress: called before each call of an op with its name, the number of calls done and of all.
 
     Returns:
@@ -133,7 +134,7 @@ def warmup(
         raise ValueError("arch must be given on a machine without a GPU, e.g. 90 for an H100 or H200")
     calls = [(name, call) for name in names for call in OPS[name](shapes, training)]
     compiled: dict[str, Compiled] = {}
-    with _compiling(arch, load) as looked_up, torch.set_grad_enabled(True):
+    with _compiling(arch, load) as looked_up, torch.set_grad_enabled(True), use_backend("triton"):
         for index, (name, call) in enumerate(calls):
             if progress is not None:
                 progress(name, index, len(calls))
@@ -143,7 +144,25 @@ def warmup(
             seconds = (time.perf_counter() - start) / max(len(looked_up) - before, 1)
             for key, kernel, found in looked_up[before:]:
                 compiled.setdefault(key, Compiled(name, kernel, found, seconds))
+    if load and extension.why_not("cuda") is None:
+        run_extension(shapes, names, training=training)
     return list(compiled.values())
+
+
+def run_extension(shapes: Shapes, ops: Iterable[str], *, training: bool) -> None:
+    """Runs what the CUDA extension serves of these shapes once, on zeros, so that its kernels are loaded and may have their shared memory.
+
+    CUDA's runtime loads a kernel when it is first launched or asked about (CUDA programming guide, "Lazy Loading"), which drivers before
+    12.3 may refuse while a stream is captured (documentation of NVIDIA Warp, ``capture_begin``).
+    """
+    found = extension.extension()
+    assert found is not None
+    with torch.device(found.device_type), torch.set_grad_enabled(True), use_backend("cuda"):
+        for name in ops:
+            for call in OPS[name](shapes, training) if name in EXTENSION_OPS else ():
+                # What is not served, float32 attention for one, has nothing to load.
+                with contextlib.suppress(NotImplementedError):
+                    call()
 
 
 @contextlib.contextmanager
@@ -223,9 +242,9 @@ def _norm(shapes: Shapes, training: bool) -> Calls:
     def hidden_norm(x: Tensor, weight: Tensor, *others: Tensor) -> Any:
         if shapes.norm == "rms_norm":
             offset = shapes.norm_weight_offset
-            return rms_norm(x, weight, weight_offset=offset, residual=others[0] if others else None, backend="triton")
+            return rms_norm(x, weight, weight_offset=offset, residual=others[0] if others else None)
         bias, *residual = others
-        return layer_norm(x, weight, bias, residual=residual[0] if residual else None, backend="triton")
+        return layer_norm(x, weight, bias, residual=residual[0] if residual else None)
 
     x, residual = (_zeros(shapes, 2, 4, shapes.hidden_size, grad=training) for _ in range(2))
     vectors = [_zeros(shapes, shapes.hidden_size, grad=training) for _ in range(1 if shapes.norm == "rms_norm" else 2)]
@@ -233,7 +252,7 @@ def _norm(shapes: Shapes, training: bool) -> Calls:
         yield _with_backward(hidden_norm, *inputs) if training else functools.partial(hidden_norm, *inputs)
     if not shapes.qk_norm:
         return
-    head_norm = functools.partial(rms_norm, weight_offset=shapes.norm_weight_offset, backend="triton")
+    head_norm = functools.partial(rms_norm, weight_offset=shapes.norm_weight_offset)
     weight = _zeros(shapes, shapes.head_dim, grad=training)
     for heads in (shapes.num_heads, shapes.num_kv_heads):
         fused = _zeros(shapes, 2, 4, shapes.num_heads + 2 * shapes.num_kv_heads, shapes.head_dim)[:, :, :heads]
@@ -261,7 +280,7 @@ def _rope(shapes: Shapes, training: bool) -> Calls:
     if tables is None:
         return
     q, k, _ = _heads(shapes, 2, 4)
-    options: dict[str, Any] = {"interleaved": shapes.rope_interleaved, "backend": "triton"}
+    options: dict[str, Any] = {"interleaved": shapes.rope_interleaved}
     yield lambda: rope(q, k, *tables, **options)
     yield lambda: rope(q, k, *tables, inplace=True, **options)
     positions = torch.zeros(2, 4, dtype=torch.int64)
@@ -288,7 +307,7 @@ def _kv_append(shapes: Shapes, training: bool) -> Calls:
     for seqlen in (1, _MANY_TOKENS):
         q, k, v = _heads(shapes, 2, seqlen)
         k_cache, v_cache, table = _cache(shapes, seqlen)
-        options: dict[str, Any] = {"cache_seqlens": lengths, "block_table": table, "backend": "triton"}
+        options: dict[str, Any] = {"cache_seqlens": lengths, "block_table": table}
         tables = _tables(shapes, seqlen)
         if tables is not None:
             options |= {"q": q, "cos": tables[0], "sin": tables[1], "interleaved": shapes.rope_interleaved}
@@ -307,7 +326,7 @@ def _attention(shapes: Shapes, training: bool) -> Calls:
 
     def call(window: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Any:
         options: dict[str, Any] = {"causal": shapes.causal, "window": window, "softcap": shapes.attention_softcap}
-        return attention(q, k, v, **options, backend="triton")
+        return attention(q, k, v, **options)
 
     for window in dict.fromkeys(map(shapes.window, range(shapes.num_layers))):
         for seqlen in (1, 16):
@@ -321,7 +340,7 @@ def _decode_attention(shapes: Shapes, training: bool) -> Calls:
 
     if shapes.head_dim > WIDEST_HEAD:
         return
-    options: dict[str, Any] = {"window": shapes.window(0), "softcap": shapes.attention_softcap, "backend": "triton"}
+    options: dict[str, Any] = {"window": shapes.window(0), "softcap": shapes.attention_softcap}
     for capacity, seqlen in itertools.product((64, _LONG_CACHE), (1, 48)):
         q, _, _ = _heads(shapes, 2, seqlen)
         k_cache, v_cache, table = _cache(shapes, capacity)
@@ -335,7 +354,7 @@ def _activation(shapes: Shapes, training: bool) -> Calls:
     op = getattr(activation, shapes.activation.removesuffix("_tanh"), None)
     if op is None:  # "relu" is torch's own
         return
-    options: dict[str, Any] = {"backend": "triton"}
+    options: dict[str, Any] = {}
     if shapes.activation.endswith("_tanh"):
         options["approximate"] = "tanh"
     # Gate and up are in one tensor, as a feed-forward has them.
@@ -390,7 +409,7 @@ def _grouped_linear(shapes: Shapes, training: bool) -> Calls:
         offsets = torch.arange(groups + 1, dtype=torch.int32) * mean
 
         def call(x: Tensor, weight: Tensor, bias: Tensor | None = None, offsets: Tensor = offsets) -> Tensor:
-            return grouped_linear(x, weight, offsets, bias=bias, backend="triton")
+            return grouped_linear(x, weight, offsets, bias=bias)
 
         yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
 
@@ -402,14 +421,14 @@ def _linear_attention(shapes: Shapes, training: bool) -> Calls:
     if shapes.head_dim > WIDEST_HEAD:
         return
     decay = torch.ones(shapes.num_kv_heads)
-    options: dict[str, Any] = {"return_state": True, "backend": "triton"}
+    options: dict[str, Any] = {"return_state": True}
     sizes = (2, shapes.num_kv_heads, shapes.head_dim)
     state = (torch.zeros(*sizes, shapes.head_dim), torch.zeros(sizes))
     for factors in (None, decay):
         yield functools.partial(
             linear_attention, *_heads(shapes, 2, 1), decay=factors, initial_state=state, **options
         )  # fmt: skip
-        call = functools.partial(linear_attention, decay=factors, backend="triton")
+        call = functools.partial(linear_attention, decay=factors)
         inputs = _heads(shapes, 2, _MANY_TOKENS, grad=training)
         yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
 
@@ -439,7 +458,7 @@ def _quantized_linear(shapes: Shapes, training: bool) -> Calls:
         def call(
             x: Tensor, bias: Tensor | None = None, weight: Any = weight, scale: Any = scale, zero: Any = zero
         ) -> Tensor:
-            return quantized_linear(x, weight, scale, zero_point=zero, bias=bias, backend="triton")
+            return quantized_linear(x, weight, scale, zero_point=zero, bias=bias)
 
         yield _with_backward(call, *inputs) if training else functools.partial(call, *inputs)
 
@@ -459,3 +478,5 @@ OPS: dict[str, Callable[[Shapes, bool], Calls]] = {
 }
 # What the models of this package are made of.
 MODEL_OPS = tuple(name for name in OPS if name != "linear_attention")
+# What the CUDA extension has kernels for.
+EXTENSION_OPS = ("attention", "decode_attention", "kv_append", "rope", "norm")

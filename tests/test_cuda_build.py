@@ -73,6 +73,29 @@ def test_every_binary_comes_from_the_front_end_that_suits_it(nvcc):
     ]
 
 
+def test_a_unit_may_list_its_front_ends():
+    """What reads float8 by an instruction is compiled by one that has it, from sm_89 on; everything else as ever."""
+    build = builder()
+    source = build.CSRC / "decode_attention/split_instances.cu"
+    of = {name: build.front_ends(source, macros) for name, macros in build.units(source).items()}
+    assert {archs for name, archs in of.items() if "plain" in name} == {build.FRONT_ENDS}
+    (listed,) = {archs for name, archs in of.items() if "widened" in name}
+    flags = [
+        "-O3",
+        *(f"-gencode=arch=compute_{build.front_end(f'sm_{arch}')},code=sm_{arch}" for arch in (80, 86, 89, 90, 100)),
+    ]
+    assert build.with_front_ends(flags, build.FRONT_ENDS) == flags
+    found = [flag.removeprefix("-gencode=arch=") for flag in build.with_front_ends(flags, listed)]
+    assert found == [
+        "-O3",
+        "compute_80,code=sm_80",
+        "compute_80,code=sm_86",
+        "compute_89,code=sm_89",
+        "compute_89,code=sm_90",
+        "compute_100,code=sm_100",
+    ]
+
+
 @pytest.mark.parametrize("asked", ["8.0 9.0", "80,90", "sm_80 sm_90a", "8.0 9.0a"])
 def test_architectures_may_be_asked_for_in_many_spellings(asked, nvcc, monkeypatch):
     monkeypatch.setenv("PYTRANSFORMER_CUDA_ARCHS", asked)

@@ -31,9 +31,9 @@ TRITON = {
             ("dk/dv", "backward", "_dkv", 1),
         )
     },
-    "decode, d128, bfloat16": "decode_attention-bfloat16-d128-q1-sm_90 _decode_split_kernel 0",
-    "decode, d128, int8 cache": "decode_attention-bfloat16-d128-int8-page0-sm_90 _decode_split_kernel 0",
-    "decode, d128, fp8 cache": "decode_attention-bfloat16-d128-float8_e4m3fn-page0-sm_90 _decode_split_kernel 0",
+    "decode, d128, bfloat16": "decode_attention-bfloat16-d128-q1-sm_90 _decode_kernel 0",
+    "decode, d128, int8 cache": "decode_attention-bfloat16-d128-int8-page0-sm_90 _decode_kernel 0",
+    "decode, d128, fp8 cache": "decode_attention-bfloat16-d128-float8_e4m3fn-page0-sm_90 _decode_kernel 0",
     "cross-entropy, 50257 words": "linear_cross_entropy-50257-bfloat16-sm_90 cross_entropy_kernel 0",
     "cross-entropy, 131072 words": "linear_cross_entropy-131072-bfloat16-sm_90 cross_entropy_kernel 0",
     "cross-entropy, all options": "linear_cross_entropy-256000-bfloat16-everything-sm_90 cross_entropy_kernel 0",
@@ -58,7 +58,7 @@ CUDA = {
     },
     **{
         f"decode, d128, {title} cache": f"decode_attention_split_bfloat16_{file} "
-        f"decode::decode_split_kernel<__nv_bfloat16, {element}, 128> sm_90"
+        f"decode::decode_kernel<__nv_bfloat16, {element}, 128> sm_90"
         for title, file, element in (("bfloat16", "plain", "__nv_bfloat16"), ("8-bit", "widened", "signed char"))
     },
 }
@@ -108,15 +108,17 @@ def row(title: str, kept: dict[str, Any], streams: bool) -> str:
 
 
 def table(chosen: dict[str, str], figures: Figures) -> list[str]:
-    """Lines of the kernels that have figures of their loops."""
+    """Lines of the kernels.
+
+    Raises:
+        LookupError: one of them has no figures: it is called otherwise now, or was not compiled.
+    """
+    missing = [name for name in chosen.values() if name not in figures]
+    if missing:
+        raise LookupError(f"there are no figures of these kernels in {RESULTS}: {missing}")
     # Where bytes go through L2 again and again, or are loaded by a loop around the one that multiplies (CUDA), a ratio says nothing.
     streams = {title for title in chosen if chosen is TRITON and not title.startswith("attention")}
-    rows = [
-        row(title, figures[name], title in streams)
-        for title, name in chosen.items()
-        if "loops" in figures.get(name, {})
-    ]
-    return [COLUMNS, RULE, *rows]
+    return [COLUMNS, RULE, *(row(title, figures[name], title in streams) for title, name in chosen.items())]
 
 
 def changes(before: Figures, now: Figures) -> list[str]:

@@ -73,6 +73,22 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return result;
 }
 
+// Whether there is an instruction that reads float8_e4m3fn.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+inline constexpr bool kReadsE4m3 = true;
+
+// Two codes, one in each byte, as two float16: exact, NaN stays NaN.
+__device__ __forceinline__ uint32_t e4m3_as_float16(uint16_t codes) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(codes));
+  return pair;
+}
+#else
+inline constexpr bool kReadsE4m3 = false;
+
+__device__ uint32_t e4m3_as_float16(uint16_t codes);  // a name for code that asks kReadsE4m3 first
+#endif
+
 #else
 
 using emulator::Location;
@@ -98,6 +114,19 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 inline float exp2_approximate(float x) {
   const float result = std::exp2(x);
   return std::fabs(result) < 0x1p-126f ? 0.0f : result;
+}
+
+inline constexpr bool kReadsE4m3 = true;
+
+inline uint32_t e4m3_as_float16(uint16_t codes) {
+  const auto one = [](uint32_t code) {
+    const float mantissa = static_cast<float>(code & 7u), sign = code & 0x80u ? -1.0f : 1.0f;
+    const int exponent = static_cast<int>(code >> 3 & 15u);
+    if ((code & 0x7fu) == 0x7fu) return uint32_t{0x7fffu};
+    return uint32_t{__half_as_ushort(__float2half_rn(
+        sign * (exponent == 0 ? mantissa * 0x1p-9f : std::ldexp(8.0f + mantissa, exponent - 10))))};
+  };
+  return one(codes & 0xffu) | one(codes >> 8) << 16;
 }
 
 #endif

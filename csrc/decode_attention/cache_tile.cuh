@@ -116,33 +116,45 @@ __device__ __forceinline__ uint32_t widen_int8(uint32_t codes) {
   }
 }
 
-// Likewise four float8_e4m3fn other than NaN: exponent and mantissa moved to T's places, then the exponent's bias made up for by a
-// product with a power of two. Exact, subnormals too.
+// Likewise four float8_e4m3fn: exponent and mantissa moved to T's places, then the exponent's bias made up for by a product with a power
+// of two. Exact, subnormals too. That leaves NaN as 480, the only number that `over` takes out of T's range: 0 times that is NaN, and
+// otherwise 0 of the number's sign.
 template <class T, int PLACE>
-__device__ __forceinline__ uint32_t widen_float8(uint32_t codes) {
-  constexpr int SHIFT = std::is_same_v<T, float16> ? 1 : 4;
+__device__ __forceinline__ uint32_t widen_e4m3_by_hand(uint32_t codes) {
+  constexpr bool IS_HALF = std::is_same_v<T, float16>;
+  constexpr int SHIFT = IS_HALF ? 1 : 4;
   const uint32_t bytes = __byte_perm(codes, 0u, PLACE == 0 ? 0x1404 : 0x3424);
   const uint32_t moved = (bytes & 0x80008000u) | ((bytes & 0x7f007f00u) >> SHIFT);
-  const uint32_t power = std::is_same_v<T, float16> ? 0x5c005c00u /* 2^8 */ : 0x7b807b80u /* 2^120 */;
-  return bits_of_pair(__hmul2(pair_from_bits<T>(moved), pair_from_bits<T>(power)));
+  const uint32_t power = IS_HALF ? 0x5c005c00u /* 2^8 */ : 0x7b807b80u /* 2^120 */;
+  const uint32_t over = IS_HALF ? 0x58605860u /* 140 */ : 0x7b107b10u /* 1.125 2^119 */;
+  const auto number = __hmul2(pair_from_bits<T>(moved), pair_from_bits<T>(power));
+  return bits_of_pair(__hfma2(__hmul2(number, pair_from_bits<T>(over)), pair_from_bits<T>(0u), number));
 }
 
-// The high bit of each byte that is NaN in float8_e4m3fn.
-__device__ __forceinline__ uint32_t float8_nans(uint32_t codes) { return ((codes & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u; }
-
-template <class T>
-__device__ __forceinline__ void widen_four(uint32_t (&words)[2], uint32_t codes, bool is_float8) {
-  if (!is_float8) {
-    words[0] = widen_int8<T, 0>(codes);
-    words[1] = widen_int8<T, 1>(codes);
-    return;
+template <class T, int PLACE>
+__device__ __forceinline__ uint32_t widen_e4m3(uint32_t codes) {
+  const uint32_t pair = ptx::e4m3_as_float16(static_cast<uint16_t>(PLACE == 0 ? codes : codes >> 16));
+  if constexpr (std::is_same_v<T, float16>) {
+    return pair;
+  } else {
+    const float2 numbers = __half22float2(pair_from_bits<float16>(pair));
+    return ptx::pack<T>(numbers.x, numbers.y);
   }
-  words[0] = widen_float8<T, 0>(codes);
-  words[1] = widen_float8<T, 1>(codes);
-  const uint32_t nans = float8_nans(codes);
-  if (nans != 0) {  // all ones is NaN in T
-    words[0] |= ((nans & 0x80u) ? 0x0000ffffu : 0u) | ((nans & 0x8000u) ? 0xffff0000u : 0u);
-    words[1] |= ((nans & 0x800000u) ? 0x0000ffffu : 0u) | ((nans & 0x80000000u) ? 0xffff0000u : 0u);
+}
+
+enum class Codes { kInt8, kE4m3, kE4m3ByHand };
+inline constexpr Codes kFloat8 = ptx::kReadsE4m3 ? Codes::kE4m3 : Codes::kE4m3ByHand;
+
+// Eight codes as eight T.
+template <class T, Codes CODES>
+__device__ __forceinline__ uint4 widen(uint2 codes) {
+  if constexpr (CODES == Codes::kInt8) {
+    return {widen_int8<T, 0>(codes.x), widen_int8<T, 1>(codes.x), widen_int8<T, 0>(codes.y), widen_int8<T, 1>(codes.y)};
+  } else if constexpr (CODES == Codes::kE4m3) {
+    return {widen_e4m3<T, 0>(codes.x), widen_e4m3<T, 1>(codes.x), widen_e4m3<T, 0>(codes.y), widen_e4m3<T, 1>(codes.y)};
+  } else {
+    return {widen_e4m3_by_hand<T, 0>(codes.x), widen_e4m3_by_hand<T, 1>(codes.x), widen_e4m3_by_hand<T, 0>(codes.y),
+            widen_e4m3_by_hand<T, 1>(codes.y)};
   }
 }
 
@@ -153,26 +165,35 @@ __device__ __forceinline__ uint32_t scale_pair(uint32_t bits, float scale) {
   return ptx::pack<T>(to_float(pair[0]) * scale, to_float(pair[1]) * scale);
 }
 
-// A warp widens 16 rows of codes to a tile of T, times a scale per row where there are some.
-template <class T, int DIM>
-__device__ __forceinline__ void widen_rows(unsigned char* tile, const unsigned char* codes, int dim, bool is_float8, const float* row_scales) {
+// A warp widens 16 rows of codes to a tile of T, times a scale per row where there are some. A lane has the same piece of every row it
+// meets, so that the swizzle is a constant of the step.
+template <class T, int DIM, Codes CODES, bool SCALED>
+__device__ __forceinline__ void widen_tile(unsigned char* tile, const unsigned char* codes, int dim, const float* row_scales) {
   constexpr int PIECES = DIM / 8;  // eight codes make 16 bytes
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll 4
-  for (int i = 0; i < kChunkKeys * PIECES / kWarpSize; ++i) {
-    const int index = i * kWarpSize + lane, row = index / PIECES, piece = index % PIECES;
-    if (piece * 8 >= dim) continue;
+  constexpr int ROWS = kWarpSize / PIECES;
+  const int lane = threadIdx.x % kWarpSize, first_row = lane / PIECES, piece = lane % PIECES;
+  if (piece * 8 >= dim) return;
+  const int start = piece_offset<DIM>(first_row, piece);
+#pragma unroll
+  for (int row = 0; row < kChunkKeys; row += ROWS) {
     uint2 bytes;
-    memcpy(&bytes, __builtin_assume_aligned(codes + row * DIM + piece * 8, 8), sizeof bytes);
-    uint32_t low[2], high[2];
-    widen_four<T>(low, bytes.x, is_float8);
-    widen_four<T>(high, bytes.y, is_float8);
-    uint4 words{low[0], low[1], high[0], high[1]};
-    if (row_scales != nullptr) {
-      const float scale = row_scales[row];
+    memcpy(&bytes, __builtin_assume_aligned(codes + row * DIM + lane * 8, 8), sizeof bytes);
+    uint4 words = widen<T, CODES>(bytes);
+    if constexpr (SCALED) {
+      const float scale = row_scales[row + first_row];
       words = {scale_pair<T>(words.x, scale), scale_pair<T>(words.y, scale), scale_pair<T>(words.z, scale), scale_pair<T>(words.w, scale)};
     }
-    *reinterpret_cast<uint4*>(tile + piece_offset<DIM>(row, piece)) = words;
+    *reinterpret_cast<uint4*>(tile + row * DIM * 2 + (start ^ ((row & 7) << 4))) = words;
+  }
+}
+
+template <class T, int DIM, bool SCALED = false>
+__device__ __forceinline__ void widen_rows(unsigned char* tile, const unsigned char* codes, int dim, bool is_float8,
+                                           const float* row_scales = nullptr) {
+  if (is_float8) {
+    widen_tile<T, DIM, kFloat8, SCALED>(tile, codes, dim, row_scales);
+  } else {
+    widen_tile<T, DIM, Codes::kInt8, SCALED>(tile, codes, dim, row_scales);
   }
 }
 

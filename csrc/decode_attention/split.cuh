@@ -25,6 +25,11 @@ struct LaneRows {
 // A lane's scores of a chunk: key 8 t + 2 (lane % 4) + c of row r is score[t][2 r + c].
 using Scores = float[2][4];
 
+// Whether the scale of a token's value goes to the value, and not to its weight, eight numbers of a lane instead of DIM / 2: a weight in
+// float16 would be out of range with some scales.
+template <class T>
+inline constexpr bool kScalesValues = std::is_same_v<T, float16>;
+
 // Everything beyond scaling: softcap, bias, ALiBi, mask.
 __device__ __forceinline__ void add_score_terms(const DecodeAttention& call, const Program& program, const Sequence& sequence,
                                                 const LaneRows& rows, int first_key, Scores& scores) {
@@ -364,9 +369,12 @@ __device__ __forceinline__ void attend(const DecodeAttention& call, const Decode
       const unsigned char* stage = stage_of(step, warp);
       const auto* scales = reinterpret_cast<const float*>(stage + 2 * Smem::KEYS);
       const bool is_float8 = call.cache_type == ElementType::float8_e4m3fn;
-      widen_rows<T, DIM>(tile, stage, call.head_dim, is_float8, nullptr);
-      widen_rows<T, DIM>(tile + Smem::TILE / 2, stage + Smem::KEYS, call.value_dim, is_float8,
-                         call.scale_per_token ? scales + kChunkKeys : nullptr);
+      widen_rows<T, DIM>(tile, stage, call.head_dim, is_float8);
+      if (kScalesValues<T> && call.scale_per_token) {
+        widen_rows<T, DIM, kScalesValues<T>>(tile + Smem::TILE / 2, stage + Smem::KEYS, call.value_dim, is_float8, scales + kChunkKeys);
+      } else {
+        widen_rows<T, DIM>(tile + Smem::TILE / 2, stage + Smem::KEYS, call.value_dim, is_float8);
+      }
     }
     sync_tiles(shares_rows);
     for (int chunk = shares_rows ? warp : 0; chunk < (shares_rows ? warp + 1 : WARPS); ++chunk) {
@@ -393,6 +401,13 @@ __device__ __forceinline__ void attend(const DecodeAttention& call, const Decode
         if (key < rows.low[r] || key >= rows.high[r]) scores[i / 4][i % 4] = -kInfinity;
       }
       total.weigh(scores);
+      if constexpr (Smem::WIDENED && !kScalesValues<T>) {
+        if (call.scale_per_token) {
+          const auto* scales = reinterpret_cast<const float*>(stage + 2 * Smem::KEYS) + kChunkKeys + 2 * (lane % 4);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] *= scales[i / 4 * 8 + i % 2];
+        }
+      }
       multiply_values<T, DIM>(total.out, scores, tile + kChunkKeys * DIM * 2);
     }
     sync_tiles(shares_rows);  // the next copies overwrite this stage

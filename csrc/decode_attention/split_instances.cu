@@ -1,6 +1,7 @@
 // The kernels of one dtype and one kind of cache. Compiled once for each combination of
 // PYT_TYPE = float16 bfloat16
 // PYT_CACHE = plain widened
+// Front ends of PYT_CACHE=widened: 80 89 100
 #include "split.cuh"
 
 namespace pytransformer::decode {

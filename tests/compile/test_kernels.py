@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.support import compile_gate
 from tests.support.launch_recorder import record
+from tests.support.listed import all_kernels_of
 
 
 def test_case_compiles_within_its_limits(case, reports):
@@ -13,7 +14,7 @@ def test_case_compiles_within_its_limits(case, reports):
 def test_cases_launch_every_kernel_of_the_op(op):
     recorded = {launch.name for case in compile_gate.cases(op) for launch in record(case.call, case.arch)}
     assert recorded
-    assert compile_gate.kernels_of(op) <= recorded
+    assert all_kernels_of(op) <= recorded
 
 
 def test_figures_are_those_committed(reports, record_figures):

@@ -23,18 +23,39 @@ for seqlen_q in (1, 5):  # 4 rows, whose warps share them, and 20; one split, wh
     for result in in_every_schedule(call):
         assert bool(result.isfinite().all()), "results are not finite"
 """
+# The same of a cache of 8-bit codes, with a scale for each token.
+CALL_OF_CODES = CALL.replace(
+    "    call = lambda: decode_attention(q, cache[0], cache[1].clone(), lengths, ",
+    "    codes, scales = (cache * 30).to(torch.int8), torch.rand(2, 1, 200, 1, generator=generator) * 0.05\n"
+    "    call = lambda: decode_attention(q, *codes, lengths, k_scale=scales[0], v_scale=scales[1], ",
+)
 FAULTS = {
     "copies not waited for": ("ptx::cp_async_wait<1>();", "", "results are not finite"),
     "a key too many": ("key >= range.low && key < end);", "key >= range.low && key <= end);", "AddressSanitizer: heap-buffer-overflow"),
     "no barrier before a stage is filled again": (
         "sync_tiles(shares_rows);  // the next copies", "//", "results are not finite|differs between schedules",
     ),
+    "codes widened before all have landed": (
+        "__syncwarp();\n      unsigned char* tile", "unsigned char* tile", "results are not finite|differs between schedules",
+    ),
     "no barrier before outputs overwrite tiles": (
         "ptx::cp_async_wait<0>();\n  __syncthreads();", "ptx::cp_async_wait<0>();", "results are not finite|differs between schedules",
     ),
 }  # fmt: skip
+OF_CODES = ("codes widened before all have landed",)
 # Each costs a compilation.
-SLOW_FAULTS = ("copies not waited for", "no barrier before outputs overwrite tiles")
+SLOW_FAULTS = (
+    "copies not waited for",
+    "codes widened before all have landed",
+    "no barrier before outputs overwrite tiles",
+)
+# Of up to 64 features, which are all that the calls have.
+NARROW = {
+    "decode_attention/split_instances.cu": [
+        ("  } else if (dim <= 128) {\n    launch_decode<T, Element, 128>(call, programs, stream);\n", ""),
+        ("  } else {\n    launch_decode<T, Element, 256>(call, programs, stream);\n", ""),
+    ]
+}
 
 
 EMULATED = "PYTRANSFORMER_CUDA_LIBRARY" in os.environ
@@ -49,9 +70,11 @@ def test_fault_is_caught(fault, tmp_path):
     if flavor != "address":
         pytest.skip("found by AddressSanitizer, or by what it fills memory with")
     good, bad, report = FAULTS[fault]
-    exec(CALL, {})
-    unit = "decode_attention/split_bfloat16_plain.cu"
-    result = run_broken(tmp_path, "decode_attention/split.cuh", [(good, bad)], CALL, recompile=[unit])
+    script, cache = (CALL_OF_CODES, "widened") if fault in OF_CODES else (CALL, "plain")
+    exec(script, {})
+    unit = f"decode_attention/split_bfloat16_{cache}.cu"
+    changes = [(good, bad)]
+    result = run_broken(tmp_path, "decode_attention/split.cuh", changes, script, recompile=[unit], others=NARROW)
     assert result.returncode != 0
     assert re.search(report, result.stderr), result.stderr[-2000:]
     print(f"caught: {fault}")
@@ -143,7 +166,7 @@ def test_faults_of_shared_work_are_caught(tmp_path):
         pytest.skip("found by what AddressSanitizer fills memory with")
     unit = "decode_attention/split_bfloat16_plain.cu"
     changes = [SWITCH, *SHARED_FAULTS.values()]
-    library = build_broken(tmp_path, "decode_attention/split.cuh", changes, recompile=[unit])
+    library = build_broken(tmp_path, "decode_attention/split.cuh", changes, recompile=[unit], others=NARROW)
     for number, name in enumerate(SHARED_FAULTS, 1):
         result = run_with(library, SHARED_WORK, variables={"PYT_FAULT": str(number)})
         assert f"caught {number}" in result.stdout, (name, result.stdout, result.stderr[-2000:])

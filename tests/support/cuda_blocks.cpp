@@ -27,8 +27,8 @@ void print_width(const DeviceLimits& limits) {
   print("attention_backward_dq_kernel", "", WIDTH, QueryTiles<WIDTH>::kThreads, staged<QueryTiles<WIDTH>>(limits));
   print("attention_backward_dkv_kernel", "", WIDTH, KeyTiles<WIDTH>::kThreads, staged<KeyTiles<WIDTH>>(limits));
   // Of up to 16 rows: one token of a group of heads.
-  print("decode_split_kernel", "plain ", WIDTH, decode::kWarps<WIDTH> * kWarpSize, decode::Layout<bfloat16, WIDTH>::bytes(decode::kTileRows));
-  print("decode_split_kernel", "widened ", WIDTH, decode::kWarps<WIDTH> * kWarpSize, decode::Layout<int8_t, WIDTH>::bytes(decode::kTileRows));
+  print("decode_kernel", "plain ", WIDTH, decode::kWarps<WIDTH> * kWarpSize, decode::Layout<bfloat16, WIDTH>::bytes(decode::kTileRows));
+  print("decode_kernel", "widened ", WIDTH, decode::kWarps<WIDTH> * kWarpSize, decode::Layout<int8_t, WIDTH>::bytes(decode::kTileRows));
 }
 
 }  // namespace

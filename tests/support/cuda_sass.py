@@ -57,9 +57,14 @@ def compile_all() -> Path:
 
 def statistics(folder: Path) -> dict[str, Statistics]:
     """Of every kernel in the objects of a folder, by "file kernel<...> sm_90". Where the block is compiled in, its warps and dynamic shared
-    memory are there too; else ``num_warps`` is 0, and ``shared_memory`` what is static."""
+    memory are there too; else ``num_warps`` is 0, and ``shared_memory`` what is static.
+
+    Raises:
+        LookupError: cuda_blocks.cpp knows a block of a kernel that is not there.
+    """
     found = {}
     blocks = cuda_blocks(tuple(map(int, ARCHITECTURES)))
+    unmatched = set(blocks)
     # Not all that lies there: a source that was renamed has left its object behind.
     for name in re.findall(r"^build (\S+\.cu\.o):", (folder / "build.ninja").read_text(), re.MULTILINE):
         path, file = folder / name, unit(name)
@@ -68,7 +73,9 @@ def statistics(folder: Path) -> dict[str, Statistics]:
             registers, stack, shared, _ = map(int, _USAGE.search(usage[key]).groups())  # type: ignore[union-attr]
             arch, function = key
             kernel = readable(function)
-            warps, dynamic = blocks.get((*_deciding(kernel), int(arch)), (0, 0))
+            block = (*_deciding(kernel), int(arch))
+            unmatched.discard(block)
+            warps, dynamic = blocks.get(block, (0, 0))
             found[f"{file} {kernel} sm_{arch}"] = Statistics(
                 registers=registers,
                 stack_bytes=stack,
@@ -77,6 +84,8 @@ def statistics(folder: Path) -> dict[str, Statistics]:
                 instructions=count_instructions(text),
                 loops=tuple(hot_loops(text)),
             )
+    if unmatched:
+        raise LookupError(f"cuda_blocks.cpp says what a block takes of kernels that are not there: {sorted(unmatched)}")
     return found
 
 
@@ -85,7 +94,7 @@ def _deciding(kernel: str) -> tuple[str, str]:
     name, _, rest = kernel.split("::")[-1].partition("<")
     arguments = rest.rstrip(">").split(", ")
     width = next((argument for argument in arguments if argument.isdigit()), "")
-    if name != "decode_split_kernel":
+    if name != "decode_kernel":
         return name, width
     return name, f"{'plain' if arguments[0] == arguments[1] else 'widened'} {width}"
 

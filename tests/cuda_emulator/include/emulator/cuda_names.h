@@ -161,6 +161,17 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   return result;
 }
+// A product of two 16-bit numbers is exact in float64.
+inline __half2 __hfma2(const __half2& a, const __half2& b, const __half2& c) {
+  const auto one = [](__half x, __half y, __half z) { return __double2half(double{__half2float(x)} * __half2float(y) + __half2float(z)); };
+  return {one(a.x, b.x, c.x), one(a.y, b.y, c.y)};
+}
+inline __nv_bfloat162 __hfma2(const __nv_bfloat162& a, const __nv_bfloat162& b, const __nv_bfloat162& c) {
+  const auto one = [](__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
+    return __double2bfloat16(double{__bfloat162float(x)} * __bfloat162float(y) + __bfloat162float(z));
+  };
+  return {one(a.x, b.x, c.x), one(a.y, b.y, c.y)};
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
