@@ -19,6 +19,7 @@ from triton.experimental.gluon.language._semantic import GluonSemantic
 from triton.runtime import interpreter
 
 from .faults import MissingWaitError
+from .machine import machine
 from .source import MARK, line
 
 if TYPE_CHECKING:
@@ -53,6 +54,16 @@ class Builder(interpreter.InterpreterBuilder):  # type: ignore[misc]
     def create_broadcast(self, arg: Any, ret_ty: Any) -> Any:
         """A block with dimensions of length 1 stretched."""
         return Handle(np.broadcast_to(arg.data, ret_ty.shape), arg.dtype.scalar)
+
+    def create_exp(self, arg: Any) -> Any:
+        """The hardened interpreter's, noted: in an attention kernel they are what the threads' time goes into."""
+        machine().note("exponentials", size=arg.data.size)
+        return super().create_exp(arg)
+
+    def create_exp2(self, arg: Any) -> Any:
+        """Likewise."""
+        machine().note("exponentials", size=arg.data.size)
+        return super().create_exp2(arg)
 
     def create_convert_layout(self, ret_ty: Any, arg: Any) -> Any:
         """The same elements."""

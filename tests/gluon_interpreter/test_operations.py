@@ -174,8 +174,8 @@ def test_a_trace_shows_when_a_copy_is_done(schedule: Schedule) -> None:
     (trace,) = launch(_twice, (1,), descriptor(source), descriptor(result), False, schedule=schedule)
     assert torch.equal(result, source + source)
     kinds = [event.kind for event in trace.events]
-    load = ["copied", "copy", "wait"] if schedule is EARLY else ["copy", "blocked", "copied", "wait"]
-    store = ["copied", "copy", "store_wait"] if schedule is EARLY else ["copy", "copied", "store_wait"]
+    load = ["copy", "copied", "wait"] if schedule is EARLY else ["copy", "blocked", "copied", "wait"]
+    store = ["copy", "copied", "store_wait"]
     assert kinds == ["init", "expect", *load, "load", "load", "store", "fence", *store, "end"]
     assert [event.step for event in trace.events] == list(range(len(kinds)))
     assert all(event.where.startswith("test_operations.py:") for event in trace.events[:-1])
