@@ -24,13 +24,13 @@ class Rates:
         operations: floating-point ones of 16-bit products. A score of head_dim 64 takes 4 × 64, and those of a tile of 64 × 128 take the
             tensor cores 512 cycles.
         exponentials: 16: those of the same tile take 512 cycles as well.
-        bytes: of copies, a multiprocessor's part of the memory's 4.3 TB/s; what several programs read at the same time comes to each
-            of them at this rate.
+        bytes: of copies. A multiprocessor's part of the memory's 4.3 TB/s is 18.6; twice that, as programs of one head read the same keys
+            and values at about the same time, and then they come from memory for one of them.
     """
 
     operations: float = 4096.0
     exponentials: float = 16.0
-    bytes: float = 18.6
+    bytes: float = 37.2
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

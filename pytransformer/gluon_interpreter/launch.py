@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +29,18 @@ from .trace import Trace
 from .values import SEMANTIC, Handle, Tensor, scalar
 
 Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
+_listeners: list[list[Trace]] = []
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[list[Trace]]:
+    """Collects the traces of the launches inside, whoever makes them."""
+    traces: list[Trace] = []
+    _listeners.append(traces)
+    try:
+        yield traces
+    finally:
+        _listeners.pop()
 
 
 def launch(
@@ -73,6 +86,8 @@ def launch(
             finally:
                 machines.leave()
             traces.append(running.trace)
+    for listener in _listeners:
+        listener += traces
     return traces
 
 

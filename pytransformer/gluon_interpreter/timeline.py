@@ -6,6 +6,7 @@ what it does: consumers issue products, producers copies alone.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ class Span:
         label: the memory, operands or barrier.
         where: the line of the kernel.
         owner: the task, by its name in the timeline.
+        tile: of what is copied, held or multiplied, which one: ``k2`` is the third that was copied to a variable whose name starts with k.
     """
 
     lane: str
@@ -38,6 +40,7 @@ class Span:
     label: str
     where: str
     owner: str
+    tile: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +146,7 @@ class _Builder:
         self._names = task_names(trace)
         self._issues = {work: event for event in trace.events if event.kind in _ISSUES for work in event.works}
         self._memory = {event.works[0]: event.what for event in trace.events if event.kind == "copied"}
+        self._tiles = self._numbered()
 
     def build(self) -> Timeline:
         """See :func:`timeline`."""
@@ -167,6 +171,24 @@ class _Builder:
             self._trace.program, self._stages(), tuple(order), tuple(spans), tuple(waits), tuple(marks), end
         )
 
+    def _numbered(self) -> dict[int, str]:
+        """The tile of each copy and product: of a product, what its last operand holds that was copied there."""
+        counts: collections.Counter[str] = collections.Counter()
+        holds: dict[str, str] = {}
+        tiles = {}
+        for event in self._trace.events:
+            if event.kind == "copy":
+                memory = self._memory[event.works[0]]
+                if event.barrier:
+                    variable = _variable(memory)
+                    holds[memory] = f"{re.split('[._]', variable)[0]}{counts[variable]}"
+                    counts[variable] += 1
+                tiles[event.works[0]] = holds.get(memory, "")
+            elif event.kind == "product":
+                operands = [memory for memory in event.what.split(" × ") if memory in holds]
+                tiles[event.works[0]] = holds[operands[-1]] if operands else ""
+        return tiles
+
     def _stages(self) -> tuple[str, ...]:
         """In the order of their variables' first use, each variable's stages side by side."""
         labels = list(dict.fromkeys(self._memory.values()))
@@ -179,9 +201,20 @@ class _Builder:
             owner = self._names[event.task]
             if event.kind == "copy":
                 memory = self._memory[event.works[0]]
-                yield Span(memory, begin, end, "load" if event.barrier else "store", event.what, event.where, owner)
+                yield Span(
+                    memory,
+                    begin,
+                    end,
+                    "load" if event.barrier else "store",
+                    event.what,
+                    event.where,
+                    owner,
+                    self._tiles[event.works[0]],
+                )
             elif event.kind == "product":
-                yield Span(TENSOR_CORES, begin, end, "product", event.what, event.where, owner)
+                yield Span(
+                    TENSOR_CORES, begin, end, "product", event.what, event.where, owner, self._tiles[event.works[0]]
+                )
 
     def _exponentials(self) -> Iterator[Span]:
         for event in self._trace.events:
@@ -194,7 +227,7 @@ class _Builder:
         """From a load's arrival until the last that read it, before the next load into the same stage, is through."""
         returns = {}
         for event in self._trace.events:
-            if event.kind in ("produced", "store_wait"):
+            if event.kind == "produced":
                 for work in event.works:
                     returns[work] = self._moments[event.step].end
         open_: dict[str, tuple[Event, float]] = {}
@@ -204,10 +237,8 @@ class _Builder:
                 yield from self._closed(memory, open_)
                 open_[memory] = event, self._moments[event.step].end
                 continue
-            read = event.what.split(" × ") if event.kind == "product" else [event.what]
-            if event.kind == "copy":
-                read = [self._memory[event.works[0]]]
-            for memory in open_.keys() & set(read) if event.kind in ("product", "load", "copy") else ():
+            read = event.what.split(" × ") if event.kind in ("product", "load") else ()
+            for memory in open_.keys() & set(read):
                 load, end = open_[memory]
                 last = returns.get(event.works[0], 0.0) if event.works else self._moments[event.step].end
                 open_[memory] = load, max(end, last)
@@ -219,7 +250,8 @@ class _Builder:
             load, end = open_.pop(memory)
             arrived = self._moments[load.step].end
             if end > arrived:
-                yield Span(memory, arrived, end, "held", load.what, load.where, self._names[load.task])
+                tile = self._tiles[load.works[0]]
+                yield Span(memory, arrived, end, "held", load.what, load.where, self._names[load.task], tile)
 
     def _waits(self) -> Iterator[Wait]:
         causes = self._causes()
