@@ -191,7 +191,8 @@ class _Builder:
 
     def _stages(self) -> tuple[str, ...]:
         """In the order of their variables' first use, each variable's stages side by side."""
-        labels = list(dict.fromkeys(self._memory.values()))
+        copies = (event for event in self._trace.events if event.kind == "copy")
+        labels = list(dict.fromkeys(self._memory[event.works[0]] for event in copies))
         variables = list(dict.fromkeys(_variable(label) for label in labels))
         return tuple(sorted(labels, key=lambda label: (variables.index(_variable(label)), label)))
 

@@ -1,0 +1,62 @@
+"""`pytransformer trace`: the Hopper kernel's timeline as a picture and as text."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from pytransformer.cli.main import main
+from tests.conftest import INTERPRETING
+
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="the Gluon interpreter runs only where Triton's does")
+SMALL = ("--head-dim", "64", "--seqlen", "200")
+
+
+def test_a_picture_and_text_of_the_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "timeline.png"
+    assert main(["trace", "attention", *SMALL, "--causal", "--text", "-o", str(output)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == str(output)
+    assert struct.unpack(">II", output.read_bytes()[16:24]) == (1600, 900)
+    text = "\n".join(shown)
+    assert "head_dim 64, the last block of a sequence of 200, causal" in shown[0]
+    assert re.search(r"^consumer 1 .*s", text, re.MULTILINE) and re.search(r"^tensor cores .*k0", text, re.MULTILINE)
+    assert re.search(
+        r"consumer 0 at forward\.py:\d+ for \S*full\[0\] \(phase 0\): the copy of .* \(forward\.py:\d+\)", text
+    )
+    assert "a model of order, not of time" in text.lower()
+    assert max(map(len, shown[:12])) <= 160
+
+
+def test_steps_in_another_schedule_as_text_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", "attention", *SMALL, "--text", "--clock", "steps", "--schedule", "late"]) == 0
+    assert "steps of the interpreter" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--head-dim", "80"], "--head-dim of the forward pass must be one of 64, 96, 128, 192, 256, got 80"),
+        (["--of", "backward", "--head-dim", "256"], "--head-dim of the backward pass must be one of 64, 128, got 256"),
+        (["--seqlen", "0"], "--seqlen must be from 1 to 4096, got 0"),
+        (["--seqlen", "5000"], "--seqlen must be from 1 to 4096, got 5000"),
+        ([*SMALL, "-o", "timeline.xyz"], "not supported"),
+    ],
+)
+def test_a_wrong_option_is_named(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "attention", *options]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_a_schedule_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["trace", "attention", "--schedule", "lazy"])
+    assert "argument --schedule: invalid choice: 'lazy'" in capsys.readouterr().err
