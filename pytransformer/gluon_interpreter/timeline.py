@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Literal
 
 from .clocks import Moments, is_barrier_event, program_name
@@ -30,7 +30,7 @@ class Span:
         label: the memory, operands or barrier.
         where: the line of the kernel.
         owner: the task, by its name in the timeline.
-        tile: of what is copied, held or multiplied, which one: ``k2`` is the third that was copied to a variable whose name starts with k.
+        tile: of what is copied, held or multiplied, which one: ``k2`` is the third that was copied to ``k``, ``k_ring.tiles`` or the like.
     """
 
     lane: str
@@ -174,6 +174,7 @@ class _Builder:
     def _numbered(self) -> dict[int, str]:
         """The tile of each copy and product: of a product, what its last operand holds that was copied there."""
         counts: collections.Counter[str] = collections.Counter()
+        short = _short({_variable(memory) for memory in self._memory.values()})
         holds: dict[str, str] = {}
         tiles = {}
         for event in self._trace.events:
@@ -181,7 +182,7 @@ class _Builder:
                 memory = self._memory[event.works[0]]
                 if event.barrier:
                     variable = _variable(memory)
-                    holds[memory] = f"{re.split('[._]', variable)[0]}{counts[variable]}"
+                    holds[memory] = f"{short[variable]}{counts[variable]}"
                     counts[variable] += 1
                 tiles[event.works[0]] = holds.get(memory, "")
             elif event.kind == "product":
@@ -294,6 +295,16 @@ _ISSUES = ("copy", "product")
 
 def _variable(label: str) -> str:
     return re.sub(r"\[.*", "", label)
+
+
+def _short(variables: Set[str]) -> dict[str, str]:
+    """``k`` for ``k_ring.tiles``; for ``memory.k`` too, where it is one of several in the same tuple."""
+    beginnings = collections.Counter(re.split("[._]", variable)[0] for variable in variables)
+    short = {}
+    for variable in variables:
+        beginning = re.split("[._]", variable)[0]
+        short[variable] = beginning if beginnings[beginning] == 1 else variable.rpartition(".")[2]
+    return short
 
 
 def _merged(spans: Iterator[Span]) -> Iterator[Span]:
