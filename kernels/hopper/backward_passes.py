@@ -26,9 +26,7 @@ def backward_statistics_kernel(
 ):  # fmt: skip
     """``shift = lse · log2(e)`` and ``-delta = dlse - rowsum(dout ∘ out)`` of each row, zeros for the sums, and this tile's part of dsinks."""
     tile, slot = tl.program_id(0) // num_slots, tl.program_id(0) % num_slots
-    place = common.locate(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, slot, tile, batch, num_heads, seqlen_q, seqlen_k, BLOCK_M
-    )
+    place = common.locate(cu_seqlens_q_ptr, cu_seqlens_k_ptr, slot, tile, batch, num_heads, seqlen_q, seqlen_k, BLOCK_M)
     if place.start >= place.length:
         return
     place = common.in_64_bits(place, batch)
@@ -67,9 +65,7 @@ def backward_dq_kernel(
 ):  # fmt: skip
     """``dq = softmax_scale · sums`` in the dtype of dq."""
     tile, slot = tl.program_id(0) // num_slots, tl.program_id(0) % num_slots
-    place = common.locate(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, slot, tile, batch, num_heads, seqlen_q, seqlen_k, BLOCK_M
-    )
+    place = common.locate(cu_seqlens_q_ptr, cu_seqlens_k_ptr, slot, tile, batch, num_heads, seqlen_q, seqlen_k, BLOCK_M)
     if place.start >= place.length:
         return
     place = common.in_64_bits(place, batch)
