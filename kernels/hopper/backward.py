@@ -222,16 +222,16 @@ def produce(q_desc, shift_desc, dout_desc, delta_desc, memory, barriers, place, 
 
 
 @gluon.jit
-def visible(first_query, columns, keys, place, scores, traits):
-    """Which of a tile's scores (keys, queries) exist: what ends a query's keys is one last key of it, and one first if the window does."""
-    distance = place.seqlen_k - place.seqlen_q - place.start + first_query
-    last = columns * 0 + (place.seqlen_k - place.start - 1)
+def visible_queries(keys, place, scores, traits):
+    """(first, last) query that sees each of the keys, by the window alone; of keys that are not there the first one is behind all."""
+    shift = keys + (place.start + place.seqlen_q - place.seqlen_k)
+    first = keys * 0
+    last = first
     if traits.HAS_RIGHT:
-        last = gl.minimum(last, columns + (distance + scores.window_right))
-    keep = keys[:, None] <= last[None, :]
+        first = shift - scores.window_right
     if traits.HAS_LEFT:
-        keep = keep & (keys[:, None] >= (columns + (distance - scores.window_left))[None, :])
-    return keep
+        last = shift + scores.window_left
+    return gl.where(keys < place.seqlen_k - place.start, first, 2**31 - 1), last
 
 
 @gluon.jit
@@ -250,6 +250,7 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
     k, v = memory.k.index(0).reshape([BLOCK_N, D]), memory.v.index(0).reshape([BLOCK_N, D])
     dk = gl.zeros([BLOCK_N, D], gl.float32, SUMS)
     dv = gl.zeros([BLOCK_N, D], gl.float32, SUMS)
+    first_seen_by, last_seen_by = visible_queries(keys, place, scores, traits)
     mbarrier.wait(barriers.kv_full, 0)
     used = 0
     for member in range(traits.HEADS_PER_KV):
@@ -277,7 +278,11 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
                     exponents = ratio * scores.cap
                 p = gl.exp2(exponents - shift[None, :])
                 if run == 0:
-                    p = gl.where(visible(first_query, columns, keys, place, scores, traits), p, 0.0)
+                    queries = (first_query + columns)[None, :]
+                    keep = queries >= first_seen_by[:, None]
+                    if traits.HAS_LEFT:
+                        keep = keep & (queries <= last_seen_by[:, None])
+                    p = gl.where(keep, p, 0.0)
                 weights = gl.convert_layout(p.to(q.dtype), OPERAND)
                 dp = warpgroup_mma_wait(0, deps=[dp])
                 dv = warpgroup_mma(weights, dout, dv, is_async=True)
