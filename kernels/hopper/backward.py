@@ -199,26 +199,39 @@ def num_steps(tiles, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def next_step(member, step, count, traits):
+    """Of a run, which meets its tiles anew for each head of the group. One loop for all heads: nested ones take more registers."""
+    step += 1
+    if traits.HEADS_PER_KV > 1:
+        was_last = step == count
+        member += was_last.to(gl.int32)
+        step = gl.where(was_last, 0, step)
+    return member, step
+
+
+@gluon.jit
 def produce(q_desc, shift_desc, dout_desc, delta_desc, memory, barriers, place, tiles, tiles_q, traits):
     """Loads the tiles of q and dout in the order in which they are consumed."""
     loaded = 0
-    for member in range(traits.HEADS_PER_KV):
-        head = place.kv_head * traits.HEADS_PER_KV + member
-        first_statistic = place.statistic + member * tiles_q * BLOCK_M
-        for run in gl.static_range(2):
-            for step in range(num_steps(tiles, run == 0)):
-                row = tile_of(step, tiles, run == 0) * BLOCK_M
-                at = coordinates(place.sequence, place.first_q, place.seqlen_q, row, head, traits.PACKED)
-                stage = loaded & 1
-                full = barriers.full.index(stage)
-                mbarrier.wait(barriers.empty.index(stage), ((loaded >> 1) & 1) ^ 1)
-                mbarrier.expect(full, 2 * q_desc.nbytes_per_cta + 3 * shift_desc.nbytes_per_cta)
-                async_load(q_desc, at, full, memory.q.index(stage))
-                async_load(shift_desc, [first_statistic + row], full, memory.shift.index(stage))
-                async_load(dout_desc, at, full, memory.dout.index(stage))
-                async_load(delta_desc, [first_statistic + row], full, memory.delta.index(2 * stage))
-                async_load(delta_desc, [first_statistic + row], full, memory.delta.index(2 * stage + 1))
-                loaded += 1
+    for run in gl.static_range(2):
+        count = num_steps(tiles, run == 0)
+        member, step = 0, 0
+        for _ in range(count * traits.HEADS_PER_KV):
+            head = place.kv_head * traits.HEADS_PER_KV + member
+            row = tile_of(step, tiles, run == 0) * BLOCK_M
+            statistic = place.statistic + member * tiles_q * BLOCK_M + row
+            at = coordinates(place.sequence, place.first_q, place.seqlen_q, row, head, traits.PACKED)
+            stage = loaded & 1
+            full = barriers.full.index(stage)
+            mbarrier.wait(barriers.empty.index(stage), ((loaded >> 1) & 1) ^ 1)
+            mbarrier.expect(full, 2 * q_desc.nbytes_per_cta + 3 * shift_desc.nbytes_per_cta)
+            async_load(q_desc, at, full, memory.q.index(stage))
+            async_load(shift_desc, [statistic], full, memory.shift.index(stage))
+            async_load(dout_desc, at, full, memory.dout.index(stage))
+            async_load(delta_desc, [statistic], full, memory.delta.index(2 * stage))
+            async_load(delta_desc, [statistic], full, memory.delta.index(2 * stage + 1))
+            loaded += 1
+            member, step = next_step(member, step, count, traits)
 
 
 @gluon.jit
@@ -253,56 +266,58 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
     first_seen_by, last_seen_by = visible_queries(keys, place, scores, traits)
     mbarrier.wait(barriers.kv_full, 0)
     used = 0
-    for member in range(traits.HEADS_PER_KV):
-        first_statistic = place.statistic + member * tiles_q * BLOCK_M
-        for run in gl.static_range(2):
-            for step in range(num_steps(tiles, run == 0)):
-                first_query = tile_of(step, tiles, run == 0) * BLOCK_M
-                stage = used & 1
-                q = memory.q.index(stage).reshape([BLOCK_M, D])
-                dout = memory.dout.index(stage).reshape([BLOCK_M, D])
-                empty = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES)
-                mbarrier.wait(barriers.full.index(stage), (used >> 1) & 1)
-                shift = memory.shift.index(stage).load(gl.SliceLayout(0, SCORES))
-                # dp begins as -delta, which saves the subtraction. A thread has it for two of its rows, and from two places: were it one
-                # value, the compiler would copy it behind the first product and wait for that one's end.
-                first = memory.delta.index(2 * stage).load(gl.SliceLayout(0, SCORES))
-                second = memory.delta.index(2 * stage + 1).load(gl.SliceLayout(0, SCORES))
-                dp = gl.where((keys & 8)[:, None] == 0, first[None, :], second[None, :])
-                products = warpgroup_mma(k, q.permute((1, 0)), empty, use_acc=False, is_async=True)
-                dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
-                products = warpgroup_mma_wait(1, deps=[products])
-                exponents = products * scores.factor
-                if traits.HAS_SOFTCAP:
-                    ratio = 1.0 - 2.0 / (1.0 + gl.exp2(exponents))
-                    exponents = ratio * scores.cap
-                p = gl.exp2(exponents - shift[None, :])
-                if run == 0:
-                    queries = (first_query + columns)[None, :]
-                    keep = queries >= first_seen_by[:, None]
-                    if traits.HAS_LEFT:
-                        keep = keep & (queries <= last_seen_by[:, None])
-                    p = gl.where(keep, p, 0.0)
-                weights = gl.convert_layout(p.to(q.dtype), OPERAND)
-                dp = warpgroup_mma_wait(0, deps=[dp])
-                dv = warpgroup_mma(weights, dout, dv, is_async=True)
-                ds = p * dp
-                if traits.HAS_SOFTCAP:
-                    ds = ds * (1.0 - ratio * ratio)
-                ds = ds.to(q.dtype)
-                memory.ds.store(ds)
-                fence_async_shared()
-                slopes = gl.convert_layout(ds, OPERAND)
-                dk = warpgroup_mma(slopes, q, dk, is_async=True)
-                nothing = gl.zeros([BLOCK_M, D], gl.float32, PART)
-                part = warpgroup_mma(memory.ds.permute((1, 0)), k, nothing, use_acc=False, is_async=True)
-                dv, dk, part = warpgroup_mma_wait(0, deps=[dv, dk, part])
-                mbarrier.arrive(barriers.empty.index(stage), count=1)
-                tma.store_wait(0)
-                memory.dq.store(part)
-                fence_async_shared()
-                tma.async_atomic_add(dq_desc, [first_statistic + first_query, 0], memory.dq)
-                used += 1
+    for run in gl.static_range(2):
+        count = num_steps(tiles, run == 0)
+        member, step = 0, 0
+        for _ in range(count * traits.HEADS_PER_KV):
+            first_query = tile_of(step, tiles, run == 0) * BLOCK_M
+            statistic = place.statistic + member * tiles_q * BLOCK_M + first_query
+            stage = used & 1
+            q = memory.q.index(stage).reshape([BLOCK_M, D])
+            dout = memory.dout.index(stage).reshape([BLOCK_M, D])
+            empty = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES)
+            mbarrier.wait(barriers.full.index(stage), (used >> 1) & 1)
+            shift = memory.shift.index(stage).load(gl.SliceLayout(0, SCORES))
+            # dp begins as -delta, which saves the subtraction. A thread has it for two of its rows, and from two places: were it one
+            # value, the compiler would copy it behind the first product and wait for that one's end.
+            first = memory.delta.index(2 * stage).load(gl.SliceLayout(0, SCORES))
+            second = memory.delta.index(2 * stage + 1).load(gl.SliceLayout(0, SCORES))
+            dp = gl.where((keys & 8)[:, None] == 0, first[None, :], second[None, :])
+            products = warpgroup_mma(k, q.permute((1, 0)), empty, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
+            products = warpgroup_mma_wait(1, deps=[products])
+            exponents = products * scores.factor
+            if traits.HAS_SOFTCAP:
+                ratio = 1.0 - 2.0 / (1.0 + gl.exp2(exponents))
+                exponents = ratio * scores.cap
+            p = gl.exp2(exponents - shift[None, :])
+            if run == 0:
+                queries = (first_query + columns)[None, :]
+                keep = queries >= first_seen_by[:, None]
+                if traits.HAS_LEFT:
+                    keep = keep & (queries <= last_seen_by[:, None])
+                p = gl.where(keep, p, 0.0)
+            weights = gl.convert_layout(p.to(q.dtype), OPERAND)
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            dv = warpgroup_mma(weights, dout, dv, is_async=True)
+            ds = p * dp
+            if traits.HAS_SOFTCAP:
+                ds = ds * (1.0 - ratio * ratio)
+            ds = ds.to(q.dtype)
+            memory.ds.store(ds)
+            fence_async_shared()
+            slopes = gl.convert_layout(ds, OPERAND)
+            dk = warpgroup_mma(slopes, q, dk, is_async=True)
+            nothing = gl.zeros([BLOCK_M, D], gl.float32, PART)
+            part = warpgroup_mma(memory.ds.permute((1, 0)), k, nothing, use_acc=False, is_async=True)
+            dv, dk, part = warpgroup_mma_wait(0, deps=[dv, dk, part])
+            mbarrier.arrive(barriers.empty.index(stage), count=1)
+            tma.store_wait(0)
+            memory.dq.store(part)
+            fence_async_shared()
+            tma.async_atomic_add(dq_desc, [statistic, 0], memory.dq)
+            used += 1
+            member, step = next_step(member, step, count, traits)
 
     k.store((dk * softmax_scale).to(k.dtype))
     v.store(dv.to(v.dtype))
