@@ -173,8 +173,7 @@ def _labels(span: Span, timeline: Timeline) -> list[str]:
     if span.kind in ("load", "held"):
         return [f"{span.kind} {span.tile}", span.tile]
     if span.kind == "product":
-        rows = f" of {span.owner}" if len(timeline.tasks) > 1 else ""
-        return [f"{_product(span)}{rows}", _product(span), span.tile]
+        return [_product(span), span.tile]
     if span.kind == "exponentials":
         return [f"softmax\n{_line(span.where)}", "softmax"]
     if span.kind == "wait":
@@ -189,9 +188,11 @@ def _labels(span: Span, timeline: Timeline) -> list[str]:
 
 
 def _product(span: Span) -> str:
-    """What is multiplied: with a first operand in registers it is what the threads made."""
+    """What is multiplied: ``q·k2``; of a first operand in registers nothing is known but that the threads made it."""
     left, _ = span.label.split(" × ")
-    return f"p·{span.tile}" if left == "registers" else f"q·{span.tile}ᵀ" if span.tile[:1] == "k" else span.tile
+    variable = left.partition("[")[0]
+    name = variable.rpartition(".")[2] if "." in variable else variable.partition("_")[0]
+    return f"p·{span.tile}" if left == "registers" and span.tile[:1] == "v" else f"{name}·{span.tile}"
 
 
 def _line(where: str) -> str:

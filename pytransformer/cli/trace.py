@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from pytransformer.gluon_interpreter import Schedule, Trace
     from pytransformer.gluon_interpreter.timeline import Timeline
+    from pytransformer.ops.attention.call import AttentionCall
 
 HEAD_DIMS = {"forward": (64, 96, 128, 192, 256), "backward": (64, 128)}
 SCHEDULES = ("early", "late", "first", "last", "same", "random")
@@ -44,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=int,
         default=512,
         metavar="N",
-        help="keys of the one sequence (default 512); its last block is drawn",
+        help="length of the one sequence (default 512), of which the block that meets all tiles is drawn",
     )
     attention.add_argument("--causal", action="store_true", help="with a causal mask")
     attention.add_argument(
@@ -75,7 +79,7 @@ def run_attention(arguments: argparse.Namespace) -> int:
 
     Raises:
         ValueError: an option names what the kernel does not have.
-        NotImplementedError: this version has no such kernel.
+        NotImplementedError: this Triton does not have what the kernel needs.
     """
     _check(arguments)
     import torch
@@ -90,7 +94,8 @@ def run_attention(arguments: argparse.Namespace) -> int:
     chosen = dict(zip(SCHEDULES, schedules, strict=True))[arguments.schedule]
     traces = attention_traces(arguments.of, arguments.head_dim, arguments.seqlen, arguments.causal, chosen)
     picture = timeline_of(traces, arguments.clock)
-    what = f"head_dim {arguments.head_dim}, the last block of a sequence of {arguments.seqlen}{', causal' * arguments.causal}"
+    block = "the last" if arguments.of == "forward" else "the first"
+    what = f"head_dim {arguments.head_dim}, {block} block of a sequence of {arguments.seqlen}{', causal' * arguments.causal}"
     title = f"Attention on Hopper, {arguments.of} pass: {what}"
     if arguments.text:
         low, high = _TEXT_COLUMNS
@@ -113,28 +118,59 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def attention_traces(of: str, head_dim: int, seqlen: int, causal: bool, schedule: Schedule) -> list[Trace]:
-    """Traces of a launch for the queries of one block, the last of a sequence of ``seqlen``, which sees all its keys.
-
-    Raises:
-        NotImplementedError: there is no kernel for that pass.
-    """
+    """Traces of a launch in which one block meets all tiles: that of the last queries of a sequence of ``seqlen``, which see all keys; in
+    the backward pass that of the first keys, which all queries see."""
     import torch
 
     from pytransformer.gluon_interpreter import traced
-    from pytransformer.kernels.hopper.launch import HopperForward, hopper_config, interpreted_in
+    from pytransformer.kernels.hopper.launch import interpreted_in
     from pytransformer.ops.attention.call import AttentionCall
 
-    if of == "backward":
-        raise NotImplementedError("--of backward: this version has no backward kernel for Hopper")
-    rows = min(64 * hopper_config(head_dim, head_dim).consumers, seqlen)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, length, 1, head_dim, generator=generator).to(torch.bfloat16) for length in (rows, seqlen, seqlen)
+    queries, keys = _lengths(of, head_dim, seqlen, causal)
+    q, k, v, dout = (
+        torch.randn(1, length, 1, head_dim, generator=generator).to(torch.bfloat16)
+        for length in (queries, keys, keys, queries)
     )
     call = AttentionCall(q, k, v, causal=causal, softmax_scale=head_dim**-0.5)
+    launch = _forward(call) if of == "forward" else _backward(call, dout)
     with traced() as traces, interpreted_in(schedule):
-        HopperForward(call)(call)
+        launch()
     return traces
+
+
+def _lengths(of: str, head_dim: int, seqlen: int, causal: bool) -> tuple[int, int]:
+    """(queries, keys): those of one block where the mask allows it."""
+    from pytransformer.kernels.hopper.backward import BLOCK_N
+    from pytransformer.kernels.hopper.forward import ROWS
+    from pytransformer.kernels.hopper.launch import hopper_config
+
+    if of == "forward":
+        return min(ROWS.value * hopper_config(head_dim, head_dim).consumers, seqlen), seqlen
+    # A causal mask is aligned to the ends: the first keys are seen by all queries only where there are as many of both.
+    return seqlen, seqlen if causal else min(BLOCK_N.value, seqlen)
+
+
+def _forward(call: AttentionCall) -> Callable[[], object]:
+    from pytransformer.kernels.hopper.launch import HopperForward
+
+    return functools.partial(HopperForward(call), call)
+
+
+def _backward(call: AttentionCall, dout: torch.Tensor) -> Callable[[], object]:
+    from pytransformer import reference
+    from pytransformer.kernels.hopper.backward_launch import HopperBackward
+    from pytransformer.kernels.hopper.names import HAS_REDUCTIONS
+
+    if not HAS_REDUCTIONS:
+        raise NotImplementedError(
+            "--of backward: this Triton's copy engine does not reduce, which the kernel's dq needs"
+        )
+    out, lse = reference.attention(
+        call.q, call.k, call.v, causal=call.causal, softmax_scale=call.softmax_scale, return_lse=True
+    )
+    arguments = (call, dout, out, lse, None)
+    return functools.partial(HopperBackward(*arguments), *arguments)
 
 
 def timeline_of(traces: Sequence[Trace], clock: str) -> Timeline:

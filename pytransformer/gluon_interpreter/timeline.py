@@ -132,9 +132,10 @@ def task_names(trace: Trace) -> dict[str, str]:
     tasks = sorted(dict.fromkeys(busy["end"]))
     consumers = [task for task in tasks if task in busy["product"]]
     producers = [task for task in tasks if task not in consumers and task in busy["copy"]]
-    names = {task: f"consumer {number}" for number, task in enumerate(consumers)}
-    for number, task in enumerate(producers):
-        names[task] = "producer" if len(producers) == 1 else f"producer {number}"
+    names = {}
+    for role, members in (("consumer", consumers), ("producer", producers)):
+        for number, task in enumerate(members):
+            names[task] = role if len(members) == 1 else f"{role} {number}"
     names = {task: names.get(task, task) for task in tasks}
     return names | {"program": names.get(program, program)}
 

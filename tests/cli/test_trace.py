@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from pytransformer.cli.main import main
+from pytransformer.cli.trace import attention_traces, timeline_of
+from pytransformer.gluon_interpreter import EARLY
+from pytransformer.gluon_interpreter.timeline import TENSOR_CORES
 from tests.conftest import INTERPRETING
+from tests.gluon_interpreter.names import needs_reductions
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="the Gluon interpreter runs only where Triton's does")
 SMALL = ("--head-dim", "64", "--seqlen", "200")
@@ -38,6 +42,19 @@ def test_steps_in_another_schedule_as_text_alone(
     assert main(["trace", "attention", *SMALL, "--text", "--clock", "steps", "--schedule", "late"]) == 0
     assert "steps of the interpreter" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@needs_reductions
+def test_the_backward_pass_has_five_products_for_a_tile() -> None:
+    (trace,) = attention_traces("backward", 64, 128, False, EARLY)
+    picture = timeline_of([trace], "model")
+    assert picture.tasks == ("producer", "consumer")
+    products = [span for span in picture.spans if span.lane == TENSOR_CORES]
+    assert len(products) == 5 * 2  # two tiles of 64 queries
+    assert sum(span.end - span.begin for span in products) == 5 * 2 * 64 * 128 * 128 / 4096
+    for causal in (False, True):  # the block that all queries see is drawn
+        longest = timeline_of(attention_traces("backward", 64, 256, causal, EARLY), "model")
+        assert sum(span.kind == "product" for span in longest.spans) == 5 * 4
 
 
 @pytest.mark.parametrize(
