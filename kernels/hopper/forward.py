@@ -311,7 +311,6 @@ def advance(
     empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
     mbarrier.wait(k_ring.full.index(stage), (i // traits.STAGES) & 1)
     products = warpgroup_mma(own, transposed(k_ring, stage, traits), empty, use_acc=False, is_async=True)
-    mbarrier.wait(v_ring.full.index(before), ((i - 1) // traits.STAGES) & 1)
     out_next = warpgroup_mma(weights, values(v_ring, before, traits), out, is_async=True)
     products = warpgroup_mma_wait(1, deps=[products])
     mbarrier.arrive(k_ring.empty.index(stage), count=1)
@@ -325,6 +324,8 @@ def advance(
     shrink = gl.exp2((largest - shift) * factor)
     p = gl.exp2(products * factor - (shift * factor)[:, None])
     total = total * shrink + gl.sum(p, 1)
+    # For the next product. It stands here as a bar: in one block with the exponentials ptxas moves the wait below in front of them.
+    mbarrier.wait(v_ring.full.index(stage), (i // traits.STAGES) & 1)
     out = warpgroup_mma_wait(0, deps=[out_next])
     mbarrier.arrive(v_ring.empty.index(before), count=1)
     weights = gl.convert_layout(p.to(own.dtype), gl.DotOperandLayout(0, A, 2))
@@ -350,6 +351,7 @@ def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, A: gl
     p = gl.exp2(products * factor - (shift * factor)[:, None])
     weights = gl.convert_layout(p.to(own.dtype), gl.DotOperandLayout(0, A, 2))
     out = gl.zeros([ROWS, traits.BLOCK_DV], gl.float32, A)
+    mbarrier.wait(memory.v_ring.full.index(0), 0)
     return weights, out, largest, gl.sum(p, 1)
 
 
@@ -358,7 +360,6 @@ def finish(state, v_ring, walk, traits):
     """The product of the last tile with v."""
     weights, out, largest, total = state
     stage = (walk.count - 1) % traits.STAGES
-    mbarrier.wait(v_ring.full.index(stage), ((walk.count - 1) // traits.STAGES) & 1)
     out_next = warpgroup_mma(weights, values(v_ring, stage, traits), out, is_async=True)
     out = warpgroup_mma_wait(0, deps=[out_next])
     return out, largest, total

@@ -35,12 +35,7 @@ PROTOCOL = dict(
             (r"barriers\(traits\.STAGES, 1\)", "barriers(traits.STAGES, 2)", "one arrival too many"),
             (r"\(\(i // traits\.STAGES\) & 1\) \^ 1", "(i // traits.STAGES) & 1", "other parity"),
             (r"(?<!\()\(i // traits\.STAGES\) & 1\)", "((i // traits.STAGES) & 1) ^ 1)", "other parity"),
-            (r"\(\(i - 1\) // traits\.STAGES\) & 1\)", "(((i - 1) // traits.STAGES) & 1) ^ 1)", "other parity"),
-            (
-                r"\(\(walk\.count - 1\) // traits\.STAGES\) & 1\)",
-                "(((walk.count - 1) // traits.STAGES) & 1) ^ 1)",
-                "other parity",
-            ),
+            (r"(?<=index\(0\), )0\)", "1)", "other parity"),
             (r"traits\.CONSUMERS \* q_desc\.block_type\.nbytes", "q_desc.block_type.nbytes", "half of the bytes"),
             (r"k_desc\.block_type\.nbytes", "2 * k_desc.block_type.nbytes", "twice the bytes"),
             (r"v_ring\.tiles\.index\(stage\)\)", "v_ring.tiles.index(1 - stage))", "other stage"),
