@@ -37,6 +37,8 @@ from .names import async_load, async_store
 BLOCK_M = gl.constexpr(64)
 BLOCK_N = gl.constexpr(128)
 STAGES = gl.constexpr(2)
+# So many queries, or more than there are.
+NO_LIMIT = gl.constexpr(2**30)
 
 # Sizes that only bound loops or pick programs: no variant of the kernel is compiled for their being 1 or a multiple of 16.
 UNSPECIALISED = (
@@ -199,14 +201,12 @@ def num_steps(tiles, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def next_step(member, step, count, traits):
-    """Of a run, which meets its tiles anew for each head of the group. One loop for all heads: nested ones take more registers."""
+def next_step(member, step, count):
+    """Of a run, which meets its tiles anew for each head of the group. One loop for all heads: nested ones take more registers, and so do,
+    for whatever reason, loops without this counting where there is one head."""
     step += 1
-    if traits.HEADS_PER_KV > 1:
-        was_last = step == count
-        member += was_last.to(gl.int32)
-        step = gl.where(was_last, 0, step)
-    return member, step
+    was_last = step == count
+    return member + was_last.to(gl.int32), gl.where(was_last, 0, step)
 
 
 @gluon.jit
@@ -231,20 +231,33 @@ def produce(q_desc, shift_desc, dout_desc, delta_desc, memory, barriers, place, 
             async_load(delta_desc, [statistic], full, memory.delta.index(2 * stage))
             async_load(delta_desc, [statistic], full, memory.delta.index(2 * stage + 1))
             loaded += 1
-            member, step = next_step(member, step, count, traits)
+            member, step = next_step(member, step, count)
 
 
 @gluon.jit
-def visible_queries(keys, place, scores, traits):
-    """(first, last) query that sees each of the keys, by the window alone; of keys that are not there the first one is behind all."""
+def first_queries(keys, place, scores, traits):
+    """The first query that the window lets see each of the keys; of keys that are not there one behind all."""
     shift = keys + (place.start + place.seqlen_q - place.seqlen_k)
-    first = keys * 0
-    last = first
     if traits.HAS_RIGHT:
         first = shift - scores.window_right
+    elif traits.HAS_LEFT:
+        first = shift + scores.window_left - NO_LIMIT
+    else:
+        first = shift * 0
+    return gl.where(keys < place.seqlen_k - place.start, first, 2**31 - 1)
+
+
+@gluon.jit
+def visible(queries, first, scores, traits):
+    """Which scores exist, of queries and the first ones that see the keys: one comparison each, of how far a query lies behind the first
+    one, without a sign where it may lie too far."""
     if traits.HAS_LEFT:
-        last = shift + scores.window_left
-    return gl.where(keys < place.seqlen_k - place.start, first, 2**31 - 1), last
+        width = NO_LIMIT + 0 * scores.window_left
+        if traits.HAS_RIGHT:
+            width = scores.window_left + scores.window_right
+        return (queries[None, :] - first[:, None]).to(gl.uint32) <= width.to(gl.uint32)
+    else:
+        return queries[None, :] >= first[:, None]
 
 
 @gluon.jit
@@ -263,7 +276,7 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
     k, v = memory.k.index(0).reshape([BLOCK_N, D]), memory.v.index(0).reshape([BLOCK_N, D])
     dk = gl.zeros([BLOCK_N, D], gl.float32, SUMS)
     dv = gl.zeros([BLOCK_N, D], gl.float32, SUMS)
-    first_seen_by, last_seen_by = visible_queries(keys, place, scores, traits)
+    first_seen_by = first_queries(keys, place, scores, traits)
     mbarrier.wait(barriers.kv_full, 0)
     used = 0
     for run in gl.static_range(2):
@@ -292,18 +305,13 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
                 exponents = ratio * scores.cap
             p = gl.exp2(exponents - shift[None, :])
             if run == 0:
-                queries = (first_query + columns)[None, :]
-                keep = queries >= first_seen_by[:, None]
-                if traits.HAS_LEFT:
-                    keep = keep & (queries <= last_seen_by[:, None])
-                p = gl.where(keep, p, 0.0)
+                p = gl.where(visible(first_query + columns, first_seen_by, scores, traits), p, 0.0)
             weights = gl.convert_layout(p.to(q.dtype), OPERAND)
+            if traits.HAS_SOFTCAP:
+                p = p * (1.0 - ratio * ratio)
             dp = warpgroup_mma_wait(0, deps=[dp])
             dv = warpgroup_mma(weights, dout, dv, is_async=True)
-            ds = p * dp
-            if traits.HAS_SOFTCAP:
-                ds = ds * (1.0 - ratio * ratio)
-            ds = ds.to(q.dtype)
+            ds = (p * dp).to(q.dtype)
             memory.ds.store(ds)
             fence_async_shared()
             slopes = gl.convert_layout(ds, OPERAND)
@@ -317,7 +325,7 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
             fence_async_shared()
             tma.async_atomic_add(dq_desc, [statistic, 0], memory.dq)
             used += 1
-            member, step = next_step(member, step, count, traits)
+            member, step = next_step(member, step, count)
 
     k.store((dk * softmax_scale).to(k.dtype))
     v.store(dv.to(v.dtype))
