@@ -84,6 +84,9 @@ def by_model(trace: Trace, rates: Rates) -> list[Moments]:
     """Each event as early as those that it waits for, and the rates, allow.
 
     Three units take what is asked of them one after the other: the copy engine, the tensor cores and the exponential unit.
+
+    Raises:
+        ValueError: the trace is not that of a program that came to its end.
     """
     return _Model(trace, rates).run()
 
@@ -119,6 +122,11 @@ class _Model:
                 break
             time, _, task = min(times)
             self._take(task, self._streams[task].popleft(), time)
+        left = [stream[0] for stream in self._streams.values() if stream]
+        if left:
+            raise ValueError(
+                f"no timeline for this trace: {left[0].kind} {left[0].what} at {left[0].where} waits for what is not in it"
+            )
         for event in self._events:  # what is no step of a task's own
             if event.step not in self._moments:
                 time = self._works[event.works[0]] if event.kind == "copied" else self._last(event)
@@ -144,7 +152,7 @@ class _Model:
             self._arrive((event.barrier, event.phase), clock)
         if event.kind in ("wait", "named sync") and event.phase >= 0:
             key = (event.barrier, event.phase)
-            return None if self._missing[key] else max(clock, self._ends[key])
+            return max(clock, self._ends[key]) if key in self._ends and not self._missing[key] else None
         if event.kind in ("produced", "store_wait"):
             return max([clock, *(self._works[work] for work in event.works)])
         if event.kind == "joined":

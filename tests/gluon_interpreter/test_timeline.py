@@ -100,6 +100,15 @@ def test_a_slower_unit_is_waited_for_longer(traces: list[Trace]) -> None:
         Rates(bytes=0)
 
 
+def test_a_trace_that_stops_has_no_timeline(traces: list[Trace]) -> None:
+    trace = traces[0]
+    stopped = Trace(
+        trace.program, [event for event in trace.events if event.barrier != "v_full[0]" or event.kind == "wait"]
+    )
+    with pytest.raises(ValueError, match=r"no timeline for this trace: wait v_full\[0\] at attention_forward\.py:\d+"):
+        by_model(stopped, Rates())
+
+
 def test_steps_show_who_was_blocked_in_this_schedule(traces: list[Trace]) -> None:
     for trace in traces:
         picture = timeline(trace, by_steps(trace))
