@@ -95,13 +95,15 @@ class Ring(NamedTuple):
 
 class Traits(NamedTuple):
     """The constants that say what a call is, constexprs all of them: heads that share keys, consumers of 64 queries, keys in a tile,
-    features as powers of two, stages, whether sequences are packed, where the window ends, and what else there is."""
+    features as powers of two, whether a quarter of those of q and k is empty, stages, whether sequences are packed, where the window ends,
+    and what else there is."""
 
     HEADS_PER_KV: Any
     CONSUMERS: Any
     BLOCK_N: Any
     BLOCK_D: Any
     BLOCK_DV: Any
+    THREE_QUARTERS: Any
     STAGES: Any
     PACKED: Any
     HAS_LEFT: Any
@@ -276,9 +278,20 @@ def exponent_factor(scores, traits):
 
 
 @gluon.jit
-def transposed(k_ring, stage, traits):
-    """A tile of keys as the second operand of the scores."""
-    return k_ring.tiles.index(stage).reshape([traits.BLOCK_N, traits.BLOCK_D]).permute((1, 0))
+def multiplied(own, k_ring, stage, traits, S: gl.constexpr):
+    """The products of queries and a tile of keys, not waited for: of three quarters of the features where the last one is empty."""
+    keys = k_ring.tiles.index(stage).reshape([traits.BLOCK_N, traits.BLOCK_D])
+    empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
+    if traits.THREE_QUARTERS:
+        HALF: gl.constexpr = traits.BLOCK_D // 2
+        QUARTER: gl.constexpr = traits.BLOCK_D // 4
+        first, k = own.slice(0, HALF, dim=1), keys.slice(0, HALF, dim=1)
+        products = warpgroup_mma(first, k.permute((1, 0)), empty, use_acc=False, is_async=True)
+        then, k = own.slice(HALF, QUARTER, dim=1), keys.slice(HALF, QUARTER, dim=1)
+        products = warpgroup_mma(then, k.permute((1, 0)), products, is_async=True)
+    else:
+        products = warpgroup_mma(own, keys.permute((1, 0)), empty, use_acc=False, is_async=True)
+    return products
 
 
 @gluon.jit
@@ -308,9 +321,8 @@ def advance(
     factor = exponent_factor(scores, traits)
     stage = i % traits.STAGES
     before = (i - 1) % traits.STAGES
-    empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
     mbarrier.wait(k_ring.full.index(stage), (i // traits.STAGES) & 1)
-    products = warpgroup_mma(own, transposed(k_ring, stage, traits), empty, use_acc=False, is_async=True)
+    products = multiplied(own, k_ring, stage, traits, S)
     out_next = warpgroup_mma(weights, values(v_ring, before, traits), out, is_async=True)
     products = warpgroup_mma_wait(1, deps=[products])
     mbarrier.arrive(k_ring.empty.index(stage), count=1)
@@ -337,11 +349,10 @@ def advance(
 def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, A: gl.constexpr):
     """The first tile, which has no product beside it and is taken for cut in any case."""
     factor = exponent_factor(scores, traits)
-    empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
     k_ring = memory.k_ring
     mbarrier.wait(memory.q_full.index(0), 0)
     mbarrier.wait(k_ring.full.index(0), 0)
-    products = warpgroup_mma(own, transposed(k_ring, 0, traits), empty, use_acc=False, is_async=True)
+    products = multiplied(own, k_ring, 0, traits, S)
     products = warpgroup_mma_wait(0, deps=[products])
     mbarrier.arrive(k_ring.empty.index(0), count=1)
     products = capped(products, scores, traits)
