@@ -112,12 +112,14 @@ class HopperForward:
         block_m = config.consumers * ROWS.value
         num_tiles, num_slots = shape.tiles(shape.seqlen_q, block_m), shape.slots(shape.num_heads)
         left, right = window_of(call, shape)
+        block_d, block_dv = block_dim(shape.head_dim), block_dim(shape.value_dim)
         constants = {
             "HEADS_PER_KV": shape.num_heads // shape.num_kv_heads,
             "CONSUMERS": config.consumers,
             "BLOCK_N": config.block_n,
-            "BLOCK_D": max(64, block_dim(shape.head_dim)),
-            "BLOCK_DV": max(64, block_dim(shape.value_dim)),
+            "BLOCK_D": block_d,
+            "BLOCK_DV": block_dv,
+            "THREE_QUARTERS": 4 * shape.head_dim == 3 * block_d,
             "STAGES": config.stages,
             "PACKED": shape.packed,
             "HAS_LEFT": left >= 0,

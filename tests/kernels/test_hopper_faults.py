@@ -76,6 +76,7 @@ WINDOW = Case((70, 600), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, opti
 ENDS = Case((70, 200), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16)
 GROUPS = Case((70, 70), dims=(64, 64), heads=(4, 2), dtype=torch.bfloat16)
 PACKED = Case(((70, 200), (0, 3), (130, 140)), dims=(64, 64), heads=(2, 1), dtype=torch.bfloat16)
+QUARTERS = Case((70, 70), dims=(96, 96), heads=(1, 1), dtype=torch.bfloat16)
 SOFTCAP = Case((70, 70), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, options={"softcap": 1.0})
 SINKS = Case((70, 200), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, options={"sinks": torch.ones(1)})
 
@@ -104,6 +105,7 @@ NUMBERS: dict[str, tuple[str, str, Sequence[Case]]] = {
     "box ends with the neighbour": (
         "RAGGED, first + length, RAGGED - length +", "RAGGED, first + length + 9, RAGGED - length - 9 +", (PACKED,)
     ),
+    "features of another quarter": ("keys.slice(HALF, QUARTER", "keys.slice(HALF + QUARTER, QUARTER", (QUARTERS,)),
     "softcap of half the score": ("scores.factor * 2.0 / scores.softcap", "scores.factor / scores.softcap", (SOFTCAP,)),
     "sink in base e": ("gl.float32) * LOG2E", "gl.float32)", (SINKS,)),
     "values walked the other way": (
@@ -128,5 +130,5 @@ def test_a_copy_that_is_not_broken_passes(broken, poison_empty: None) -> None:
     broken(SOURCE)
     for schedule in (*SCHEDULES, LATE):
         forward(call_of(draw(DENSE, 0, torch.device("cpu"))), schedule)
-    for case in (CAUSAL, MORE_QUERIES, WINDOW, ENDS, GROUPS, PACKED, SOFTCAP, SINKS):
+    for case in (CAUSAL, MORE_QUERIES, WINDOW, ENDS, GROUPS, PACKED, QUARTERS, SOFTCAP, SINKS):
         check(case)
