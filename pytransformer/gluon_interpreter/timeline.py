@@ -187,7 +187,7 @@ class _Builder:
                     counts[variable] += 1
                 tiles[event.works[0]] = holds.get(memory, "")
             elif event.kind == "product":
-                operands = [memory for memory in event.what.split(" × ") if memory in holds]
+                operands = [memory for memory in _read(event, holds.keys()) if memory in holds]
                 tiles[event.works[0]] = holds[operands[-1]] if operands else ""
         return tiles
 
@@ -240,7 +240,7 @@ class _Builder:
                 yield from self._closed(memory, open_)
                 open_[memory] = event, self._moments[event.step].end
                 continue
-            read = event.what.split(" × ") if event.kind in ("product", "load") else ()
+            read = _read(event, open_.keys()) if event.kind in ("product", "load") else ()
             for memory in open_.keys() & set(read):
                 load, end = open_[memory]
                 last = returns.get(event.works[0], 0.0) if event.works else self._moments[event.step].end
@@ -292,6 +292,18 @@ class _Builder:
 
 
 _ISSUES = ("copy", "product")
+
+
+def _read(event: Event, stages: Set[str]) -> list[str]:
+    """What a product or a thread reads: a stage, also where it is only a part of one (``k[0, 0:64]`` of ``k[0]``), or other memory."""
+    read = []
+    for label in event.what.split(" × "):
+        whole = label
+        while whole not in stages and "[" in whole:
+            beginning, comma, _ = whole.rpartition(", ")
+            whole = f"{beginning}]" if comma else whole.partition("[")[0]
+        read.append(whole if whole in stages else label)
+    return read
 
 
 def _variable(label: str) -> str:

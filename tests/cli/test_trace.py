@@ -44,6 +44,15 @@ def test_steps_in_another_schedule_as_text_alone(
     assert not list(tmp_path.iterdir())
 
 
+def test_parts_of_a_stage_are_that_stage() -> None:
+    """At head_dim 96 each product with k is one of 64 features and one of 32."""
+    picture = timeline_of(attention_traces("forward", 96, 300, False, EARLY), "model")
+    products = [span for span in picture.spans if span.kind == "product"]
+    assert {span.tile for span in products} == {f"{name}{number}" for name in "kv" for number in range(3)}
+    held = {span.lane for span in picture.spans if span.kind == "held"}
+    assert held == {span.lane for span in picture.spans if span.kind == "load"}
+
+
 @needs_reductions
 def test_the_backward_pass_has_five_products_for_a_tile() -> None:
     (trace,) = attention_traces("backward", 64, 128, False, EARLY)
