@@ -19,6 +19,7 @@ from pytransformer.cli import (
     plot,
     prefix,
     quantize,
+    trace,
     train,
     verify,
     warmup,
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pytransformer {__version__}")
     parser.set_defaults(debug=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, verify, warmup, bench, train, generate, chat, prefix, convert, quantize, inspect, plot):
+    for module in (info, verify, warmup, bench, train, generate, chat, prefix, convert, quantize, inspect, plot, trace):
         module.add_parser(subparsers)
     _add_debug(parser)
     return parser

@@ -15,6 +15,7 @@ that are looked at but whether barriers, waits and fences put two accesses in or
 docs/gluon-interpreter.md says what is modelled and what is not.
 """
 
+from .clocks import Moments, Rates, by_model, by_steps
 from .faults import (
     BarrierStateError,
     ByteCountError,
@@ -34,8 +35,9 @@ from .faults import (
     UnfinishedError,
     UninitialisedReadError,
 )
-from .launch import launch
+from .launch import launch, traced
 from .schedules import EARLY, LATE, SCHEDULES, Schedule
+from .timeline import Timeline, timeline
 from .trace import Event, Trace
 
 __all__ = [
@@ -50,17 +52,24 @@ __all__ = [
     "LayoutError",
     "MissingFenceError",
     "MissingWaitError",
+    "Moments",
     "NamedBarrierError",
     "OperandReuseError",
     "OverArrivalError",
     "OverwriteError",
     "PhaseError",
     "ProtocolFault",
+    "Rates",
     "Schedule",
     "SharedMemoryLimitError",
     "SharedRaceError",
+    "Timeline",
     "Trace",
     "UnfinishedError",
     "UninitialisedReadError",
+    "by_model",
+    "by_steps",
     "launch",
+    "timeline",
+    "traced",
 ]

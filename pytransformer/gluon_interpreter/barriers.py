@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .faults import BarrierStateError, ByteCountError, NamedBarrierError, OverArrivalError, PhaseError, ProtocolFault
 from .knowledge import Knowledge
+from .shared import View
 from .tasks import Task, Waiting
 
 # PTX: the ranges of an mbarrier's counts.
@@ -17,10 +18,17 @@ MAX_COUNT = 2**20 - 1
 
 
 class Barrier:
-    """One mbarrier. Its state is that of its current phase, which is not complete."""
+    """One mbarrier. Its state is that of its current phase, which is not complete.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    Attributes:
+        name: in words, with its line.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.name = str(view)
+        self._view = view
+        self._label = ""
+        self._earlier = 0  # phases before it was initialised again
         self._reset()
 
     def _reset(self) -> None:
@@ -38,6 +46,18 @@ class Barrier:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def label(self) -> str:
+        """A short name, for traces."""
+        if not self._label:
+            self._label = self._view.label
+        return self._label
+
+    @property
+    def phase(self) -> int:
+        """The number of the current phase, counted from the first time that it was initialised."""
+        return self._earlier + self.phases
 
     def describe(self) -> str:
         """Its state in words."""
@@ -57,6 +77,7 @@ class Barrier:
             raise BarrierStateError(
                 f"{self} is initialised at {where}, and was already at {self.where}, with no invalidate in between"
             )
+        self._earlier += self.phases + 1 if self.where else 0
         self._reset()
         self.count = self._pending = count
         self.where = where

@@ -121,15 +121,16 @@ class Descriptor:
             return None
         size = self.dtype.itemsize
         first = [start + piece.start for start, piece in zip(coordinates, part)]
+        # The sum wraps around 64 bits, as the hardware's does: descriptors of ragged tensors count on it.
         offset = sum(place * stride for place, stride in zip(first, self.strides)) * size
         steps = [stride * size for stride in self.strides]
-        addresses = np.full((1,) * len(shape), self._address + offset, np.uint64)
+        addresses = np.full((1,) * len(shape), (self._address + offset) % 2**64, np.uint64)
         for dim, (length, step) in enumerate(zip(shape, steps)):
             places = np.arange(length, dtype=np.uint64) * np.uint64(step)
             addresses = addresses + places.reshape((-1, *(1,) * (len(shape) - 1 - dim)))
         machine.memory.access(addresses, np.ones(addresses.shape, np.bool_), size, access, machine.program)
         span = sum((length - 1) * step for length, step in zip(shape, steps)) + size
-        memory = (ctypes.c_char * span).from_address(self._plain + offset)
+        memory = (ctypes.c_char * span).from_address((self._plain + offset) % 2**64)
         return np.ndarray(shape, self.dtype, memory, 0, steps)
 
 
@@ -167,8 +168,11 @@ class Load:
                 array[...] = 0
         if self._source is not None:
             array[self._part] = self._source
-        self._machine.trace.add(self._task, "copied", str(self.view), self.where)
-        self._barrier.complete(self._descriptor.nbytes, self.access.number, self.where)
+        where, barrier = self.where, self._barrier
+        self._machine.trace.add(
+            self._task, "copied", self.view.label, where, 0, barrier.label, barrier.phase, (self.access.number,)
+        )
+        barrier.complete(self._descriptor.nbytes, self.access.number, self.where)
 
 
 class Store:
@@ -186,7 +190,7 @@ class Store:
             raise DescriptorError(f"there is no reduction {reduction} of {descriptor.element}, at {self.where}")
         descriptor.check_box(self.view, memory, coordinates, self.where)
         task = machine.task
-        self._access = machine.shared.read(
+        self.access = machine.shared.read(
             self.view, task.knowledge, "the store", asynchronous=True, task=task.name, where=self.where
         )
         self._task = task.name
@@ -205,7 +209,7 @@ class Store:
                 self._target[...] = values
             else:
                 self._target[...] = self._combined(self._target, values)
-        self._machine.trace.add(self._task, "copied", str(self.view), self.where)
+        self._machine.trace.add(self._task, "copied", self.view.label, self.where, works=(self.access.number,))
 
     def _combined(self, before: Array, values: Array) -> Array:
         function = {"add": np.add, "min": np.minimum, "max": np.maximum}[str(self._reduction)]
@@ -218,4 +222,4 @@ class Store:
     def finish(self) -> None:
         """The task that runs has waited for it: shared memory has been read."""
         self._machine.deliver(self)
-        self._machine.task.knowledge.add(self._access.number)
+        self._machine.task.knowledge.add(self.access.number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from pytransformer.triton_interpreter.memory import LaunchMemory
 
@@ -61,18 +61,22 @@ class Machine:
         """The task that runs."""
         return self.scheduler.current
 
-    def step(self, kind: str, what: object = "", where: str | None = None) -> Waiting | None:
+    def step(self, kind: str, what: object = "", where: str | None = None, **details: Any) -> Waiting | None:
         """The task that runs did something that others can notice: noted, and to be yielded, as others may be next."""
-        self.note(kind, what, where)
+        self.note(kind, what, where, **details)
+        return self.turn()
+
+    def turn(self) -> Waiting | None:
+        """Asynchronous work may be done now; to be yielded, as others may be next."""
         if self.schedule.copies == "random":
             for work in [work for work in self._under_way if work.deliverable()]:
                 if self.random.random() < 0.3:
                     self.deliver(work)
         return None
 
-    def note(self, kind: str, what: object = "", where: str | None = None) -> None:
-        """An event of the task that runs."""
-        self.trace.add(self.task.name, kind, str(what), line() if where is None else where)
+    def note(self, kind: str, what: object = "", where: str | None = None, **details: Any) -> None:
+        """An event of the task that runs; ``details`` are fields of :class:`Event`."""
+        self.trace.add(self.task.name, kind, str(what), line() if where is None else where, **details)
 
     def allocated(self, view: View) -> None:
         """Keeps an allocation for as long as the program runs."""
@@ -88,7 +92,7 @@ class Machine:
             raise BarrierStateError(f"{view} is {view.array.size} barriers, and one is meant, at {line()}")
         key = (id(view.allocation), view.offset)
         if key not in self._barriers:
-            self._barriers[key] = Barrier(str(view))
+            self._barriers[key] = Barrier(view)
         return self._barriers[key]
 
     def named_barrier(self, number: int) -> NamedBarrier:

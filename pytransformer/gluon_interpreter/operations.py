@@ -45,7 +45,7 @@ class SharedView(gl.shared_memory_descriptor):  # type: ignore[misc]
         running.task.knowledge.add(access.number)
         kind = gl.distributed_type(self.dtype, list(self.shape), core._unwrap_if_constexpr(layout))
         result = Tensor(Handle(view.array.copy(), self.dtype), kind)
-        yield running.step("load", view)
+        yield running.step("load", view.label)
         return result
 
     def store(self, value: Any) -> Steps:
@@ -61,7 +61,7 @@ class SharedView(gl.shared_memory_descriptor):  # type: ignore[misc]
         )
         running.task.knowledge.add(access.number)
         view.array[...] = data
-        yield running.step("store", view)
+        yield running.step("store", view.label)
 
     def index(self, index: Any) -> SharedView:
         """One element of the first dimension."""
@@ -151,7 +151,7 @@ def mbarrier_init(barrier: SharedView, count: Any) -> Steps:
     running = machine()
     found = running.barrier(barrier.handle)
     found.init(_integer(count), line())
-    yield running.step("init", found)
+    yield running.step("init", found)  # its variable may not be assigned yet
 
 
 def mbarrier_invalidate(barrier: SharedView) -> Steps:
@@ -159,16 +159,18 @@ def mbarrier_invalidate(barrier: SharedView) -> Steps:
     running = machine()
     found = running.barrier(barrier.handle)
     found.invalidate(line())
-    yield running.step("invalidate", found)
+    yield running.step("invalidate", found.label, barrier=found.label)
 
 
 def mbarrier_arrive(barrier: SharedView, *, count: Any = 1, pred: Any = True, from_cta: Any = None) -> Steps:
     """``mbarrier.arrive``."""
     running = machine()
     found = running.barrier(barrier.handle)
-    if _true(pred):
-        found.arrive(_integer(count), running.task.knowledge, line())
-    yield running.step("arrive", found)
+    if not _true(pred):
+        return
+    phase = found.phase
+    found.arrive(_integer(count), running.task.knowledge, line())
+    yield running.step("arrive", found.label, barrier=found.label, phase=phase)
 
 
 def mbarrier_expect(
@@ -177,10 +179,12 @@ def mbarrier_expect(
     """``mbarrier.expect``: an arrival that announces bytes."""
     running = machine()
     found = running.barrier(barrier.handle)
+    if not _true(pred):
+        return
     size = _integer(bytes if bytes_per_cta is None else bytes_per_cta)  # 3.6 calls it bytes
-    if _true(pred):
-        found.expect(size, running.task.knowledge, line())
-    yield running.step("expect", f"{size} bytes at {found}")
+    phase = found.phase
+    found.expect(size, running.task.knowledge, line())
+    yield running.step("expect", found.label, size=size, barrier=found.label, phase=phase)
 
 
 def mbarrier_wait(barrier: SharedView, phase: Any, pred: Any = True, deps: Any = ()) -> Steps:
@@ -191,10 +195,10 @@ def mbarrier_wait(barrier: SharedView, phase: Any, pred: Any = True, deps: Any =
     task, found, where = running.task, running.barrier(barrier.handle), line()
     waiting = found.wait(_integer(phase), task, where)
     if not waiting.ready():
-        running.note("blocked", found, where)
+        running.note("blocked", found.label, where, barrier=found.label, phase=found.phase)
         yield waiting
     found.passed(task, running.shared.event(), where)
-    yield running.step("wait", found, where)
+    yield running.step("wait", found.label, where, barrier=found.label, phase=found.phase - 1 if found.phases else -1)
 
 
 def barrier(*, cluster: bool = False) -> Steps:
@@ -221,13 +225,14 @@ def inline_asm(asm: Any, constraints: Any = "", args: Any = (), result_types: An
         )
     task, named, where = running.task, running.named_barrier(number), line()
     arrived = named.arrive(threads, task, running.shared.event(), where)
+    label = f"named barrier {number}"
     if found.group(1) == "sync":
         waiting = named.wait(arrived, where)
         if not waiting.ready():
-            running.note("blocked", number, where)
+            running.note("blocked", label, where, barrier=label, phase=arrived)
             yield waiting
         named.passed(task)
-    yield running.step(f"named {found.group(1)}", number, where)
+    yield running.step(f"named {found.group(1)}", label, where, barrier=label, phase=arrived)
 
 
 # Copies.
@@ -278,8 +283,11 @@ def async_load(
     running = machine()
     found = running.barrier(barrier.handle)
     coordinates = [_integer(place) for place in coord]
-    running.start(Load(running, tensor_desc.handle, coordinates, found, result))
-    yield running.step("copy", f"{coordinates} to {result.handle}")
+    work = Load(running, tensor_desc.handle, coordinates, found, result)
+    what, size, works = f"{coordinates} to {result.handle.label}", tensor_desc.handle.nbytes, (work.access.number,)
+    running.note("copy", what, size=size, barrier=found.label, phase=found.phase, works=works)
+    running.start(work)
+    yield running.turn()
 
 
 def async_store(tensor_desc: Any, coord: Any, src: Any, cache_policy: Any = None) -> Steps:
@@ -307,8 +315,10 @@ def _store(tensor_desc: Any, coord: Any, src: Any, reduction: str | None) -> Ste
     coordinates = [_integer(place) for place in coord]
     work = Store(running, tensor_desc.handle, coordinates, src, reduction)
     running.task.stores.append(work)
+    what, size = f"{src.handle.label} to {coordinates}", tensor_desc.handle.nbytes
+    running.note("copy", what, size=size, works=(work.access.number,))
     running.start(work)
-    yield running.step("copy", f"{src.handle} to {coordinates}")
+    yield running.turn()
 
 
 def store_wait(pendings: Any, read_only: Any = True) -> Steps:
@@ -316,10 +326,11 @@ def store_wait(pendings: Any, read_only: Any = True) -> Steps:
     running = machine()
     task = running.task
     through = max(0, len(task.stores) - _integer(pendings))
+    works = tuple(work.access.number for work in task.stores[:through])
     for work in task.stores[:through]:
         work.finish()
     del task.stores[:through]
-    yield running.step("store_wait", through)
+    yield running.step("store_wait", through, works=works)
 
 
 # Products.
@@ -347,7 +358,8 @@ def warpgroup_mma(
         for earlier in task.products:
             earlier.compute()
     result = Tensor(None, acc.type, product)
-    yield running.step("product", f"{list(a.shape)} × {list(b.shape)}")
+    running.note("product", product.what, size=product.operations, works=(product.number,))
+    yield running.turn()
     if not _true(is_async):
         # Triton waits for all of them: WarpGroupDotWait 0 behind a product that is not asynchronous.
         return (yield from warpgroup_mma_wait(0, [result]))
@@ -366,11 +378,12 @@ def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Steps:
     running = machine()
     task = running.task
     through = max(0, len(task.products) - _integer(num_outstanding))
+    works = tuple(product.number for product in task.products[:through])
     for product in task.products[:through]:
         product.finish()
     del task.products[:through]
     results = [_waited(dep) for dep in deps]
-    yield running.step("produced", through)
+    yield running.step("produced", through, works=works)
     return results[0] if len(results) == 1 else tuple(results)
 
 

@@ -30,6 +30,9 @@ class Product:
 
     Attributes:
         where: the line that issued it.
+        what: its operands.
+        operations: floating-point ones.
+        number: that of its first access to shared memory, which is no other product's.
         done: whether a wait has found it through.
         result: the accumulator after it, once it is computed.
     """
@@ -50,6 +53,9 @@ class Product:
             )
             for view in self._views
         ]
+        self.what = " × ".join(x.handle.label if isinstance(x.handle, View) else "registers" for x in (a, b))
+        self.operations = 2 * int(a.shape[0]) * int(a.shape[1]) * int(b.shape[1])
+        self.number = self._accesses[0].number
 
     def compute(self) -> None:
         """Reads the operands and makes the result."""

@@ -7,11 +7,14 @@ in order the later one faults, whatever data they would have seen.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import triton.experimental.gluon.language as gl
 
 from pytransformer.triton_interpreter import OutOfBoundsError
 
@@ -25,6 +28,7 @@ from .faults import (
     UninitialisedReadError,
 )
 from .knowledge import Knowledge
+from .source import variable
 
 Array = npt.NDArray[Any]
 Box = tuple[tuple[int, int], ...]
@@ -58,12 +62,35 @@ class Access:
 
 @dataclasses.dataclass
 class Allocation:
-    """One ``allocate_shared_memory``."""
+    """One ``allocate_shared_memory``.
+
+    Attributes:
+        name: in words, with its line.
+        label: the variable in which the kernel keeps it, found when it is first asked for; no other's in ``labels``.
+    """
 
     name: str
     array: Array
     written: npt.NDArray[np.bool_]
+    labels: set[str]
     accesses: list[Access] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def label(self) -> str:
+        """See above."""
+        found = label = variable(self._is) or self.name
+        number = 1
+        while label in self.labels:
+            number += 1
+            label = f"{found} ({number})"
+        self.labels.add(label)
+        return label
+
+    def _is(self, value: Any) -> bool:
+        if not isinstance(value, gl.shared_memory_descriptor):
+            return False
+        view: View = value.handle
+        return view.allocation is self and view.whole
 
 
 class View:
@@ -87,11 +114,20 @@ class View:
         self._axes = axes  # the allocation's dimension that each of the view's is; None once they are mixed
 
     def __str__(self) -> str:
-        whole = tuple((0, length) for length in self.allocation.array.shape)
-        if self.box == whole:
-            return self.allocation.name
-        ranges = (str(low) if high == low + 1 else f"{low}:{high}" for low, high in self.box)
-        return f"{self.allocation.name}[{', '.join(ranges)}]"
+        return self.allocation.name if self.whole else f"{self.allocation.name}{_indices(self.box)}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the allocation."""
+        return self.box == tuple((0, length) for length in self.allocation.array.shape)
+
+    @property
+    def label(self) -> str:
+        """A short name, as the kernel would write it: ``k[1]``."""
+        box = list(self.box)
+        while box and box[-1] == (0, self.allocation.array.shape[len(box) - 1]):
+            box.pop()
+        return f"{self.allocation.label}{_indices(box)}" if box else self.allocation.label
 
     @property
     def offset(self) -> int:
@@ -128,7 +164,11 @@ class View:
         array, written = self.array.reshape(shape), self.written.reshape(shape)
         if not np.shares_memory(array, self.array):
             raise NotImplementedError(f"{self} cannot be seen in shape {list(shape)} without a copy")
-        return View(self.allocation, array, written, self.box, None)
+        longer = [dim for dim, length in enumerate(self.array.shape) if length > 1]
+        # Parts can still be taken where nothing but dimensions of length 1 went.
+        kept = self._axes is not None and shape == tuple(self.array.shape[dim] for dim in longer)
+        axes = tuple(self._axes[dim] for dim in longer) if self._axes is not None and kept else None
+        return View(self.allocation, array, written, self.box, axes)
 
 
 class SharedMemory:
@@ -137,6 +177,7 @@ class SharedMemory:
     def __init__(self) -> None:
         self.bytes = 0
         self._number = 0
+        self._labels: set[str] = set()
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], alignment: int) -> View:
         """Memory that nothing has written: every bit is set, which is NaN in every floating format.
@@ -152,7 +193,7 @@ class SharedMemory:
             )
         array = np.empty(shape, dtype)
         array.view(np.uint8).fill(0xFF)
-        allocation = Allocation(name, array, np.zeros(shape, np.bool_))
+        allocation = Allocation(name, array, np.zeros(shape, np.bool_), self._labels)
         box = tuple((0, length) for length in shape)
         return View(allocation, array, allocation.written, box, tuple(range(len(shape))))
 
@@ -206,6 +247,10 @@ class SharedMemory:
         kept.append(access)
         view.allocation.accesses = kept
         return access
+
+
+def _indices(box: Sequence[tuple[int, int]]) -> str:
+    return f"[{', '.join(str(low) if high == low + 1 else f'{low}:{high}' for low, high in box)}]"
 
 
 def _overlap(a: Box, b: Box) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
 
 import triton
 
@@ -21,6 +23,27 @@ def line() -> str:
             return _place(frame, frame.f_lineno)
         frame = frame.f_back
     return "outside of a kernel"
+
+
+def variable(meant: Callable[[Any], bool]) -> str:
+    """The variable of the kernel that holds a value, ``ring.full`` if it is in a named tuple; empty if there is none.
+
+    The outermost function that runs is asked first: names mean least in the smallest helpers.
+    """
+    frames = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _of_kernel(frame):
+            frames.append(frame)
+        frame = frame.f_back
+    for frame in reversed(frames):
+        for name, value in frame.f_locals.items():
+            if meant(value):
+                return name
+            for field in getattr(value, "_fields", ()) if isinstance(value, tuple) else ():
+                if meant(getattr(value, field)):
+                    return f"{name}.{field}"
+    return ""
 
 
 def line_of(traceback: TracebackType | None) -> str:

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language._semantic import GluonSemantic
 from triton.runtime import interpreter
 
 from .faults import MissingWaitError
+from .machine import machine
 from .source import MARK, line
 
 if TYPE_CHECKING:
@@ -53,6 +54,16 @@ class Builder(interpreter.InterpreterBuilder):  # type: ignore[misc]
     def create_broadcast(self, arg: Any, ret_ty: Any) -> Any:
         """A block with dimensions of length 1 stretched."""
         return Handle(np.broadcast_to(arg.data, ret_ty.shape), arg.dtype.scalar)
+
+    def create_exp(self, arg: Any) -> Any:
+        """The hardened interpreter's, noted: in an attention kernel they are what the threads' time goes into."""
+        machine().note("exponentials", size=arg.data.size)
+        return super().create_exp(arg)
+
+    def create_exp2(self, arg: Any) -> Any:
+        """Likewise."""
+        machine().note("exponentials", size=arg.data.size)
+        return super().create_exp2(arg)
 
     def create_convert_layout(self, ret_ty: Any, arg: Any) -> Any:
         """The same elements."""
@@ -151,6 +162,15 @@ class Semantic(GluonSemantic):  # type: ignore[misc]
     def convert_layout(self, value: Any, layout: Any, assert_trivial: bool = False) -> Any:
         """The same elements in another layout."""
         return as_tensor(super().convert_layout(value, layout, False))
+
+    def cast(self, input: Any, dst_ty: Any, fp_downcast_rounding: str | None = None) -> Any:
+        """A conversion. The compiler's integers have no sign, which its instructions know; here the elements must know it."""
+        result = as_tensor(super().cast(input, dst_ty, fp_downcast_rounding))
+        kind = dst_ty.scalar
+        if not kind.is_int() or kind.is_int_signed() or kind.is_bool():
+            return result
+        data = result.handle.data.astype(interpreter._get_np_dtype(kind))
+        return Tensor(Handle(data, kind), result.type)
 
     def expand_dims(self, input: Any, axis: int) -> Any:
         """A dimension of length 1; the layout must be a slice of the result's."""

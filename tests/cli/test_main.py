@@ -13,7 +13,20 @@ from pytransformer.cli import info
 from pytransformer.cli import main as main_module
 from pytransformer.cli.main import build_parser, main, one_line
 
-COMMANDS = ("info", "verify", "warmup", "bench", "train", "generate", "chat", "prefix", "convert", "inspect", "plot")
+COMMANDS = (
+    "info",
+    "verify",
+    "warmup",
+    "bench",
+    "train",
+    "generate",
+    "chat",
+    "prefix",
+    "convert",
+    "inspect",
+    "plot",
+    "trace",
+)
 
 
 def test_help_imports_nothing_heavy():
@@ -44,6 +57,7 @@ def test_the_module_runs():
         ["plot", "loss"],
         ["plot", "attention"],
         ["plot", "cache"],
+        ["trace", "attention"],
         ["bench", "run"],
         ["bench", "compare"],
     ],

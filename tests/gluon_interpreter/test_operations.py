@@ -49,6 +49,30 @@ def test_a_load_fills_what_is_outside_of_the_tensor(row: int, column: int, paddi
     assert torch.equal(result.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 
 
+@gluon.jit
+def _copy_of_ragged(source, result, end, length):
+    memory = gl.allocate_shared_memory(source.dtype, [1, 1, 64, 64], source.layout)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    mbarrier.expect(bar, source.block_type.nbytes)
+    async_load(source, [2**30, end, 2**30 - length, 0], bar, memory)
+    mbarrier.wait(bar, 0)
+    async_store(result, [2**30, end, 2**30 - length, 0], memory)
+    tma.store_wait(0)
+
+
+def test_the_offset_of_a_box_wraps_around_64_bits() -> None:
+    """Triton's ragged_tma: the first dimension steps 2^64 elements less the rows that the third one is too many."""
+    source, result = tiles(2), torch.zeros(2 * SIDE, SIDE, dtype=torch.bfloat16)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    shape, strides = [2**31 - 2**16] * 2 + [2**30, SIDE], [2**34 - SIDE, SIDE, SIDE, 1]
+    ragged = [TensorDescriptor(x, shape, strides, [1, 1, SIDE, SIDE], layout) for x in (source, result)]
+    launch(_copy_of_ragged, (1,), *ragged, 100, 30, schedule=LATE)
+    expected = torch.zeros_like(result)
+    expected[70:100] = source[70:100]
+    assert torch.equal(result, expected)
+
+
 @needs_reductions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("reduction", ["add", "max"])
@@ -174,8 +198,8 @@ def test_a_trace_shows_when_a_copy_is_done(schedule: Schedule) -> None:
     (trace,) = launch(_twice, (1,), descriptor(source), descriptor(result), False, schedule=schedule)
     assert torch.equal(result, source + source)
     kinds = [event.kind for event in trace.events]
-    load = ["copied", "copy", "wait"] if schedule is EARLY else ["copy", "blocked", "copied", "wait"]
-    store = ["copied", "copy", "store_wait"] if schedule is EARLY else ["copy", "copied", "store_wait"]
+    load = ["copy", "copied", "wait"] if schedule is EARLY else ["copy", "blocked", "copied", "wait"]
+    store = ["copy", "copied", "store_wait"]
     assert kinds == ["init", "expect", *load, "load", "load", "store", "fence", *store, "end"]
     assert [event.step for event in trace.events] == list(range(len(kinds)))
     assert all(event.where.startswith("test_operations.py:") for event in trace.events[:-1])
@@ -207,3 +231,16 @@ def test_wrong_arguments_are_refused() -> None:
         launch(_beyond, (1,), "x")
     with pytest.raises(ValueError, match="order must be one of next, first, last, same, random, got 'any'"):
         Schedule(order="any")  # type: ignore[arg-type]
+
+
+@gluon.jit
+def _compares_without_sign(out, limit):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    x = gl.arange(0, 128, layout=layout)
+    gl.store(out + x, ((x - 64).to(gl.uint32) <= limit.to(gl.uint32)).to(gl.int32))
+
+
+def test_an_unsigned_integer_has_no_sign_when_it_is_compared() -> None:
+    out = torch.zeros(128, dtype=torch.int32)
+    launch(_compares_without_sign, (1,), out, 10)
+    assert out.tolist() == [0] * 64 + [1] * 11 + [0] * 53
