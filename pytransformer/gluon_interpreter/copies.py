@@ -121,15 +121,16 @@ class Descriptor:
             return None
         size = self.dtype.itemsize
         first = [start + piece.start for start, piece in zip(coordinates, part)]
+        # The sum wraps around 64 bits, as the hardware's does: descriptors of ragged tensors count on it.
         offset = sum(place * stride for place, stride in zip(first, self.strides)) * size
         steps = [stride * size for stride in self.strides]
-        addresses = np.full((1,) * len(shape), self._address + offset, np.uint64)
+        addresses = np.full((1,) * len(shape), (self._address + offset) % 2**64, np.uint64)
         for dim, (length, step) in enumerate(zip(shape, steps)):
             places = np.arange(length, dtype=np.uint64) * np.uint64(step)
             addresses = addresses + places.reshape((-1, *(1,) * (len(shape) - 1 - dim)))
         machine.memory.access(addresses, np.ones(addresses.shape, np.bool_), size, access, machine.program)
         span = sum((length - 1) * step for length, step in zip(shape, steps)) + size
-        memory = (ctypes.c_char * span).from_address(self._plain + offset)
+        memory = (ctypes.c_char * span).from_address((self._plain + offset) % 2**64)
         return np.ndarray(shape, self.dtype, memory, 0, steps)
 
 

@@ -96,15 +96,18 @@ def _parameters(kernel: Any, bound: dict[str, Any]) -> Iterator[tuple[str, Any, 
 
 def _value(name: str, value: Any, memory: Any, constant: bool) -> Any:
     """An argument as the kernel holds it."""
+    if isinstance(value, gl.constexpr):
+        return value.value
     if constant or value is None:
-        return value.value if isinstance(value, gl.constexpr) else value
+        return value
     if isinstance(value, torch.Tensor):
         kind = gl.pointer_type(_element(value.dtype))
         return Tensor(Handle(np.array([value.data_ptr() + memory.tag(value)], np.uint64), kind), kind)
     if isinstance(value, TensorDescriptor):
         return descriptor_value(_descriptor(value, memory))
     if isinstance(value, (tuple, list)):
-        return gl.tuple([_value(name, item, memory, False) for item in value])
+        items = [_value(name, item, memory, False) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else gl.tuple(items)
     if isinstance(value, (bool, int, float)):
         return scalar(value, _scalar_type(name, value))
     raise TypeError(f"argument {name} is a {type(value).__name__}, and a kernel takes tensors, descriptors and numbers")

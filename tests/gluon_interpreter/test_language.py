@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 import triton
@@ -158,3 +160,20 @@ def test_launches_of_the_stock_interpreter_leave_nothing_behind() -> None:
     x, out = torch.randn(50), torch.zeros(100)
     launch(_masked, (1,), x, out, 50)
     torch.testing.assert_close(out[:50], x.exp2())
+
+
+class _Traits(NamedTuple):
+    FACTOR: Any
+    base: Any
+
+
+@gluon.jit
+def _named(out, traits):
+    FACTOR: gl.constexpr = traits.FACTOR
+    gl.store(out, FACTOR * traits.base)
+
+
+def test_a_named_tuple_keeps_its_names_and_constants() -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    launch(_named, (1,), out, _Traits(gl.constexpr(3), 7))
+    assert out.item() == 21

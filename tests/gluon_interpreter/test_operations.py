@@ -49,6 +49,30 @@ def test_a_load_fills_what_is_outside_of_the_tensor(row: int, column: int, paddi
     assert torch.equal(result.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 
 
+@gluon.jit
+def _copy_of_ragged(source, result, end, length):
+    memory = gl.allocate_shared_memory(source.dtype, [1, 1, 64, 64], source.layout)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    mbarrier.expect(bar, source.block_type.nbytes)
+    async_load(source, [2**30, end, 2**30 - length, 0], bar, memory)
+    mbarrier.wait(bar, 0)
+    async_store(result, [2**30, end, 2**30 - length, 0], memory)
+    tma.store_wait(0)
+
+
+def test_the_offset_of_a_box_wraps_around_64_bits() -> None:
+    """Triton's ragged_tma: the first dimension steps 2^64 elements less the rows that the third one is too many."""
+    source, result = tiles(2), torch.zeros(2 * SIDE, SIDE, dtype=torch.bfloat16)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    shape, strides = [2**31 - 2**16] * 2 + [2**30, SIDE], [2**34 - SIDE, SIDE, SIDE, 1]
+    ragged = [TensorDescriptor(x, shape, strides, [1, 1, SIDE, SIDE], layout) for x in (source, result)]
+    launch(_copy_of_ragged, (1,), *ragged, 100, 30, schedule=LATE)
+    expected = torch.zeros_like(result)
+    expected[70:100] = source[70:100]
+    assert torch.equal(result, expected)
+
+
 @needs_reductions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("reduction", ["add", "max"])

@@ -1,0 +1,461 @@
+"""Attention forward for Hopper (sm_90) in Gluon: ``out = softmax(q kᵀ · softmax_scale) v`` and the log-sum-exp of each row.
+
+One block owns 64 queries of one head for each of its consumers. A producer warp copies tiles of k and v into a ring of stages (TMA); each
+consumer, a warpgroup, multiplies (wgmma) its queries with a tile of k while the product of the tile before with v still runs, so that the
+softmax of one tile lies beside the products of another; with two consumers one's softmax lies beside the other's products too (Shah et al.
+2024, FlashAttention-3). The output and the statistics of each row stay in registers (Milakov & Gimelshein 2018; Dao et al. 2022). Cost:
+4 · batch · heads · Lq · Lk · d FLOP (half if causal); q, k, v read and out, lse written once as far as L2 serves the other blocks.
+
+Tiles are walked from the last one to the first: the diagonal's, which need a mask, come first, in a loop of their own; whole tiles follow
+in one without; those at the left edge of a window come last. Tile ``i`` of the walk is in stage ``i % STAGES``, which it is the
+``i // STAGES``-th to use: that is the phase of its barriers.
+
+Positions are local to a sequence, as in kernels/attention/tile.py. A descriptor ends where a sequence does (``boxes`` in launch.py): past
+the end a box reads zeros, never a neighbour, and writes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .names import async_load, async_store
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+# Queries of one consumer: the rows of one wgmma.
+ROWS = gl.constexpr(64)
+# A packed tensor's descriptor has so many rows, whose last one is the last of the sequence that a box is of: see ``boxes``.
+RAGGED = gl.constexpr(2**30)
+
+# Sizes that only bound loops or pick blocks: no variant of the kernel is compiled for their being 1 or a multiple of 16.
+UNSPECIALISED = (
+    "stride_lse_batch",
+    "stride_lse_head",
+    "batch",
+    "num_heads",
+    "seqlen_q",
+    "seqlen_k",
+    "num_tiles",
+    "num_slots",
+    "slots_per_group",
+    "softmax_scale",
+    "softcap",
+    "window_left",
+    "window_right",
+)
+
+
+class Place(NamedTuple):
+    """What a block works on.
+
+    Attributes:
+        sequence, head, kv_head: which.
+        start: the block's first query, counted from the sequence's begin.
+        first, length: the sequence's first row in q, 0 where sequences are not packed, and its length there.
+        other_first, other_length: the same in k and v.
+    """
+
+    sequence: Any
+    head: Any
+    kv_head: Any
+    start: Any
+    first: Any
+    length: Any
+    other_first: Any
+    other_length: Any
+
+
+class Walk(NamedTuple):
+    """The tiles of keys that a block meets, from ``last`` down: ``count`` of them, of which the first ``high`` and those from ``low`` on
+    are cut by an edge."""
+
+    last: Any
+    count: Any
+    high: Any
+    low: Any
+
+
+class Ring(NamedTuple):
+    """Stages of shared memory, and for each a barrier that completes when it is full, and one when all consumers have left it."""
+
+    tiles: Any
+    full: Any
+    empty: Any
+
+
+class Traits(NamedTuple):
+    """The constants that say what a call is, constexprs all of them: heads that share keys, consumers of 64 queries, keys in a tile,
+    features as powers of two, stages, whether sequences are packed, where the window ends, and what else there is."""
+
+    HEADS_PER_KV: Any
+    CONSUMERS: Any
+    BLOCK_N: Any
+    BLOCK_D: Any
+    BLOCK_DV: Any
+    STAGES: Any
+    PACKED: Any
+    HAS_LEFT: Any
+    HAS_RIGHT: Any
+    HAS_SOFTCAP: Any
+    HAS_SINKS: Any
+
+
+class Memory(NamedTuple):
+    """A block's shared memory: queries of each consumer and the barrier that says that all are there, keys, values, outputs."""
+
+    q_tiles: Any
+    q_full: Any
+    k_ring: Any
+    v_ring: Any
+    out_tiles: Any
+
+
+class Scores(NamedTuple):
+    """What turns products into scores and hides some of them."""
+
+    factor: Any
+    softcap: Any
+    window_left: Any
+    window_right: Any
+
+
+@gluon.jit
+def coordinates(sequence, first, length, row, head, PACKED: gl.constexpr):
+    """Of the box of a sequence's rows from ``row`` on."""
+    if PACKED:
+        return [RAGGED, first + length, RAGGED - length + row, head, 0]
+    else:
+        return [sequence, row, head, 0]
+
+
+@gluon.jit
+def buffers(desc, COUNT: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr, PACKED: gl.constexpr):
+    """Shared memory for so many boxes of a descriptor."""
+    if PACKED:
+        return gl.allocate_shared_memory(desc.dtype, [COUNT, 1, 1, BLOCK, 1, DIM], desc.layout)
+    else:
+        return gl.allocate_shared_memory(desc.dtype, [COUNT, 1, BLOCK, 1, DIM], desc.layout)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Initialised barriers, each of which completes with so many arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(COUNT):
+        mbarrier.init(bars.index(stage), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def find_sequence(cu_seqlens_ptr, batch, tile, BLOCK: gl.constexpr):
+    """The sequence of a packed tile: the last b in [0, batch] with ``cu_seqlens[b] // BLOCK + b <= tile``; ``batch`` = past the end."""
+    low = 0
+    high = batch + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if gl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@gluon.jit
+def locate(
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
+    traits, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """This block's place. Heads come in groups whose keys and values fit the L2 cache together; inside a group all work on the same tile,
+    the longest first. The rows of a packed tensor that belong to no sequence form one that has no keys."""
+    pid = gl.program_id(0)
+    group = pid // (slots_per_group * num_tiles)
+    first_slot = group * slots_per_group
+    slots_here = gl.minimum(slots_per_group, num_slots - first_slot)
+    within = pid - first_slot * num_tiles
+    tile = within // slots_here
+    if traits.HAS_RIGHT:
+        tile = num_tiles - 1 - tile
+    slot = first_slot + within % slots_here
+    sequence = slot // num_heads
+    head = slot % num_heads
+    first = 0
+    other_first = 0
+    length = seqlen_q
+    other_length = seqlen_k
+    if traits.PACKED:
+        sequence = find_sequence(cu_seqlens_q_ptr, batch, tile, BLOCK)
+        real = sequence < batch
+        first = gl.load(cu_seqlens_q_ptr + sequence)
+        end = gl.load(cu_seqlens_q_ptr + sequence + 1, mask=real, other=seqlen_q)
+        other_first = gl.load(cu_seqlens_k_ptr + sequence)
+        other_end = gl.load(cu_seqlens_k_ptr + sequence + 1, mask=real, other=other_first)
+        tile -= first // BLOCK + sequence
+        length = gl.minimum(end, seqlen_q) - first
+        other_length = gl.minimum(other_end, seqlen_k) - other_first
+    return Place(
+        sequence, head, head // traits.HEADS_PER_KV, tile * BLOCK, first, length, other_first, other_length,
+    )  # fmt: skip
+
+
+@gluon.jit
+def walk_of(place, scores, traits, BLOCK_M: gl.constexpr):
+    """The tiles that any query of the block sees, at least one, which then is hidden whole."""
+    shift = place.other_length - place.length
+    final = gl.minimum(place.start + BLOCK_M, place.length) - 1
+    begin = 0
+    inside_begin = 0
+    end_key = place.other_length
+    inside_end_key = place.other_length
+    if traits.HAS_LEFT:
+        begin = gl.maximum(place.start + shift - scores.window_left, 0) // traits.BLOCK_N
+        inside_begin = (gl.maximum(final + shift - scores.window_left, 0) + traits.BLOCK_N - 1) // traits.BLOCK_N
+    if traits.HAS_RIGHT:
+        end_key = gl.minimum(end_key, final + shift + scores.window_right + 1)
+        inside_end_key = gl.minimum(inside_end_key, place.start + shift + scores.window_right + 1)
+    end = gl.maximum(begin + 1, (gl.maximum(end_key, 0) + traits.BLOCK_N - 1) // traits.BLOCK_N)
+    inside_begin = gl.minimum(inside_begin, end)
+    inside_end = gl.minimum(gl.maximum(gl.maximum(inside_end_key, 0) // traits.BLOCK_N, inside_begin), end)
+    return Walk(end - 1, end - begin, end - inside_end, end - inside_begin)
+
+
+@gluon.jit
+def produce(k_desc, v_desc, k_ring, v_ring, place, walk, traits):
+    """Copies the tiles of keys and values into their rings, each as soon as its stage is free."""
+    for i in range(walk.count):
+        stage = i % traits.STAGES
+        phase = ((i // traits.STAGES) & 1) ^ 1
+        row = (walk.last - i) * traits.BLOCK_N
+        box = coordinates(place.sequence, place.other_first, place.other_length, row, place.kv_head, traits.PACKED)
+        mbarrier.wait(k_ring.empty.index(stage), phase)
+        mbarrier.expect(k_ring.full.index(stage), k_desc.block_type.nbytes)
+        async_load(k_desc, box, k_ring.full.index(stage), k_ring.tiles.index(stage))
+        mbarrier.wait(v_ring.empty.index(stage), phase)
+        mbarrier.expect(v_ring.full.index(stage), v_desc.block_type.nbytes)
+        async_load(v_desc, box, v_ring.full.index(stage), v_ring.tiles.index(stage))
+
+
+@gluon.jit
+def capped(products, scores, traits):
+    """Scores in units in which ``exp2(scores * factor)`` is the weight: products as they are, or capped ones in base 2."""
+    if traits.HAS_SOFTCAP:
+        # tanh(x) = 1 - 2 / (1 + exp(2x))
+        products = (scores.softcap * LOG2E) * (
+            1.0 - 2.0 / (1.0 + gl.exp2(products * (scores.factor * 2.0 / scores.softcap)))
+        )
+    return products
+
+
+@gluon.jit
+def hidden(products, rows, start_n, place, scores, traits, S: gl.constexpr):
+    """Scores of the keys from ``start_n`` on, -inf where the window or the end of the sequence hides them."""
+    columns = gl.arange(0, traits.BLOCK_N, layout=gl.SliceLayout(0, S))
+    shift = place.other_length - place.length
+    last = gl.where(rows < place.length, place.other_length - 1, -1)
+    if traits.HAS_RIGHT:
+        last = gl.minimum(last, rows + (shift + scores.window_right))
+    keep = columns[None, :] <= (last - start_n)[:, None]
+    if traits.HAS_LEFT:
+        keep = keep & (columns[None, :] >= (rows + (shift - scores.window_left - start_n))[:, None])
+    return gl.where(keep, products, float("-inf"))
+
+
+@gluon.jit
+def exponent_factor(scores, traits):
+    """Weights are ``exp2(this · (score - largest))``."""
+    return 1.0 if traits.HAS_SOFTCAP else scores.factor
+
+
+@gluon.jit
+def transposed(k_ring, stage, traits):
+    """A tile of keys as the second operand of the scores."""
+    return k_ring.tiles.index(stage).reshape([traits.BLOCK_N, traits.BLOCK_D]).permute((1, 0))
+
+
+@gluon.jit
+def values(v_ring, stage, traits):
+    """A tile of values as a second operand."""
+    return v_ring.tiles.index(stage).reshape([traits.BLOCK_N, traits.BLOCK_DV])
+
+
+@gluon.jit
+def advance(
+    i, state, own, memory, place, walk, scores, rows, traits, S: gl.constexpr, P: gl.constexpr, MASKED: gl.constexpr
+):
+    """Tile i of the walk: its scores and weights, while the product of the tile before with v runs."""
+    weights, out, largest, total = state
+    k_ring, v_ring = memory.k_ring, memory.v_ring
+    factor = exponent_factor(scores, traits)
+    stage = i % traits.STAGES
+    before = (i - 1) % traits.STAGES
+    empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
+    mbarrier.wait(k_ring.full.index(stage), (i // traits.STAGES) & 1)
+    products = warpgroup_mma(own, transposed(k_ring, stage, traits), empty, use_acc=False, is_async=True)
+    mbarrier.wait(v_ring.full.index(before), ((i - 1) // traits.STAGES) & 1)
+    out_next = warpgroup_mma(weights, values(v_ring, before, traits), out, is_async=True)
+    products = warpgroup_mma_wait(1, deps=[products])
+    mbarrier.arrive(k_ring.empty.index(stage), count=1)
+    products = capped(products, scores, traits)
+    if MASKED:
+        products = hidden(products, rows, (walk.last - i) * traits.BLOCK_N, place, scores, traits, S)
+    larger = gl.maximum(largest, gl.max(products, 1))
+    shift = larger
+    if MASKED:  # a row may have seen nothing yet
+        shift = gl.where(larger == float("-inf"), 0.0, larger)
+    shrink = gl.exp2((largest - shift) * factor)
+    p = gl.exp2(products * factor - (shift * factor)[:, None])
+    total = total * shrink + gl.sum(p, 1)
+    out = warpgroup_mma_wait(0, deps=[out_next])
+    mbarrier.arrive(v_ring.empty.index(before), count=1)
+    weights = gl.convert_layout(p.to(own.dtype), P)
+    out = out * gl.convert_layout(shrink, gl.SliceLayout(1, P.parent))[:, None]
+    return weights, out, larger, total
+
+
+@gluon.jit
+def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, P: gl.constexpr):
+    """The first tile, which has no product beside it and is taken for cut in any case."""
+    factor = exponent_factor(scores, traits)
+    empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
+    k_ring = memory.k_ring
+    mbarrier.wait(memory.q_full.index(0), 0)
+    mbarrier.wait(k_ring.full.index(0), 0)
+    products = warpgroup_mma(own, transposed(k_ring, 0, traits), empty, use_acc=False, is_async=True)
+    products = warpgroup_mma_wait(0, deps=[products])
+    mbarrier.arrive(k_ring.empty.index(0), count=1)
+    products = capped(products, scores, traits)
+    products = hidden(products, rows, walk.last * traits.BLOCK_N, place, scores, traits, S)
+    largest = gl.max(products, 1)
+    shift = gl.where(largest == float("-inf"), 0.0, largest)
+    p = gl.exp2(products * factor - (shift * factor)[:, None])
+    weights = gl.convert_layout(p.to(own.dtype), P)
+    out = gl.zeros([ROWS, traits.BLOCK_DV], gl.float32, P.parent)
+    return weights, out, largest, gl.sum(p, 1)
+
+
+@gluon.jit
+def finish(state, v_ring, walk, traits):
+    """The product of the last tile with v."""
+    weights, out, largest, total = state
+    stage = (walk.count - 1) % traits.STAGES
+    mbarrier.wait(v_ring.full.index(stage), ((walk.count - 1) // traits.STAGES) & 1)
+    out_next = warpgroup_mma(weights, values(v_ring, stage, traits), out, is_async=True)
+    out = warpgroup_mma_wait(0, deps=[out_next])
+    return out, largest, total
+
+
+@gluon.jit
+def normalised(out, largest, total, sinks_ptr, place, scores, traits, O_ROWS: gl.constexpr):
+    """(out, lse) of rows with their running sums; a sink is a logit that joins the sum."""
+    largest = largest * exponent_factor(scores, traits)  # base 2
+    if traits.HAS_SINKS:
+        sink = gl.load(sinks_ptr + place.head).to(gl.float32) * LOG2E
+        larger = gl.maximum(largest, sink)
+        shift = gl.where(larger == float("-inf"), 0.0, larger)
+        shrink = gl.exp2(largest - shift)
+        total = total * shrink + gl.exp2(sink - shift)
+        out = out * gl.convert_layout(shrink, O_ROWS)[:, None]
+        largest = larger
+    nothing = total == 0.0
+    total = gl.where(nothing, 1.0, total)
+    lse = gl.where(nothing, float("-inf"), (largest + gl.log2(total)) * LN2)
+    return out / gl.convert_layout(total, O_ROWS)[:, None], lse
+
+
+@gluon.jit
+def consume(W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits):
+    """The attention of 64 queries, those of consumer W."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_DV, 16])  # noqa: E741
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    own = memory.q_tiles.index(W).reshape([ROWS, traits.BLOCK_D])
+    rows = place.start + W * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    state = begin(own, memory, place, walk, scores, rows, traits, S, P)
+    high = gl.maximum(walk.high, 1)
+    if traits.HAS_RIGHT:  # without an edge there only the first tile can be cut
+        for i in range(1, high):
+            state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, P, True)
+    for i in range(high, walk.low):
+        state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, P, False)
+    if traits.HAS_LEFT:
+        for i in range(gl.maximum(high, walk.low), walk.count):
+            state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, P, True)
+    out, largest, total = finish(state, memory.v_ring, walk, traits)
+    out, lse = normalised(out, largest, total, sinks_ptr, place, scores, traits, gl.SliceLayout(1, O))
+    gl.store(lse_ptr + rows, lse, mask=rows < place.length)
+    out_tile = memory.out_tiles.index(W)
+    out_tile.reshape([ROWS, traits.BLOCK_DV]).store(out.to(own.dtype))
+    fence_async_shared()
+    box = coordinates(place.sequence, place.first, place.length, place.start + W * ROWS, place.head, traits.PACKED)
+    async_store(out_desc, box, out_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def attention_forward_kernel(
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, stride_lse_batch, stride_lse_head,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, sinks_ptr,
+    batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
+    softmax_scale, softcap, window_left, window_right, traits,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = traits.CONSUMERS * ROWS
+    place = locate(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
+        traits, BLOCK_M,
+    )  # fmt: skip
+    scores = Scores(softmax_scale * LOG2E, softcap, window_left, window_right)
+    walk = walk_of(place, scores, traits, BLOCK_M)
+    q_tiles = buffers(q_desc, traits.CONSUMERS, ROWS, traits.BLOCK_D, traits.PACKED)
+    k_ring = Ring(
+        buffers(k_desc, traits.STAGES, traits.BLOCK_N, traits.BLOCK_D, traits.PACKED),
+        barriers(traits.STAGES, 1),
+        barriers(traits.STAGES, traits.CONSUMERS),
+    )
+    v_ring = Ring(
+        buffers(v_desc, traits.STAGES, traits.BLOCK_N, traits.BLOCK_DV, traits.PACKED),
+        barriers(traits.STAGES, 1),
+        barriers(traits.STAGES, traits.CONSUMERS),
+    )
+    out_tiles = q_tiles  # queries are not needed after the last product of theirs
+    if traits.BLOCK_DV != traits.BLOCK_D:
+        out_tiles = buffers(out_desc, traits.CONSUMERS, ROWS, traits.BLOCK_DV, traits.PACKED)
+    q_full = barriers(1, 1)
+    mbarrier.expect(q_full.index(0), traits.CONSUMERS * q_desc.block_type.nbytes)
+    for w in gl.static_range(traits.CONSUMERS):
+        box = coordinates(place.sequence, place.first, place.length, place.start + w * ROWS, place.head, traits.PACKED)
+        async_load(q_desc, box, q_full.index(0), q_tiles.index(w))
+    sequence = gl.cast(place.sequence, gl.int64)
+    lse_ptr += sequence * stride_lse_batch + place.head.to(gl.int64) * stride_lse_head + place.first
+    if sinks_ptr is None:  # a tuple holds no None
+        sinks_ptr = lse_ptr
+    memory = Memory(q_tiles, q_full, k_ring, v_ring, out_tiles)
+    if traits.CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (0, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
+                (consume, (1, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
+                (produce, (k_desc, v_desc, k_ring, v_ring, place, walk, traits)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (0, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
+                (consume, (1, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
+                (consume, (2, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
+                (produce, (k_desc, v_desc, k_ring, v_ring, place, walk, traits)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )

@@ -1,0 +1,146 @@
+"""Launches of Hopper's attention kernels: policy, descriptors, and the two ways to run a Gluon kernel, on a GPU or in the interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..attention.options import Geometry, block_dim, geometry, maker, window_limits
+from ..attention.policy import slots_per_group
+from ..launch import COMMON_OPTIONS, interpreting, on_device
+from .forward import RAGGED, ROWS, Traits, attention_forward_kernel
+
+if TYPE_CHECKING:
+    from pytransformer.gluon_interpreter import Schedule
+    from pytransformer.ops.attention.call import AttentionCall
+
+_ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that strides of a descriptor are multiples of
+# Of the dimensions before a packed tensor's own: see boxes.
+_RAGGED_STRIDE, _MOST = 2**34, 0x7FFF0000
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Tile of keys, stages of each ring, and consumers of 64 queries each."""
+
+    block_n: int
+    stages: int
+    consumers: int
+
+
+def hopper_config(head_dim: int, value_dim: int) -> HopperConfig:
+    """Launch policy. Shared memory decides: 64 queries for each consumer and two stages of k and v in 227 KB. At d = 128 that is 160 KB
+    with tiles of 128 keys; at d = 256, 192 KB with 64."""
+    width = max(block_dim(head_dim), block_dim(value_dim))
+    return HopperConfig(128 if width <= 128 else 64, 2, 2)
+
+
+def boxes(tensor: torch.Tensor, block_rows: int, block_dim: int) -> TensorDescriptor:
+    """A descriptor of rows of one head, of a tensor (batch, seqlen, heads, features), or packed (total, heads, features).
+
+    Dense, its dimensions are the tensor's: past the end of a sequence and behind the features zeros are read and nothing is written.
+
+    Packed, sequences end anywhere, so that the tensor is taken for one of 2^30 rows whose last one is the sequence's. Two more dimensions,
+    of which one steps 2^34 elements less a row and the other a row, say where those rows begin: at the coordinates ``2^30, end of the
+    sequence, 2^30 - length + row`` the offset is ``end - length + row`` rows and 2^64 elements, around which addresses wrap (the idea is
+    that of Triton's ``ragged_tma``).
+    """
+    shape, strides = list(tensor.shape), tensor.stride()
+    # Of what is there once, the stride is anything, and a descriptor's is a multiple of 16 bytes.
+    steps = [stride if size > 1 else _ALIGNMENT for size, stride in zip(shape[:-1], strides)] + [1]
+    block = [1, block_rows, 1, block_dim]
+    if tensor.dim() == 3:
+        shape, steps = [_MOST, _MOST, RAGGED.value, *shape[1:]], [_RAGGED_STRIDE - steps[0], steps[0], *steps]
+        block = [1, *block]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    return TensorDescriptor(tensor, shape, steps, block, layout)
+
+
+_schedule: Schedule | None = None
+
+
+@contextlib.contextmanager
+def interpreted_in(schedule: Schedule) -> Iterator[None]:
+    """Inside, the Gluon interpreter runs Hopper's kernels in this schedule."""
+    global _schedule
+    before, _schedule = _schedule, schedule
+    try:
+        yield
+    finally:
+        _schedule = before
+
+
+def run(kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
+    """Launches a Gluon kernel on the GPU of its tensors, or, while kernels are interpreted, in the Gluon interpreter."""
+    if interpreting():
+        from pytransformer import gluon_interpreter
+
+        schedule = gluon_interpreter.EARLY if _schedule is None else _schedule
+        num_warps = constants["num_warps"]
+        gluon_interpreter.launch(kernel, tuple(grid), *arguments, schedule=schedule, num_warps=num_warps)
+    else:
+        kernel[tuple(grid)](*arguments, **constants)
+
+
+def window_of(call: AttentionCall, shape: Geometry) -> tuple[int, int]:
+    """(left, right) with causality folded in; what no pair of positions is far enough apart to leave is no limit: -1."""
+    left, right = window_limits(call.causal, call.window)
+    return (-1 if left >= shape.seqlen_k - 1 else left), (-1 if right >= shape.seqlen_q - 1 else right)
+
+
+class HopperForward:
+    """The forward launch for calls that are alike, which :func:`.serves.refusal` has nothing against; made any number of times.
+
+    Args:
+        call: of its tensors only shapes, strides, dtypes and device count.
+        config: replaces the launch policy.
+    """
+
+    __slots__ = ("_arguments", "_config", "_grid", "_new_lse", "_new_out", "_order", "_packed", "_shape", "_take")
+
+    def __init__(self, call: AttentionCall, *, config: HopperConfig | None = None) -> None:
+        shape = self._shape = geometry(call)
+        config = self._config = config or hopper_config(shape.head_dim, shape.value_dim)
+        out_shape = (*call.q.shape[:-1], shape.value_dim)
+        self._new_out, self._new_lse = maker(call.q, out_shape), maker(call.q, shape.lse_shape, torch.float32)
+        block_m = config.consumers * ROWS.value
+        num_tiles, num_slots = shape.tiles(shape.seqlen_q, block_m), shape.slots(shape.num_heads)
+        left, right = window_of(call, shape)
+        constants = {
+            "HEADS_PER_KV": shape.num_heads // shape.num_kv_heads,
+            "CONSUMERS": config.consumers,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": max(64, block_dim(shape.head_dim)),
+            "BLOCK_DV": max(64, block_dim(shape.value_dim)),
+            "STAGES": config.stages,
+            "PACKED": shape.packed,
+            "HAS_LEFT": left >= 0,
+            "HAS_RIGHT": right >= 0,
+            "HAS_SOFTCAP": call.softcap > 0.0,
+            "HAS_SINKS": call.sinks is not None,
+        }
+        self._grid = (num_tiles * num_slots,)
+        self._arguments = (
+            *shape.sizes, num_tiles, num_slots, slots_per_group(shape, call.k), call.softmax_scale, call.softcap, left, right,
+            Traits(**{name: gl.constexpr(value) for name, value in constants.items()}),
+        )  # fmt: skip
+
+    def __call__(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Results as :func:`..attention.forward.attention_forward` returns them, of a call that is like the first."""
+        out, lse = self._new_out(call.q), self._new_lse(call.q)
+        traits: Traits = self._arguments[-1]
+        block_n, block_d, block_dv = (value.value for value in (traits.BLOCK_N, traits.BLOCK_D, traits.BLOCK_DV))
+        rows = ROWS.value
+        arguments = (
+            boxes(call.q, rows, block_d), boxes(call.k, block_n, block_d), boxes(call.v, block_n, block_dv), boxes(out, rows, block_dv),
+            lse, *self._shape.lse_strides, call.cu_seqlens_q, call.cu_seqlens_k, call.sinks, *self._arguments,
+        )  # fmt: skip
+        with on_device(call.q):
+            run(attention_forward_kernel, self._grid, arguments, {"num_warps": 4, **COMMON_OPTIONS})
+        return out, lse
