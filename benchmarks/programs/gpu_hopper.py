@@ -254,11 +254,11 @@ def run_stage(name: str, device: torch.device, out: Path) -> int:
     """All cases of a stage; what is being done is noted in a file before it is, for whoever started this process."""
     from pytransformer.benchmarks.programs import hopper_stages
 
-    mode = os.environ.get(MODE_VARIABLE) or "plain"
+    mode, start = os.environ.get(MODE_VARIABLE) or "plain", time.monotonic()
     with _notes(out, name, mode).open("a") as stream:
 
         def note(step: str, **more: Any) -> None:
-            stream.write(json.dumps({"step": step, **more}) + "\n")
+            stream.write(json.dumps({"step": step, "at": round(time.monotonic() - start, 2), **more}) + "\n")
             stream.flush()
             print(step, *more.values(), flush=True)
 
