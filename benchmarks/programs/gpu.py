@@ -195,9 +195,7 @@ class Run:
         self.add("full grid", run_grid, self.out, "full", self.left(), self.rehearse)
 
 
-def run_command(
-    name: str, command: Sequence[str], log: Path, limit: float, environment: dict[str, str] | None = None
-) -> Part:
+def _run(name: str, command: Sequence[str], log: Path, limit: float, environment: dict[str, str] | None = None) -> Part:
     """Runs a command with a time limit, its output going to a log and its last lines to the terminal."""
     print(f"\n== {name}: {' '.join(command)}", flush=True)
     start = time.monotonic()
@@ -238,7 +236,7 @@ def build_extension(out: Path, limit: float, rehearse: bool) -> Part:
     """The CUDA extension for the GPUs that are here; without nvcc the rest goes on with Triton."""
     if rehearse or (shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists()):
         return _absent("extension", "not rehearsed" if rehearse else "nvcc is not on this machine")
-    return run_command("extension", [sys.executable, "csrc/build.py"], out / "extension.log", limit)
+    return _run("extension", [sys.executable, "csrc/build.py"], out / "extension.log", limit)
 
 
 def run_tests(out: Path, limit: float, rehearse: bool) -> Part:
@@ -248,7 +246,7 @@ def run_tests(out: Path, limit: float, rehearse: bool) -> Part:
     if importlib.util.find_spec("xdist") is not None and not rehearse:
         command += ["-n", str(max(1, min(12, (os.cpu_count() or 2) - 2)))]
     command += REHEARSED_TESTS if rehearse else TESTS
-    return run_command("tests", command, out / "tests.log", limit, {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
+    return _run("tests", command, out / "tests.log", limit, {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
 
 
 def run_sanitizer(out: Path, tool: str, backend: str, limit: float, rehearse: bool) -> Part:
@@ -262,7 +260,7 @@ def run_sanitizer(out: Path, tool: str, backend: str, limit: float, rehearse: bo
     command = [program, "--tool", tool, "--error-exitcode", "9", *verify]
     # Without torch's caching allocator each tensor is an allocation of its own, so an overrun is seen.
     environment = {"PYTHONPATH": ".", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return run_command(name, command, out / f"{tool}-{backend}.log", limit, environment)
+    return _run(name, command, out / f"{tool}-{backend}.log", limit, environment)
 
 
 def run_grid(out: Path, grid: str, limit: float, rehearse: bool) -> Part:

@@ -1,10 +1,10 @@
 """`make gpu-hopper`: the first minutes of Hopper's Gluon kernels on a GPU, in five at most.
 
 Part after part of the attention kernel, each in a process of its own with a time limit: copies alone, the product q kᵀ alone, the softmax
-alone, the whole; each held against float64, then repeated for the same bits. A kernel that hangs costs its limit and is named. Then the
-same under Triton's concurrency sanitizer (consan), at small sizes; then the whole against SDPA's cuDNN and flash backends, today's portable
-kernel and flash-attn-4, in one run. JSON goes to the folder named by the environment variable OUT (default gpu-results/):
-hopper-bringup.json says how the stages ended, hopper.json is a record as `pytransformer bench` writes it.
+alone, the whole; each held against float64, then repeated for the same bits. A kernel that hangs costs ten seconds and is named. Then the
+whole against SDPA's cuDNN and flash backends, today's portable kernel and flash-attn-4, in one run; then, as time is left, the stages again
+under Triton's concurrency sanitizer (consan), at small sizes. JSON goes to the folder named by the environment variable OUT (default
+gpu-results/): hopper-bringup.json says how the stages ended, hopper.json is a record as `pytransformer bench` writes it.
 
 ``--device cpu`` walks through all of it in the Gluon interpreter, at tiny sizes.
 """
@@ -14,27 +14,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pytransformer.benchmarks.harness import record
-from pytransformer.benchmarks.programs.gpu import Part, missing, run_command
+from pytransformer.benchmarks.harness.supervise import Limits, supervise
+from pytransformer.benchmarks.programs.gpu import SHORTEST_GRID, Part, make_room, missing
+from pytransformer.benchmarks.programs.hopper_stages import DONE, MODE_VARIABLE, STAGES, WAITING
 
 MINUTES = 5.0
-# Of one stage: the start of a process and a compiler that finds nothing in its cache take half of it.
-STAGE_SECONDS = 30.0
-PARTS = ("stages", "consan", "benchmarks")
-MODE_VARIABLE = "TRITON_INSTRUMENTATION_MODE"  # of Triton: it compiles its sanitizers into every kernel of a process
+# Of one step of a stage in which a GPU is waited for, none of which takes it a second; the interpreter is slower.
+STEP_SECONDS = {"cuda": 10.0, "cpu": 60.0}
+# Of a step of the host's alone: the start of a process, a compiler that finds nothing in its cache.
+HOST_SECONDS = 90.0
+# What the benchmark's harness gives a variant: its compilation counts.
+VARIANT_SECONDS = 60.0
+PARTS = ("stages", "benchmarks", "consan")
+MODES = {"stages": "plain", "consan": "consan"}
+MODULE = "pytransformer.benchmarks.programs.hopper_stages"
 GRID_MODULE = "pytransformer.benchmarks.programs.hopper_grid"
 STAGES_FILE, RECORD = "hopper-bringup.json", "hopper.json"
-# Launches that must give the same bits.
-REPEATS = 50
 
 
 @dataclass
@@ -72,14 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), help="folder for JSON and logs"
     )
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for everything together (default {MINUTES:g})")
-    parser.add_argument(
-        "--stage-seconds", type=float, default=STAGE_SECONDS, help=f"of a stage (default {STAGE_SECONDS:g})"
-    )
+    parser.add_argument("--step-seconds", type=float, help="that a GPU may be waited for (default 10)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(PARTS)} (default: all)")
-    parser.add_argument("--stage", help=argparse.SUPPRESS)  # what a process of ours is started with
     arguments = parser.parse_args(argv)
-    if arguments.stage:
-        return run_stage(arguments.stage, torch.device(arguments.device), arguments.out)
     parts = arguments.parts.split(",")
     if set(parts) - set(PARTS) or arguments.minutes <= 0:
         parser.error(f"--parts must be of {','.join(PARTS)}, and --minutes must be positive")
@@ -88,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"make gpu-hopper: {problem}", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
-    bringup = BringUp(arguments.out, arguments.device, arguments.minutes * 60, arguments.stage_seconds)
-    bringup.run(parts)
+    step_seconds = arguments.step_seconds or STEP_SECONDS[arguments.device]
+    bringup = BringUp(arguments.out, arguments.device, arguments.minutes * 60, step_seconds)
+    bringup.run([part for part in PARTS if part in parts])
     print(bringup.report())
     return 0 if bringup.passed else 1
 
@@ -98,11 +101,11 @@ def _problem() -> str | None:
     problem = missing()
     if problem:
         return problem.replace("--rehearse walks through the parts", "--device cpu walks through it")
-    capability = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability()
     return (
         None
-        if capability == (9, 0)
-        else f"these kernels are for compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
+        if (major, minor) == (9, 0)
+        else f"these kernels are for compute capability 9.0, this GPU has {major}.{minor}"
     )
 
 
@@ -113,11 +116,11 @@ class BringUp:
         out: folder for JSON and logs.
         device: "cuda", or "cpu" for the walk in the interpreter.
         total: seconds for everything.
-        stage_seconds: of one stage.
+        step_seconds: of one step of a stage in which a GPU is waited for.
     """
 
-    def __init__(self, out: Path, device: str, total: float, stage_seconds: float) -> None:
-        self.out, self.device, self.stage_seconds = out, device, stage_seconds
+    def __init__(self, out: Path, device: str, total: float, step_seconds: float) -> None:
+        self.out, self.device, self.step_seconds = out, device, step_seconds
         self.end = time.monotonic() + total
         self.ended: list[Ended] = []
         self.benchmarks: Part | None = None
@@ -130,64 +133,58 @@ class BringUp:
 
     def run(self, parts: Sequence[str]) -> None:
         """One part after another. Stages go on after one that failed: each says something of its own."""
-        for part, mode in (("stages", "plain"), ("consan", "consan")):
-            for name in stage_names() if part in parts else ():
-                self.ended.append(self._stage(name, mode))
+        for part in parts:
+            if part == "benchmarks":
+                self.benchmarks = self._benchmarks()
+                continue
+            for name in STAGES:
+                self.ended.append(self._stage(name, MODES[part]))
                 self._write()
-        if "benchmarks" in parts:
-            self.benchmarks = self._benchmarks()
 
     def _stage(self, name: str, mode: str) -> Ended:
         if mode == "consan" and self.device == "cpu":
             return Ended(name, mode, "not available: it is compiled into kernels for a GPU", 0.0)
-        limit = min(self.stage_seconds, self.end - time.monotonic())
-        if limit < 1.0:
+        left = self.end - time.monotonic()
+        if left < 1.0:
             return Ended(name, mode, "not reached", 0.0)
-        notes = _notes(self.out, name, mode)
-        notes.unlink(missing_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            __spec__.name,
-            "--stage",
-            name,
-            "--device",
-            self.device,
-            "--out",
-            str(self.out),
-        ]
-        variables = {"PYTHONPATH": ".", **({"TRITON_INTERPRET": "1"} if self.device == "cpu" else {})}
-        if mode != "plain":
-            variables[MODE_VARIABLE] = mode
-        part = run_command(f"{name}, {mode}", command, notes.with_suffix(".log"), limit, variables)
-        return judge(name, mode, part, _read(notes), suspects_of(name))
+        notes = self.out / f"hopper-{name}-{mode}.jsonl"
+        command = [sys.executable, "-m", MODULE, name, "--device", self.device, "--notes", str(notes)]
+        variables = self._variables() | ({} if mode == "plain" else {MODE_VARIABLE: mode})
+        host = (
+            HOST_SECONDS if mode == "plain" else left
+        )  # what the sanitizer makes of a large kernel is compiled for minutes
+        print(f"\n== {name}, {mode}", flush=True)
+        code, seconds = watch(command, notes, variables, (self.step_seconds, host, left))
+        ended = judge(name, mode, code, seconds, read_notes(notes))
+        if code is None and seconds >= left:
+            ended = replace(ended, status=f"not finished in the time that was left: {ended.step}", suspects="")
+        print(f"-- {ended.status} in {seconds:.0f} s; all of it in {notes.with_suffix('.log')}", flush=True)
+        return ended
+
+    def _variables(self) -> dict[str, str]:
+        return {"PYTHONPATH": ".", **({"TRITON_INTERPRET": "1"} if self.device == "cpu" else {})}
 
     def _benchmarks(self) -> Part:
         """The whole kernel beside the others; the harness gives each variant a time limit of its own."""
-        from pytransformer.benchmarks.harness.supervise import Limits, supervise
-        from pytransformer.benchmarks.programs.gpu import SHORTEST_GRID, make_room
-
-        broken = [
-            stage.name for stage in self.ended if stage.name == WHOLE and stage.mode == "plain" and not stage.passed
-        ]
+        broken = any(stage.mode == "plain" and not stage.passed for stage in self.ended)
         left = self.end - time.monotonic()
         if broken or left < SHORTEST_GRID:
-            why = f"stage {broken[0]} has not passed" if broken else "no time is left for them"
-            return Part("benchmarks", f"not reached: {why}", 0.0)
+            return Part("benchmarks", f"not reached: {'a stage has not passed' if broken else 'no time is left'}", 0.0)
         start = time.monotonic()
         path = self.out / RECORD
         make_room(path)
-        variables = {"PYTHONPATH": ".", **({"TRITON_INTERPRET": "1"} if self.device == "cpu" else {})}
         options = ["--grid", "quick" if self.device == "cuda" else "tiny", "--peers", "--grid-module", GRID_MODULE]
-        limits = Limits(left, self.stage_seconds)
-        outcome = supervise(path, options, limits, environment=variables, log=self.out / "hopper-benchmarks.log")
+        limits = Limits(left, VARIANT_SECONDS)
+        outcome = supervise(
+            path, options, limits, environment=self._variables(), log=self.out / "hopper-benchmarks.log"
+        )
         return Part("benchmarks", outcome.status, time.monotonic() - start)
 
     def _write(self) -> None:
         here = record.environment(torch.device(self.device))
         content = {
             "environment": here,
-            "stage_seconds": self.stage_seconds,
+            "step_seconds": self.step_seconds,
             "stages": [asdict(stage) for stage in self.ended],
         }
         (self.out / STAGES_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -207,121 +204,57 @@ class BringUp:
         return "\n".join(lines)
 
 
-def judge(name: str, mode: str, part: Part, notes: Sequence[Mapping[str, Any]], suspects: str) -> Ended:
-    """How a stage ended, of how its process did and what that noted on its way."""
+def watch(
+    command: Sequence[str], notes: Path, variables: Mapping[str, str], limits: tuple[float, float, float]
+) -> tuple[int | None, float]:
+    """(exit code, seconds) of a process that notes its steps; None = it was ended, because a step or all of it took too long.
+
+    Args:
+        notes: where it does; its output goes beside it.
+        variables: of its environment, beside those here.
+        limits: seconds of a step in which a GPU is waited for, of another one, of all.
+    """
+    notes.unlink(missing_ok=True)
+    of_waiting, of_host, of_all = limits
+    start = time.time()
+    with notes.with_suffix(".log").open("w") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **variables}, start_new_session=True
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(0.05)
+                found = read_notes(notes)
+                since = notes.stat().st_mtime if found else start
+                limit = of_waiting if found and found[-1]["step"].startswith(WAITING) else of_host
+                if time.time() - since > limit or time.time() - start > of_all:
+                    break
+            code = process.poll()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the compiler that it may have started too
+                process.wait()
+    return code, time.time() - start
+
+
+def read_notes(path: Path) -> list[dict[str, Any]]:
+    """The steps that a process has noted so far."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half there
+
+
+def judge(name: str, mode: str, code: int | None, seconds: float, notes: Sequence[Mapping[str, Any]]) -> Ended:
+    """How a stage ended, of how its process did (None: it had to be ended) and what that noted on its way."""
     step = str(notes[-1]["step"]) if notes else "starting"
     ratios = {key: float(value) for note in notes for key, value in note.get("ratios", {}).items()}
-    failure = next((str(note["failure"]) for note in notes if "failure" in note), "")
-    if part.status.startswith("ran past"):
-        status = f"hung: {step} for longer than its limit"
-    elif part.status == "passed" and step == DONE:
-        status = "passed"
+    failure = next((str(note["failure"]) for note in notes if "failure" in note), f"exit code {code}, {step}")
+    if code is None:
+        status = f"hung: {step}" if step.startswith(WAITING) else f"took too long: {step}"
     else:
-        status = f"failed: {failure or part.status + ', ' + step}"
-    return Ended(name, mode, status, round(part.seconds, 1), step, ratios, "" if status == "passed" else suspects)
-
-
-def _notes(out: Path, name: str, mode: str) -> Path:
-    return out / f"hopper-{name}-{mode}.jsonl"
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
-
-
-# --- in the process of a stage --------------------------------------------------------------------------------------------------------
-
-WHOLE = "whole"
-DONE = "done"
-
-
-def stage_names() -> tuple[str, ...]:
-    """In the order in which each rests on those before it."""
-    from pytransformer.benchmarks.programs import hopper_stages
-
-    return tuple(hopper_stages.STAGES)
-
-
-def suspects_of(name: str) -> str:
-    """Where to look if this stage is the first that fails."""
-    from pytransformer.benchmarks.programs import hopper_stages
-
-    return hopper_stages.STAGES[name].suspects
-
-
-def run_stage(name: str, device: torch.device, out: Path) -> int:
-    """All cases of a stage; what is being done is noted in a file before it is, for whoever started this process."""
-    from pytransformer.benchmarks.programs import hopper_stages
-
-    mode, start = os.environ.get(MODE_VARIABLE) or "plain", time.monotonic()
-    with _notes(out, name, mode).open("a") as stream:
-
-        def note(step: str, **more: Any) -> None:
-            stream.write(json.dumps({"step": step, "at": round(time.monotonic() - start, 2), **more}) + "\n")
-            stream.flush()
-            print(step, *more.values(), flush=True)
-
-        tiny = device.type == "cpu" or mode != "plain"
-        if mode != "plain":
-            _give_scratch_memory(device)
-        try:
-            for case, draw in hopper_stages.STAGES[name].cases.items():
-                check_case(case, lambda draw=draw: draw(tiny, device), device, 1 if tiny else REPEATS, note)  # type: ignore[misc]
-        except Exception as error:
-            note("failed", failure=f"{type(error).__name__}: {error}"[:600])
-            raise
-        note(DONE)
-    return 0
-
-
-def check_case(
-    case: str, draw: Callable[[], Any], device: torch.device, repeats: int, note: Callable[..., None]
-) -> None:
-    """One draw of inputs: a first launch, which compiles, the contract, then the same bits again and again.
-
-    Raises:
-        ContractError: a result is wrong.
-        AssertionError: results differ between launches.
-    """
-    from pytransformer.verification import Contract
-
-    torch.manual_seed(0)
-    note(f"drawing inputs of {case}")
-    run, plain, golden = draw()
-    _wait(device)
-    note(f"compiling and launching {case}")
-    actual = run()
-    note(f"waiting for the kernel, {case}")
-    _wait(device)
-    actual = {key: value.clone() for key, value in actual.items()}
-    note(f"comparing {case}")
-    contract = Contract(torch.bfloat16)
-    of_plain, of_golden = plain(), golden()
-    for key, value in actual.items():
-        contract.add(f"{case} {key}", actual=value, plain=of_plain[key], golden=of_golden[key])
-    note(f"compared {case}", ratios={key: errors.ratio for key, errors in contract.results.items()})
-    contract.check()
-    note(f"waiting for launch after launch of {case}")
-    for number in range(repeats):
-        for key, value in run().items():
-            if not torch.equal(value, actual[key]):
-                raise AssertionError(f"{case}: launch {number + 2} gives other bits of {key} than the first")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _give_scratch_memory(device: torch.device) -> None:
-    """Sanitized kernels keep their books in global memory, which Triton asks its user for."""
-    import triton
-
-    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    triton.set_allocator(allocate)
+        status = "passed" if code == 0 and step == DONE else f"failed: {failure}"
+    return Ended(
+        name, mode, status, round(seconds, 1), step, ratios, "" if status == "passed" else STAGES[name].suspects
+    )
 
 
 if __name__ == "__main__":

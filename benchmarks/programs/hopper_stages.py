@@ -7,11 +7,18 @@ things: see :data:`STAGES`. They run in the Gluon interpreter as on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from pytransformer import reference
@@ -21,8 +28,15 @@ from pytransformer.kernels.hopper.launch import HopperForward
 from pytransformer.kernels.launch import COMMON_OPTIONS
 from pytransformer.kernels.prepared import PreparedLaunch
 from pytransformer.ops.attention.call import AttentionCall
+from pytransformer.verification import Contract
 
 NUM_WARPS = 4
+# Launches that must give the same bits.
+REPEATS = 50
+# Of Triton: it compiles its sanitizers into every kernel of a process.
+MODE_VARIABLE = "TRITON_INSTRUMENTATION_MODE"
+# How the steps are called: before these a GPU is not waited for, and a compiler may be.
+WAITING, DONE = ("waiting", "comparing"), "done"
 
 
 @dataclass(frozen=True)
@@ -172,3 +186,83 @@ STAGES = {
         "what no stage before has: two consumers that share stages, the product with v, its operand in registers, the store",
     ),
 }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m pytransformer.benchmarks.programs.hopper_stages STAGE --notes FILE`: one stage, as a process of gpu_hopper.py."""
+    parser = argparse.ArgumentParser(prog="python -m pytransformer.benchmarks.programs.hopper_stages")
+    parser.add_argument("stage", choices=tuple(STAGES))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--notes", type=Path, required=True, help="a line of JSON for each step, written before it is taken"
+    )
+    arguments = parser.parse_args(argv)
+    device, start = torch.device(arguments.device), time.monotonic()
+    is_sanitized = bool(os.environ.get(MODE_VARIABLE))
+    with arguments.notes.open("a") as stream:
+
+        def note(step: str, **more: Any) -> None:
+            stream.write(json.dumps({"step": step, "at": round(time.monotonic() - start, 2), **more}) + "\n")
+            stream.flush()
+            print(step, *more.values(), flush=True)
+
+        tiny = device.type == "cpu" or is_sanitized
+        if is_sanitized:
+            _give_scratch_memory(device)
+        try:
+            for case, draw in STAGES[arguments.stage].cases.items():
+                check_case(case, draw, tiny, device, note)
+        except Exception as error:
+            note("failed", failure=f"{type(error).__name__}: {error}"[:600])
+            raise
+        note(DONE)
+    return 0
+
+
+def check_case(case: str, draw: Draw, tiny: bool, device: torch.device, note: Callable[..., None]) -> None:
+    """One draw of inputs: a first launch, which compiles, the contract, then the same bits again and again.
+
+    Raises:
+        ContractError: a result is wrong.
+        AssertionError: results differ between launches.
+    """
+    torch.manual_seed(0)
+    note(f"drawing inputs of {case}")
+    run, plain, golden = draw(tiny, device)
+    _wait(device)
+    note(f"compiling and launching {case}")
+    actual = run()
+    note(f"waiting for the kernel, {case}")
+    _wait(device)
+    actual = {key: value.clone() for key, value in actual.items()}
+    note(f"comparing {case}")
+    contract = Contract(torch.bfloat16)
+    of_plain, of_golden = plain(), golden()
+    for key, value in actual.items():
+        contract.add(f"{case} {key}", actual=value, plain=of_plain[key], golden=of_golden[key])
+    note(f"compared {case}", ratios={key: errors.ratio for key, errors in contract.results.items()})
+    contract.check()
+    note(f"waiting for launch after launch of {case}")
+    for number in range(1 if tiny else REPEATS):
+        for key, value in run().items():
+            if not torch.equal(value, actual[key]):
+                raise AssertionError(f"{case}: launch {number + 2} gives other bits of {key} than the first")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _give_scratch_memory(device: torch.device) -> None:
+    """Sanitized kernels keep their books in global memory, which Triton asks its user for."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)
+    triton.runtime._allocation.set_profile_allocator(allocate)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

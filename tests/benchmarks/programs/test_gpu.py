@@ -45,12 +45,10 @@ def test_a_cut_off_and_rows_that_go_wrong(cut):
 
 def test_a_part_that_fails_or_hangs_says_so(tmp_path, capsys):
     failing = [sys.executable, "-c", "print('out'); raise SystemExit(3)"]
-    failed = gpu.run_command("failing", failing, tmp_path / "failing.log", 60)
+    failed = gpu._run("failing", failing, tmp_path / "failing.log", 60)
     assert (failed.status, failed.passed) == ("failed (exit 3)", False)
     assert "out" in capsys.readouterr().out
-    hung = gpu.run_command(
-        "hanging", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "hanging.log", 0.5
-    )
+    hung = gpu._run("hanging", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "hanging.log", 0.5)
     assert (hung.status, hung.passed) == ("ran past its limit", False)
     assert hung.seconds < 30
 
