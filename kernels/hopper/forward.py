@@ -289,7 +289,18 @@ def values(v_ring, stage, traits):
 
 @gluon.jit
 def advance(
-    i, state, own, memory, place, walk, scores, rows, traits, S: gl.constexpr, P: gl.constexpr, MASKED: gl.constexpr
+    i,
+    state,
+    own,
+    memory,
+    place,
+    walk,
+    scores,
+    rows,
+    traits,
+    S: gl.constexpr,
+    A: gl.constexpr,
+    MASKED: gl.constexpr,
 ):
     """Tile i of the walk: its scores and weights, while the product of the tile before with v runs."""
     weights, out, largest, total = state
@@ -300,7 +311,6 @@ def advance(
     empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
     mbarrier.wait(k_ring.full.index(stage), (i // traits.STAGES) & 1)
     products = warpgroup_mma(own, transposed(k_ring, stage, traits), empty, use_acc=False, is_async=True)
-    mbarrier.wait(v_ring.full.index(before), ((i - 1) // traits.STAGES) & 1)
     out_next = warpgroup_mma(weights, values(v_ring, before, traits), out, is_async=True)
     products = warpgroup_mma_wait(1, deps=[products])
     mbarrier.arrive(k_ring.empty.index(stage), count=1)
@@ -314,15 +324,17 @@ def advance(
     shrink = gl.exp2((largest - shift) * factor)
     p = gl.exp2(products * factor - (shift * factor)[:, None])
     total = total * shrink + gl.sum(p, 1)
+    # For the next product. It stands here as a bar: in one block with the exponentials ptxas moves the wait below in front of them.
+    mbarrier.wait(v_ring.full.index(stage), (i // traits.STAGES) & 1)
     out = warpgroup_mma_wait(0, deps=[out_next])
     mbarrier.arrive(v_ring.empty.index(before), count=1)
-    weights = gl.convert_layout(p.to(own.dtype), P)
-    out = out * gl.convert_layout(shrink, gl.SliceLayout(1, P.parent))[:, None]
+    weights = gl.convert_layout(p.to(own.dtype), gl.DotOperandLayout(0, A, 2))
+    out = out * gl.convert_layout(shrink, gl.SliceLayout(1, A))[:, None]
     return weights, out, larger, total
 
 
 @gluon.jit
-def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, P: gl.constexpr):
+def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, A: gl.constexpr):
     """The first tile, which has no product beside it and is taken for cut in any case."""
     factor = exponent_factor(scores, traits)
     empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
@@ -337,8 +349,9 @@ def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, P: gl
     largest = gl.max(products, 1)
     shift = gl.where(largest == float("-inf"), 0.0, largest)
     p = gl.exp2(products * factor - (shift * factor)[:, None])
-    weights = gl.convert_layout(p.to(own.dtype), P)
-    out = gl.zeros([ROWS, traits.BLOCK_DV], gl.float32, P.parent)
+    weights = gl.convert_layout(p.to(own.dtype), gl.DotOperandLayout(0, A, 2))
+    out = gl.zeros([ROWS, traits.BLOCK_DV], gl.float32, A)
+    mbarrier.wait(memory.v_ring.full.index(0), 0)
     return weights, out, largest, gl.sum(p, 1)
 
 
@@ -347,7 +360,6 @@ def finish(state, v_ring, walk, traits):
     """The product of the last tile with v."""
     weights, out, largest, total = state
     stage = (walk.count - 1) % traits.STAGES
-    mbarrier.wait(v_ring.full.index(stage), ((walk.count - 1) // traits.STAGES) & 1)
     out_next = warpgroup_mma(weights, values(v_ring, stage, traits), out, is_async=True)
     out = warpgroup_mma_wait(0, deps=[out_next])
     return out, largest, total
@@ -375,22 +387,21 @@ def normalised(out, largest, total, sinks_ptr, place, scores, traits, O_ROWS: gl
 def consume(W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits):
     """The attention of 64 queries, those of consumer W."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_DV, 16])  # noqa: E741
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_DV, 16])
     own = memory.q_tiles.index(W).reshape([ROWS, traits.BLOCK_D])
     rows = place.start + W * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    state = begin(own, memory, place, walk, scores, rows, traits, S, P)
+    state = begin(own, memory, place, walk, scores, rows, traits, S, A)
     high = gl.maximum(walk.high, 1)
     if traits.HAS_RIGHT:  # without an edge there only the first tile can be cut
         for i in range(1, high):
-            state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, P, True)
+            state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, A, True)
     for i in range(high, walk.low):
-        state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, P, False)
+        state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, A, False)
     if traits.HAS_LEFT:
         for i in range(gl.maximum(high, walk.low), walk.count):
-            state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, P, True)
+            state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, A, True)
     out, largest, total = finish(state, memory.v_ring, walk, traits)
-    out, lse = normalised(out, largest, total, sinks_ptr, place, scores, traits, gl.SliceLayout(1, O))
+    out, lse = normalised(out, largest, total, sinks_ptr, place, scores, traits, gl.SliceLayout(1, A))
     gl.store(lse_ptr + rows, lse, mask=rows < place.length)
     out_tile = memory.out_tiles.index(W)
     out_tile.reshape([ROWS, traits.BLOCK_DV]).store(out.to(own.dtype))

@@ -85,7 +85,7 @@ def run(kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: M
         num_warps = constants["num_warps"]
         gluon_interpreter.launch(kernel, tuple(grid), *arguments, schedule=schedule, num_warps=num_warps)
     else:
-        kernel[tuple(grid)](*arguments, **constants)
+        kernel.run(*arguments, grid=tuple(grid), warmup=False, **constants)
 
 
 def window_of(call: AttentionCall, shape: Geometry) -> tuple[int, int]:

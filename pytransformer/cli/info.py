@@ -28,10 +28,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the versions, the table of backends and its notes."""
+    """Prints the versions, the table of backends and its notes, and whether Hopper's kernels are on."""
     from rich.console import Console
 
-    from pytransformer.ops.overview import backends
+    from pytransformer.ops.overview import backends, hopper_kernels
 
     console = Console(highlight=False)
     console.print(versions_table())
@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(table)
     for number, note in enumerate(notes, 1):
         console.print(f"({number}) {note}", markup=False, style="dim")
+    console.print(f"attention's kernels for Hopper: {hopper_kernels()}", markup=False)
     return 0
 
 

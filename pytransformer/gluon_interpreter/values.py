@@ -152,6 +152,15 @@ class Semantic(GluonSemantic):  # type: ignore[misc]
         """The same elements in another layout."""
         return as_tensor(super().convert_layout(value, layout, False))
 
+    def cast(self, input: Any, dst_ty: Any, fp_downcast_rounding: str | None = None) -> Any:
+        """A conversion. The compiler's integers have no sign, which its instructions know; here the elements must know it."""
+        result = as_tensor(super().cast(input, dst_ty, fp_downcast_rounding))
+        kind = dst_ty.scalar
+        if not kind.is_int() or kind.is_int_signed() or kind.is_bool():
+            return result
+        data = result.handle.data.astype(interpreter._get_np_dtype(kind))
+        return Tensor(Handle(data, kind), result.type)
+
     def expand_dims(self, input: Any, axis: int) -> Any:
         """A dimension of length 1; the layout must be a slice of the result's."""
         layout = input.type.layout if input.shape else None

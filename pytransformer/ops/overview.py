@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pytransformer.kernels.hopper import serves
 from pytransformer.ops import (
     activation,
     attention,
@@ -48,3 +49,11 @@ def backends(device: str | torch.device | None = None) -> dict[str, dict[str, st
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device_type = torch.device(device).type
     return {choice.op: choice.report(device_type) for choice in CHOICES}
+
+
+def hopper_kernels() -> str:
+    """Whether attention runs Hopper's own kernels (kernels/hopper) on the current GPU: "on", or "off: " and why."""
+    if not torch.cuda.is_available():
+        return serves.status(None)
+    major, minor = torch.cuda.get_device_capability()
+    return serves.status(10 * major + minor)

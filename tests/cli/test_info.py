@@ -26,6 +26,12 @@ def test_it_shows_versions_and_every_op(monkeypatch, capsys, options):
             assert answer == "serves" or answer.removeprefix("serves, ").split(";")[0][:60] in shown
 
 
+def test_it_says_whether_hoppers_kernels_are_on(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["info", "--device", "cpu"]) == 0
+    assert "attention's kernels for Hopper: off: no GPU" in capsys.readouterr().out
+
+
 def test_what_is_not_installed_is_said(monkeypatch):
     def version(name: str) -> str:
         if name == "matplotlib":

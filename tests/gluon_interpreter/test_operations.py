@@ -231,3 +231,16 @@ def test_wrong_arguments_are_refused() -> None:
         launch(_beyond, (1,), "x")
     with pytest.raises(ValueError, match="order must be one of next, first, last, same, random, got 'any'"):
         Schedule(order="any")  # type: ignore[arg-type]
+
+
+@gluon.jit
+def _compares_without_sign(out, limit):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    x = gl.arange(0, 128, layout=layout)
+    gl.store(out + x, ((x - 64).to(gl.uint32) <= limit.to(gl.uint32)).to(gl.int32))
+
+
+def test_an_unsigned_integer_has_no_sign_when_it_is_compared() -> None:
+    out = torch.zeros(128, dtype=torch.int32)
+    launch(_compares_without_sign, (1,), out, 10)
+    assert out.tolist() == [0] * 64 + [1] * 11 + [0] * 53

@@ -12,7 +12,7 @@ from pytransformer import reference
 from pytransformer.gluon_interpreter import EARLY, Schedule
 from pytransformer.kernels.hopper.launch import HopperConfig, HopperForward, interpreted_in
 from pytransformer.ops.attention.call import AttentionCall
-from pytransformer.verification import Contract
+from pytransformer.verification import SEEDS, Contract
 from tests.kernels.attention_contract import Case, Inputs, draw
 from tests.support.draws import pool
 
@@ -43,7 +43,7 @@ def expected(inputs: Inputs, dtype: torch.dtype | None = None) -> dict[str, Tens
     return {"out": out, "lse": lse}
 
 
-def check(case: Case, launch: Launch = forward, least: int = 1) -> None:
+def check(case: Case, launch: Launch = forward, most: int = SEEDS) -> None:
     """Whether the launch keeps the contract.
 
     Raises:
@@ -56,4 +56,4 @@ def check(case: Case, launch: Launch = forward, least: int = 1) -> None:
         actual: dict[str, Any] = dict(zip(("out", "lse"), launch(call_of(inputs))))
         contract.add_all(actual, expected(inputs), expected(inputs, torch.float64))
 
-    pool(contract, add, least).check()
+    pool(contract, add, 1, most).check()

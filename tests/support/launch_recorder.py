@@ -18,6 +18,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -31,7 +32,7 @@ class Launch:
     """One request to compile.
 
     Attributes:
-        kernel: the ``@triton.jit`` function.
+        kernel: the ``@triton.jit`` or ``@gluon.jit`` function.
         arch: compute capability as major * 10 + minor.
         signature: types by parameter name, e.g. ``{"x_ptr": "*bf16", "num_cols": "i32", "BLOCK": "constexpr"}``.
         constexprs: values of the constants by path, e.g. ``{(2,): 128}``.
@@ -57,8 +58,9 @@ class Launch:
         return GPUTarget("cuda", self.arch, WARP_SIZE)
 
     def source(self) -> ASTSource:
-        """What Triton compiles."""
-        return ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+        """What Triton compiles, of a kernel of its own language or of Gluon."""
+        kind = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        return kind(self.kernel, self.signature, self.constexprs, self.attrs)
 
     @property
     def key(self) -> str:

@@ -2,26 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from pytransformer.kernels.hopper import serves
 from pytransformer.ops.attention.call import AttentionCall, unless_empty
 from pytransformer.ops.attention.padding import is_padded, padded
-from pytransformer.ops.backend import Backend, Limit, Outputs, head_dim_limit, no_float64
+from pytransformer.ops.backend import Backend, Limit, Outputs, head_dim_limit, no_float64, warn_once
 from pytransformer.ops.launches import kept
+from pytransformer.ops.op import forget_launches
 from pytransformer.ops.precision import allows_tf32
 
 _as_call = functools.partial(tuple.__new__, AttentionCall)
 
 
 def _prepare(call: AttentionCall, allow_tf32: bool = False) -> Any:
+    if serves.is_on():
+        from pytransformer.kernels.launch import device_limits
+
+        if serves.refusal(call, device_limits(call.q.device).arch) is None:
+            return _Hopper(call)
+    return _prepare_portable(call, allow_tf32)
+
+
+def _prepare_portable(call: AttentionCall, allow_tf32: bool = False) -> Any:
     # Triton is imported when the first kernel is wanted, not with the package.
     from pytransformer.kernels.attention.forward import ForwardLaunch
 
     return ForwardLaunch(call, allow_tf32=allow_tf32)
+
+
+class _Hopper:
+    """The launch of Hopper's kernel, and of the portable one for tensors at odd addresses or when that kernel turns out not to compile."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        from pytransformer.kernels.hopper.launch import HopperForward
+
+        self._launch = HopperForward(call)
+        self._portable: Any = None
+        # The calls to come are as the user gave them, where this one is checked. Its tensors are not kept.
+        self._options = {name: value for name, value in call._asdict().items() if not isinstance(value, torch.Tensor)}
+
+    def __call__(self, call: AttentionCall) -> Outputs:
+        if serves.is_on() and serves.is_aligned(call):
+            try:
+                return self._launch(call)
+            except Exception as error:
+                if not _is_of_the_compiler(error):
+                    raise
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                serves.switch_off(f"a kernel does not compile: {reason}")
+                warn_once(
+                    f"attention: Hopper's kernels are off, the portable ones serve, as one does not compile: {reason}"
+                )
+        if self._portable is None:
+            self._portable = _prepare_portable(call._replace(**self._options))
+        return self._portable(call)  # type: ignore[no-any-return]
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    """Whether an error comes from Triton's compiler or loader, or from ptxas, and not from the call or the GPU's work."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return isinstance(error, (CompilationError, OutOfResources, PTXASError)) or "PassManager::run failed" in str(error)
+
+
+@contextlib.contextmanager
+def hopper(on: bool) -> Iterator[None]:
+    """Inside, Hopper's kernels serve what they can, or nothing; else the environment's PYTRANSFORMER_HOPPER=1 decides. For one thread."""
+    forget_launches()
+    try:
+        with serves.switched(on):
+            yield
+    finally:
+        forget_launches()
 
 
 def _prepare_backward(given: Any, allow_tf32: bool = False) -> Any:

@@ -1,0 +1,55 @@
+"""Runs Hopper's backward kernels in the Gluon interpreter and collects their errors in the contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytransformer.gluon_interpreter import EARLY, Schedule
+from pytransformer.kernels.hopper.backward_launch import HopperBackward
+from pytransformer.kernels.hopper.launch import interpreted_in
+from pytransformer.ops.attention.call import AttentionCall
+from pytransformer.verification import Contract
+from tests.kernels.attention_contract import Case, Inputs, draw, run_reference
+from tests.support.draws import pool
+
+CPU = torch.device("cpu")
+Gradients = dict[str, Tensor]
+
+
+def given(case: Case, inputs: Inputs) -> tuple[Any, ...]:
+    """(call, dout, out, lse, dlse): of a forward pass whose results are the reference's, rounded."""
+    golden, _ = run_reference(inputs, torch.float64)
+    out, lse = golden["out"].to(case.dtype), golden["lse"].float()
+    # What flows into the lse of a row that sees nothing must not matter; a merge of two partial results sends NaN.
+    dlse = torch.where(lse == -math.inf, math.nan, inputs.dlse) if case.lse_gradient else None
+    return AttentionCall(**inputs.tensors, **inputs.options), inputs.dout, out, lse, dlse
+
+
+def gradients(arguments: tuple[Any, ...], schedule: Schedule = EARLY) -> Gradients:
+    """dq, dk, dv, dsinks of the kernels, run in a schedule."""
+    with interpreted_in(schedule):
+        results = HopperBackward(*arguments)(*arguments)
+    return {name: x for name, x in zip(("dq", "dk", "dv", "dbias", "dsinks"), results) if x is not None}
+
+
+def check(case: Case, launch: Callable[[tuple[Any, ...]], Gradients] = gradients, least: int = 1) -> None:
+    """Whether the kernels keep the contract.
+
+    Raises:
+        ContractError: they do not.
+    """
+    contract = Contract(case.dtype)
+
+    def add(seed: int) -> None:
+        inputs = draw(case, seed, CPU)
+        actual = launch(given(case, inputs))
+        _, plain = run_reference(inputs)
+        _, golden = run_reference(inputs, torch.float64)
+        contract.add_all(actual, plain, golden, kind="gradient")
+
+    pool(contract, add, least).check()
