@@ -65,6 +65,8 @@ class PreparedLaunch:
         order: for each of the kernel's pointers the index in ``pointers`` where calls give it, or None where there is never one; by
             default they are given in the kernel's order.
         refuse: is shown the pointers of a call, once for each set of addresses, and raises if they must not be launched with.
+        start: launches through Triton: takes kernel, grid, arguments and constants, and returns what was compiled, or None where kernels
+            are interpreted. By default ``kernel[grid](...)``, which knows no interpreter of Gluon.
     """
 
     __slots__ = (
@@ -79,6 +81,7 @@ class PreparedLaunch:
         "_order",
         "_pointer_places",
         "_refuse",
+        "_start",
     )
 
     def __init__(
@@ -89,8 +92,9 @@ class PreparedLaunch:
         constants: Mapping[str, Any],
         order: Sequence[int | None] | None = None,
         refuse: Callable[[Sequence[Any]], None] | None = None,
+        start: Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any]], Any] | None = None,
     ) -> None:
-        self._kernel, self._refuse = kernel, refuse
+        self._kernel, self._refuse, self._start = kernel, refuse, start or _start
         self._accepted: set[tuple[int, ...]] = set()
         self._grid = (*grid, 1, 1)[:3]
         self._pointer_places, self._number_places = [], []
@@ -170,7 +174,7 @@ class PreparedLaunch:
             arguments[place] = number
         with on_device(given[0]):
             check_capture(self._kernel, self._grid, arguments, self._constants, device)
-            compiled = _start(self._kernel, self._grid, arguments, self._constants)
+            compiled = self._start(self._kernel, self._grid, arguments, self._constants)
         if self._handles.get(device) is not None or compiled is None or not _can_launch_directly(device):
             return
         if device not in self._handles:  # many launches are never made again
@@ -211,14 +215,6 @@ class PreparedLaunch:
 
 
 def _start(kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any]) -> Any:
-    """Launches by Triton, which returns what it compiled, or in the interpreter of the kernel's language, which returns None."""
-    # Triton's own interpreter knows no Gluon, and what it interprets is no JITFunction.
-    if interpreting() and isinstance(kernel, triton.JITFunction):
-        from pytransformer import gluon_interpreter
-
-        known = {name: value for name, value in constants.items() if name in (*kernel.arg_names, "num_warps")}
-        gluon_interpreter.launch(kernel, tuple(grid), *arguments, **known)
-        return None
     return kernel[grid](*arguments, **constants)
 
 

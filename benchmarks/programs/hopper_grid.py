@@ -20,6 +20,7 @@ from pytransformer.benchmarks.suites.attention import draw
 from pytransformer.benchmarks.suites.common import backward_of, no_grad
 from pytransformer.kernels.attention.backward import BackwardLaunch
 from pytransformer.kernels.attention.forward import ForwardLaunch
+from pytransformer.kernels.hopper.backward_launch import HopperBackward
 from pytransformer.kernels.hopper.launch import HopperForward
 from pytransformer.ops.attention.call import AttentionCall
 
@@ -116,7 +117,7 @@ def _forward_of(case: AttentionCase, launch: Callable[..., Any]) -> Variant:
 
 
 def _our_backward(case: AttentionCase) -> dict[str, Variant]:
-    launches = {"triton": _kept(BackwardLaunch)}
+    launches = {"triton hopper": _kept(HopperBackward), "triton": _kept(BackwardLaunch)}
     return {name: _backward_of(case, launch) for name, launch in launches.items()}
 
 

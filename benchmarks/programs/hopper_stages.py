@@ -1,4 +1,4 @@
-"""Hopper's attention part by part, for the first minutes on a GPU: copies, the product q kᵀ, the softmax, then the whole kernel.
+"""Hopper's attention part by part, for the first minutes on a GPU: copies, the product q kᵀ, the softmax, then the whole kernels.
 
 Each part is a kernel with the structure of the whole one: a producer warp copies tiles by TMA into two stages of shared memory, a warpgroup
 takes them from there, and barriers say when a stage is full and when it is empty. So what one of them hangs on or gets wrong is one of few
@@ -22,9 +22,10 @@ import triton
 from torch import Tensor
 
 from pytransformer import reference
+from pytransformer.kernels.hopper.backward_launch import HopperBackward
 from pytransformer.kernels.hopper.bringup import BLOCK, LAYOUT, ROWS, loads_kernel, product_kernel, softmax_kernel
 from pytransformer.kernels.hopper.descriptors import HostDescriptor
-from pytransformer.kernels.hopper.launch import HopperForward
+from pytransformer.kernels.hopper.launch import HopperForward, prepare
 from pytransformer.kernels.launch import COMMON_OPTIONS
 from pytransformer.kernels.prepared import PreparedLaunch
 from pytransformer.ops.attention.call import AttentionCall
@@ -37,6 +38,9 @@ REPEATS = 50
 MODE_VARIABLE = "TRITON_INSTRUMENTATION_MODE"
 # How the steps are called: before these a GPU is not waited for, and a compiler may be.
 WAITING, DONE = ("waiting", "comparing"), "done"
+GRADIENTS = ("dq", "dk", "dv")
+# Its sums are added to memory in whatever order programs get there.
+UNORDERED = ("dq",)
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,10 @@ def _whole(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, ca
         q = _normal(batch, lengths[0], heads, head_dim, device=device)
         k, v = (_normal(batch, lengths[1], kv_heads, head_dim, device=device) for _ in range(2))
         call = AttentionCall(q, k, v, softmax_scale=head_dim**-0.5, causal=causal)
-        launch = HopperForward(call)
+        forward = HopperForward(call)
 
         def run() -> Results:
-            return dict(zip(("out", "lse"), launch(call)))
+            return dict(zip(("out", "lse"), forward(call)))
 
         def by_reference(*tensors: Tensor) -> Results:
             return dict(zip(("out", "lse"), reference.attention(*tensors, causal=causal, return_lse=True)))
@@ -134,8 +138,34 @@ def _whole(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, ca
     return draw
 
 
+def _backward(seqlen: int, heads: int, head_dim: int) -> Draw:
+    """The backward kernels behind what the reference's forward pass returned, rounded: causal, two query heads for each key head."""
+
+    def draw(tiny: bool, device: torch.device) -> Case:
+        batch, length, kv_heads = (1, seqlen // 8, heads // 2) if tiny else (2, seqlen, heads // 2)
+        q, dout = (_normal(batch, length, heads, head_dim, device=device) for _ in range(2))
+        k, v = (_normal(batch, length, kv_heads, head_dim, device=device) for _ in range(2))
+        out, lse = reference.attention(q.double(), k.double(), v.double(), causal=True, return_lse=True)
+        call = AttentionCall(q, k, v, softmax_scale=head_dim**-0.5, causal=True)
+        given = (call, dout, out.bfloat16(), lse.float(), None)
+        backward = HopperBackward(*given)
+
+        def run() -> Results:
+            return dict(zip(GRADIENTS, backward(*given)[:3]))
+
+        def by_reference(*tensors: Tensor) -> Results:
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            with torch.enable_grad():
+                attended = reference.attention(*leaves, causal=True)
+                return dict(zip(GRADIENTS, torch.autograd.grad(attended, leaves, dout.to(leaves[0].dtype))))
+
+        return run, lambda: by_reference(q, k, v), lambda: by_reference(q.double(), k.double(), v.double())
+
+    return draw
+
+
 def _prepared(kernel: Any, size: Size, arguments: tuple[Any, ...], constants: dict[str, Any]) -> PreparedLaunch:
-    return PreparedLaunch(kernel, (size.programs,), arguments, {**constants, "num_warps": NUM_WARPS, **COMMON_OPTIONS})
+    return prepare(kernel, (size.programs,), arguments, {**constants, "num_warps": NUM_WARPS, **COMMON_OPTIONS})
 
 
 def _tiles(matrix: Tensor, rows: int) -> HostDescriptor:
@@ -184,6 +214,10 @@ STAGES = {
             "d128 causal, grouped, fewer queries": _whole(504, 1016, 8, 2, 128, True),
         },
         "what no stage before has: two consumers that share stages, the product with v, its operand in registers, the store",
+    ),
+    "backward": Stage(
+        {"d128": _backward(1016, 8, 128), "d64": _backward(1016, 8, 64)},
+        "the reduce-add of dq and its wait, the shifts and deltas of a stage, the store of ds between warpgroups and copies",
     ),
 }
 
@@ -239,13 +273,14 @@ def check_case(case: str, draw: Draw, tiny: bool, device: torch.device, note: Ca
     contract = Contract(torch.bfloat16)
     of_plain, of_golden = plain(), golden()
     for key, value in actual.items():
-        contract.add(f"{case} {key}", actual=value, plain=of_plain[key], golden=of_golden[key])
+        kind = "gradient" if key in GRADIENTS else "output"
+        contract.add(f"{case} {key}", actual=value, plain=of_plain[key], golden=of_golden[key], kind=kind)
     note(f"compared {case}", ratios={key: errors.ratio for key, errors in contract.results.items()})
     contract.check()
     note(f"waiting for launch after launch of {case}")
     for number in range(1 if tiny else REPEATS):
         for key, value in run().items():
-            if not torch.equal(value, actual[key]):
+            if key not in UNORDERED and not torch.equal(value, actual[key]):
                 raise AssertionError(f"{case}: launch {number + 2} gives other bits of {key} than the first")
 
 

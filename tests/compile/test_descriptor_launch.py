@@ -16,6 +16,8 @@ import triton
 from pytransformer.kernels import prepared
 from pytransformer.kernels.hopper import descriptors
 from pytransformer.kernels.hopper.descriptors import HostDescriptor
+from pytransformer.kernels.hopper.launch import HopperForward
+from pytransformer.ops.attention.call import AttentionCall
 from tests.support.copy_kernel import LAYOUT, ROWS, prepare, tensors
 from tests.support.triton_stub import (
     StubTensorMap,
@@ -64,7 +66,8 @@ class Seen:
         arguments = launch._arguments.copy()
         for place, pointer in zip(launch._pointer_places, given):
             arguments[place] = launch._derived[place].on(pointer) if place in launch._derived else pointer
-        arguments[launch._number_places[0]] = numbers[0]
+        for place, number in zip(launch._number_places, numbers):
+            arguments[place] = number
         compiled = launch._kernel.run(*arguments, grid=launch._grid, warmup=True, **launch._constants)
         wrapper = compiled.run.launch
         cell = wrapper.__closure__[wrapper.__code__.co_freevars.index("launcher")]
@@ -110,6 +113,29 @@ def test_what_is_passed_is_what_triton_passes(rows: int, head_dim: int, padding:
         assert tensor_map.shape == (head_dim, rows) and tensor_map.strides == (2 * head_dim,)
         assert tensor_map.box == (64, ROWS) and tensor_map.fill == (padding == "nan")
     assert 5 in ours[begin:] and given[2].data_ptr() in ours[begin:]
+
+
+def test_attention_on_hopper_is_passed_what_triton_passes() -> None:
+    """Descriptors of four dimensions, pointers that are None, and constants in a tuple with names."""
+    q, k = torch.zeros(1, 100, 2, 64, dtype=torch.bfloat16), torch.zeros(1, 70, 1, 64, dtype=torch.bfloat16)
+    call = AttentionCall(q, k, k.clone(), softmax_scale=0.125, causal=True)
+    forward = HopperForward(call)
+    for _ in range(2):
+        out, lse = forward(call)
+    launch = forward._launch
+    seen = Seen(launch)
+    given = (q, k, call.v, out, lse, None, None, None)
+    launch(given)
+    seen.by_triton(launch, given, ())
+    ours, tritons = (arguments[arguments.index(_maps(arguments)[0]) :] for arguments in seen.launches)
+    # 3.6 is given what was compiled in, and drops it; 3.9 is not.
+    assert _without_constants(ours) == _without_constants(tritons)
+    assert [m.address for m in _maps(ours)] == [x.data_ptr() for x in (q, k, call.v, out)]
+    assert [m.shape for m in _maps(ours)] == [(64, 2, 100, 1), (64, 1, 70, 1), (64, 1, 70, 1), (64, 2, 100, 1)]
+
+
+def _without_constants(arguments: list[Any]) -> list[Any]:
+    return [value for value in arguments if value is not None and not isinstance(value, triton.language.constexpr)]
 
 
 def test_a_map_is_encoded_once_for_an_address() -> None:

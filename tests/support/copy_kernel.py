@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from pytransformer.kernels.hopper import launch
 from pytransformer.kernels.hopper.descriptors import HostDescriptor
 from pytransformer.kernels.hopper.names import async_load, async_store
 from pytransformer.kernels.launch import COMMON_OPTIONS
@@ -45,6 +46,6 @@ def prepare(given: Sequence[torch.Tensor], padding: str = "zero") -> PreparedLau
     arguments = [
         x if x.dtype == torch.float32 else HostDescriptor.of(x, (ROWS, x.shape[1]), LAYOUT, padding) for x in given
     ]
-    return PreparedLaunch(
+    return launch.prepare(
         copy_kernel, (1,), (*arguments, 0.5, Varying(0)), {"D": given[0].shape[1], "num_warps": 4, **COMMON_OPTIONS}
     )
