@@ -41,8 +41,8 @@ class HopperBackward:
     """
 
     __slots__ = (
-        "_after", "_arguments", "_before", "_copied", "_grid", "_new_dk", "_new_dq", "_new_dsinks", "_new_dv", "_new_statistic", "_new_sums",
-        "_sums_of_sinks",
+        "_after", "_arguments", "_before", "_copied", "_grid", "_new_dk", "_new_dq", "_new_dsinks", "_new_dv", "_new_statistic",
+        "_new_sums", "_sums_of_sinks",
     )  # fmt: skip
 
     def __init__(
