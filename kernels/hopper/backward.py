@@ -7,14 +7,15 @@ A program has 128 keys of one key head and meets, head by head of its GQA group,
 
 A producer warp loads q and dout into two stages each; two warpgroups, which own 64 keys each, do the rest. A part of dq is a sum over the
 keys of both: it goes through shared memory and is added to float32 memory by the copy engine, in whatever order programs get there, so
-**dq is not the same bits each run**; dk and dv are. A call that asks for determinism is served by the two portable kernels, which form s and
-dp twice: seven products.
+**dq is not the same bits each run**; dk and dv are. Calls that ask for determinism are served by the two portable kernels, which form s
+and dp twice: seven products.
 
 Cost: 10 · batch · heads · Lq · Lk · d FLOP, half of it if causal. Memory: besides inputs and results, 4 bytes per element of q for the sums
 of dq, written, added to once for each 128 keys that are seen, and read.
 
-Copies end at the end of their sequence, packed or not (``boxes`` in launch.py): rows behind it are loaded as zeros and never written. That is all that
-short tiles of queries need, as their shift is inf. Tiles that the window or the end of the keys cuts have a loop of their own, with a mask.
+Copies end at the end of their sequence, packed or not (``boxes`` in launch.py): rows behind it are loaded as zeros and never written. That
+is all that short tiles of queries need, as their shift is inf. Tiles that the window or the end of the keys cuts have a loop of their own,
+with a mask.
 """
 
 from __future__ import annotations

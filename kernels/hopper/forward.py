@@ -271,7 +271,7 @@ def hidden(products, rows, start_n, place, scores, traits, S: gl.constexpr):
 
 @gluon.jit
 def exponent_factor(scores, traits):
-    """Weights are ``exp2(this · (score - largest))``."""
+    """Weights are ``exp2(this · score - largest)``: the largest score of a row is kept in base 2."""
     return 1.0 if traits.HAS_SOFTCAP else scores.factor
 
 
@@ -317,12 +317,12 @@ def advance(
     products = capped(products, scores, traits)
     if MASKED:
         products = hidden(products, rows, (walk.last - i) * traits.BLOCK_N, place, scores, traits, S)
-    larger = gl.maximum(largest, gl.max(products, 1))
+    larger = gl.maximum(largest, gl.max(products, 1) * factor)
     shift = larger
     if MASKED:  # a row may have seen nothing yet
         shift = gl.where(larger == float("-inf"), 0.0, larger)
-    shrink = gl.exp2((largest - shift) * factor)
-    p = gl.exp2(products * factor - (shift * factor)[:, None])
+    shrink = gl.exp2(largest - shift)
+    p = gl.exp2(products * factor - shift[:, None])
     total = total * shrink + gl.sum(p, 1)
     # For the next product. It stands here as a bar: in one block with the exponentials ptxas moves the wait below in front of them.
     mbarrier.wait(v_ring.full.index(stage), (i // traits.STAGES) & 1)
@@ -346,9 +346,9 @@ def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, A: gl
     mbarrier.arrive(k_ring.empty.index(0), count=1)
     products = capped(products, scores, traits)
     products = hidden(products, rows, walk.last * traits.BLOCK_N, place, scores, traits, S)
-    largest = gl.max(products, 1)
+    largest = gl.max(products, 1) * factor
     shift = gl.where(largest == float("-inf"), 0.0, largest)
-    p = gl.exp2(products * factor - (shift * factor)[:, None])
+    p = gl.exp2(products * factor - shift[:, None])
     weights = gl.convert_layout(p.to(own.dtype), gl.DotOperandLayout(0, A, 2))
     out = gl.zeros([ROWS, traits.BLOCK_DV], gl.float32, A)
     mbarrier.wait(memory.v_ring.full.index(0), 0)
@@ -366,21 +366,20 @@ def finish(state, v_ring, walk, traits):
 
 
 @gluon.jit
-def normalised(out, largest, total, sinks_ptr, place, scores, traits, O_ROWS: gl.constexpr):
+def normalised(out, largest, total, sinks_ptr, place, traits, ROWS_OF_OUT: gl.constexpr):
     """(out, lse) of rows with their running sums; a sink is a logit that joins the sum."""
-    largest = largest * exponent_factor(scores, traits)  # base 2
     if traits.HAS_SINKS:
         sink = gl.load(sinks_ptr + place.head).to(gl.float32) * LOG2E
         larger = gl.maximum(largest, sink)
         shift = gl.where(larger == float("-inf"), 0.0, larger)
         shrink = gl.exp2(largest - shift)
         total = total * shrink + gl.exp2(sink - shift)
-        out = out * gl.convert_layout(shrink, O_ROWS)[:, None]
+        out = out * gl.convert_layout(shrink, ROWS_OF_OUT)[:, None]
         largest = larger
     nothing = total == 0.0
     total = gl.where(nothing, 1.0, total)
     lse = gl.where(nothing, float("-inf"), (largest + gl.log2(total)) * LN2)
-    return out / gl.convert_layout(total, O_ROWS)[:, None], lse
+    return out / gl.convert_layout(total, ROWS_OF_OUT)[:, None], lse
 
 
 @gluon.jit
@@ -401,7 +400,7 @@ def consume(W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, place, walk, 
         for i in range(gl.maximum(high, walk.low), walk.count):
             state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, A, True)
     out, largest, total = finish(state, memory.v_ring, walk, traits)
-    out, lse = normalised(out, largest, total, sinks_ptr, place, scores, traits, gl.SliceLayout(1, A))
+    out, lse = normalised(out, largest, total, sinks_ptr, place, traits, gl.SliceLayout(1, A))
     gl.store(lse_ptr + rows, lse, mask=rows < place.length)
     out_tile = memory.out_tiles.index(W)
     out_tile.reshape([ROWS, traits.BLOCK_DV]).store(out.to(own.dtype))

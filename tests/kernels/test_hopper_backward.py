@@ -111,3 +111,82 @@ def assert_same_bits(first: Gradients, second: Gradients) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+# --- What must not be read, and not be written. -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_nothing_around_the_tensors_is_read(dim: int) -> None:
+    """Rows past the end of a sequence and other heads: there NaN would spread, even with weights of 0."""
+    case = Case((70, 130), dims=(dim, dim), heads=(2, 1), batch=2, dtype=torch.bfloat16)
+    call, dout, out, *rest = given(case, draw(case, 0, CPU))
+    around = call._replace(q=within_nan(call.q), k=within_nan(call.k), v=within_nan(call.v))
+    assert_same_bits(
+        gradients((call, dout, out, *rest)), gradients((around, within_nan(dout), within_nan(out), *rest), LATE)
+    )
+
+
+@pytest.mark.parametrize("window", ["none", "causal", "wide"])
+def test_a_packed_sequence_reads_nothing_of_its_neighbours(window: str) -> None:
+    lengths = ((70, 65), (70, 66), (3, 5), (70, 140))
+    case = Case(lengths, dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, options=WINDOWS[window])
+    call, dout, out, lse, dlse = given(case, draw(case, 0, CPU))
+    first = gradients((call, dout, out, lse, dlse))
+    of_queries, of_keys = slice(70, 140), slice(65, 131)
+    for tensor, rows in (
+        (call.q, of_queries),
+        (dout, of_queries),
+        (out, of_queries),
+        (call.k, of_keys),
+        (call.v, of_keys),
+    ):
+        tensor[rows] = float("nan")
+    spoilt = gradients((call, dout, out, lse, dlse))
+    for name, rows in (("dq", of_queries), ("dk", of_keys), ("dv", of_keys)):
+        kept = torch.ones(len(first[name]), dtype=torch.bool)
+        kept[rows] = False
+        assert first[name].isfinite().all()
+        assert torch.equal(first[name][kept], spoilt[name][kept]), name
+
+
+def test_tokens_behind_the_last_sequence_have_gradients_of_zero() -> None:
+    case = Case(((65, 70), (3, 60)), dims=(64, 64), heads=(2, 1), dtype=torch.bfloat16)
+    call, dout, out, lse, dlse = given(case, draw(case, 0, CPU))
+    first = gradients((call, dout, out, lse, dlse))
+
+    def longer(tensor: torch.Tensor, value: float = float("nan")) -> torch.Tensor:
+        return torch.cat([tensor, tensor.new_full((20, *tensor.shape[1:]), value)])
+
+    padded = call._replace(q=longer(call.q), k=longer(call.k), v=longer(call.v))
+    statistics = [torch.nn.functional.pad(x, (0, 20), value=value) for x, value in ((lse, -torch.inf), (dlse, 0.0))]
+    got = gradients((padded, longer(dout, 0.0), longer(out, 0.0), *statistics))
+    for name, tensor in first.items():
+        assert torch.equal(got[name][:-20], tensor) and not got[name][-20:].any(), name
+
+
+def within_nan(tensor: torch.Tensor, rows: int = 8) -> torch.Tensor:
+    """The same values in a larger tensor of NaN: more heads, rows and features around them."""
+    batch, length, heads, dim = tensor.shape
+    around = tensor.new_full((batch, length + 2 * rows, heads + 2, dim + 16), float("nan"))
+    return around[:, rows : rows + length, 1 : heads + 1, 8 : dim + 8].copy_(tensor)
+
+
+def test_a_gradient_of_any_strides_is_taken() -> None:
+    """``out.sum().backward()`` sends one number for all, heads may come first, and an address may be odd."""
+    case = Case((65, 70), dims=(64, 64), heads=(2, 2), batch=2, dtype=torch.bfloat16)
+    call, dout, *rest = given(case, draw(case, 0, CPU))
+    first = gradients((call, dout, *rest))
+    memory = torch.empty(dout.numel() + 1, dtype=dout.dtype)
+    odd = memory[1:].view(dout.shape).copy_(dout)
+    for other in (dout.transpose(1, 2).contiguous().transpose(1, 2), odd):
+        assert_same_bits(first, gradients((call, other, *rest)))
+    one = torch.ones((), dtype=dout.dtype).expand_as(dout)
+    assert_same_bits(gradients((call, one.contiguous(), *rest)), gradients((call, one, *rest)))
+
+
+def test_queries_without_keys_have_gradients_of_zero() -> None:
+    """More queries than keys, causal: whole tiles of them and part of one see nothing, and NaN flows into their lse."""
+    case = Case((200, 10), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, options={"causal": True})
+    dq = gradients(given(case, draw(case, 0, CPU)))["dq"]
+    assert not dq[:, :190].any() and dq[:, 190:].any()

@@ -1,0 +1,102 @@
+"""Hopper's forward kernel in machine code: within its limits, its figures, and products that run beside the softmax."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from pytransformer.kernels.hopper.launch import HopperForward
+from pytransformer.kernels.hopper.serves import triton_missing
+from pytransformer.ops.attention.call import AttentionCall
+from tests.compile.cases.attention import NUM_HEADS, NUM_KV_HEADS, SEQLEN
+from tests.support.compile_gate import Case, Report, run_cases
+from tests.support.hot_loop import Instruction, innermost, read
+from tests.support.launch_recorder import record
+from tests.support.sass import disassemble
+
+pytestmark = pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
+
+NAME = "attention_forward_kernel"
+
+
+def call(head_dim: int, value_dim: int, packed: bool = False, **options: Any) -> AttentionCall:
+    shape = (SEQLEN,) if packed else (1, SEQLEN)
+    if packed:
+        options["cu_seqlens_q"] = options["cu_seqlens_k"] = torch.tensor([0, 100, SEQLEN], dtype=torch.int32)
+    q, k, v = (
+        torch.empty(*shape, heads, dim, dtype=torch.bfloat16)
+        for heads, dim in ((NUM_HEADS, head_dim), (NUM_KV_HEADS, head_dim), (NUM_KV_HEADS, value_dim))
+    )
+    return AttentionCall(q, k, v, softmax_scale=0.1, **{"causal": True, **options})
+
+
+CALLS = {
+    "d64-causal": call(64, 64),
+    "d128-causal": call(128, 128),
+    "d256-full-packed-sinks": call(256, 256, packed=True, causal=False, sinks=torch.empty(NUM_HEADS)),
+}
+# Instructions of a whole tile, 64 queries by 128 keys.
+MOST = {"d64-causal": 425, "d128-causal": 470}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Report]:
+    cases = [
+        Case(f"hopper-bfloat16-{name}", lambda given=given: HopperForward(given)(given), 90, frozenset({NAME}))
+        for name, given in CALLS.items()
+    ]
+    return dict(zip(CALLS, run_cases(cases).values()))
+
+
+def test_it_compiles_within_its_limits(reports) -> None:
+    assert not {name: report.complaints for name, report in reports.items() if report.complaints}
+    for report in reports.values():
+        assert report.outcomes[0].statistics.spill_bytes == 0
+
+
+def test_no_loop_holds_the_block_up(reports) -> None:
+    """Warpgroups meet in barriers of their own."""
+    for report in reports.values():
+        loops = report.outcomes[0].statistics.loops
+        assert len(loops) >= 2 and not any(loop.cta_barriers for loop in loops)
+
+
+@pytest.mark.skipif(triton.__version__ < "3.9", reason="the figures of the newest compiler that is supported")
+@pytest.mark.parametrize("name", MOST)
+def test_a_whole_tile_takes_few_instructions(name: str, reports) -> None:
+    loops = reports[name].outcomes[0].statistics.loops
+    # Of each of the two consumers: a loop with masks and one without.
+    assert max(sorted(loop.instructions for loop in loops)[:2]) <= MOST[name]
+
+
+def _softmax_beside_products(loop: list[Instruction]) -> list[float]:
+    """The part of a loop's exponentials between the wait for the scores and that for the product with v, after each of its products."""
+    text = "".join(
+        "e" if found.name.startswith("MUFU.EX2") else operands[-1]
+        for found in loop
+        if found.name.startswith("MUFU.EX2")
+        or (found.name.startswith("WARPGROUP.DEPBAR") and (operands := found.operands.strip()))
+    )
+    return [len(found.group(1)) / text.count("e") for found in re.finditer(r"1(e*)0", text)]
+
+
+@pytest.mark.parametrize("name", ["d64-causal", "d128-causal"])
+def test_the_softmax_lies_beside_the_product_with_v(name: str, reports) -> None:
+    """ptxas likes to put the wait for that product in front of the exponentials."""
+    (launch,) = record(lambda: HopperForward(CALLS[name])(CALLS[name]), 90)
+    compiled = triton.compile(launch.source(), target=launch.target, options=launch.options.__dict__)
+    instructions, loops = read(disassemble(compiled.asm["cubin"]))
+    found = [instructions[first : last + 1] for first, last in innermost(loops)]
+    hot = [loop for loop in found if sum(one.name.startswith("HGMMA") for one in loop) >= 12]
+    assert len(hot) == 4
+    for loop in hot:
+        (part,) = _softmax_beside_products(loop)
+        assert part > 0.9
+
+
+def test_figures_are_those_committed(reports, record_figures) -> None:
+    record_figures("hopper", {str(report.case): report.outcomes[0].statistics for report in reports.values()})
