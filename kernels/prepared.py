@@ -94,7 +94,7 @@ class PreparedLaunch:
         refuse: Callable[[Sequence[Any]], None] | None = None,
         start: Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any]], Any] | None = None,
     ) -> None:
-        self._kernel, self._refuse, self._start = kernel, refuse, start or _start
+        self._kernel, self._refuse, self._start = kernel, refuse, start
         self._accepted: set[tuple[int, ...]] = set()
         self._grid = (*grid, 1, 1)[:3]
         self._pointer_places, self._number_places = [], []
@@ -174,7 +174,10 @@ class PreparedLaunch:
             arguments[place] = number
         with on_device(given[0]):
             check_capture(self._kernel, self._grid, arguments, self._constants, device)
-            compiled = self._start(self._kernel, self._grid, arguments, self._constants)
+            if self._start is None:
+                compiled = self._kernel[self._grid](*arguments, **self._constants)
+            else:
+                compiled = self._start(self._kernel, self._grid, arguments, self._constants)
         if self._handles.get(device) is not None or compiled is None or not _can_launch_directly(device):
             return
         if device not in self._handles:  # many launches are never made again
@@ -212,10 +215,6 @@ class PreparedLaunch:
             _getter([index for _, index in plain]),
             _deriver(derive) if derive else None,
         )
-
-
-def _start(kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any]) -> Any:
-    return kernel[grid](*arguments, **constants)
 
 
 def check_capture(

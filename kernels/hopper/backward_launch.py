@@ -14,7 +14,7 @@ from ..mathematics import LOG2E
 from ..prepared import PreparedLaunch, by_name
 from .backward import BLOCK_M, BLOCK_N, Traits, attention_backward_kernel
 from .backward_passes import backward_dq_kernel, backward_statistics_kernel
-from .descriptors import HostDescriptor
+from .descriptors import ALIGNMENT, HostDescriptor
 from .launch import boxes, prepare, window_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _FLOATS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 _VECTOR = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-_ALIGNMENT = 16  # bytes that a descriptor's address and strides are multiples of
 
 # dq, dk, dv, dbias, dsinks, dslopes.
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, torch.Tensor | None, None]
@@ -147,8 +146,9 @@ class HopperBackward:
             for index in self._copied:
                 given[index] = given[index].contiguous()
             dout, out, lse, dlse = given
-        if dout.data_ptr() % _ALIGNMENT:
-            dout = dout.clone()
+        if dout.data_ptr() % ALIGNMENT:
+            # With its strides, which the launches were prepared for: a clone of rows with gaps has none.
+            dout = torch.empty_strided(dout.shape, dout.stride(), dtype=dout.dtype, device=dout.device).copy_(dout)
         dq, dk, dv = self._new_dq(call.q), self._new_dk(call.k), self._new_dv(call.v)
         shift, delta, sums = self._new_statistic(), self._new_statistic(), self._new_sums()
         dsinks = None if self._new_dsinks is None else self._new_dsinks()
@@ -166,4 +166,4 @@ class HopperBackward:
 def _is_walkable(tensor: torch.Tensor) -> bool:
     """Whether the copy engine can walk rows as they lie: by multiples of 16 bytes."""
     steps = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
-    return tensor.stride(-1) == 1 and all(step > 0 and step * tensor.element_size() % _ALIGNMENT == 0 for step in steps)
+    return tensor.stride(-1) == 1 and all(step > 0 and step * tensor.element_size() % ALIGNMENT == 0 for step in steps)
