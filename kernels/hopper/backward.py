@@ -310,8 +310,9 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
             weights = gl.convert_layout(p.to(q.dtype), OPERAND)
             if traits.HAS_SOFTCAP:
                 p = p * (1.0 - ratio * ratio)
-            dp = warpgroup_mma_wait(0, deps=[dp])
+            # Before the wait for dp, and not only to keep the tensor cores busy: ptxas would move that wait in front of the exponentials.
             dv = warpgroup_mma(weights, dout, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp])
             ds = (p * dp).to(q.dtype)
             memory.ds.store(ds)
             fence_async_shared()
