@@ -22,6 +22,7 @@ from pytransformer.kernels.attention.backward import BackwardLaunch
 from pytransformer.kernels.attention.forward import ForwardLaunch
 from pytransformer.kernels.hopper.backward_launch import HopperBackward
 from pytransformer.kernels.hopper.launch import HopperForward
+from pytransformer.kernels.hopper.names import HAS_REDUCTIONS
 from pytransformer.ops.attention.call import AttentionCall
 
 SUITES = {"hopper": None}
@@ -118,7 +119,8 @@ def _forward_of(case: AttentionCase, launch: Callable[..., Any]) -> Variant:
 
 def _our_backward(case: AttentionCase) -> dict[str, Variant]:
     launches = {"triton hopper": _kept(HopperBackward), "triton": _kept(BackwardLaunch)}
-    return {name: _backward_of(case, launch) for name, launch in launches.items()}
+    variants = {name: _backward_of(case, launch) for name, launch in launches.items()}
+    return variants if HAS_REDUCTIONS else {**variants, "triton hopper": _absent("this Triton's TMA does not reduce")}
 
 
 def _backward_of(case: AttentionCase, launch: Callable[..., Any]) -> Variant:

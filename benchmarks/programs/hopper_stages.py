@@ -26,6 +26,7 @@ from pytransformer.kernels.hopper.backward_launch import HopperBackward
 from pytransformer.kernels.hopper.bringup import BLOCK, LAYOUT, ROWS, loads_kernel, product_kernel, softmax_kernel
 from pytransformer.kernels.hopper.descriptors import HostDescriptor
 from pytransformer.kernels.hopper.launch import HopperForward, prepare
+from pytransformer.kernels.hopper.names import HAS_REDUCTIONS
 from pytransformer.kernels.launch import COMMON_OPTIONS
 from pytransformer.kernels.prepared import PreparedLaunch
 from pytransformer.ops.attention.call import AttentionCall
@@ -220,6 +221,8 @@ STAGES = {
         "the reduce-add of dq and its wait, the shifts and deltas of a stage, the store of ds between warpgroups and copies",
     ),
 }
+if not HAS_REDUCTIONS:  # so in Triton 3.6, where the portable kernels compute gradients
+    del STAGES["backward"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

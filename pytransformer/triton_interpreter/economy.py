@@ -69,7 +69,7 @@ def broadcast_impl_value(original: Method) -> Method:
     def widened(self: Any, value: Any, shape: list[int]) -> Any:
         if tuple(value.type.shape) == tuple(shape):
             return value
-        return self.make_tensor(
+        return self.tensor(
             self.builder.create_broadcast(value.handle, shape), type(value.type)(value.type.scalar, shape)
         )
 
