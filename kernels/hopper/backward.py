@@ -262,8 +262,8 @@ def visible(queries, first, scores, traits):
 
 
 @gluon.jit
-def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, scores, softmax_scale, traits):
-    """The products of all tiles, and dk and dv in the end."""
+def consume(dq_desc, dk_desc, dv_desc, at, memory, barriers, place, tiles, tiles_q, scores, softmax_scale, traits):
+    """The products of all tiles, and in the end dk and dv, whose box is ``at``."""
     D: gl.constexpr = traits.HEAD_DIM
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16]
@@ -310,8 +310,9 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
             weights = gl.convert_layout(p.to(q.dtype), OPERAND)
             if traits.HAS_SOFTCAP:
                 p = p * (1.0 - ratio * ratio)
-            dp = warpgroup_mma_wait(0, deps=[dp])
+            # Before the wait for dp, and not only to keep the tensor cores busy: ptxas would move that wait in front of the exponentials.
             dv = warpgroup_mma(weights, dout, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp])
             ds = (p * dp).to(q.dtype)
             memory.ds.store(ds)
             fence_async_shared()
@@ -331,7 +332,6 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
     k.store((dk * softmax_scale).to(k.dtype))
     v.store(dv.to(v.dtype))
     fence_async_shared()
-    at = coordinates(place.sequence, place.first_k, place.seqlen_k, place.start, place.kv_head, traits.PACKED)
     async_store(dk_desc, at, memory.k.index(0))
     async_store(dv_desc, at, memory.v.index(0))
     tma.store_wait(0)
@@ -377,7 +377,7 @@ def attention_backward_kernel(
     async_load(v_desc, at, barriers.kv_full, memory.v.index(0))
     gl.warp_specialize(
         [
-            (consume, (dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, scores, softmax_scale, traits)),
+            (consume, (dq_desc, dk_desc, dv_desc, at, memory, barriers, place, tiles, tiles_q, scores, softmax_scale, traits)),
             (produce, (q_desc, shift_desc, dout_desc, delta_desc, memory, barriers, place, tiles, tiles_q, traits)),
         ],
         [1],
