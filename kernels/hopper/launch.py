@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -13,13 +13,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..attention.options import Geometry, block_dim, geometry, maker, window_limits
 from ..attention.policy import slots_per_group
-from ..launch import COMMON_OPTIONS, interpreting, on_device
-from .forward import RAGGED, ROWS, Traits, attention_forward_kernel
+from ..launch import COMMON_OPTIONS, contiguous_strides, interpreting, on_device
+from .forward import CONSUMERS, RAGGED, ROWS, Traits, attention_forward_kernel
 
 if TYPE_CHECKING:
     from pytransformer.gluon_interpreter import Schedule
     from pytransformer.ops.attention.call import AttentionCall
 
+_OPTIONS = {"num_warps": 4, **COMMON_OPTIONS}  # of each consumer: a warpgroup
 _ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that strides of a descriptor are multiples of
 # Of the dimensions before a packed tensor's own: see boxes.
 _RAGGED_STRIDE, _MOST = 2**34, 0x7FFF0000
@@ -27,39 +28,50 @@ _RAGGED_STRIDE, _MOST = 2**34, 0x7FFF0000
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile of keys, stages of each ring, and consumers of 64 queries each."""
+    """Tile of keys, and stages of each ring."""
 
     block_n: int
     stages: int
-    consumers: int
 
 
 def hopper_config(head_dim: int, value_dim: int) -> HopperConfig:
     """Launch policy. Shared memory decides: 64 queries for each consumer and two stages of k and v in 227 KB. At d = 128 that is 160 KB
     with tiles of 128 keys; at d = 256, 192 KB with 64."""
     width = max(block_dim(head_dim), block_dim(value_dim))
-    return HopperConfig(128 if width <= 128 else 64, 2, 2)
+    return HopperConfig(128 if width <= 128 else 64, 2)
 
 
-def boxes(tensor: torch.Tensor, block_rows: int, block_dim: int) -> TensorDescriptor:
-    """A descriptor of rows of one head, of a tensor (batch, seqlen, heads, features), or packed (total, heads, features).
+class Boxes(NamedTuple):
+    """A TMA descriptor less its address: the tensor's shape and strides, the box that one copy moves, its layout in shared memory."""
 
-    Dense, its dimensions are the tensor's: past the end of a sequence and behind the features zeros are read and nothing is written.
+    shape: list[int]
+    strides: list[int]
+    block: list[int]
+    layout: gl.NVMMASharedLayout
+
+    def on(self, tensor: torch.Tensor) -> TensorDescriptor:
+        """The descriptor of a tensor."""
+        return TensorDescriptor(tensor, *self)
+
+
+def boxes(shape: Sequence[int], strides: Sequence[int], rows: int, features: int) -> Boxes:
+    """Boxes of rows of one head, of a tensor (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim).
+
+    Dense, the dimensions are the tensor's: past the end of a sequence and behind the features zeros are read and nothing is written.
 
     Packed, sequences end anywhere, so that the tensor is taken for one of 2^30 rows whose last one is the sequence's. Two more dimensions,
     of which one steps 2^34 elements less a row and the other a row, say where those rows begin: at the coordinates ``2^30, end of the
     sequence, 2^30 - length + row`` the offset is ``end - length + row`` rows and 2^64 elements, around which addresses wrap (the idea is
     that of Triton's ``ragged_tma``).
     """
-    shape, strides = list(tensor.shape), tensor.stride()
     # Of what is there once, the stride is anything, and a descriptor's is a multiple of 16 bytes.
     steps = [stride if size > 1 else _ALIGNMENT for size, stride in zip(shape[:-1], strides)] + [1]
-    block = [1, block_rows, 1, block_dim]
-    if tensor.dim() == 3:
-        shape, steps = [_MOST, _MOST, RAGGED.value, *shape[1:]], [_RAGGED_STRIDE - steps[0], steps[0], *steps]
+    sizes, block = list(shape), [1, rows, 1, features]
+    if len(shape) == 3:
+        sizes, steps = [_MOST, _MOST, RAGGED.value, *shape[1:]], [_RAGGED_STRIDE - steps[0], steps[0], *steps]
         block = [1, *block]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
-    return TensorDescriptor(tensor, shape, steps, block, layout)
+    return Boxes(sizes, steps, block, layout)
 
 
 _schedule: Schedule | None = None
@@ -102,20 +114,25 @@ class HopperForward:
         config: replaces the launch policy.
     """
 
-    __slots__ = ("_arguments", "_config", "_grid", "_new_lse", "_new_out", "_order", "_packed", "_shape", "_take")
+    __slots__ = ("_arguments", "_boxes", "_grid", "_new_lse", "_new_out")
 
     def __init__(self, call: AttentionCall, *, config: HopperConfig | None = None) -> None:
-        shape = self._shape = geometry(call)
-        config = self._config = config or hopper_config(shape.head_dim, shape.value_dim)
+        shape = geometry(call)
+        config = config or hopper_config(shape.head_dim, shape.value_dim)
         out_shape = (*call.q.shape[:-1], shape.value_dim)
         self._new_out, self._new_lse = maker(call.q, out_shape), maker(call.q, shape.lse_shape, torch.float32)
-        block_m = config.consumers * ROWS.value
-        num_tiles, num_slots = shape.tiles(shape.seqlen_q, block_m), shape.slots(shape.num_heads)
+        rows, block_d, block_dv = ROWS.value, block_dim(shape.head_dim), block_dim(shape.value_dim)
+        self._boxes = (
+            boxes(call.q.shape, call.q.stride(), rows, block_d),
+            boxes(call.k.shape, call.k.stride(), config.block_n, block_d),
+            boxes(call.v.shape, call.v.stride(), config.block_n, block_dv),
+            boxes(out_shape, contiguous_strides(out_shape), rows, block_dv),
+        )
+        num_tiles = shape.tiles(shape.seqlen_q, CONSUMERS.value * rows)
+        num_slots = shape.slots(shape.num_heads)
         left, right = window_of(call, shape)
-        block_d, block_dv = block_dim(shape.head_dim), block_dim(shape.value_dim)
         constants = {
             "HEADS_PER_KV": shape.num_heads // shape.num_kv_heads,
-            "CONSUMERS": config.consumers,
             "BLOCK_N": config.block_n,
             "BLOCK_D": block_d,
             "BLOCK_DV": block_dv,
@@ -128,21 +145,17 @@ class HopperForward:
             "HAS_SINKS": call.sinks is not None,
         }
         self._grid = (num_tiles * num_slots,)
-        self._arguments = (
-            *shape.sizes, num_tiles, num_slots, slots_per_group(shape, call.k), call.softmax_scale, call.softcap, left, right,
-            Traits(**{name: gl.constexpr(value) for name, value in constants.items()}),
-        )  # fmt: skip
+        sizes = (*shape.sizes, num_tiles, num_slots, slots_per_group(shape, call.k))
+        scalars = (call.softmax_scale, call.softcap, left, right)
+        traits = Traits(**{name: gl.constexpr(value) for name, value in constants.items()})
+        self._arguments = (shape.lse_strides, (*sizes, *scalars, traits))
 
     def __call__(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Results as :func:`..attention.forward.attention_forward` returns them, of a call that is like the first."""
         out, lse = self._new_out(call.q), self._new_lse(call.q)
-        traits: Traits = self._arguments[-1]
-        block_n, block_d, block_dv = (value.value for value in (traits.BLOCK_N, traits.BLOCK_D, traits.BLOCK_DV))
-        rows = ROWS.value
-        arguments = (
-            boxes(call.q, rows, block_d), boxes(call.k, block_n, block_d), boxes(call.v, block_n, block_dv), boxes(out, rows, block_dv),
-            lse, *self._shape.lse_strides, call.cu_seqlens_q, call.cu_seqlens_k, call.sinks, *self._arguments,
-        )  # fmt: skip
+        descriptors = [box.on(tensor) for box, tensor in zip(self._boxes, (call.q, call.k, call.v, out))]
+        lse_strides, others = self._arguments
+        pointers = (call.cu_seqlens_q, call.cu_seqlens_k, call.sinks)
         with on_device(call.q):
-            run(attention_forward_kernel, self._grid, arguments, {"num_warps": 4, **COMMON_OPTIONS})
+            run(attention_forward_kernel, self._grid, (*descriptors, lse, *lse_strides, *pointers, *others), _OPTIONS)
         return out, lse
