@@ -18,7 +18,7 @@ EMULATED := tests/cuda tests/ops/test_norm.py tests/ops/test_norm_checks.py test
 # One thread for each test process: they share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=.
 
-.PHONY: help demo test test-all coverage cuda sanitize gate gate-changed gate-figures lint types gpu gpu-bench bench peers readme-numbers huggingface-classes clean venv
+.PHONY: help demo test test-all coverage cuda sanitize gate gate-changed gate-figures lint types gpu gpu-hopper gpu-bench bench peers readme-numbers huggingface-classes clean venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 18
@@ -92,6 +92,9 @@ readme-numbers: $(VENV)/.dev ## README.md's numbers and pictures from the commit
 
 gpu: ## everything that needs a GPU, with the python3, torch and triton already there, offline; MINUTES=25 for more of the grid, REHEARSE=1 without a GPU; results in $$OUT
 	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.programs.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REHEARSE),--rehearse)
+
+gpu-hopper: ## the first minutes of Hopper's Gluon kernels on an H100 or H200: part by part with a time limit each, then beside others; REHEARSE=1 without a GPU; results in $$OUT
+	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.programs.gpu_hopper $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REHEARSE),--device cpu)
 
 gpu-bench: ## the benchmarks of `make gpu` alone, without tests and sanitizers; one that was cut off goes on
 	PYTHONPATH=. $(PYTHON) -m pytransformer.benchmarks.programs.gpu --parts build,quick,full $(if $(MINUTES),--minutes $(MINUTES))

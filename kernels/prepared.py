@@ -7,6 +7,7 @@ with pointers as aligned as Triton assumes, needs the same kernel, so that it is
 
 from __future__ import annotations
 
+import abc
 import inspect
 import operator
 import types
@@ -27,6 +28,22 @@ class Varying:
     number: int
 
 
+class Derived(abc.ABC):
+    """An argument of a :class:`PreparedLaunch` that is made of a pointer which each call gives: a tensor's descriptor, for one."""
+
+    @abc.abstractmethod
+    def on(self, tensor: torch.Tensor) -> Any:
+        """What Triton is given in its place; raises ValueError for a tensor that it cannot be made of."""
+
+    @abc.abstractmethod
+    def expanded(self, metadata: Any) -> tuple[Mapping[int, Any], list[tuple[str, int]]]:
+        """(what Triton's launcher in C is given, by the pointer's address; (type, value) of the numbers that it is given behind that).
+
+        Args:
+            metadata: what the compiler says of this argument.
+        """
+
+
 class PreparedLaunch:
     """A kernel with its grid and all its arguments but the pointers, to be launched many times.
 
@@ -42,17 +59,21 @@ class PreparedLaunch:
         kernel: the ``@triton.jit`` function.
         grid: one to three sizes.
         arguments: the positional arguments. A tensor or None is a pointer, which each call gives anew, and None stays None; a
-            :class:`Varying` is given anew too; all else stays as it is, tuples of numbers and constexprs too.
+            :class:`Derived` is made of one; a :class:`Varying` is given anew too; all else stays as it is, tuples of numbers and
+            constexprs too.
         constants: constexprs and options by name.
         order: for each of the kernel's pointers the index in ``pointers`` where calls give it, or None where there is never one; by
             default they are given in the kernel's order.
         refuse: is shown the pointers of a call, once for each set of addresses, and raises if they must not be launched with.
+        start: launches through Triton: takes kernel, grid, arguments and constants, and returns what was compiled, or None where kernels
+            are interpreted. By default ``kernel[grid](...)``, which knows no interpreter of Gluon.
     """
 
     __slots__ = (
         "_accepted",
         "_arguments",
         "_constants",
+        "_derived",
         "_grid",
         "_handles",
         "_kernel",
@@ -60,6 +81,7 @@ class PreparedLaunch:
         "_order",
         "_pointer_places",
         "_refuse",
+        "_start",
     )
 
     def __init__(
@@ -70,11 +92,13 @@ class PreparedLaunch:
         constants: Mapping[str, Any],
         order: Sequence[int | None] | None = None,
         refuse: Callable[[Sequence[Any]], None] | None = None,
+        start: Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any]], Any] | None = None,
     ) -> None:
-        self._kernel, self._refuse = kernel, refuse
+        self._kernel, self._refuse, self._start = kernel, refuse, start
         self._accepted: set[tuple[int, ...]] = set()
         self._grid = (*grid, 1, 1)[:3]
         self._pointer_places, self._number_places = [], []
+        self._derived: dict[int, Derived] = {}
         # The constexprs follow the arguments in the order in which the kernel declares them; its launcher skips them.
         self._arguments = list(arguments)
         for place, value in enumerate(arguments):
@@ -83,6 +107,9 @@ class PreparedLaunch:
                 continue
             if kind is Varying:
                 self._number_places.append(place)
+            elif isinstance(value, Derived):
+                self._pointer_places.append(place)
+                self._derived[place] = value
             elif value is None or isinstance(value, torch.Tensor):
                 self._pointer_places.append(place)
                 self._arguments[place] = None
@@ -103,13 +130,15 @@ class PreparedLaunch:
         if handle is None or device != _current_device() or _is_watched(self._kernel):
             self._launch_by_triton(pointers, numbers, device)
             return
-        (call, fixed, spread, _), arguments, places, number_places, present = handle
+        (call, fixed, spread, _), arguments, places, number_places, present, derive = handle
         # Loops of C functions: this is most of what a launch costs the host.
         addresses = list(map(_data_ptr, present(pointers)))
         # Allocators hand out the same addresses again and again: to know them costs a tenth of looking for what they share.
-        if self._refuse is not None and (found := tuple(addresses)) not in self._accepted:
+        if self._refuse is not None and ((found := tuple(addresses)) not in self._accepted or derive is not None):
             self._accept(pointers, found)
         arguments = arguments.copy()
+        if derive is not None:
+            derive(pointers, arguments)
         bits = 0
         for place, address in zip(places, addresses):
             arguments[place] = address
@@ -139,12 +168,16 @@ class PreparedLaunch:
         order = range(len(self._pointer_places)) if self._order is None else self._order
         pointers: list[torch.Tensor | None] = [None if index is None else given[index] for index in order]
         for place, pointer in zip(self._pointer_places, pointers):
-            arguments[place] = pointer
+            derived = self._derived.get(place)
+            arguments[place] = pointer if derived is None or pointer is None else derived.on(pointer)
         for place, number in zip(self._number_places, numbers):
             arguments[place] = number
         with on_device(given[0]):
             check_capture(self._kernel, self._grid, arguments, self._constants, device)
-            compiled = self._kernel[self._grid](*arguments, **self._constants)
+            if self._start is None:
+                compiled = self._kernel[self._grid](*arguments, **self._constants)
+            else:
+                compiled = self._start(self._kernel, self._grid, arguments, self._constants)
         if self._handles.get(device) is not None or compiled is None or not _can_launch_directly(device):
             return
         if device not in self._handles:  # many launches are never made again
@@ -152,19 +185,36 @@ class PreparedLaunch:
             return
         aligned = all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers)
         small = all(-(2**31) <= number < 2**31 for number in numbers)
-        launcher = _launcher(compiled)
+        launcher = _launcher(compiled, derived=bool(self._derived))
         if aligned and small and launcher is not None and not _is_watched(self._kernel):
-            names = self._kernel.arg_names[len(self._arguments) :]
-            every = [*self._arguments, *(self._constants[name] for name in names)]
-            places = [place for place, pointer in zip(self._pointer_places, pointers) if pointer is not None]
-            present = [index for index in order if index is not None and given[index] is not None]
-            number_places = self._number_places
-            if launcher.flat:
-                every, moved = _flattened(every, compiled.src.signature.values())
-                places, number_places = ([moved[place] for place in group] for group in (places, number_places))
-            else:
-                every = [_plain(value) for value in every]
-            self._handles[device] = _Handle(launcher, every, places, number_places, _getter(present))
+            self._handles[device] = self._handle(launcher, compiled, given, order)
+
+    def _handle(self, launcher: _Launcher, compiled: Any, given: Sequence[Any], order: Iterable[int | None]) -> _Handle:
+        names = self._kernel.arg_names[len(self._arguments) :]
+        every = [*self._arguments, *(self._constants[name] for name in names)]
+        kinds = list(compiled.src.signature.values())
+        expanded = _expanded(every, kinds, self._derived, compiled.metadata)
+        if launcher.flat:
+            values, flat = _flattened(expanded.values, expanded.kinds)
+        else:
+            values = [_plain(value) for value in expanded.values]
+            flat = {place: place for place in range(len(values))}
+        moved = {place: flat[now] for place, now in enumerate(expanded.places) if now in flat}
+        present = [
+            (moved[place], index, self._derived.get(place))
+            for place, index in zip(self._pointer_places, order)
+            if index is not None and given[index] is not None
+        ]
+        plain = [(place, index) for place, index, derived in present if derived is None]
+        derive = [(place, index, expanded.kept[derived]) for place, index, derived in present if derived is not None]
+        return _Handle(
+            launcher,
+            values,
+            [place for place, _ in plain],
+            [moved[place] for place in self._number_places],
+            _getter([index for _, index in plain]),
+            _deriver(derive) if derive else None,
+        )
 
 
 def check_capture(
@@ -217,6 +267,50 @@ def _flattened(values: Iterable[Any], kinds: Iterable[Any]) -> tuple[list[Any], 
             moved[place] = len(flat)
             flat.append(value)
     return flat, moved
+
+
+class _Expanded(NamedTuple):
+    """The arguments with what each :class:`Derived` is for the launcher in C: a value made of the address, and numbers behind it.
+
+    Attributes:
+        values: of the arguments; None where calls put in something.
+        kinds: Triton's types for them.
+        places: where each argument has gone.
+        kept: what calls put in, by address, for each that is derived.
+    """
+
+    values: list[Any]
+    kinds: list[Any]
+    places: list[int]
+    kept: dict[Derived, Mapping[int, Any]]
+
+
+def _expanded(values: Sequence[Any], kinds: Sequence[Any], derived: Mapping[int, Derived], metadata: Any) -> _Expanded:
+    result = _Expanded([], [], [], {})
+    # The compiler describes them in the order of the arguments.
+    descriptions = iter(metadata.tensordesc_meta if derived else ())
+    for place, (value, kind) in enumerate(zip(values, kinds)):
+        result.places.append(len(result.values))
+        if place not in derived:
+            result.values.append(value)
+            result.kinds.append(kind)
+            continue
+        result.kept[derived[place]], numbers = derived[place].expanded(next(descriptions))
+        result.values.extend((None, *(number for _, number in numbers)))
+        result.kinds.extend((kind, *(of_number for of_number, _ in numbers)))
+    return result
+
+
+def _deriver(
+    places: Sequence[tuple[int, int, Mapping[int, Any]]],
+) -> Callable[[Sequence[torch.Tensor], list[Any]], None]:
+    """Puts what is kept for the pointers' addresses into the arguments: (its place, the pointer's index, what is kept) each."""
+
+    def derive(pointers: Sequence[torch.Tensor], arguments: list[Any]) -> None:
+        for place, index, kept in places:
+            arguments[place] = kept[_data_ptr(pointers[index])]
+
+    return derive
 
 
 def by_name(
@@ -278,6 +372,7 @@ class _Handle(NamedTuple):
         places: of the pointers that are not None among the arguments.
         number_places: of the numbers that are given with each call.
         present: takes these out of what a call is given.
+        derive: puts what is derived from the others among the arguments.
     """
 
     launcher: _Launcher
@@ -285,6 +380,7 @@ class _Handle(NamedTuple):
     places: list[int]
     number_places: list[int]
     present: Callable[[Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]]
+    derive: Callable[[Sequence[Any], list[Any]], None] | None
 
 
 class _Launcher(NamedTuple):
@@ -299,13 +395,17 @@ class _Launcher(NamedTuple):
     flat: bool = False
 
 
-def _launcher(compiled: Any) -> _Launcher | None:
+def _launcher(compiled: Any, *, derived: bool) -> _Launcher | None:
     """How to launch a compiled kernel; ``None`` with a Triton that is not known to do it in one of these ways."""
     try:
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
         if not _takes_known_arguments(type(run)):
             return None
-        return _c_launcher(run, function, metadata) or _Launcher(run, (function, metadata, None, None, None), True)
+        if derived:  # what is kept of them is taken by the C function alone
+            return _c_launcher(run, function, metadata) if compiled.metadata.tensordesc_meta else None
+        # A wrapper that encodes tensor descriptors: those of a launch that does not know of them stay its business.
+        direct = _c_launcher(run, function, metadata) if isinstance(run.launch, types.BuiltinFunctionType) else None
+        return direct or _Launcher(run, (function, metadata, None, None, None), True)
     except AttributeError:
         return None
 
@@ -323,23 +423,28 @@ def _c_launcher(run: Any, function: Any, metadata: Any) -> _Launcher | None:
     """The C function below Triton's launcher, where that would only pass its arguments on: it takes the host a microsecond less."""
     if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
         return None
-    if not isinstance(run.launch, types.BuiltinFunctionType):  # a wrapper that unpacks tensor descriptors
+    launch = run.launch
+    if isinstance(launch, types.FunctionType):  # a wrapper that encodes tensor descriptors
+        launch = inspect.getclosurevars(launch).nonlocals.get("launcher")
+    if not isinstance(launch, types.BuiltinFunctionType):
         return None
     release = triton.__version__.split(".")[:2]
     fixed = (function, run.launch_cooperative_grid, run.launch_pdl)
     if release == ["3", "6"]:
         scratch, hooks = (None, None), (metadata, None, None, None)
-        return _Launcher(run.launch, (*fixed, *scratch, *hooks), True)
+        return _Launcher(launch, (*fixed, *scratch, *hooks), True)
     if release == ["3", "9"]:
         from triton.backends.nvidia import driver
 
         # It takes the arguments apart by these: a constant or a tuple costs it as much as an argument, so it is given neither.
         annotations = [driver.PyKernelArg(nested_tuple=None, type=driver.ARG_KERNEL)] * len(run.kernel_signature)
         hooks, scratch = (metadata, None, None, None), (None, None)
-        return _Launcher(run.launch, (*fixed, *hooks, *scratch, annotations, run.kernel_signature), False, flat=True)
+        return _Launcher(launch, (*fixed, *hooks, *scratch, annotations, run.kernel_signature), False, flat=True)
     return None
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Takes the elements at these places, as a tuple however many there are."""
-    return operator.itemgetter(*places) if len(places) > 1 else operator.itemgetter(slice(places[0], places[0] + 1))
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return operator.itemgetter(slice(places[0], places[0] + 1) if places else slice(0))

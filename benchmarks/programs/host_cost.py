@@ -11,6 +11,7 @@ both libraries itself and starts itself again with the environment in which the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -76,7 +77,7 @@ def rows() -> list[Row]:
     ]
     for backend in BACKENDS:
         found += [*_norm_rows(backend), *_rope_rows(backend), *_cache_rows(backend)]
-    return found
+    return [*found, *_descriptor_rows()]
 
 
 def _with_backward(forward: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Callable[[], object]:
@@ -159,6 +160,27 @@ def _cache_rows(backend: str) -> list[Row]:
         Row("attention", backend, lambda: attention(query, keys, values, backend=backend), BASE, {"triton": 6.0}),
         Row("attention, forward and backward", backend, both, BASE_WITH_BACKWARD, {}),
         Row("decode_attention", backend, decoding, BASE, {"triton": 5.0}),
+    ]
+
+
+def _descriptor_rows() -> list[Row]:
+    """A launch of a Gluon kernel alone, with four TMA descriptors: at addresses that it knows, at others, and as Triton launches it."""
+    from pytransformer.kernels.hopper.descriptors import MOST_MAPS
+    from tests.support import copy_kernel
+
+    given = copy_kernel.tensors()
+    kept, anew = copy_kernel.prepare(given), copy_kernel.prepare(copy_kernel.tensors(128))
+    # More than are kept, all in one tensor: each is new when its turn comes again.
+    memory = torch.zeros(MOST_MAPS + 256, 64, dtype=torch.bfloat16)
+    addresses = itertools.cycle([memory[first : first + 128] for first in range(MOST_MAPS + 4)])
+
+    def elsewhere() -> None:
+        anew((next(addresses), next(addresses), given[2], next(addresses), next(addresses)), (0,))
+
+    return [
+        Row("launch, 4 descriptors", "triton", lambda: kept(given, (0,)), BASE, {"triton": 6.0}),
+        Row("launch, 4 descriptors at new addresses", "triton", elsewhere, BASE, {}),
+        Row("launch, 4 descriptors, by Triton", "triton", lambda: kept._launch_by_triton(given, (0,), -1), BASE, {}),
     ]
 
 

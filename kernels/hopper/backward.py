@@ -7,14 +7,15 @@ A program has 128 keys of one key head and meets, head by head of its GQA group,
 
 A producer warp loads q and dout into two stages each; two warpgroups, which own 64 keys each, do the rest. A part of dq is a sum over the
 keys of both: it goes through shared memory and is added to float32 memory by the copy engine, in whatever order programs get there, so
-**dq is not the same bits each run**; dk and dv are. A call that asks for determinism is served by the two portable kernels, which form s and
-dp twice: seven products.
+**dq is not the same bits each run**; dk and dv are. Calls that ask for determinism are served by the two portable kernels, which form s
+and dp twice: seven products.
 
 Cost: 10 · batch · heads · Lq · Lk · d FLOP, half of it if causal. Memory: besides inputs and results, 4 bytes per element of q for the sums
 of dq, written, added to once for each 128 keys that are seen, and read.
 
-Copies end at the end of their sequence, packed or not (``boxes`` in launch.py): rows behind it are loaded as zeros and never written. That is all that
-short tiles of queries need, as their shift is inf. Tiles that the window or the end of the keys cuts have a loop of their own, with a mask.
+Copies end at the end of their sequence, packed or not (``boxes`` in launch.py): rows behind it are loaded as zeros and never written. That
+is all that short tiles of queries need, as their shift is inf. Tiles that the window or the end of the keys cuts have a loop of their own,
+with a mask.
 """
 
 from __future__ import annotations
@@ -261,8 +262,8 @@ def visible(queries, first, scores, traits):
 
 
 @gluon.jit
-def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, scores, softmax_scale, traits):
-    """The products of all tiles, and dk and dv in the end."""
+def consume(dq_desc, dk_desc, dv_desc, at, memory, barriers, place, tiles, tiles_q, scores, softmax_scale, traits):
+    """The products of all tiles, and in the end dk and dv, whose box is ``at``."""
     D: gl.constexpr = traits.HEAD_DIM
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16]
@@ -309,8 +310,9 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
             weights = gl.convert_layout(p.to(q.dtype), OPERAND)
             if traits.HAS_SOFTCAP:
                 p = p * (1.0 - ratio * ratio)
-            dp = warpgroup_mma_wait(0, deps=[dp])
+            # Before the wait for dp, and not only to keep the tensor cores busy: ptxas would move that wait in front of the exponentials.
             dv = warpgroup_mma(weights, dout, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp])
             ds = (p * dp).to(q.dtype)
             memory.ds.store(ds)
             fence_async_shared()
@@ -330,7 +332,6 @@ def consume(dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, 
     k.store((dk * softmax_scale).to(k.dtype))
     v.store(dv.to(v.dtype))
     fence_async_shared()
-    at = coordinates(place.sequence, place.first_k, place.seqlen_k, place.start, place.kv_head, traits.PACKED)
     async_store(dk_desc, at, memory.k.index(0))
     async_store(dv_desc, at, memory.v.index(0))
     tma.store_wait(0)
@@ -376,7 +377,7 @@ def attention_backward_kernel(
     async_load(v_desc, at, barriers.kv_full, memory.v.index(0))
     gl.warp_specialize(
         [
-            (consume, (dq_desc, dk_desc, dv_desc, memory, barriers, place, tiles, tiles_q, scores, softmax_scale, traits)),
+            (consume, (dq_desc, dk_desc, dv_desc, at, memory, barriers, place, tiles, tiles_q, scores, softmax_scale, traits)),
             (produce, (q_desc, shift_desc, dout_desc, delta_desc, memory, barriers, place, tiles, tiles_q, traits)),
         ],
         [1],

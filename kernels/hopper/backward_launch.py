@@ -7,22 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..attention.options import geometry, new_row_strides, row_strides
-from ..launch import COMMON_OPTIONS, NewTensor, on_device
+from ..launch import COMMON_OPTIONS, NewTensor
 from ..mathematics import LOG2E
 from ..prepared import PreparedLaunch, by_name
 from .backward import BLOCK_M, BLOCK_N, Traits, attention_backward_kernel
 from .backward_passes import backward_dq_kernel, backward_statistics_kernel
-from .launch import boxes, run, window_of
+from .descriptors import ALIGNMENT, HostDescriptor
+from .launch import boxes, prepare, window_of
 
 if TYPE_CHECKING:
     from pytransformer.ops.attention.call import AttentionCall
 
 _FLOATS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 _VECTOR = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-_ALIGNMENT = 16  # bytes that a descriptor's address and strides are multiples of
 
 # dq, dk, dv, dbias, dsinks, dslopes.
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, torch.Tensor | None, None]
@@ -41,7 +40,7 @@ class HopperBackward:
     """
 
     __slots__ = (
-        "_after", "_arguments", "_before", "_copied", "_grid", "_new_dk", "_new_dq", "_new_dsinks", "_new_dv", "_new_statistic", "_new_sums",
+        "_after", "_before", "_copied", "_launch", "_new_dk", "_new_dq", "_new_dsinks", "_new_dv", "_new_statistic", "_new_sums",
         "_sums_of_sinks",
     )  # fmt: skip
 
@@ -118,12 +117,19 @@ class HopperBackward:
         if call.softcap > 0.0:
             # tanh(x) = 1 - 2 / (1 + exp2(2 · log2(e) · x)).
             factor = 2.0 * factor / call.softcap
-        self._grid = (tiles_k * slots_k,)
-        self._arguments = (
+        m, n = BLOCK_M.value, BLOCK_N.value
+        contiguous = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (call.k, call.v, dout)]
+        arguments = (
+            boxes(q, m, dim), boxes(call.k, n, dim), boxes(call.v, n, dim), boxes(dout if walked[0] else contiguous[2], m, dim),
+            HostDescriptor((rows,), (1,), torch.float32, (m,), _VECTOR), HostDescriptor((rows,), (1,), torch.float32, (m,), _VECTOR),
+            HostDescriptor((rows, dim), (dim, 1), torch.float32, (m, dim), _FLOATS),
+            boxes(contiguous[0], n, dim), boxes(contiguous[1], n, dim), None, None,
             shape.batch, shape.num_kv_heads, shape.seqlen_q, shape.seqlen_k, slots_k, tiles_q,
             factor, call.softmax_scale, cap, left, right,
             Traits(**{name: gl.constexpr(value) for name, value in constants.items()}),
         )  # fmt: skip
+        options = {"num_warps": 8, **COMMON_OPTIONS}
+        self._launch = prepare(attention_backward_kernel, (tiles_k * slots_k,), arguments, options)
 
     def __call__(
         self,
@@ -140,23 +146,16 @@ class HopperBackward:
             for index in self._copied:
                 given[index] = given[index].contiguous()
             dout, out, lse, dlse = given
-        if dout.data_ptr() % _ALIGNMENT:
-            dout = dout.clone()
+        if dout.data_ptr() % ALIGNMENT:
+            # With its strides, which the launches were prepared for: a clone of rows with gaps has none.
+            dout = torch.empty_strided(dout.shape, dout.stride(), dtype=dout.dtype, device=dout.device).copy_(dout)
         dq, dk, dv = self._new_dq(call.q), self._new_dk(call.k), self._new_dv(call.v)
         shift, delta, sums = self._new_statistic(), self._new_statistic(), self._new_sums()
         dsinks = None if self._new_dsinks is None else self._new_dsinks()
         cu_seqlens = (call.cu_seqlens_q, call.cu_seqlens_k)
         pointers = (dout, out, lse, dlse, call.sinks, shift, delta, sums, dsinks, dq, *cu_seqlens)
-        dim, (m, n) = call.q.shape[-1], (BLOCK_M.value, BLOCK_N.value)
-        arguments = (
-            boxes(call.q, m, dim), boxes(call.k, n, dim), boxes(call.v, n, dim), boxes(dout, m, dim),
-            TensorDescriptor.from_tensor(shift, [m], _VECTOR), TensorDescriptor.from_tensor(delta, [m], _VECTOR),
-            TensorDescriptor.from_tensor(sums, [m, dim], _FLOATS), boxes(dk, n, dim), boxes(dv, n, dim),
-            *cu_seqlens, *self._arguments,
-        )  # fmt: skip
         self._before(pointers)
-        with on_device(call.q):
-            run(attention_backward_kernel, self._grid, arguments, {"num_warps": 8, **COMMON_OPTIONS})
+        self._launch((call.q, call.k, call.v, dout, shift, delta, sums, dk, dv, *cu_seqlens))
         self._after(pointers)
         if dsinks is not None:
             assert call.sinks is not None
@@ -167,4 +166,4 @@ class HopperBackward:
 def _is_walkable(tensor: torch.Tensor) -> bool:
     """Whether the copy engine can walk rows as they lie: by multiples of 16 bytes."""
     steps = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
-    return tensor.stride(-1) == 1 and all(step > 0 and step * tensor.element_size() % _ALIGNMENT == 0 for step in steps)
+    return tensor.stride(-1) == 1 and all(step > 0 and step * tensor.element_size() % ALIGNMENT == 0 for step in steps)

@@ -1,8 +1,8 @@
 """What the backward kernel for Hopper needs before and after it: statistics of the rows, and the sums of dq turned into dq. Plain Triton.
 
-Both go over tiles of BLOCK_M queries of one head. Statistics and sums are kept by tiles too, each whole: tile t of slot s (a head, or where
-sequences are not packed one of batch · heads) has the rows from ``(s · num_tiles + t) · BLOCK_M`` on. So a copy of a tile never meets rows of
-another sequence, and what stands behind a short tile's rows is known: a shift of inf, that is a weight of 0.
+Both go over tiles of BLOCK_M queries of one head. Statistics and sums are kept by tiles too, each whole: tile t of slot s (a head, or
+where sequences are not packed one of batch · heads) has the rows from ``(s · num_tiles + t) · BLOCK_M`` on. So a copy of a tile never meets
+rows of another sequence, and what stands behind a short tile's rows is known: a shift of inf, that is a weight of 0.
 
 Bytes: out, dout and lse are read, 8 bytes per row and 4 per element of the sums written; then the sums are read and dq written.
 """
@@ -24,7 +24,7 @@ def backward_statistics_kernel(
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """``shift = lse · log2(e)`` and ``-delta = dlse - rowsum(dout ∘ out)`` of each row, zeros for the sums, and this tile's part of dsinks."""
+    """``shift = lse · log2(e)`` and ``-delta = dlse - rowsum(dout ∘ out)`` of each row, zeros for the sums, this tile's part of dsinks."""
     tile, slot = tl.program_id(0) // num_slots, tl.program_id(0) % num_slots
     place = common.locate(cu_seqlens_q_ptr, cu_seqlens_k_ptr, slot, tile, batch, num_heads, seqlen_q, seqlen_k, BLOCK_M)
     if place.start >= place.length:

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..attention.options import Geometry, block_dim, geometry, maker, window_limits
 from ..attention.policy import slots_per_group
-from ..launch import COMMON_OPTIONS, interpreting, on_device
-from .forward import RAGGED, ROWS, Traits, attention_forward_kernel
+from ..launch import COMMON_OPTIONS, interpreting
+from ..prepared import PreparedLaunch
+from .descriptors import HostDescriptor
+from .forward import CONSUMERS, RAGGED, ROWS, Traits, attention_forward_kernel
 
 if TYPE_CHECKING:
     from pytransformer.gluon_interpreter import Schedule
     from pytransformer.ops.attention.call import AttentionCall
 
+_OPTIONS = {"num_warps": 4, **COMMON_OPTIONS}  # of each consumer: a warpgroup
 _ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that strides of a descriptor are multiples of
 # Of the dimensions before a packed tensor's own: see boxes.
 _RAGGED_STRIDE, _MOST = 2**34, 0x7FFF0000
@@ -27,22 +29,21 @@ _RAGGED_STRIDE, _MOST = 2**34, 0x7FFF0000
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile of keys, stages of each ring, and consumers of 64 queries each."""
+    """Tile of keys, and stages of each ring."""
 
     block_n: int
     stages: int
-    consumers: int
 
 
 def hopper_config(head_dim: int, value_dim: int) -> HopperConfig:
     """Launch policy. Shared memory decides: 64 queries for each consumer and two stages of k and v in 227 KB. At d = 128 that is 160 KB
     with tiles of 128 keys; at d = 256, 192 KB with 64."""
     width = max(block_dim(head_dim), block_dim(value_dim))
-    return HopperConfig(128 if width <= 128 else 64, 2, 2)
+    return HopperConfig(128 if width <= 128 else 64, 2)
 
 
-def boxes(tensor: torch.Tensor, block_rows: int, block_dim: int) -> TensorDescriptor:
-    """A descriptor of rows of one head, of a tensor (batch, seqlen, heads, features), or packed (total, heads, features).
+def boxes(like: torch.Tensor, block_rows: int, block_dim: int) -> HostDescriptor:
+    """The descriptor of rows of one head, of tensors (batch, seqlen, heads, features), or packed (total, heads, features), like this one.
 
     Dense, its dimensions are the tensor's: past the end of a sequence and behind the features zeros are read and nothing is written.
 
@@ -51,15 +52,15 @@ def boxes(tensor: torch.Tensor, block_rows: int, block_dim: int) -> TensorDescri
     sequence, 2^30 - length + row`` the offset is ``end - length + row`` rows and 2^64 elements, around which addresses wrap (the idea is
     that of Triton's ``ragged_tma``).
     """
-    shape, strides = list(tensor.shape), tensor.stride()
+    shape, strides = list(like.shape), like.stride()
     # Of what is there once, the stride is anything, and a descriptor's is a multiple of 16 bytes.
     steps = [stride if size > 1 else _ALIGNMENT for size, stride in zip(shape[:-1], strides)] + [1]
     block = [1, block_rows, 1, block_dim]
-    if tensor.dim() == 3:
+    if like.dim() == 3:
         shape, steps = [_MOST, _MOST, RAGGED.value, *shape[1:]], [_RAGGED_STRIDE - steps[0], steps[0], *steps]
         block = [1, *block]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
-    return TensorDescriptor(tensor, shape, steps, block, layout)
+    return HostDescriptor(tuple(shape), tuple(steps), like.dtype, tuple(block), layout)
 
 
 _schedule: Schedule | None = None
@@ -76,16 +77,28 @@ def interpreted_in(schedule: Schedule) -> Iterator[None]:
         _schedule = before
 
 
-def run(kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
-    """Launches a Gluon kernel on the GPU of its tensors, or, while kernels are interpreted, in the Gluon interpreter."""
+def run(kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any]) -> Any:
+    """Launches a Gluon kernel on the GPU of its tensors and returns what was compiled, or, while kernels are interpreted, in the Gluon
+    interpreter."""
     if interpreting():
         from pytransformer import gluon_interpreter
 
         schedule = gluon_interpreter.EARLY if _schedule is None else _schedule
-        num_warps = constants["num_warps"]
-        gluon_interpreter.launch(kernel, tuple(grid), *arguments, schedule=schedule, num_warps=num_warps)
-    else:
-        kernel.run(*arguments, grid=tuple(grid), warmup=False, **constants)
+        known = {name: value for name, value in constants.items() if name in (*kernel.arg_names, "num_warps")}
+        gluon_interpreter.launch(kernel, tuple(grid), *arguments, schedule=schedule, **known)
+        return None
+    return kernel.run(*arguments, grid=tuple(grid), warmup=False, **constants)
+
+
+def prepare(
+    kernel: Any,
+    grid: Sequence[int],
+    arguments: Sequence[Any],
+    constants: Mapping[str, Any],
+    order: Sequence[int | None] | None = None,
+) -> PreparedLaunch:
+    """The launch of a Gluon kernel, to be made many times: its descriptors (:func:`boxes`) are encoded once for an address."""
+    return PreparedLaunch(kernel, grid, arguments, constants, order, start=run)
 
 
 def window_of(call: AttentionCall, shape: Geometry) -> tuple[int, int]:
@@ -102,20 +115,26 @@ class HopperForward:
         config: replaces the launch policy.
     """
 
-    __slots__ = ("_arguments", "_config", "_grid", "_new_lse", "_new_out", "_order", "_packed", "_shape", "_take")
+    __slots__ = ("_launch", "_new_lse", "_new_out")
 
     def __init__(self, call: AttentionCall, *, config: HopperConfig | None = None) -> None:
-        shape = self._shape = geometry(call)
-        config = self._config = config or hopper_config(shape.head_dim, shape.value_dim)
+        shape = geometry(call)
+        config = config or hopper_config(shape.head_dim, shape.value_dim)
         out_shape = (*call.q.shape[:-1], shape.value_dim)
         self._new_out, self._new_lse = maker(call.q, out_shape), maker(call.q, shape.lse_shape, torch.float32)
-        block_m = config.consumers * ROWS.value
-        num_tiles, num_slots = shape.tiles(shape.seqlen_q, block_m), shape.slots(shape.num_heads)
+        rows, block_d, block_dv = ROWS.value, block_dim(shape.head_dim), block_dim(shape.value_dim)
+        out = torch.empty(out_shape, dtype=call.q.dtype, device="meta")
+        descriptors = (
+            boxes(call.q, rows, block_d),
+            boxes(call.k, config.block_n, block_d),
+            boxes(call.v, config.block_n, block_dv),
+            boxes(out, rows, block_dv),
+        )
+        num_tiles = shape.tiles(shape.seqlen_q, CONSUMERS.value * rows)
+        num_slots = shape.slots(shape.num_heads)
         left, right = window_of(call, shape)
-        block_d, block_dv = block_dim(shape.head_dim), block_dim(shape.value_dim)
         constants = {
             "HEADS_PER_KV": shape.num_heads // shape.num_kv_heads,
-            "CONSUMERS": config.consumers,
             "BLOCK_N": config.block_n,
             "BLOCK_D": block_d,
             "BLOCK_DV": block_dv,
@@ -127,22 +146,14 @@ class HopperForward:
             "HAS_SOFTCAP": call.softcap > 0.0,
             "HAS_SINKS": call.sinks is not None,
         }
-        self._grid = (num_tiles * num_slots,)
-        self._arguments = (
-            *shape.sizes, num_tiles, num_slots, slots_per_group(shape, call.k), call.softmax_scale, call.softcap, left, right,
-            Traits(**{name: gl.constexpr(value) for name, value in constants.items()}),
-        )  # fmt: skip
+        sizes = (*shape.sizes, num_tiles, num_slots, slots_per_group(shape, call.k))
+        scalars = (call.softmax_scale, call.softcap, left, right)
+        traits = Traits(**{name: gl.constexpr(value) for name, value in constants.items()})
+        arguments = (*descriptors, None, *shape.lse_strides, None, None, None, *sizes, *scalars, traits)
+        self._launch = prepare(attention_forward_kernel, (num_tiles * num_slots,), arguments, _OPTIONS)
 
     def __call__(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Results as :func:`..attention.forward.attention_forward` returns them, of a call that is like the first."""
         out, lse = self._new_out(call.q), self._new_lse(call.q)
-        traits: Traits = self._arguments[-1]
-        block_n, block_d, block_dv = (value.value for value in (traits.BLOCK_N, traits.BLOCK_D, traits.BLOCK_DV))
-        rows = ROWS.value
-        arguments = (
-            boxes(call.q, rows, block_d), boxes(call.k, block_n, block_d), boxes(call.v, block_n, block_dv), boxes(out, rows, block_dv),
-            lse, *self._shape.lse_strides, call.cu_seqlens_q, call.cu_seqlens_k, call.sinks, *self._arguments,
-        )  # fmt: skip
-        with on_device(call.q):
-            run(attention_forward_kernel, self._grid, arguments, {"num_warps": 4, **COMMON_OPTIONS})
+        self._launch((call.q, call.k, call.v, out, lse, call.cu_seqlens_q, call.cu_seqlens_k, call.sinks))
         return out, lse

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 ARCH = 90
 # (head_dim of q and k, of v)
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128))
+BACKWARD_HEAD_DIMS = ((64, 64), (128, 128))
 # Whose Gluon the kernels are written for: it changes from release to release.
 RELEASES = ("3.6", "3.9")
 SWITCH = "PYTRANSFORMER_HOPPER"
 
 # A descriptor's address and strides are multiples of 16 bytes; its strides are shorter than 2^40, and a ragged one has 2^30 rows.
 _ALIGNMENT, _MOST_STRIDE, _MOST_ROWS = 16, 2**40, 2**30
+# Coordinates of a box have 32 bits.
+_MOST_SUMS = 2**31
 
 
 # --- The switch. ------------------------------------------------------------------------------------------------------------------------
@@ -159,6 +162,53 @@ def refusal(call: AttentionCall, arch: int) -> str | None:
     """
     reason = _refuse_arch(arch)
     for refuse in _REASONS:
+        reason = reason or refuse(call)
+    return reason
+
+
+def _refuse_reductions(call: AttentionCall) -> str | None:
+    from .names import HAS_REDUCTIONS
+
+    return None if HAS_REDUCTIONS else "this Triton's copy engine adds nothing up, as dq is"
+
+
+def _refuse_determinism(call: AttentionCall) -> str | None:
+    return (
+        "parts of dq are added up in no fixed order, and the call asks for determinism" if call.deterministic else None
+    )
+
+
+def _refuse_backward_head_dim(call: AttentionCall) -> str | None:
+    dims = call.q.shape[-1], call.v.shape[-1]
+    return (
+        None
+        if dims in BACKWARD_HEAD_DIMS
+        else f"head_dim {dims[0]} with {dims[1]} of v is none of {BACKWARD_HEAD_DIMS}"
+    )
+
+
+def _refuse_rows(call: AttentionCall) -> str | None:
+    """Sums of dq are addressed by their row: of each head and sequence whole tiles."""
+    from ..attention.options import geometry
+    from .backward import BLOCK_M
+
+    shape, block = geometry(call), BLOCK_M.value
+    rows = shape.tiles(shape.seqlen_q, block) * shape.slots(shape.num_heads) * block
+    return None if rows < _MOST_SUMS else f"{rows} rows of dq, of all heads, are more than {_MOST_SUMS - 1}"
+
+
+_BACKWARD_REASONS: tuple[Callable[[AttentionCall], str | None], ...] = (
+    _refuse_reductions,
+    _refuse_determinism,
+    _refuse_backward_head_dim,
+    _refuse_rows,
+)
+
+
+def refusal_backward(call: AttentionCall, arch: int) -> str | None:
+    """Why Hopper's backward kernel does not serve the gradients of calls like this one, or ``None``; see :func:`refusal`."""
+    reason = refusal(call, arch)
+    for refuse in _BACKWARD_REASONS:
         reason = reason or refuse(call)
     return reason
 

@@ -69,7 +69,7 @@ def broadcast_impl_value(original: Method) -> Method:
     def widened(self: Any, value: Any, shape: list[int]) -> Any:
         if tuple(value.type.shape) == tuple(shape):
             return value
-        return self.make_tensor(
+        return self.tensor(
             self.builder.create_broadcast(value.handle, shape), type(value.type)(value.type.scalar, shape)
         )
 
@@ -143,17 +143,17 @@ def binary_op_type_checking_impl(original: Method) -> Method:
                     if not of_left and not of_right:
                         return left, right
                     if not of_left:
-                        return self.make_tensor(left.handle, type(right.type)(dtype, right.shape)), right
+                        return self.tensor(left.handle, type(right.type)(dtype, right.shape)), right
                     if not of_right:
-                        return left, self.make_tensor(right.handle, type(left.type)(other, left.shape))
+                        return left, self.tensor(right.handle, type(left.type)(other, left.shape))
                     if left.type.shape == right.type.shape:
                         return left, right
                     shape = common_shape(left.type.shape, right.type.shape)
                     if shape is not None:
                         block = type(left.type)
                         return (
-                            self.make_tensor(left.handle, block(dtype, shape)),
-                            self.make_tensor(right.handle, block(other, shape)),
+                            self.tensor(left.handle, block(dtype, shape)),
+                            self.tensor(right.handle, block(other, shape)),
                         )
         return original(self, lhs, rhs, allow_lhs_ptr, *args, **kwargs)
 

@@ -13,7 +13,7 @@ from pytransformer.gluon_interpreter import EARLY, Schedule
 from pytransformer.kernels.hopper.backward_launch import HopperBackward
 from pytransformer.kernels.hopper.launch import interpreted_in
 from pytransformer.ops.attention.call import AttentionCall
-from pytransformer.verification import Contract
+from pytransformer.verification import SEEDS, Contract
 from tests.kernels.attention_contract import Case, Inputs, draw, run_reference
 from tests.support.draws import pool
 
@@ -37,7 +37,7 @@ def gradients(arguments: tuple[Any, ...], schedule: Schedule = EARLY) -> Gradien
     return {name: x for name, x in zip(("dq", "dk", "dv", "dbias", "dsinks"), results) if x is not None}
 
 
-def check(case: Case, launch: Callable[[tuple[Any, ...]], Gradients] = gradients, least: int = 1) -> None:
+def check(case: Case, launch: Callable[[tuple[Any, ...]], Gradients] = gradients, most: int = SEEDS) -> None:
     """Whether the kernels keep the contract.
 
     Raises:
@@ -52,4 +52,4 @@ def check(case: Case, launch: Callable[[tuple[Any, ...]], Gradients] = gradients
         _, golden = run_reference(inputs, torch.float64)
         contract.add_all(actual, plain, golden, kind="gradient")
 
-    pool(contract, add, least).check()
+    pool(contract, add, 1, most).check()

@@ -14,10 +14,11 @@ import ctypes
 import functools
 import os
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -44,8 +45,9 @@ _STUB = """
 #include <cuda.h>
 #include <string.h>
 #define STUB __attribute__((visibility("default"))) CUresult
-static int launches = 0;
+static int launches = 0, encodings = 0;
 __attribute__((visibility("default"))) int stub_launches(void) { return launches; }
+__attribute__((visibility("default"))) int stub_encodings(void) { return encodings; }
 STUB cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p, void **e) { launches++; return CUDA_SUCCESS; }
 STUB cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return CUDA_SUCCESS; }
 STUB cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
@@ -72,6 +74,18 @@ STUB cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule
 STUB cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 STUB cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   memcpy(data, &pointer, sizeof pointer);
+  return CUDA_SUCCESS;
+}
+STUB cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *sizes,
+                            const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps, CUtensorMapInterleave interleave,
+                            CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  unsigned long long *words = (unsigned long long *)map;
+  memset(map, 0, sizeof *map);
+  words[0] = (unsigned long long)address;
+  words[2] = type | (unsigned long long)rank << 8 | (unsigned long long)swizzle << 16 | (unsigned long long)fill << 24;
+  for (unsigned i = 0; i < rank; i++) words[3 + i] = sizes[i] | (unsigned long long)box[i] << 48;
+  for (unsigned i = 0; i + 1 < rank; i++) words[8 + i] = strides[i];
+  encodings++;
   return CUDA_SUCCESS;
 }
 STUB cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
@@ -157,6 +171,41 @@ def count_launches() -> int:
     """How many kernels this process has launched on the stub."""
     count: int = _library().stub_launches()
     return count
+
+
+def count_encodings() -> int:
+    """How many tensor maps this process has had encoded by the stub."""
+    count: int = _library().stub_encodings()
+    return count
+
+
+class StubTensorMap(NamedTuple):
+    """What the stub wrote into a tensor map: what it was asked for. Sizes, strides in bytes and box are innermost first."""
+
+    address: int
+    rank: int
+    swizzle: int
+    fill: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+
+def read_tensor_map(tensor_map: Any) -> StubTensorMap:
+    """Of what Triton's launcher is given: a Python object with the map's 128 bytes at its end."""
+    start = id(tensor_map) + type(tensor_map).__basicsize__ - 128
+    words = struct.unpack("16Q", ctypes.string_at(start, 128))
+    rank = words[2] >> 8 & 255
+    sizes = words[3 : 3 + rank]
+    return StubTensorMap(
+        words[0],
+        rank,
+        words[2] >> 16 & 255,
+        words[2] >> 24 & 255,
+        tuple(size & 2**48 - 1 for size in sizes),
+        words[8 : 7 + rank],
+        tuple(size >> 48 for size in sizes),
+    )
 
 
 @contextlib.contextmanager

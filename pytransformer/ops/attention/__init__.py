@@ -81,7 +81,8 @@ def attention(
             device, without synchronisation.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1), starts of the packed sequences, ending at the number of tokens; both or neither.
         max_seqlen_q, max_seqlen_k: hints for packed sequences; nothing is read back from the device when they are absent.
-        deterministic: whether gradients must have the same bits each run; None follows ``torch.use_deterministic_algorithms``.
+        deterministic: whether gradients must have the same bits each run; None follows ``torch.use_deterministic_algorithms``. Without it
+            some kernels, such as Hopper's, add up parts of dq in no fixed order.
         return_lse: return the log-sum-exp too.
         backend: "triton", "cuda", "torch" or "reference"; None takes what was set by ``use_backend`` or PYTRANSFORMER_BACKEND, else the
             first that can serve the call. The reference, which materialises the score matrix, serves by name only.

@@ -49,19 +49,25 @@ class _Hopper:
 
     def __call__(self, call: AttentionCall) -> Outputs:
         if serves.is_on() and serves.is_aligned(call):
-            try:
-                return self._launch(call)
-            except Exception as error:
-                if not _is_of_the_compiler(error):
-                    raise
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                serves.switch_off(f"a kernel does not compile: {reason}")
-                warn_once(
-                    f"attention: Hopper's kernels are off, the portable ones serve, as one does not compile: {reason}"
-                )
+            results = _unless_it_does_not_compile(lambda: self._launch(call))
+            if results is not None:
+                return results
         if self._portable is None:
             self._portable = _prepare_portable(call._replace(**self._options))
         return self._portable(call)  # type: ignore[no-any-return]
+
+
+def _unless_it_does_not_compile(launch: Callable[[], Outputs]) -> Outputs | None:
+    """What a launch of Hopper's kernels returns; ``None`` if one turns out not to compile, after which no call goes to them."""
+    try:
+        return launch()
+    except Exception as error:
+        if not _is_of_the_compiler(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        serves.switch_off(f"a kernel does not compile: {reason}")
+        warn_once(f"attention: Hopper's kernels are off, the portable ones serve, as one does not compile: {reason}")
+        return None
 
 
 def _is_of_the_compiler(error: Exception) -> bool:
@@ -84,12 +90,43 @@ def hopper(on: bool) -> Iterator[None]:
 
 
 def _prepare_backward(given: Any, allow_tf32: bool = False) -> Any:
+    if serves.is_on():
+        from pytransformer.kernels.launch import device_limits
+
+        if serves.refusal_backward(given, device_limits(given.q.device).arch) is None:
+            return _HopperBackward(given)
+    return _prepare_portable_backward(given, allow_tf32)
+
+
+def _prepare_portable_backward(given: Any, allow_tf32: bool = False) -> Any:
     from pytransformer.kernels.attention.backward import BackwardLaunch
 
-    gradients = (given.dout, given.out, given.lse, given.dlse)
     wanted = {"want_dbias": given.wants_bias, "want_dslopes": given.wants_slopes}
-    launch = BackwardLaunch(given, *gradients, **wanted, allow_tf32=allow_tf32)
-    return lambda given: launch(given, given.dout, given.out, given.lse, given.dlse)
+    launch = BackwardLaunch(given, *_gradients(given), **wanted, allow_tf32=allow_tf32)
+    return lambda given: launch(given, *_gradients(given))
+
+
+def _gradients(given: Any) -> tuple[Any, ...]:
+    return given.dout, given.out, given.lse, given.dlse
+
+
+class _HopperBackward:
+    """As :class:`_Hopper`, of the gradients."""
+
+    def __init__(self, given: Any) -> None:
+        from pytransformer.kernels.hopper.backward_launch import HopperBackward
+
+        self._launch = HopperBackward(given, *_gradients(given))
+        self._portable: Any = None
+
+    def __call__(self, given: Any) -> Outputs:
+        if serves.is_on() and serves.is_aligned(given):
+            results = _unless_it_does_not_compile(lambda: self._launch(given, *_gradients(given)))
+            if results is not None:
+                return results
+        if self._portable is None:
+            self._portable = _prepare_portable_backward(given)
+        return self._portable(given)  # type: ignore[no-any-return]
 
 
 # By whether float32 products may be rounded to tf32.
