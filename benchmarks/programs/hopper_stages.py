@@ -37,8 +37,8 @@ NUM_WARPS = 4
 REPEATS = 50
 # Of Triton: it compiles its sanitizers into every kernel of a process.
 MODE_VARIABLE = "TRITON_INSTRUMENTATION_MODE"
-# How the steps are called: before these a GPU is not waited for, and a compiler may be.
-WAITING, DONE = ("waiting", "comparing"), "done"
+# How the steps are called in which a kernel of ours is waited for; in others it is a compiler, or torch that computes what is compared.
+WAITING, DONE = "waiting", "done"
 GRADIENTS = ("dq", "dk", "dv")
 # Its sums are added to memory in whatever order programs get there.
 UNORDERED = ("dq",)
@@ -63,7 +63,7 @@ class Size:
 
 # More tiles than stages, so that each stage is used again; on a GPU two programs for each SM of an H200.
 TINY = Size(2, 3, 64)
-LARGE = Size(264, 16, 128)
+LARGE = Size(264, 8, 128)
 
 
 Results = dict[str, Tensor]

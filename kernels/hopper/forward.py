@@ -34,6 +34,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 # Queries of one consumer: the rows of one wgmma.
 ROWS = gl.constexpr(64)
+CONSUMERS = gl.constexpr(2)
 # A packed tensor's descriptor has so many rows, whose last one is the last of the sequence that a box is of: see ``boxes``.
 RAGGED = gl.constexpr(2**30)
 
@@ -94,14 +95,14 @@ class Ring(NamedTuple):
 
 
 class Traits(NamedTuple):
-    """The constants that say what a call is, constexprs all of them: heads that share keys, consumers of 64 queries, keys in a tile,
-    features as powers of two, stages, whether sequences are packed, where the window ends, and what else there is."""
+    """The constants that say what a call is, constexprs all of them: heads that share keys, keys in a tile, features as powers of two,
+    whether a quarter of those of q and k is empty, stages, whether sequences are packed, where the window ends, and what else there is."""
 
     HEADS_PER_KV: Any
-    CONSUMERS: Any
     BLOCK_N: Any
     BLOCK_D: Any
     BLOCK_DV: Any
+    THREE_QUARTERS: Any
     STAGES: Any
     PACKED: Any
     HAS_LEFT: Any
@@ -276,9 +277,20 @@ def exponent_factor(scores, traits):
 
 
 @gluon.jit
-def transposed(k_ring, stage, traits):
-    """A tile of keys as the second operand of the scores."""
-    return k_ring.tiles.index(stage).reshape([traits.BLOCK_N, traits.BLOCK_D]).permute((1, 0))
+def multiplied(own, k_ring, stage, traits, S: gl.constexpr):
+    """The products of queries and a tile of keys, not waited for: of three quarters of the features where the last one is empty."""
+    keys = k_ring.tiles.index(stage).reshape([traits.BLOCK_N, traits.BLOCK_D])
+    empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
+    if traits.THREE_QUARTERS:
+        HALF: gl.constexpr = traits.BLOCK_D // 2
+        QUARTER: gl.constexpr = traits.BLOCK_D // 4
+        first, k = own.slice(0, HALF, dim=1), keys.slice(0, HALF, dim=1)
+        products = warpgroup_mma(first, k.permute((1, 0)), empty, use_acc=False, is_async=True)
+        then, k = own.slice(HALF, QUARTER, dim=1), keys.slice(HALF, QUARTER, dim=1)
+        products = warpgroup_mma(then, k.permute((1, 0)), products, is_async=True)
+    else:
+        products = warpgroup_mma(own, keys.permute((1, 0)), empty, use_acc=False, is_async=True)
+    return products
 
 
 @gluon.jit
@@ -308,9 +320,8 @@ def advance(
     factor = exponent_factor(scores, traits)
     stage = i % traits.STAGES
     before = (i - 1) % traits.STAGES
-    empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
     mbarrier.wait(k_ring.full.index(stage), (i // traits.STAGES) & 1)
-    products = warpgroup_mma(own, transposed(k_ring, stage, traits), empty, use_acc=False, is_async=True)
+    products = multiplied(own, k_ring, stage, traits, S)
     out_next = warpgroup_mma(weights, values(v_ring, before, traits), out, is_async=True)
     products = warpgroup_mma_wait(1, deps=[products])
     mbarrier.arrive(k_ring.empty.index(stage), count=1)
@@ -337,11 +348,10 @@ def advance(
 def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, A: gl.constexpr):
     """The first tile, which has no product beside it and is taken for cut in any case."""
     factor = exponent_factor(scores, traits)
-    empty = gl.zeros([ROWS, traits.BLOCK_N], gl.float32, S)
     k_ring = memory.k_ring
     mbarrier.wait(memory.q_full.index(0), 0)
     mbarrier.wait(k_ring.full.index(0), 0)
-    products = warpgroup_mma(own, transposed(k_ring, 0, traits), empty, use_acc=False, is_async=True)
+    products = multiplied(own, k_ring, 0, traits, S)
     products = warpgroup_mma_wait(0, deps=[products])
     mbarrier.arrive(k_ring.empty.index(0), count=1)
     products = capped(products, scores, traits)
@@ -417,30 +427,30 @@ def attention_forward_kernel(
     batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
     softmax_scale, softcap, window_left, window_right, traits,
 ):  # fmt: skip
-    BLOCK_M: gl.constexpr = traits.CONSUMERS * ROWS
+    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     place = locate(
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
         traits, BLOCK_M,
     )  # fmt: skip
     scores = Scores(softmax_scale * LOG2E, softcap, window_left, window_right)
     walk = walk_of(place, scores, traits, BLOCK_M)
-    q_tiles = buffers(q_desc, traits.CONSUMERS, ROWS, traits.BLOCK_D, traits.PACKED)
+    q_tiles = buffers(q_desc, CONSUMERS, ROWS, traits.BLOCK_D, traits.PACKED)
     k_ring = Ring(
         buffers(k_desc, traits.STAGES, traits.BLOCK_N, traits.BLOCK_D, traits.PACKED),
         barriers(traits.STAGES, 1),
-        barriers(traits.STAGES, traits.CONSUMERS),
+        barriers(traits.STAGES, CONSUMERS),
     )
     v_ring = Ring(
         buffers(v_desc, traits.STAGES, traits.BLOCK_N, traits.BLOCK_DV, traits.PACKED),
         barriers(traits.STAGES, 1),
-        barriers(traits.STAGES, traits.CONSUMERS),
+        barriers(traits.STAGES, CONSUMERS),
     )
     out_tiles = q_tiles  # queries are not needed after the last product of theirs
     if traits.BLOCK_DV != traits.BLOCK_D:
-        out_tiles = buffers(out_desc, traits.CONSUMERS, ROWS, traits.BLOCK_DV, traits.PACKED)
+        out_tiles = buffers(out_desc, CONSUMERS, ROWS, traits.BLOCK_DV, traits.PACKED)
     q_full = barriers(1, 1)
-    mbarrier.expect(q_full.index(0), traits.CONSUMERS * q_desc.block_type.nbytes)
-    for w in gl.static_range(traits.CONSUMERS):
+    mbarrier.expect(q_full.index(0), CONSUMERS * q_desc.block_type.nbytes)
+    for w in gl.static_range(CONSUMERS):
         box = coordinates(place.sequence, place.first, place.length, place.start + w * ROWS, place.head, traits.PACKED)
         async_load(q_desc, box, q_full.index(0), q_tiles.index(w))
     sequence = gl.cast(place.sequence, gl.int64)
@@ -448,24 +458,12 @@ def attention_forward_kernel(
     if sinks_ptr is None:  # a tuple holds no None
         sinks_ptr = lse_ptr
     memory = Memory(q_tiles, q_full, k_ring, v_ring, out_tiles)
-    if traits.CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (consume, (0, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
-                (consume, (1, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
-                (produce, (k_desc, v_desc, k_ring, v_ring, place, walk, traits)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (0, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
-                (consume, (1, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
-                (consume, (2, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
-                (produce, (k_desc, v_desc, k_ring, v_ring, place, walk, traits)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
+    gl.warp_specialize(
+        [
+            (consume, (0, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
+            (consume, (1, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
+            (produce, (k_desc, v_desc, k_ring, v_ring, place, walk, traits)),
+        ],
+        [4, 1],
+        [240, 24],
+    )

@@ -15,12 +15,13 @@ from ..attention.policy import slots_per_group
 from ..launch import COMMON_OPTIONS, interpreting
 from ..prepared import PreparedLaunch
 from .descriptors import HostDescriptor
-from .forward import RAGGED, ROWS, Traits, attention_forward_kernel
+from .forward import CONSUMERS, RAGGED, ROWS, Traits, attention_forward_kernel
 
 if TYPE_CHECKING:
     from pytransformer.gluon_interpreter import Schedule
     from pytransformer.ops.attention.call import AttentionCall
 
+_OPTIONS = {"num_warps": 4, **COMMON_OPTIONS}  # of each consumer: a warpgroup
 _ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that strides of a descriptor are multiples of
 # Of the dimensions before a packed tensor's own: see boxes.
 _RAGGED_STRIDE, _MOST = 2**34, 0x7FFF0000
@@ -28,18 +29,17 @@ _RAGGED_STRIDE, _MOST = 2**34, 0x7FFF0000
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile of keys, stages of each ring, and consumers of 64 queries each."""
+    """Tile of keys, and stages of each ring."""
 
     block_n: int
     stages: int
-    consumers: int
 
 
 def hopper_config(head_dim: int, value_dim: int) -> HopperConfig:
     """Launch policy. Shared memory decides: 64 queries for each consumer and two stages of k and v in 227 KB. At d = 128 that is 160 KB
     with tiles of 128 keys; at d = 256, 192 KB with 64."""
     width = max(block_dim(head_dim), block_dim(value_dim))
-    return HopperConfig(128 if width <= 128 else 64, 2, 2)
+    return HopperConfig(128 if width <= 128 else 64, 2)
 
 
 def boxes(like: torch.Tensor, block_rows: int, block_dim: int) -> HostDescriptor:
@@ -122,15 +122,23 @@ class HopperForward:
         config = config or hopper_config(shape.head_dim, shape.value_dim)
         out_shape = (*call.q.shape[:-1], shape.value_dim)
         self._new_out, self._new_lse = maker(call.q, out_shape), maker(call.q, shape.lse_shape, torch.float32)
-        block_m = config.consumers * ROWS.value
-        num_tiles, num_slots = shape.tiles(shape.seqlen_q, block_m), shape.slots(shape.num_heads)
+        rows, block_d, block_dv = ROWS.value, block_dim(shape.head_dim), block_dim(shape.value_dim)
+        out = torch.empty(out_shape, dtype=call.q.dtype, device="meta")
+        descriptors = (
+            boxes(call.q, rows, block_d),
+            boxes(call.k, config.block_n, block_d),
+            boxes(call.v, config.block_n, block_dv),
+            boxes(out, rows, block_dv),
+        )
+        num_tiles = shape.tiles(shape.seqlen_q, CONSUMERS.value * rows)
+        num_slots = shape.slots(shape.num_heads)
         left, right = window_of(call, shape)
         constants = {
             "HEADS_PER_KV": shape.num_heads // shape.num_kv_heads,
-            "CONSUMERS": config.consumers,
             "BLOCK_N": config.block_n,
-            "BLOCK_D": max(64, block_dim(shape.head_dim)),
-            "BLOCK_DV": max(64, block_dim(shape.value_dim)),
+            "BLOCK_D": block_d,
+            "BLOCK_DV": block_dv,
+            "THREE_QUARTERS": 4 * shape.head_dim == 3 * block_d,
             "STAGES": config.stages,
             "PACKED": shape.packed,
             "HAS_LEFT": left >= 0,
@@ -138,17 +146,11 @@ class HopperForward:
             "HAS_SOFTCAP": call.softcap > 0.0,
             "HAS_SINKS": call.sinks is not None,
         }
-        block_n, rows = config.block_n, ROWS.value
-        block_d, block_dv = constants["BLOCK_D"], constants["BLOCK_DV"]
-        out = torch.empty(out_shape, dtype=call.q.dtype, device="meta")
-        arguments = (
-            boxes(call.q, rows, block_d), boxes(call.k, block_n, block_d), boxes(call.v, block_n, block_dv), boxes(out, rows, block_dv),
-            None, *shape.lse_strides, None, None, None,
-            *shape.sizes, num_tiles, num_slots, slots_per_group(shape, call.k), call.softmax_scale, call.softcap, left, right,
-            Traits(**{name: gl.constexpr(value) for name, value in constants.items()}),
-        )  # fmt: skip
-        options = {"num_warps": 4, **COMMON_OPTIONS}
-        self._launch = prepare(attention_forward_kernel, (num_tiles * num_slots,), arguments, options)
+        sizes = (*shape.sizes, num_tiles, num_slots, slots_per_group(shape, call.k))
+        scalars = (call.softmax_scale, call.softcap, left, right)
+        traits = Traits(**{name: gl.constexpr(value) for name, value in constants.items()})
+        arguments = (*descriptors, None, *shape.lse_strides, None, None, None, *sizes, *scalars, traits)
+        self._launch = prepare(attention_forward_kernel, (num_tiles * num_slots,), arguments, _OPTIONS)
 
     def __call__(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Results as :func:`..attention.forward.attention_forward` returns them, of a call that is like the first."""

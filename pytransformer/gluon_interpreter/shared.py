@@ -128,7 +128,11 @@ class View:
         array, written = self.array.reshape(shape), self.written.reshape(shape)
         if not np.shares_memory(array, self.array):
             raise NotImplementedError(f"{self} cannot be seen in shape {list(shape)} without a copy")
-        return View(self.allocation, array, written, self.box, None)
+        longer = [dim for dim, length in enumerate(self.array.shape) if length > 1]
+        # Parts can still be taken where nothing but dimensions of length 1 went.
+        kept = self._axes is not None and shape == tuple(self.array.shape[dim] for dim in longer)
+        axes = tuple(self._axes[dim] for dim in longer) if self._axes is not None and kept else None
+        return View(self.allocation, array, written, self.box, axes)
 
 
 class SharedMemory:

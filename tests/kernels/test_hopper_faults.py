@@ -31,12 +31,12 @@ PROTOCOL = dict(
         (
             (r"warpgroup_mma_wait\(0,", "warpgroup_mma_wait(1,", "one product too many under way"),
             (r"warpgroup_mma_wait\(1,", "warpgroup_mma_wait(2,", "one product too many under way"),
-            (r"barriers\(traits\.STAGES, traits\.CONSUMERS\)", "barriers(traits.STAGES, 1)", "one arrival too few"),
+            (r"barriers\(traits\.STAGES, CONSUMERS\)", "barriers(traits.STAGES, 1)", "one arrival too few"),
             (r"barriers\(traits\.STAGES, 1\)", "barriers(traits.STAGES, 2)", "one arrival too many"),
             (r"\(\(i // traits\.STAGES\) & 1\) \^ 1", "(i // traits.STAGES) & 1", "other parity"),
             (r"(?<!\()\(i // traits\.STAGES\) & 1\)", "((i // traits.STAGES) & 1) ^ 1)", "other parity"),
             (r"(?<=index\(0\), )0\)", "1)", "other parity"),
-            (r"traits\.CONSUMERS \* q_desc\.block_type\.nbytes", "q_desc.block_type.nbytes", "half of the bytes"),
+            (r"CONSUMERS \* q_desc\.block_type\.nbytes", "q_desc.block_type.nbytes", "half of the bytes"),
             (r"k_desc\.block_type\.nbytes", "2 * k_desc.block_type.nbytes", "twice the bytes"),
             (r"v_ring\.tiles\.index\(stage\)\)", "v_ring.tiles.index(1 - stage))", "other stage"),
             (r"k_ring\.full\.index\(stage\), k_ring", "v_ring.full.index(stage), k_ring", "other barrier"),
@@ -76,6 +76,7 @@ WINDOW = Case((70, 600), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, opti
 ENDS = Case((70, 200), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16)
 GROUPS = Case((70, 70), dims=(64, 64), heads=(4, 2), dtype=torch.bfloat16)
 PACKED = Case(((70, 200), (0, 3), (130, 140)), dims=(64, 64), heads=(2, 1), dtype=torch.bfloat16)
+QUARTERS = Case((70, 70), dims=(96, 96), heads=(1, 1), dtype=torch.bfloat16)
 SOFTCAP = Case((70, 70), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, options={"softcap": 1.0})
 SINKS = Case((70, 200), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, options={"sinks": torch.ones(1)})
 
@@ -104,6 +105,7 @@ NUMBERS: dict[str, tuple[str, str, Sequence[Case]]] = {
     "box ends with the neighbour": (
         "RAGGED, first + length, RAGGED - length +", "RAGGED, first + length + 9, RAGGED - length - 9 +", (PACKED,)
     ),
+    "features of another quarter": ("keys.slice(HALF, QUARTER", "keys.slice(HALF + QUARTER, QUARTER", (QUARTERS,)),
     "softcap of half the score": ("scores.factor * 2.0 / scores.softcap", "scores.factor / scores.softcap", (SOFTCAP,)),
     "sink in base e": ("gl.float32) * LOG2E", "gl.float32)", (SINKS,)),
     "values walked the other way": (
@@ -128,5 +130,5 @@ def test_a_copy_that_is_not_broken_passes(broken, poison_empty: None) -> None:
     broken(SOURCE)
     for schedule in (*SCHEDULES, LATE):
         forward(call_of(draw(DENSE, 0, torch.device("cpu"))), schedule)
-    for case in (CAUSAL, MORE_QUERIES, WINDOW, ENDS, GROUPS, PACKED, SOFTCAP, SINKS):
+    for case in (CAUSAL, MORE_QUERIES, WINDOW, ENDS, GROUPS, PACKED, QUARTERS, SOFTCAP, SINKS):
         check(case)

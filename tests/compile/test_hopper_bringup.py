@@ -1,0 +1,26 @@
+"""The stages of `make gpu-hopper` compile for Hopper: what is first started on a GPU is not what is first compiled there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pytransformer.benchmarks.programs.hopper_stages import STAGES
+from pytransformer.kernels.hopper.serves import triton_missing
+from tests.support.compile_gate import Case, run_cases
+
+pytestmark = pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
+
+PARTS = ("loads", "product", "softmax")
+
+
+def test_the_parts_compile_without_spills_and_with_the_products_they_are_for() -> None:
+    def call(name: str) -> None:
+        run, _, _ = STAGES[name].cases["d128"](True, torch.device("cpu"))
+        run()
+
+    wgmma = {"product": frozenset({"product_kernel"})}
+    cases = [Case(f"bringup-{name}", lambda name=name: call(name), 90, wgmma.get(name, frozenset())) for name in PARTS]
+    for report in run_cases(cases).values():
+        assert not report.complaints, report.case
+        assert report.outcomes[0].statistics.spill_bytes == 0
