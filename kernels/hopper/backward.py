@@ -316,16 +316,18 @@ def consume(dq_desc, dk_desc, dv_desc, at, memory, barriers, place, tiles, tiles
             ds = (p * dp).to(q.dtype)
             memory.ds.store(ds)
             fence_async_shared()
-            slopes = gl.convert_layout(ds, OPERAND)
-            dk = warpgroup_mma(slopes, q, dk, is_async=True)
             nothing = gl.zeros([BLOCK_M, D], gl.float32, PART)
             part = warpgroup_mma(memory.ds.permute((1, 0)), k, nothing, use_acc=False, is_async=True)
-            dv, dk, part = warpgroup_mma_wait(0, deps=[dv, dk, part])
-            mbarrier.arrive(barriers.empty.index(stage), count=1)
+            slopes = gl.convert_layout(ds, OPERAND)
+            dk = warpgroup_mma(slopes, q, dk, is_async=True)
+            # dq's part leaves while the tensor cores are at dk.
+            dv, part = warpgroup_mma_wait(1, deps=[dv, part])
             tma.store_wait(0)
             memory.dq.store(part)
             fence_async_shared()
             tma.async_atomic_add(dq_desc, [statistic, 0], memory.dq)
+            dk = warpgroup_mma_wait(0, deps=[dk])
+            mbarrier.arrive(barriers.empty.index(stage), count=1)
             used += 1
             member, step = next_step(member, step, count)
 

@@ -108,8 +108,9 @@ def test_products_lie_beside_the_exponentials(dim: int) -> None:
     orders = [order for order in map(_order, hot) if order.count("m") >= 12]
     assert len(orders) == 2
     for order in orders:
-        # Two products are issued, the first is waited for, and then come all exponentials and dv.
+        # Two products are issued, the first is waited for, then come all exponentials and dv; dk is under way when dq's part is there.
         assert order.lstrip("m").startswith("1" + "e" * 32 + "mmmm1"), order
+        assert order.endswith("mmmm10"), order
 
 
 def test_figures_are_those_committed(reports, record_figures) -> None:

@@ -37,7 +37,7 @@ PROTOCOL = dict(
             (r"warpgroup_mma_wait\(0,", "warpgroup_mma_wait(1,", "one product too many under way"),
             (r"warpgroup_mma_wait\(1,", "warpgroup_mma_wait(2,", "one product too many under way"),
             (r"count=1\)(?=\n +mbarrier\.init|\n +at)", "count=2)", "one arrival too many"),
-            (r"(?<=empty\.index\(stage\), count=1)\)(?=\n +tma)", " + 1)", "two arrivals"),
+            (r"(?<=empty\.index\(stage\), count=1)\)(?=\n +used)", " + 1)", "two arrivals"),
             (r"\(\(loaded >> 1\) & 1\) \^ 1", "(loaded >> 1) & 1", "other parity"),
             (r"\(used >> 1\) & 1", "((used >> 1) & 1) ^ 1", "other parity"),
             (r"kv_full, 0\)", "kv_full, 1)", "other parity"),
