@@ -301,19 +301,8 @@ def values(v_ring, stage, traits):
 
 @gluon.jit
 def advance(
-    i,
-    state,
-    own,
-    memory,
-    place,
-    walk,
-    scores,
-    rows,
-    traits,
-    S: gl.constexpr,
-    A: gl.constexpr,
-    MASKED: gl.constexpr,
-):
+    i, state, own, memory, place, walk, scores, rows, traits, S: gl.constexpr, A: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
     """Tile i of the walk: its scores and weights, while the product of the tile before with v runs."""
     weights, out, largest, total = state
     k_ring, v_ring = memory.k_ring, memory.v_ring
@@ -394,7 +383,7 @@ def normalised(out, largest, total, sinks_ptr, place, traits, ROWS_OF_OUT: gl.co
 
 @gluon.jit
 def consume(W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits):
-    """The attention of 64 queries, those of consumer W."""
+    """The attention of 64 queries, those of consumer W. S and A are the layouts of scores and of the accumulated output."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_N, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_DV, 16])
     own = memory.q_tiles.index(W).reshape([ROWS, traits.BLOCK_D])

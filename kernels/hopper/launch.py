@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..attention.options import Geometry, block_dim, geometry, maker, window_limits
 from ..attention.policy import slots_per_group
 from ..launch import COMMON_OPTIONS, contiguous_strides, interpreting, on_device
+from ..prepared import check_capture
 from .forward import CONSUMERS, RAGGED, ROWS, Traits, attention_forward_kernel
 
 if TYPE_CHECKING:
@@ -88,15 +89,19 @@ def interpreted_in(schedule: Schedule) -> Iterator[None]:
         _schedule = before
 
 
-def run(kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
-    """Launches a Gluon kernel on the GPU of its tensors, or, while kernels are interpreted, in the Gluon interpreter."""
+def run(
+    kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any], like: torch.Tensor
+) -> None:
+    """Launches a Gluon kernel on the GPU of a tensor, or, while kernels are interpreted, in the Gluon interpreter."""
     if interpreting():
         from pytransformer import gluon_interpreter
 
         schedule = gluon_interpreter.EARLY if _schedule is None else _schedule
         num_warps = constants["num_warps"]
         gluon_interpreter.launch(kernel, tuple(grid), *arguments, schedule=schedule, num_warps=num_warps)
-    else:
+        return
+    with on_device(like):
+        check_capture(kernel, grid, arguments, constants, like.get_device())
         kernel.run(*arguments, grid=tuple(grid), warmup=False, **constants)
 
 
@@ -156,6 +161,6 @@ class HopperForward:
         descriptors = [box.on(tensor) for box, tensor in zip(self._boxes, (call.q, call.k, call.v, out))]
         lse_strides, others = self._arguments
         pointers = (call.cu_seqlens_q, call.cu_seqlens_k, call.sinks)
-        with on_device(call.q):
-            run(attention_forward_kernel, self._grid, (*descriptors, lse, *lse_strides, *pointers, *others), _OPTIONS)
+        arguments = (*descriptors, lse, *lse_strides, *pointers, *others)
+        run(attention_forward_kernel, self._grid, arguments, _OPTIONS, call.q)
         return out, lse
