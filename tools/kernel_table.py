@@ -2,8 +2,8 @@
 
     python tools/kernel_table.py [--check]
 
-Read: benchmarks/results/gate/triton.json, peer.json and cuda.json (what compiles now: `make gate-figures`), before.json (the same figures
-of the kernels before their loops were looked at).
+Read: benchmarks/results/gate/triton.json, peer.json, hopper_forward.json and cuda.json (what compiles now: `make gate-figures`),
+before.json (the same figures of the kernels before their loops were looked at).
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ PEER = {
     f"peer, forward, d{dim}, {keys} keys a tile": f"peer-bfloat16-d{dim}-causal-{keys}_keys-sm_90 peer_attention_kernel 0"
     for dim in (64, 128)
     for keys in (64, 128)
+}
+HOPPER = {
+    f"Hopper's forward, d{name.replace('-', ', ')}": f"hopper-bfloat16-d{name}-sm_90"
+    for name in ("64-causal", "128-causal", "256-full-packed-sinks")
 }
 CUDA = {
     **{
@@ -148,6 +152,13 @@ def page() -> str:
             "sizes; of 128 keys the peer's diagonal is one tile and no loop.",
             "",
             *table(PEER, load("peer")),
+        ],
+        [
+            "",
+            "Hopper's own forward kernel, in Gluon (`kernels/hopper`), has a masked and a whole loop for each of its two warpgroups,",
+            "with 64 queries and four warps where the others have 128 and eight: the numbers compare as they stand.",
+            "",
+            *table(HOPPER, load("hopper_forward")),
         ],
         ["", "## CUDA", "", *table(CUDA, load("cuda"))],
         ["", "## What looking at loops changed", "", *changes(load("before"), triton)],

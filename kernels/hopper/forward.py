@@ -257,16 +257,24 @@ def capped(products, scores, traits):
 
 
 @gluon.jit
-def hidden(products, rows, start_n, place, scores, traits, S: gl.constexpr):
-    """Scores of the keys from ``start_n`` on, -inf where the window or the end of the sequence hides them."""
-    columns = gl.arange(0, traits.BLOCK_N, layout=gl.SliceLayout(0, S))
+def keys_of(rows, place, scores, traits):
+    """(first, last) key that each of these queries sees, by the window and the ends of the sequence; no first one is no limit there."""
     shift = place.other_length - place.length
     last = gl.where(rows < place.length, place.other_length - 1, -1)
     if traits.HAS_RIGHT:
         last = gl.minimum(last, rows + (shift + scores.window_right))
+    first = rows + (shift - scores.window_left) if traits.HAS_LEFT else last
+    return first, last
+
+
+@gluon.jit
+def hidden(products, seen, start_n, traits, S: gl.constexpr):
+    """Scores of the keys from ``start_n`` on, -inf where a query does not see them."""
+    first, last = seen
+    columns = gl.arange(0, traits.BLOCK_N, layout=gl.SliceLayout(0, S))
     keep = columns[None, :] <= (last - start_n)[:, None]
     if traits.HAS_LEFT:
-        keep = keep & (columns[None, :] >= (rows + (shift - scores.window_left - start_n))[:, None])
+        keep = keep & (columns[None, :] >= (first - start_n)[:, None])
     return gl.where(keep, products, float("-inf"))
 
 
@@ -301,19 +309,8 @@ def values(v_ring, stage, traits):
 
 @gluon.jit
 def advance(
-    i,
-    state,
-    own,
-    memory,
-    place,
-    walk,
-    scores,
-    rows,
-    traits,
-    S: gl.constexpr,
-    A: gl.constexpr,
-    MASKED: gl.constexpr,
-):
+    i, state, own, memory, walk, scores, seen, traits, S: gl.constexpr, A: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
     """Tile i of the walk: its scores and weights, while the product of the tile before with v runs."""
     weights, out, largest, total = state
     k_ring, v_ring = memory.k_ring, memory.v_ring
@@ -327,7 +324,7 @@ def advance(
     mbarrier.arrive(k_ring.empty.index(stage), count=1)
     products = capped(products, scores, traits)
     if MASKED:
-        products = hidden(products, rows, (walk.last - i) * traits.BLOCK_N, place, scores, traits, S)
+        products = hidden(products, seen, (walk.last - i) * traits.BLOCK_N, traits, S)
     larger = gl.maximum(largest, gl.max(products, 1) * factor)
     shift = larger
     if MASKED:  # a row may have seen nothing yet
@@ -345,7 +342,7 @@ def advance(
 
 
 @gluon.jit
-def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, A: gl.constexpr):
+def begin(own, memory, walk, scores, seen, traits, S: gl.constexpr, A: gl.constexpr):
     """The first tile, which has no product beside it and is taken for cut in any case."""
     factor = exponent_factor(scores, traits)
     k_ring = memory.k_ring
@@ -355,7 +352,7 @@ def begin(own, memory, place, walk, scores, rows, traits, S: gl.constexpr, A: gl
     products = warpgroup_mma_wait(0, deps=[products])
     mbarrier.arrive(k_ring.empty.index(0), count=1)
     products = capped(products, scores, traits)
-    products = hidden(products, rows, walk.last * traits.BLOCK_N, place, scores, traits, S)
+    products = hidden(products, seen, walk.last * traits.BLOCK_N, traits, S)
     largest = gl.max(products, 1) * factor
     shift = gl.where(largest == float("-inf"), 0.0, largest)
     p = gl.exp2(products * factor - shift[:, None])
@@ -394,21 +391,22 @@ def normalised(out, largest, total, sinks_ptr, place, traits, ROWS_OF_OUT: gl.co
 
 @gluon.jit
 def consume(W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits):
-    """The attention of 64 queries, those of consumer W."""
+    """The attention of 64 queries, those of consumer W. S and A are the layouts of scores and of the accumulated output."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_N, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_DV, 16])
     own = memory.q_tiles.index(W).reshape([ROWS, traits.BLOCK_D])
     rows = place.start + W * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    state = begin(own, memory, place, walk, scores, rows, traits, S, A)
+    seen = keys_of(rows, place, scores, traits)
+    state = begin(own, memory, walk, scores, seen, traits, S, A)
     high = gl.maximum(walk.high, 1)
     if traits.HAS_RIGHT:  # without an edge there only the first tile can be cut
         for i in range(1, high):
-            state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, A, True)
+            state = advance(i, state, own, memory, walk, scores, seen, traits, S, A, True)
     for i in range(high, walk.low):
-        state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, A, False)
+        state = advance(i, state, own, memory, walk, scores, seen, traits, S, A, False)
     if traits.HAS_LEFT:
         for i in range(gl.maximum(high, walk.low), walk.count):
-            state = advance(i, state, own, memory, place, walk, scores, rows, traits, S, A, True)
+            state = advance(i, state, own, memory, walk, scores, seen, traits, S, A, True)
     out, largest, total = finish(state, memory.v_ring, walk, traits)
     out, lse = normalised(out, largest, total, sinks_ptr, place, traits, gl.SliceLayout(1, A))
     gl.store(lse_ptr + rows, lse, mask=rows < place.length)

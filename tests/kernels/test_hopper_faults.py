@@ -85,7 +85,7 @@ NUMBERS: dict[str, tuple[str, str, Sequence[Case]]] = {
     "causal mask off by one": ("rows + (shift + scores.window_right)", "rows + (shift + scores.window_right + 1)", (CAUSAL,)),
     "lengths aligned top-left": ("last, rows + (shift + ", "last, rows + (", (CAUSAL,)),
     "end of the keys not masked": ("place.other_length - 1, -1)", "place.other_length + 99, -1)", (ENDS,)),
-    "left edge off by one": ("scores.window_left - start_n)", "scores.window_left - start_n + 1)", (WINDOW,)),
+    "left edge off by one": ("(shift - scores.window_left) if", "(shift - scores.window_left + 1) if", (WINDOW,)),
     "values of the other stage": ("before = (i - 1) % traits", "before = i % traits", (WINDOW,)),
     "tile of the diagonal taken for whole": ("end - inside_end, end", "0 * inside_end, end", (CAUSAL,)),
     "tile of the left edge taken for whole": ("end - inside_begin)", "end - begin)", (WINDOW,)),

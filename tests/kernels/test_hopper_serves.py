@@ -174,6 +174,15 @@ def test_gradients_flow_through_what_it_returns(q, launches) -> None:
 
 
 @needs_interpreter
+def test_a_compiled_model_uses_it(q, launches) -> None:
+    with hopper(True):
+        expected = attention(q, causal=True)
+        compiled = torch.compile(lambda q: attention(q, causal=True), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(q), expected)
+    assert len(launches) == 2
+
+
+@needs_interpreter
 def test_a_tensor_at_an_odd_address_has_the_portable_kernel(q, launches) -> None:
     memory = torch.zeros(q.numel() + 8, dtype=q.dtype)
     start = next(start for start in range(1, 8) if memory[start:].data_ptr() % 16)
