@@ -230,19 +230,24 @@ def walk_of(place, scores, traits, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
+def copy_tile(i, desc, ring, place, walk, traits):
+    """Copies tile i of the walk into its stage of a ring, as soon as that is free."""
+    stage = i % traits.STAGES
+    row = (walk.last - i) * traits.BLOCK_N
+    box = coordinates(place.sequence, place.other_first, place.other_length, row, place.kv_head, traits.PACKED)
+    mbarrier.wait(ring.empty.index(stage), ((i // traits.STAGES) & 1) ^ 1)
+    mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes)
+    async_load(desc, box, ring.full.index(stage), ring.tiles.index(stage))
+
+
+@gluon.jit
 def produce(k_desc, v_desc, k_ring, v_ring, place, walk, traits):
-    """Copies the tiles of keys and values into their rings, each as soon as its stage is free."""
-    for i in range(walk.count):
-        stage = i % traits.STAGES
-        phase = ((i // traits.STAGES) & 1) ^ 1
-        row = (walk.last - i) * traits.BLOCK_N
-        box = coordinates(place.sequence, place.other_first, place.other_length, row, place.kv_head, traits.PACKED)
-        mbarrier.wait(k_ring.empty.index(stage), phase)
-        mbarrier.expect(k_ring.full.index(stage), k_desc.block_type.nbytes)
-        async_load(k_desc, box, k_ring.full.index(stage), k_ring.tiles.index(stage))
-        mbarrier.wait(v_ring.empty.index(stage), phase)
-        mbarrier.expect(v_ring.full.index(stage), v_desc.block_type.nbytes)
-        async_load(v_desc, box, v_ring.full.index(stage), v_ring.tiles.index(stage))
+    """Copies the tiles of keys and values, in the order in which consumers need them: keys a tile ahead."""
+    copy_tile(0, k_desc, k_ring, place, walk, traits)
+    for i in range(1, walk.count):
+        copy_tile(i, k_desc, k_ring, place, walk, traits)
+        copy_tile(i - 1, v_desc, v_ring, place, walk, traits)
+    copy_tile(walk.count - 1, v_desc, v_ring, place, walk, traits)
 
 
 @gluon.jit

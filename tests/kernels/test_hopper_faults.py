@@ -37,9 +37,12 @@ PROTOCOL = dict(
             (r"(?<!\()\(i // traits\.STAGES\) & 1\)", "((i // traits.STAGES) & 1) ^ 1)", "other parity"),
             (r"(?<=index\(0\), )0\)", "1)", "other parity"),
             (r"CONSUMERS \* q_desc\.block_type\.nbytes", "q_desc.block_type.nbytes", "half of the bytes"),
-            (r"k_desc\.block_type\.nbytes", "2 * k_desc.block_type.nbytes", "twice the bytes"),
-            (r"v_ring\.tiles\.index\(stage\)\)", "v_ring.tiles.index(1 - stage))", "other stage"),
-            (r"k_ring\.full\.index\(stage\), k_ring", "v_ring.full.index(stage), k_ring", "other barrier"),
+            (r"(?<=, )desc\.block_type\.nbytes", "2 * desc.block_type.nbytes", "twice the bytes"),
+            (r"(?<= )ring\.tiles\.index\(stage\)\)", "ring.tiles.index(1 - stage))", "other stage"),
+            (r"ring\.full\.index\(stage\), ring", "ring.empty.index(stage), ring", "other barrier"),
+            (r"(?<=k_desc, )k_ring(?=, place)", "v_ring", "other ring"),
+            (r"(?<=v_desc, )v_ring(?=, place)", "k_ring", "other ring"),
+            (r"copy_tile\(i - 1, v_desc", "copy_tile(i, v_desc", "a tile ahead"),
             (r"(?<=async_store\(out_desc, box, )out_tile", "memory.q_tiles.index(1 - W)", "the other consumer's"),
             (r"(?<=q_full\.index\(0\), q_tiles\.index\()w", "0", "twice the same"),
         ),
@@ -109,7 +112,7 @@ NUMBERS: dict[str, tuple[str, str, Sequence[Case]]] = {
     "softcap of half the score": ("scores.factor * 2.0 / scores.softcap", "scores.factor / scores.softcap", (SOFTCAP,)),
     "sink in base e": ("gl.float32) * LOG2E", "gl.float32)", (SINKS,)),
     "values walked the other way": (
-        "async_load(v_desc, box,", "async_load(v_desc, [place.sequence, i * traits.BLOCK_N, place.kv_head, 0],", (ENDS,)
+        "(i - 1, v_desc, v_ring, place, walk,", "(i - 1, v_desc, v_ring, place, Walk(2 * (i - 1), 1, 1, 1),", (ENDS,)
     ),
     "two blocks with one tile": ("tile = within // slots_here", "tile = within // slots_here // 2", (MORE_QUERIES,)),
 }  # fmt: skip
