@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,9 +86,33 @@ def test_another_architecture_has_to_be_compiled(warm_cache: Path) -> None:
     assert result.returncode != 0 and "compiles for GPUTarget" in result.stderr and "arch=80" in result.stderr
 
 
-def test_what_is_there_is_found(warm_cache: Path) -> None:
-    result = _run(warm_cache, "-m", "pytransformer", "warmup", *SIZES, "--arch", "90", "--ops", "norm,rope")
-    assert result.returncode == 0 and "0 kernels compiled" in result.stdout, result.stdout + result.stderr
+# Commands, one after the other, in one process: most of what one costs is PyTorch's start.
+COMMANDS = """
+import contextlib, io, json, sys
+from pytransformer.cli.main import main
+results = []
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["warmup", *arguments])
+    results.append((code, out.getvalue(), " ".join(err.getvalue().split())))
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(warm_cache: Path) -> list[list[Any]]:
+    """(exit code, output, errors) of warm-ups in a later process: what is there, and three without an architecture that will do."""
+    others = ([], ["--arch", "91"], ["--load"])
+    commands = [[*SIZES, "--arch", "90", "--ops", "norm,rope"], *([*SIZES, *other] for other in others)]
+    result = _run(warm_cache, "-c", COMMANDS, json.dumps(commands))
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_what_is_there_is_found(told: list[list[Any]]) -> None:
+    code, out, _ = told[0]
+    assert code == 0 and "0 kernels compiled" in out and "for processes without environment variables" in out
 
 
 # What a process may launch while it captures a CUDA graph: nothing new without a warm-up, and everything after one.
@@ -193,12 +219,9 @@ def test_a_variable_in_tritons_key_is_named(name: str, monkeypatch: pytest.Monke
 def test_a_variable_at_its_default_makes_triton_compile_again_and_warmup_says_so(
     warm_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("-m", "pytransformer", "warmup", *SIZES, "--arch", "90", "--ops", "rope")
-    result = _run(warm_cache, *arguments)
-    assert "0 kernels compiled" in result.stdout and "for processes without environment variables" in result.stdout
     # The value that every launch of ours gives anyway.
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    result = _run(warm_cache, *arguments)
+    result = _run(warm_cache, "-m", "pytransformer", "warmup", *SIZES, "--arch", "90", "--ops", "rope")
     assert ", 0 found" in result.stdout and "warning: for processes with TRITON_DEFAULT_FP_FUSION=" in result.stdout
 
 
@@ -249,13 +272,11 @@ def test_errors_name_the_option(arguments: list[str], message: str, capsys: pyte
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_without_a_gpu_an_architecture_is_needed(tmp_path: Path) -> None:
-    result = _run(tmp_path, "-m", "pytransformer", "warmup", *SIZES)
-    assert result.returncode == 2 and "arch must be given on a machine without a GPU" in result.stderr
-    result = _run(tmp_path, "-m", "pytransformer", "warmup", *SIZES, "--arch", "91")
-    assert result.returncode == 2 and "arch must be one of" in result.stderr
-    result = _run(tmp_path, "-m", "pytransformer", "warmup", *SIZES, "--load")
-    assert (
-        result.returncode == 2
-        and "load=True loads kernels onto the current GPU, and this machine has none" in result.stderr
+def test_without_a_gpu_an_architecture_is_needed(told: list[list[Any]]) -> None:
+    messages = (
+        "arch must be given on a machine without a GPU",
+        "arch must be one of",
+        "load=True loads kernels onto the current GPU, and this machine has none",
     )
+    for (code, _, errors), message in zip(told[1:], messages, strict=True):
+        assert code == 2 and message in errors
