@@ -223,7 +223,7 @@ def test_autocast_computes_in_its_dtype(device):
     assert out.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("family, what", [("mistral", "model"), ("gpt2", "layers")])
+@pytest.mark.parametrize("family, what", [("mistral", "model"), pytest.param("gpt2", "layers", marks=pytest.mark.slow)])
 def test_compiles_with_fullgraph_and_any_length_as_a_whole_and_by_layers(family, what, device):
     compiled = build(family, NAME, device, num_hidden_layers=1)
     torch._dynamo.reset()

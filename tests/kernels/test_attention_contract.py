@@ -142,6 +142,8 @@ OPTION_CASES = {
 }
 
 
+# Quick tests meet each option, and each two of them, through the public op: tests/combinations.
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in OPTION_CASES.items()])
 def test_contract_over_options(case: Case, device: torch.device, poison_empty: None) -> None:
     contract_of(square(case), device).check()

@@ -150,7 +150,7 @@ def test_dropout_drops_the_rate_where_it_belongs(rate, device):
     assert abs(dropped - 0.4) < 5 * math.sqrt(0.4 * 0.6 / seen[0].numel())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-qk-norm-head-dim"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "llama-qk-norm-head-dim"])
 def test_compiles_whole_within_the_contract(name, device):
     contract = Contract(torch.float32)
     config = dataclasses.replace(CONFIGS[name], num_layers=1, layer_types=None)  # tracing takes ten seconds a layer

@@ -213,7 +213,7 @@ def test_forward_mode(device: torch.device) -> None:
     torch.testing.assert_close(tangent, linear_attention(q, k, k[..., :8].contiguous()))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_whole(dynamic: bool, device: torch.device) -> None:
     def step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, normalizer: Tensor) -> tuple:
         options = {"decay": decay, "initial_state": (state, normalizer), "return_state": True}

@@ -164,7 +164,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("stage", ["files written", "renamed"])
+@pytest.mark.parametrize("stage", ["files written", pytest.param("renamed", marks=pytest.mark.slow)])
 def test_kill_minus_nine_in_the_middle_of_a_save(unbroken, corpus, cache, device, tmp_path, stage):
     """A real process, killed from outside while it writes its third checkpoint, loses nothing but the time."""
     command = [
