@@ -42,7 +42,7 @@ venv: $(VENV)/.dev ## the virtual environment with the development tools
 demo: $(VENV)/.run ## verify the kernels, train a small model on real text, draw, generate (≤ 10 minutes on 2 cores)
 	@PATH="$$PWD/$(BIN):$$PATH" RUN=$(RUN) bash tools/demo.sh
 
-test: $(VENV)/.dev ## the tests, without a GPU: Triton's kernels interpreted, the CUDA kernels emulated under sanitizers (≤ 14 minutes on 2 cores)
+test: $(VENV)/.dev ## the tests, without a GPU: Triton's kernels interpreted, the CUDA kernels emulated under sanitizers (half an hour on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/compile --ignore=tests/cuda
 	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor address -n $(WORKERS) -m "not slow" $(EMULATED)
 
