@@ -189,7 +189,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8, loc="upper left", title="solid: forward and backward, dashed: forward")
+    left.legend(fontsize=8, loc="lower right", title="solid: forward and backward\ndashed: forward", title_fontsize=8)
     threads = result["threads"]
     left.set_title(f"Causal attention on a CPU, {HEADS} heads of {HEAD_DIM}, float32, {threads} threads")
     save_figure(figure, path)
