@@ -16,6 +16,7 @@ from .backward import BLOCK_M, BLOCK_N, Traits, attention_backward_kernel
 from .backward_passes import backward_dq_kernel, backward_statistics_kernel
 from .descriptors import ALIGNMENT, HostDescriptor
 from .launch import boxes, prepare, window_of
+from .serves import unwalkable
 
 if TYPE_CHECKING:
     from pytransformer.ops.attention.call import AttentionCall
@@ -64,7 +65,7 @@ class HopperBackward:
         if call.sinks is not None:
             self._new_dsinks = functools.partial(torch.zeros, slots_q, tiles_q, dtype=torch.float32, device=q.device)
         self._sums_of_sinks = (-1, shape.num_heads, tiles_q)
-        walked = [_is_walkable(dout), out.stride(-1) == 1]
+        walked = [unwalkable("dout", dout) is None, out.stride(-1) == 1]
         walked += [tensor is None or tensor.is_contiguous() for tensor in (lse, dlse)]
         self._copied = [index for index, walks in enumerate(walked) if not walks]
 
@@ -161,9 +162,3 @@ class HopperBackward:
             assert call.sinks is not None
             dsinks = dsinks.view(self._sums_of_sinks).sum((0, 2)).to(call.sinks.dtype)
         return dq, dk, dv, None, dsinks, None
-
-
-def _is_walkable(tensor: torch.Tensor) -> bool:
-    """Whether the copy engine can walk rows as they lie: by multiples of 16 bytes."""
-    steps = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
-    return tensor.stride(-1) == 1 and all(step > 0 and step * tensor.element_size() % ALIGNMENT == 0 for step in steps)

@@ -127,18 +127,25 @@ def _refuse_empty(call: AttentionCall) -> str | None:
     return "no queries or no keys" if call.q.numel() == 0 or call.k.numel() == 0 else None
 
 
+def unwalkable(name: str, tensor: torch.Tensor) -> str | None:
+    """Why the copy engine cannot walk a tensor of such strides, wherever it begins, or ``None``."""
+    if tensor.stride(-1) != 1:
+        return f"the features of {name} do not lie side by side"
+    steps = [size for length, size in zip(tensor.shape[:-1], tensor.stride()) if length > 1]
+    if any(not 0 < step * tensor.element_size() < _MOST_STRIDE for step in steps):
+        return f"strides {tensor.stride()} of {name} are none that a descriptor has"
+    if any(step * tensor.element_size() % _ALIGNMENT for step in steps):
+        return f"strides {tensor.stride()} of {name} are no multiples of {_ALIGNMENT} bytes"
+    return None
+
+
 def _refuse_layout(call: AttentionCall) -> str | None:
     for name in ("q", "k", "v"):
         tensor = getattr(call, name)
         if tensor.dim() == 3 and tensor.shape[0] > _MOST_ROWS:
             return f"{name} has {tensor.shape[0]} rows, and a descriptor of packed sequences {_MOST_ROWS}"
-        if tensor.stride(-1) != 1:
-            return f"the features of {name} do not lie side by side"
-        steps = [size for length, size in zip(tensor.shape, tensor.stride()) if length > 1][:-1]
-        if any(not 0 < step * tensor.element_size() < _MOST_STRIDE for step in steps):
-            return f"strides {tensor.stride()} of {name} are none that a descriptor has"
-        if any(step * tensor.element_size() % _ALIGNMENT for step in steps):
-            return f"strides {tensor.stride()} of {name} are no multiples of {_ALIGNMENT} bytes"
+        if (complaint := unwalkable(name, tensor)) is not None:
+            return complaint
     return None
 
 

@@ -116,46 +116,43 @@ def binary_op_type_checking_impl(original: Method) -> Method:
             return constant(semantic, value, kind is float, dtype)
         return None
 
+    def operands(semantic: Any, lhs: Any, rhs: Any) -> tuple[Any, Any] | None:
+        """Both as tensors, or None where one is neither a tensor nor such a number."""
+        if type(lhs) is tl.tensor:
+            if type(rhs) is not tl.tensor:
+                rhs = number(semantic, rhs, lhs.dtype)
+        else:
+            lhs = number(semantic, lhs, rhs.dtype) if type(rhs) is tl.tensor else None
+        return None if lhs is None or rhs is None else (lhs, rhs)
+
+    def fit(dtype: Any, other: Any, allow_lhs_ptr: bool) -> bool:
+        """Whether there is nothing to convert: one plain type, or a pointer and an offset."""
+        if dtype is other:
+            return dtype is float32 or dtype is int32 or dtype is int64
+        return allow_lhs_ptr and type(dtype) is tl.pointer_type and (other is int32 or other is int64)
+
     def common_shape(left: Any, right: Any) -> list[int] | None:
+        """Of the result, by the shapes of two operands of which a number's is empty; None where they do not go together."""
         key = (tuple(left), tuple(right))
         if key not in shapes:
-            if len(left) != len(right) or any(a != b and 1 not in (a, b) for a, b in zip(*key)):
+            if left and right and (len(left) != len(right) or any(a != b and 1 not in (a, b) for a, b in zip(*key))):
                 return None
-            shapes[key] = [max(a, b) for a, b in zip(*key)]
+            shapes[key] = [max(a, b) for a, b in zip(*key)] if left and right else [*left, *right]
         return shapes[key]
 
     @functools.wraps(original)
     def method(self: Any, lhs: Any, rhs: Any, allow_lhs_ptr: bool = False, *args: Any, **kwargs: Any) -> Any:
-        left, right = lhs, rhs
-        if type(self) is TritonSemantic:  # Gluon's shapes come with layouts
-            if type(left) is tl.tensor:
-                if type(right) is not tl.tensor:
-                    right = number(self, right, left.dtype)
-            elif type(right) is tl.tensor:
-                left = number(self, left, right.dtype)
-            else:
-                left = None
-            if left is not None and right is not None:
-                dtype, other = left.dtype, right.dtype
-                same = dtype is other and (dtype is float32 or dtype is int32 or dtype is int64)
-                if same or (allow_lhs_ptr and type(dtype) is tl.pointer_type and (other is int32 or other is int64)):
-                    of_left, of_right = left.type.is_block(), right.type.is_block()
-                    if not of_left and not of_right:
-                        return left, right
-                    if not of_left:
-                        return self.tensor(left.handle, type(right.type)(dtype, right.shape)), right
-                    if not of_right:
-                        return left, self.tensor(right.handle, type(left.type)(other, left.shape))
-                    if left.type.shape == right.type.shape:
-                        return left, right
-                    shape = common_shape(left.type.shape, right.type.shape)
-                    if shape is not None:
-                        block = type(left.type)
-                        return (
-                            self.tensor(left.handle, block(dtype, shape)),
-                            self.tensor(right.handle, block(other, shape)),
-                        )
-        return original(self, lhs, rhs, allow_lhs_ptr, *args, **kwargs)
+        # Gluon's shapes come with layouts.
+        found = operands(self, lhs, rhs) if type(self) is TritonSemantic else None
+        if found is None or not fit(found[0].dtype, found[1].dtype, allow_lhs_ptr):
+            return original(self, lhs, rhs, allow_lhs_ptr, *args, **kwargs)
+        left, right = (operand.type.shape if operand.type.is_block() else [] for operand in found)
+        if left == right:
+            return found
+        shape = common_shape(left, right)
+        if shape is None:
+            return original(self, lhs, rhs, allow_lhs_ptr, *args, **kwargs)
+        return tuple(self.tensor(operand.handle, tl.block_type(operand.dtype, shape)) for operand in found)
 
     return method
 

@@ -25,7 +25,7 @@ def _prepare(call: AttentionCall, allow_tf32: bool = False) -> Any:
         from pytransformer.kernels.launch import device_limits
 
         if serves.refusal(call, device_limits(call.q.device).arch) is None:
-            return _Hopper(call)
+            return _prepare_hopper(call)
     return _prepare_portable(call, allow_tf32)
 
 
@@ -37,24 +37,40 @@ def _prepare_portable(call: AttentionCall, allow_tf32: bool = False) -> Any:
 
 
 class _Hopper:
-    """The launch of Hopper's kernel, and of the portable one for tensors at odd addresses or when that kernel turns out not to compile."""
+    """A launch of Hopper's kernels, and of the portable ones for tensors at odd addresses or when one of those turns out not to compile.
 
-    def __init__(self, call: AttentionCall) -> None:
-        from pytransformer.kernels.hopper.launch import HopperForward
+    Args:
+        launch: of calls like the first.
+        prepare_portable: makes the other launch of a call, when one needs it.
+    """
 
-        self._launch = HopperForward(call)
+    def __init__(self, launch: Callable[[Any], Outputs], prepare_portable: Callable[[Any], Any]) -> None:
+        self._launch, self._prepare_portable = launch, prepare_portable
         self._portable: Any = None
-        # The calls to come are as the user gave them, where this one is checked. Its tensors are not kept.
-        self._options = {name: value for name, value in call._asdict().items() if not isinstance(value, torch.Tensor)}
 
-    def __call__(self, call: AttentionCall) -> Outputs:
-        if serves.is_on() and serves.is_aligned(call):
-            results = _unless_it_does_not_compile(lambda: self._launch(call))
+    def __call__(self, given: Any) -> Outputs:
+        if serves.is_on() and serves.is_aligned(given):
+            results = _unless_it_does_not_compile(lambda: self._launch(given))
             if results is not None:
                 return results
         if self._portable is None:
-            self._portable = _prepare_portable(call._replace(**self._options))
-        return self._portable(call)  # type: ignore[no-any-return]
+            self._portable = self._prepare_portable(given)
+        return self._portable(given)  # type: ignore[no-any-return]
+
+
+def _prepare_hopper(call: AttentionCall) -> _Hopper:
+    from pytransformer.kernels.hopper.launch import HopperForward
+
+    # The calls to come are as the user gave them, where this one is checked. Its tensors are not kept.
+    options = {name: value for name, value in call._asdict().items() if not isinstance(value, torch.Tensor)}
+    return _Hopper(HopperForward(call), lambda call: _prepare_portable(call._replace(**options)))
+
+
+def _prepare_hopper_backward(given: Any) -> _Hopper:
+    from pytransformer.kernels.hopper.backward_launch import HopperBackward
+
+    launch = HopperBackward(given, *_gradients(given))
+    return _Hopper(lambda given: launch(given, *_gradients(given)), _prepare_portable_backward)
 
 
 def _unless_it_does_not_compile(launch: Callable[[], Outputs]) -> Outputs | None:
@@ -94,7 +110,7 @@ def _prepare_backward(given: Any, allow_tf32: bool = False) -> Any:
         from pytransformer.kernels.launch import device_limits
 
         if serves.refusal_backward(given, device_limits(given.q.device).arch) is None:
-            return _HopperBackward(given)
+            return _prepare_hopper_backward(given)
     return _prepare_portable_backward(given, allow_tf32)
 
 
@@ -108,25 +124,6 @@ def _prepare_portable_backward(given: Any, allow_tf32: bool = False) -> Any:
 
 def _gradients(given: Any) -> tuple[Any, ...]:
     return given.dout, given.out, given.lse, given.dlse
-
-
-class _HopperBackward:
-    """As :class:`_Hopper`, of the gradients."""
-
-    def __init__(self, given: Any) -> None:
-        from pytransformer.kernels.hopper.backward_launch import HopperBackward
-
-        self._launch = HopperBackward(given, *_gradients(given))
-        self._portable: Any = None
-
-    def __call__(self, given: Any) -> Outputs:
-        if serves.is_on() and serves.is_aligned(given):
-            results = _unless_it_does_not_compile(lambda: self._launch(given, *_gradients(given)))
-            if results is not None:
-                return results
-        if self._portable is None:
-            self._portable = _prepare_portable_backward(given)
-        return self._portable(given)  # type: ignore[no-any-return]
 
 
 # By whether float32 products may be rounded to tf32.
