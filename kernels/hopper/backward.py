@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..attention import options
 from .forward import buffers, coordinates, find_sequence
 from .names import async_load, async_store
 
@@ -41,20 +42,8 @@ STAGES = gl.constexpr(2)
 # So many queries, or more than there are.
 NO_LIMIT = gl.constexpr(2**30)
 
-# Sizes that only bound loops or pick programs: no variant of the kernel is compiled for their being 1 or a multiple of 16.
-UNSPECIALISED = (
-    "batch",
-    "num_kv_heads",
-    "seqlen_q",
-    "seqlen_k",
-    "num_slots",
-    "tiles_q",
-    "factor",
-    "softmax_scale",
-    "cap",
-    "window_left",
-    "window_right",
-)
+# Beside them, of the same kind, heads and tiles of these programs, and what scales scores.
+UNSPECIALISED = (*options.UNSPECIALISED, "num_kv_heads", "tiles_q", "factor", "softmax_scale", "cap")
 
 
 class Place(NamedTuple):

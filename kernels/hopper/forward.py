@@ -28,32 +28,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..attention import options
+from ..mathematics import LN2, LOG2E
 from .names import async_load, async_store
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
 # Queries of one consumer: the rows of one wgmma.
 ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
 # A packed tensor's descriptor has so many rows, whose last one is the last of the sequence that a box is of: see ``boxes``.
 RAGGED = gl.constexpr(2**30)
 
-# Sizes that only bound loops or pick blocks: no variant of the kernel is compiled for their being 1 or a multiple of 16.
-UNSPECIALISED = (
-    "stride_lse_batch",
-    "stride_lse_head",
-    "batch",
-    "num_heads",
-    "seqlen_q",
-    "seqlen_k",
-    "num_tiles",
-    "num_slots",
-    "slots_per_group",
-    "softmax_scale",
-    "softcap",
-    "window_left",
-    "window_right",
-)
+# Beside them, of the same kind, what scales scores.
+UNSPECIALISED = (*options.UNSPECIALISED, "softmax_scale", "softcap")
 
 
 class Place(NamedTuple):

@@ -26,7 +26,8 @@ pytestmark = [
 ]
 
 _PACKAGE = "pytransformer.kernels.hopper"
-SOURCE = Path(kernels.__file__).read_text().replace("from .forward", f"from {_PACKAGE}.forward")
+SOURCE = Path(kernels.__file__).read_text().replace("from ..", "from pytransformer.kernels.")
+SOURCE = SOURCE.replace("from .forward", f"from {_PACKAGE}.forward")
 SOURCE = SOURCE.replace("from .names", f"from {_PACKAGE}.names")
 
 # Statements of the protocol removed, and made wrong.

@@ -21,7 +21,8 @@ from tests.kernels.hopper_contract import call_of, check, forward
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="the Gluon interpreter runs only where Triton's does")
 
-SOURCE = Path(kernels.__file__).read_text().replace("from .names", "from pytransformer.kernels.hopper.names")
+SOURCE = Path(kernels.__file__).read_text().replace("from ..", "from pytransformer.kernels.")
+SOURCE = SOURCE.replace("from .names", "from pytransformer.kernels.hopper.names")
 SCHEDULES = (Schedule(order="first"), Schedule(order="last", copies="late", products="late"))
 
 # Statements of the protocol removed, and made wrong.
