@@ -37,8 +37,16 @@ def gradients(arguments: tuple[Any, ...], schedule: Schedule = EARLY) -> Gradien
     return {name: x for name, x in zip(("dq", "dk", "dv", "dbias", "dsinks"), results) if x is not None}
 
 
-def check(case: Case, launch: Callable[[tuple[Any, ...]], Gradients] = gradients, most: int = SEEDS) -> None:
+def check(
+    case: Case, launch: Callable[[tuple[Any, ...]], Gradients] = gradients, least: int = SEEDS, most: int = SEEDS
+) -> None:
     """Whether the kernels keep the contract.
+
+    Args:
+        case: what is called.
+        launch: the kernels.
+        least: draws that are pooled in any case; fewer than the contract's are for tests that go over many cases.
+        most: draws that are pooled in doubt.
 
     Raises:
         ContractError: they do not.
@@ -52,4 +60,4 @@ def check(case: Case, launch: Callable[[tuple[Any, ...]], Gradients] = gradients
         _, golden = run_reference(inputs, torch.float64)
         contract.add_all(actual, plain, golden, kind="gradient")
 
-    pool(contract, add, 1, most).check()
+    pool(contract, add, least, most).check()

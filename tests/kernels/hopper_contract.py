@@ -43,8 +43,14 @@ def expected(inputs: Inputs, dtype: torch.dtype | None = None) -> dict[str, Tens
     return {"out": out, "lse": lse}
 
 
-def check(case: Case, launch: Launch = forward, most: int = SEEDS) -> None:
+def check(case: Case, launch: Launch = forward, least: int = SEEDS, most: int = SEEDS) -> None:
     """Whether the launch keeps the contract.
+
+    Args:
+        case: what is called.
+        launch: the kernel.
+        least: draws that are pooled in any case; fewer than the contract's are for tests that go over many cases.
+        most: draws that are pooled in doubt.
 
     Raises:
         ContractError: it does not.
@@ -56,4 +62,4 @@ def check(case: Case, launch: Launch = forward, most: int = SEEDS) -> None:
         actual: dict[str, Any] = dict(zip(("out", "lse"), launch(call_of(inputs))))
         contract.add_all(actual, expected(inputs), expected(inputs, torch.float64))
 
-    pool(contract, add, 1, most).check()
+    pool(contract, add, least, most).check()

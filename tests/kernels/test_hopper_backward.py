@@ -11,6 +11,7 @@ import torch
 
 from pytransformer.gluon_interpreter import LATE, SCHEDULES, Schedule
 from pytransformer.kernels.hopper.names import HAS_REDUCTIONS
+from pytransformer.verification import SEEDS
 from tests.conftest import INTERPRETING
 from tests.kernels.attention_contract import Case, covering, draw
 from tests.kernels.hopper_backward_contract import CPU, Gradients, check, given, gradients
@@ -59,9 +60,10 @@ def grid_cases() -> list[Any]:
     return cases
 
 
+@pytest.mark.parametrize("least", [1, pytest.param(SEEDS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("case", "schedule"), grid_cases())
-def test_contract(case: Case, schedule: Schedule) -> None:
-    check(case, functools.partial(gradients, schedule=schedule))
+def test_contract(case: Case, schedule: Schedule, least: int) -> None:
+    check(case, functools.partial(gradients, schedule=schedule), least)
 
 
 def sinks(case: Case, generator: torch.Generator) -> torch.Tensor:
@@ -86,7 +88,10 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_contract_over_options(name: str) -> None:
-    check(replace(OPTIONS[name], dtype=torch.bfloat16), functools.partial(gradients, schedule=LATE))
+    # The gradient of a sink is one number for each head, so that few draws say little of its mean: 1.2 times what is allowed by 8 of
+    # them, 0.5 times by 64.
+    most = 4 * SEEDS if "sinks" in name else SEEDS
+    check(replace(OPTIONS[name], dtype=torch.bfloat16), functools.partial(gradients, schedule=LATE), most=most)
 
 
 # With at most 256 keys an element of dq is a sum of two parts, whose order does not matter.

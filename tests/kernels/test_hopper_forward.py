@@ -11,6 +11,7 @@ import torch
 from pytransformer.gluon_interpreter import LATE, SCHEDULES, Schedule
 from pytransformer.kernels.hopper.launch import HopperConfig, HopperForward
 from pytransformer.ops.attention.call import AttentionCall
+from pytransformer.verification import SEEDS
 from tests.conftest import INTERPRETING
 from tests.kernels.attention_contract import Case, covering, draw
 from tests.kernels.hopper_contract import call_of, check, expected, forward
@@ -72,9 +73,10 @@ def grid_cases() -> list[Any]:
     return cases
 
 
+@pytest.mark.parametrize("least", [1, pytest.param(SEEDS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("case", "schedule"), grid_cases())
-def test_contract(case: Case, schedule: Schedule) -> None:
-    check(case, functools.partial(forward, schedule=schedule))
+def test_contract(case: Case, schedule: Schedule, least: int) -> None:
+    check(case, functools.partial(forward, schedule=schedule), least)
 
 
 PACKED = ((70, 130), (0, 9), (130, 200))
