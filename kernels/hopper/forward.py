@@ -30,11 +30,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..attention import options
 from ..mathematics import LN2, LOG2E
-from .names import async_load, async_store
+from .names import OLD, async_load, async_store
 
 # Queries of one consumer: the rows of one wgmma.
 ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
+# Up to so many columns of v weights are rounded when their product is next, not when they are made, as registers suffice for their float32.
+# Beyond, Triton 3.9 needs none on the stack, but for windows; it and 3.6 there swap the halves of each pair that is carried to the next
+# tile, 64 instructions, which is more than what is read from the stack once a block.
+MOST_LATE = gl.constexpr(128 if OLD else 64)
+# Of a column's number in wgmma's results those that depend on the thread: the others are the same for all, immediates of a comparison.
+LANE_BITS = gl.constexpr(6)
 # A packed tensor's descriptor has so many rows, whose last one is the last of the sequence that a box is of: see ``boxes``.
 RAGGED = gl.constexpr(2**30)
 
@@ -263,9 +269,11 @@ def hidden(products, seen, start_n, traits, S: gl.constexpr):
     """Scores of the keys from ``start_n`` on, -inf where a query does not see them."""
     first, last = seen
     columns = gl.arange(0, traits.BLOCK_N, layout=gl.SliceLayout(0, S))
-    keep = columns[None, :] <= (last - start_n)[:, None]
+    of_thread = (columns & LANE_BITS)[None, :]
+    of_register = (columns & ~LANE_BITS)[None, :]
+    keep = of_register <= (last - start_n)[:, None] - of_thread
     if traits.HAS_LEFT:
-        keep = keep & (columns[None, :] >= (first - start_n)[:, None])
+        keep = keep & (of_register >= (first - start_n)[:, None] - of_thread)
     return gl.where(keep, products, float("-inf"))
 
 
@@ -293,6 +301,20 @@ def multiplied(own, k_ring, stage, traits, S: gl.constexpr):
 
 
 @gluon.jit
+def rounded(p, dtype: gl.constexpr, A: gl.constexpr):
+    """Weights as a first operand; those that are one already stay as they are."""
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, A, 2))
+
+
+@gluon.jit
+def kept(p, traits, dtype: gl.constexpr, A: gl.constexpr):
+    """Weights as they are carried to the next tile."""
+    if traits.BLOCK_DV > MOST_LATE and not traits.HAS_LEFT:
+        p = rounded(p, dtype, A)
+    return p
+
+
+@gluon.jit
 def values(v_ring, stage, traits):
     """A tile of values as a second operand."""
     return v_ring.tiles.index(stage).reshape([traits.BLOCK_N, traits.BLOCK_DV])
@@ -303,13 +325,14 @@ def advance(
     i, state, own, memory, walk, scores, seen, traits, S: gl.constexpr, A: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Tile i of the walk: its scores and weights, while the product of the tile before with v runs."""
-    weights, out, largest, total = state
+    p, out, largest, total = state
     k_ring, v_ring = memory.k_ring, memory.v_ring
     factor = exponent_factor(scores, traits)
     stage = i % traits.STAGES
     before = (i - 1) % traits.STAGES
     mbarrier.wait(k_ring.full.index(stage), (i // traits.STAGES) & 1)
     products = multiplied(own, k_ring, stage, traits, S)
+    weights = rounded(p, own.dtype, A)
     out_next = warpgroup_mma(weights, values(v_ring, before, traits), out, is_async=True)
     products = warpgroup_mma_wait(1, deps=[products])
     mbarrier.arrive(k_ring.empty.index(stage), count=1)
@@ -327,9 +350,9 @@ def advance(
     mbarrier.wait(v_ring.full.index(stage), (i // traits.STAGES) & 1)
     out = warpgroup_mma_wait(0, deps=[out_next])
     mbarrier.arrive(v_ring.empty.index(before), count=1)
-    weights = gl.convert_layout(p.to(own.dtype), gl.DotOperandLayout(0, A, 2))
+    p = kept(p, traits, own.dtype, A)
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, A))[:, None]
-    return weights, out, larger, total
+    return p, out, larger, total
 
 
 @gluon.jit
@@ -347,16 +370,18 @@ def begin(own, memory, walk, scores, seen, traits, S: gl.constexpr, A: gl.conste
     largest = gl.max(products, 1) * factor
     shift = gl.where(largest == float("-inf"), 0.0, largest)
     p = gl.exp2(products * factor - shift[:, None])
-    weights = gl.convert_layout(p.to(own.dtype), gl.DotOperandLayout(0, A, 2))
+    total = gl.sum(p, 1)
+    p = kept(p, traits, own.dtype, A)
     out = gl.zeros([ROWS, traits.BLOCK_DV], gl.float32, A)
     mbarrier.wait(memory.v_ring.full.index(0), 0)
-    return weights, out, largest, gl.sum(p, 1)
+    return p, out, largest, total
 
 
 @gluon.jit
-def finish(state, v_ring, walk, traits):
+def finish(state, v_ring, walk, traits, A: gl.constexpr):
     """The product of the last tile with v."""
-    weights, out, largest, total = state
+    p, out, largest, total = state
+    weights = rounded(p, v_ring.tiles.dtype, A)
     stage = (walk.count - 1) % traits.STAGES
     out_next = warpgroup_mma(weights, values(v_ring, stage, traits), out, is_async=True)
     out = warpgroup_mma_wait(0, deps=[out_next])
@@ -398,7 +423,7 @@ def consume(W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, place, walk, 
     if traits.HAS_LEFT:
         for i in range(gl.maximum(high, walk.low), walk.count):
             state = advance(i, state, own, memory, walk, scores, seen, traits, S, A, True)
-    out, largest, total = finish(state, memory.v_ring, walk, traits)
+    out, largest, total = finish(state, memory.v_ring, walk, traits, A)
     out, lse = normalised(out, largest, total, sinks_ptr, place, traits, gl.SliceLayout(1, A))
     gl.store(lse_ptr + rows, lse, mask=rows < place.length)
     out_tile = memory.out_tiles.index(W)

@@ -11,6 +11,7 @@ import torch
 import triton
 
 from pytransformer.kernels.hopper.launch import HopperForward
+from pytransformer.kernels.hopper.names import OLD
 from pytransformer.kernels.hopper.serves import triton_missing
 from pytransformer.ops.attention.call import AttentionCall
 from tests.compile.cases.attention import NUM_HEADS, NUM_KV_HEADS, SEQLEN
@@ -42,7 +43,9 @@ CALLS = {
     "d256-full-packed-sinks": call(256, 256, packed=True, causal=False, sinks=torch.empty(NUM_HEADS)),
 }
 # Instructions of a whole tile, 64 queries by 128 keys.
-MOST = {"d64-causal": 425, "d128-causal": 470}
+MOST = {"d64-causal": 415, "d128-causal": 460}
+# Bytes on the stack, outside of the loops.
+MOST_SPILLED = 8 if OLD else 0
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def reports() -> dict[str, Report]:
 def test_it_compiles_within_its_limits(reports) -> None:
     assert not {name: report.complaints for name, report in reports.items() if report.complaints}
     for report in reports.values():
-        assert report.outcomes[0].statistics.spill_bytes == 0
+        assert report.outcomes[0].statistics.spill_bytes <= MOST_SPILLED
 
 
 def test_no_loop_holds_the_block_up(reports) -> None:
@@ -67,7 +70,6 @@ def test_no_loop_holds_the_block_up(reports) -> None:
         assert len(loops) >= 2 and not any(loop.cta_barriers for loop in loops)
 
 
-@pytest.mark.skipif(triton.__version__ < "3.9", reason="the figures of the newest compiler that is supported")
 @pytest.mark.parametrize("name", MOST)
 def test_a_whole_tile_takes_few_instructions(name: str, reports) -> None:
     loops = reports[name].outcomes[0].statistics.loops
