@@ -280,7 +280,6 @@ def consume(dq_desc, dk_desc, dv_desc, at, memory, barriers, place, tiles, tiles
             dout = memory.dout.index(stage).reshape([BLOCK_M, D])
             empty = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES)
             mbarrier.wait(barriers.full.index(stage), (used >> 1) & 1)
-            shift = memory.shift.index(stage).load(gl.SliceLayout(0, SCORES))
             # dp begins as -delta, which saves the subtraction. A thread has it for two of its rows, and from two places: were it one
             # value, the compiler would copy it behind the first product and wait for that one's end.
             first = memory.delta.index(2 * stage).load(gl.SliceLayout(0, SCORES))
@@ -289,6 +288,8 @@ def consume(dq_desc, dk_desc, dv_desc, at, memory, barriers, place, tiles, tiles
             products = warpgroup_mma(k, q.permute((1, 0)), empty, use_acc=False, is_async=True)
             dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
             products = warpgroup_mma_wait(1, deps=[products])
+            # Here, and not beside delta: its registers would be taken while those of both products are.
+            shift = memory.shift.index(stage).load(gl.SliceLayout(0, SCORES))
             exponents = products * scores.factor
             if traits.HAS_SOFTCAP:
                 ratio = 1.0 - 2.0 / (1.0 + gl.exp2(exponents))

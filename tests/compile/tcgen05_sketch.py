@@ -1,4 +1,4 @@
-"""Attention forward for sm_100 (tcgen05) in Gluon, as far as its compiled figures are wanted: docs/lab-notes.md, "What tcgen05 needs".
+"""Attention forward for sm_100 (tcgen05) in Gluon, as far as its compiled figures are wanted: docs/tcgen05.md.
 
 It has never run: no GPU of that kind was at hand, and the Gluon interpreter knows no tensor memory. Whole tiles only: no mask, no ragged
 lengths. One block owns 2 × 128 queries; beside the warpgroup that starts the others and then corrects there are two for the softmax, a warp

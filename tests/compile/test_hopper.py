@@ -15,11 +15,10 @@ from pytransformer.kernels.hopper.names import OLD
 from pytransformer.kernels.hopper.serves import triton_missing
 from pytransformer.ops.attention.call import AttentionCall
 from tests.compile.cases.attention import NUM_HEADS, NUM_KV_HEADS, SEQLEN
-from tests.support import gate_figures
+from tests.support import budget, gate_figures
 from tests.support.compile_gate import Case, Report, run_cases
-from tests.support.hot_loop import Instruction, innermost, read
+from tests.support.hot_loop import Instruction
 from tests.support.launch_recorder import record
-from tests.support.sass import disassemble
 
 pytestmark = pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
 
@@ -89,6 +88,11 @@ def test_it_takes_a_sixth_fewer_instructions_than_the_portable_kernel(reports) -
     assert max(sorted(ours)[:2]) <= (1 - 0.17) * portable
 
 
+def _hot_loops(name: str) -> list[list[Instruction]]:
+    (launch,) = record(lambda: HopperForward(CALLS[name])(CALLS[name]), 90)
+    return budget.loops_of(launch)
+
+
 def _softmax_beside_products(loop: list[Instruction]) -> list[float]:
     """The part of a loop's exponentials between the wait for the scores and that for the product with v, after each of its products."""
     text = "".join(
@@ -103,15 +107,22 @@ def _softmax_beside_products(loop: list[Instruction]) -> list[float]:
 @pytest.mark.parametrize("name", ["d64-causal", "d128-causal"])
 def test_the_softmax_lies_beside_the_product_with_v(name: str, reports) -> None:
     """ptxas likes to put the wait for that product in front of the exponentials."""
-    (launch,) = record(lambda: HopperForward(CALLS[name])(CALLS[name]), 90)
-    compiled = triton.compile(launch.source(), target=launch.target, options=launch.options.__dict__)
-    instructions, loops = read(disassemble(compiled.asm["cubin"]))
-    found = [instructions[first : last + 1] for first, last in innermost(loops)]
-    hot = [loop for loop in found if sum(one.name.startswith("HGMMA") for one in loop) >= 12]
+    hot = _hot_loops(name)
     assert len(hot) == 4
     for loop in hot:
         (part,) = _softmax_beside_products(loop)
         assert part > 0.9
+
+
+@pytest.mark.parametrize(("dim", "cores"), [(64, 512), (128, 1024)])
+def test_issue_is_not_what_a_whole_tile_waits_for(dim: int, cores: int) -> None:
+    """The exponentials of 64 × 128 scores and of two statistics for each row, 66 a lane, take 528 clocks; products as many as they have
+    operations. All others have some of that time left."""
+    whole, *_ = sorted(_hot_loops(f"d{dim}-causal"), key=len)
+    clocks = budget.clocks(whole)
+    assert clocks.pop("tensor cores") == cores and clocks.pop("exponentials") == 528
+    assert clocks["issue"] == len(whole)
+    assert max(clocks.values()) < 0.85 * max(cores, 528)
 
 
 def test_figures_are_those_committed(reports, record_figures) -> None:

@@ -1,4 +1,4 @@
-"""The sketch for sm_100 goes on compiling to the figures that docs/lab-notes.md ("What tcgen05 needs") names."""
+"""The sketch for sm_100 goes on compiling to the figures that docs/tcgen05.md names."""
 
 from __future__ import annotations
 
