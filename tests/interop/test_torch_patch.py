@@ -114,6 +114,21 @@ def test_a_padded_batch_in_evaluation_takes_torchs_fast_path(served, device):
     assert not expected[padding].any() and actual[padding].any()
 
 
+def test_left_padding_under_a_causal_mask_is_finite_without_gradients(served, device):
+    """Rows of padding see no key: torch's fast path makes NaN of them, and of the whole sequence one layer later."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(device).eval()
+    x, padding = torch.randn(2, 6, 16, device=device), torch.zeros(2, 6, dtype=torch.bool, device=device)
+    padding[1, :2] = True
+    causal = torch.ones(6, 6, dtype=torch.bool, device=device).triu(1)
+    expected = model(x, mask=causal, src_key_padding_mask=padding).detach()
+    assert not served
+    with torch.no_grad(), patch_sdpa():
+        actual = model(x, mask=causal, src_key_padding_mask=padding)
+    assert len(served) == 2
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("fallback", [False, True])
 def test_nested_tensors_are_refused_as_the_guide_says(fallback, served, device):
     module = torch.nn.MultiheadAttention(16, 2, batch_first=True).to(device).eval()
