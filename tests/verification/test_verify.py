@@ -77,7 +77,8 @@ def replace_forward(monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("acc = acc * rescale[:, None]", "acc = acc * 1.0"),
+        # As gross as the faults of tests/kernels/test_attention_faults.py.
+        pytest.param("acc = acc * rescale[:, None]", "acc = acc * 1.0", marks=pytest.mark.slow),
         ("row_sum = row_sum * rescale + tl.sum(p, 1)", "row_sum = row_sum * rescale + tl.sum(p, 1) * 1.02"),
     ],
     ids=["no rescale in the online softmax", "sums 2 % too large"],
