@@ -79,8 +79,9 @@ def test_a_broadcast_bias_and_sinks_have_deterministic_gradients(device: torch.d
     assert_same_bits(results(case, inputs), results(case, inputs))
 
 
-@pytest.mark.parametrize("dims", [(16, 16), (40, 24)], ids=str)
-@pytest.mark.parametrize("lengths", [(17, 33), PACKED.lengths], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("lengths", "dims"), [((17, 33), (40, 24)), (PACKED.lengths, (16, 16))], ids=["dense", "packed"]
+)
 def test_nothing_beside_the_inputs_is_read(
     lengths: Any, dims: tuple[int, int], device: torch.device, poison_empty: None
 ) -> None:
