@@ -21,7 +21,7 @@ from .attention_contract import WITH_SLOPES, Case, backward, draw, forward, run_
 KERNELS = Path(__file__).resolve().parents[2] / "kernels/attention"
 pytestmark = pytest.mark.usefixtures("without_overflow_checks")
 
-CAUSAL = Case((20, 33), heads=(4, 2), options={"causal": True})
+CAUSAL = Case((20, 33), options={"causal": True})
 WINDOW = Case((20, 40), options={"window": (9, 2)})
 MORE_QUERIES = Case((40, 20), options={"causal": True})
 PACKED = Case(((5, 7), (0, 3), (17, 33), (4, 0)), heads=(4, 2), options={"causal": True})
