@@ -198,10 +198,13 @@ def run_matrix(cells: Sequence[Cell], jobs: int = 1) -> Iterator[Outcome]:
         return
     # A forked child would inherit torch's thread pool in an undefined state; a spawned one starts clean.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(cells[0].device,)) as pool:
+    interpreted = cells[0].device if any(cell.backend == "triton" for cell in cells) else None
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(interpreted,)) as pool:
         yield from pool.map(Cell.run, cells)
 
 
-def _start_worker(device: str) -> None:
+def _start_worker(triton_device: str | None) -> None:
+    """``triton_device``: where Triton's kernels will run; ``None`` if none will, which saves the process Triton's import."""
     torch.set_num_threads(1)
-    prepare_triton(torch.device(device))
+    if triton_device is not None:
+        prepare_triton(torch.device(triton_device))

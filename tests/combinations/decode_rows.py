@@ -13,6 +13,7 @@ from pytransformer.ops.decode_attention import decode_attention
 from pytransformer.verification import SEEDS, Contract
 from tests.combinations.pairwise import Impossible, Row, covering_array
 from tests.kernels.decode_contract import Decode, Inputs, draw, golden
+from tests.support.draws import pool
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "dtype": ("bfloat16", "float32", "float16"),
@@ -180,20 +181,30 @@ def run_op(row: Mapping[str, str], inputs: Inputs, backend: str) -> dict[str, Te
     return dict(zip(("out", "lse"), result if isinstance(result, tuple) else (result,)))
 
 
-def contract_of(row: Mapping[str, str], backend: str, device: torch.device) -> Contract:
-    """Errors of the op, pooled, beside plain PyTorch's; the first call is made twice, for the same bits.
+def contract_of(
+    row: Mapping[str, str], backend: str, device: torch.device, repeated: bool = True, least: int = SEEDS // 2
+) -> Contract:
+    """Errors of the op, pooled, beside plain PyTorch's.
 
-    Each call has two sequences that are drawn independently, so half as many calls pool as many draws as the contract asks for.
+    Args:
+        row: what is called.
+        backend: of the op.
+        device: of the tensors.
+        repeated: whether the first call is made twice, for the same bits.
+        least: calls that are pooled in any case. Each has two sequences that are drawn independently, so half as many calls pool as
+            many draws as the contract asks for; fewer are for tests that go over many rows.
     """
     case = case_of(row)
     contract = Contract(case.dtype)
-    for seed in range(SEEDS // 2):
+
+    def add(seed: int) -> None:
         inputs = inputs_of(row, seed, device)
         exact, plain = golden(inputs, case, torch.float64), golden(inputs, case, case.dtype)
         outputs = run_op(row, inputs, backend)
-        if seed == 0:
+        if seed == 0 and repeated:
             for name, value in run_op(row, inputs, backend).items():
                 assert torch.equal(value, outputs[name]), f"{name} differs between two runs"
         for place, (name, value) in enumerate(outputs.items()):
             contract.add(name, actual=value, plain=plain[place], golden=exact[place])
-    return contract
+
+    return pool(contract, add, least, SEEDS // 2)

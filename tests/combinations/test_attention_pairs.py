@@ -8,6 +8,7 @@ import torch
 from tests.combinations import attention_rows as options
 from tests.combinations import record
 from tests.combinations.pairwise import Row, label, one_at_a_time, plain
+from tests.conftest import INTERPRETING
 from tests.kernels.attention_contract import run_reference
 
 ROWS = options.rows()
@@ -16,7 +17,9 @@ ROWS = options.rows()
 @pytest.mark.parametrize("number", range(len(ROWS)))
 @pytest.mark.usefixtures("without_overflow_checks", "poison_empty", "small_tiles")
 def test_pairs_of_options(number: int, device: torch.device) -> None:
-    options.contract_of(ROWS[number], "triton", device).check()
+    # An option that goes wrong in the company of another does so with every draw. The interpreter runs programs in one order and finds
+    # races itself: to run them once more would show nothing.
+    options.contract_of(ROWS[number], "triton", device, repeated=not INTERPRETING, least=1).check()
     record.expect(
         "attention", "pairs", "triton", f"{number:02d}", {"options": ROWS[number], "forward, backward": "passed"}
     )

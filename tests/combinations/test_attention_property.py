@@ -13,6 +13,7 @@ from pytransformer.verification import SEEDS, Contract
 from tests.combinations import attention_rows as options
 from tests.combinations.pairwise import Row
 from tests.kernels.attention_contract import Case, run_reference
+from tests.support.draws import pool
 
 pytestmark = pytest.mark.usefixtures("without_overflow_checks", "small_tiles")
 
@@ -33,10 +34,12 @@ def calls(draw: st.DrawFn) -> tuple[Row, Case]:
 def test_any_options_at_any_lengths(call: tuple[Row, Case], device: torch.device) -> None:
     row, case = call
     contract = Contract(torch.float32)
-    for seed in range(SEEDS // 2):
+
+    def add(seed: int) -> None:
         inputs = options.inputs_of(row, seed, device, case)
         exact, plain = run_reference(inputs, torch.float64), run_reference(inputs)
         outputs, gradients = options.run_op(row, inputs, "triton")
         contract.add_all(outputs, plain[0], exact[0])
         contract.add_all(gradients, plain[1], exact[1], kind="gradient")
-    contract.check()
+
+    pool(contract, add, 1, SEEDS // 2).check()

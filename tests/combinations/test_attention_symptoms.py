@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pytransformer import attention, decode_attention, reference
-from pytransformer.verification import SEEDS, Contract
+from pytransformer.verification import Contract
 from tests.ops.attention_cases import qkv
+from tests.support.draws import pool
 
 BACKENDS = ("triton", "torch", "reference")
 pytestmark = pytest.mark.usefixtures("without_overflow_checks", "poison_empty")
@@ -54,7 +55,8 @@ def test_padding_silently_ignored(causal: bool, backend: str, device: torch.devi
 def test_left_padding_changes_outputs(backend: str, device: torch.device) -> None:
     """A sequence behind left padding, in a batch, causal: outputs and gradients are those of the sequence by itself."""
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
+
+    def add(seed: int) -> None:
         torch.manual_seed(seed)
         alone = leaves(qkv(1, 13, 13, 2, 1), device)
         pads = {name: 100.0 * torch.randn(1, 24, tensor.shape[2], 16, device=device) for name, tensor in alone.items()}
@@ -67,7 +69,8 @@ def test_left_padding_changes_outputs(backend: str, device: torch.device) -> Non
         contract.add("out", actual=out, **expected(alone, "out", dout))
         for name, gradient in zip(alone, gradients):
             contract.add(f"d{name}", actual=gradient, kind="gradient", **expected(alone, f"d{name}", dout))
-    contract.check()
+
+    pool(contract, add, 1).check()
 
 
 def expected(tensors: dict[str, Tensor], name: str, dout: Tensor) -> dict[str, Tensor]:
@@ -131,7 +134,8 @@ def test_broadcast_bias_gradient_wrong(shape: tuple[int, ...], device: torch.dev
     The sinks take part so that one bias for all has a gradient too: without them the weights of a row always add up to 1.
     """
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
+
+    def add(seed: int) -> None:
         torch.manual_seed(seed)
         tensors = {name: tensor.to(device) for name, tensor in qkv(2, 5, 20, 4, 2).items()}
         tensors["sinks"] = torch.randn(4, device=device)
@@ -144,7 +148,8 @@ def test_broadcast_bias_gradient_wrong(shape: tuple[int, ...], device: torch.dev
             golden=bias_gradient(tensors, written_out.double(), dout, "reference").sum_to_size(shape),
             kind="gradient",
         )
-    contract.check()
+
+    pool(contract, add, 1).check()
 
 
 def visible_keys(backend: str, seqlen_q: int, seqlen_k: int, device: torch.device, **options: object) -> Tensor:

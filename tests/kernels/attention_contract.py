@@ -16,6 +16,7 @@ from pytransformer.kernels.attention.backward import BackwardConfig, attention_b
 from pytransformer.kernels.attention.forward import ForwardConfig, attention_forward
 from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.verification import SEEDS, Contract
+from tests.support.draws import pool
 
 # Small tiles make several of them of few rows; both axes differ, so that a swap shows.
 FORWARD_TILES = ForwardConfig(16, 32, 4, 1)
@@ -165,6 +166,39 @@ def run_reference(inputs: Inputs, dtype: torch.dtype | None = None) -> tuple[dic
     return {"out": out.detach(), "lse": lse.detach()}, gradients
 
 
+def _arguments(case: Case, inputs: Inputs) -> tuple[list[Tensor], dict[str, Any]]:
+    """(q, k and v, options) as the launchers take them."""
+    options = {**inputs.options, **{name: inputs.tensors.get(name) for name in case.differentiable}}
+    return [inputs.tensors[name] for name in ("q", "k", "v")], options
+
+
+def run_forward(
+    case: Case, inputs: Inputs, forward: Callable[..., tuple[Tensor, Tensor]] = forward
+) -> dict[str, Tensor]:
+    """out and lse of the kernel."""
+    qkv, options = _arguments(case, inputs)
+    return dict(zip(("out", "lse"), forward(*qkv, **options, config=case.forward_tiles)))
+
+
+def run_backward(
+    case: Case,
+    inputs: Inputs,
+    outputs: dict[str, Tensor],
+    backward: Callable[..., tuple[Tensor | None, ...]] = backward,
+) -> dict[str, Tensor]:
+    """Gradients of the kernels, given what the forward pass returned."""
+    qkv, options = _arguments(case, inputs)
+    out, lse = outputs["out"], outputs["lse"]
+    # What flows into the lse of a row that sees nothing must not matter; a merge of two partial results sends NaN.
+    dlse = torch.where(lse == -math.inf, math.nan, inputs.dlse)
+    if "alibi_slopes" in case.differentiable:
+        # The CUDA kernels, which know no such gradient, are not asked for it.
+        options["want_dslopes"] = True
+    gradients = backward(inputs.dout, *qkv, out, lse, dlse, **options, config=case.backward_tiles)
+    names = ("dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes")
+    return {name: grad for name, grad in zip(names, gradients) if grad is not None}
+
+
 def run_kernels(
     case: Case,
     inputs: Inputs,
@@ -172,17 +206,8 @@ def run_kernels(
     backward: Callable[..., tuple[Tensor | None, ...]] = backward,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(out and lse, gradients) of the kernels."""
-    q, k, v = (inputs.tensors[name] for name in ("q", "k", "v"))
-    options = {**inputs.options, **{name: inputs.tensors.get(name) for name in case.differentiable}}
-    out, lse = forward(q, k, v, **options, config=case.forward_tiles)
-    # What flows into the lse of a row that sees nothing must not matter; a merge of two partial results sends NaN.
-    dlse = torch.where(lse == -math.inf, math.nan, inputs.dlse)
-    if "alibi_slopes" in case.differentiable:
-        # The CUDA kernels, which know no such gradient, are not asked for it.
-        options["want_dslopes"] = True
-    gradients = backward(inputs.dout, q, k, v, out, lse, dlse, **options, config=case.backward_tiles)
-    names = ("dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes")
-    return {"out": out, "lse": lse}, {name: grad for name, grad in zip(names, gradients) if grad is not None}
+    outputs = run_forward(case, inputs, forward)
+    return outputs, run_backward(case, inputs, outputs, backward)
 
 
 def contract_of(
@@ -191,17 +216,23 @@ def contract_of(
     forward: Callable[..., tuple[Tensor, Tensor]] = forward,
     backward: Callable[..., tuple[Tensor | None, ...]] = backward,
     seeds: int = SEEDS,
+    least: int | None = None,
 ) -> Contract:
-    """Errors of the kernels over several seeds, beside those of plain PyTorch in the same dtype; not judged yet."""
+    """Errors of the kernels over ``seeds`` draws, beside those of plain PyTorch in the same dtype.
+
+    ``least`` draws, and all only in doubt, are for tests that go over many cases.
+    """
     contract = Contract(case.dtype)
-    for seed in range(seeds):
+
+    def add(seed: int) -> None:
         inputs = draw(case, seed, device)
         golden, golden_gradients = run_reference(inputs, torch.float64)
         plain, plain_gradients = run_reference(inputs)
         actual, gradients = run_kernels(case, inputs, forward, backward)
         contract.add_all(actual, plain, golden)
         contract.add_all(gradients, plain_gradients, golden_gradients, kind="gradient")
-    return contract
+
+    return pool(contract, add, least or seeds, seeds)
 
 
 def covering(factors: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pytransformer.kernels.decode_attention.launcher import decode_attention_for
 from pytransformer.kernels.decode_attention.policy import DecodeConfig, decode_configs
 from pytransformer.ops.decode_attention.call import DecodeCall
 from pytransformer.verification import SEEDS, Contract
+from tests.support.draws import pool
 
 # Up to four splits of tiles of 16 keys: a hundred keys make every kind of boundary.
 MAX_SPLITS = 4
@@ -170,11 +171,21 @@ def golden(inputs: Inputs, case: Decode, dtype: torch.dtype) -> tuple[Tensor, Te
 
 def check_contract(
     case: Decode, device: torch.device, lengths: Sequence[tuple[int, ...]] = (), *,
-    alter: Callable[[Inputs, int], None] | None = None, **changes: Any,
+    alter: Callable[[Inputs, int], None] | None = None, least: int = SEEDS, **changes: Any,
 ) -> None:  # fmt: skip
-    """Pools the errors of a case over the seeds; ``lengths`` gives other lengths to each seed in turn, ``alter`` changes what is drawn."""
+    """Pools the errors of a case over the seeds.
+
+    Args:
+        case: what is called.
+        device: of the tensors.
+        lengths: other lengths for each seed in turn.
+        alter: changes what is drawn.
+        least: draws that are pooled in any case; fewer than the contract's where what is asked is which cells are read, not how sums round.
+        changes: other arguments of the launcher.
+    """
     contract = Contract(case.dtype)
-    for seed in range(SEEDS):
+
+    def add(seed: int) -> None:
         drawn = replace(case, lengths=lengths[seed % len(lengths)]) if lengths else case
         inputs = draw(drawn, seed, device)
         if alter is not None:
@@ -183,4 +194,5 @@ def check_contract(
         actual = run(inputs, drawn, **changes)
         for place, name in enumerate(("out", "lse")):
             contract.add(name, actual=actual[place], plain=plain[place], golden=exact[place])
-    contract.check()
+
+    pool(contract, add, least).check()

@@ -11,6 +11,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.kernels.linear_attention.policy import LinearConfig
 from pytransformer.verification import SEEDS, Contract
+from tests.support.draws import pool
 from tests.support.launchers import linear_backward, linear_forward
 
 FLOAT32 = torch.float32
@@ -88,9 +89,13 @@ def by_reference(
     return {**dict(zip(("out", "S", "z"), (result.detach() for result in results))), **grads}
 
 
-def measure(case: Case, device: torch.device, seeds: int = SEEDS, **launchers: Any) -> Contract:
+def measure(
+    case: Case, device: torch.device, seeds: int = SEEDS, least: int | None = None, **launchers: Any
+) -> Contract:
+    """Errors over ``seeds`` draws; ``least``, and all only in doubt, are for tests that go over many cases."""
     contract = Contract(case.dtype)
-    for seed in range(seeds):
+
+    def add(seed: int) -> None:
         inputs = case.inputs(device, seed)
         gradients = case.gradients(inputs)
         plain, golden = (by_reference(case, inputs, gradients, dtype) for dtype in (case.dtype, torch.float64))
@@ -98,4 +103,5 @@ def measure(case: Case, device: torch.device, seeds: int = SEEDS, **launchers: A
             assert value.is_contiguous() and value.dtype == plain[name].dtype
             kind = "gradient" if name.startswith("grad") else "output"
             contract.add(name, actual=value, plain=plain[name], golden=golden[name], kind=kind)
-    return contract
+
+    return pool(contract, add, least or seeds, seeds)

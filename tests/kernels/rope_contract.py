@@ -11,6 +11,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.kernels.rope import RopeConfig
 from pytransformer.verification import SEEDS, Contract
+from tests.support.draws import pool
 from tests.support.launchers import rope_rotate
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -75,11 +76,16 @@ def by_reference(
 
 
 def measure(
-    case: Case, device: torch.device, seeds: int = SEEDS, rotate: Callable[..., object] = rope_rotate
+    case: Case,
+    device: torch.device,
+    seeds: int = SEEDS,
+    rotate: Callable[..., object] = rope_rotate,
+    least: int | None = None,
 ) -> Contract:
-    """The contract of a case over some seeds."""
+    """The contract of a case over some seeds; over ``least`` and all only in doubt where what is asked is which cells are read."""
     contract = Contract(case.dtype)
-    for seed in range(seeds):
+
+    def add(seed: int) -> None:
         tensors, where = case.inputs(device, seed)
         options = {"interleaved": case.interleaved, "reverse": case.reverse, "config": case.config}
         rotated = rotate(*tensors, *case.tables(device), **where, **options)
@@ -92,4 +98,5 @@ def measure(
         for name, *values in zip(("q", "k"), actual, plain, golden):
             assert values[0].is_contiguous() and values[0].dtype == case.dtype
             contract.add(name, actual=values[0], plain=values[1], golden=values[2])
-    return contract
+
+    return pool(contract, add, least or seeds, seeds)

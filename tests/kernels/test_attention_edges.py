@@ -48,17 +48,16 @@ PACKED = Case(((5, 7), (0, 3), (17, 33), (4, 0)), heads=(4, 2), options={"causal
 @pytest.mark.parametrize("case", [Case((40, 33), heads=(4, 2), batch=2), PACKED], ids=["dense", "packed"])
 @pytest.mark.usefixtures("without_overflow_checks")
 def test_program_order_does_not_change_a_bit(case: Case, device: torch.device) -> None:
-    """Each run gives the same bits: on a GPU programs run in whatever order they get, here in two that are drawn."""
+    """Each run gives the same bits: on a GPU programs run in whatever order they get, here in their own and in one that is drawn."""
     inputs = draw(case, 0, device)
     first = results(case, inputs)
-    for seed in (1, 2):
-        shuffled: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if INTERPRETING:
-            from pytransformer import triton_interpreter
+    shuffled: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if INTERPRETING:
+        from pytransformer import triton_interpreter
 
-            shuffled = triton_interpreter.program_order(seed)
-        with shuffled:
-            assert_same_bits(first, results(case, inputs))
+        shuffled = triton_interpreter.program_order(1)
+    with shuffled:
+        assert_same_bits(first, results(case, inputs))
 
 
 @pytest.mark.gpu
@@ -80,8 +79,9 @@ def test_a_broadcast_bias_and_sinks_have_deterministic_gradients(device: torch.d
     assert_same_bits(results(case, inputs), results(case, inputs))
 
 
-@pytest.mark.parametrize("dims", [(16, 16), (40, 24)], ids=str)
-@pytest.mark.parametrize("lengths", [(17, 33), PACKED.lengths], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("lengths", "dims"), [((17, 33), (40, 24)), (PACKED.lengths, (16, 16))], ids=["dense", "packed"]
+)
 def test_nothing_beside_the_inputs_is_read(
     lengths: Any, dims: tuple[int, int], device: torch.device, poison_empty: None
 ) -> None:

@@ -20,6 +20,7 @@ from pytransformer.kernels.linear_cross_entropy import (
 from pytransformer.verification import SEEDS, Contract, ContractError
 from tests.conftest import INTERPRETING
 from tests.support.broken_kernel import load_broken
+from tests.support.draws import pool
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ROWS = 6
@@ -69,24 +70,29 @@ def by_reference(drawn: dict[str, Tensor], options=PLAIN, dtype: torch.dtype | N
     return losses.detach(), torch.autograd.grad(losses, logits, dlosses.to(losses.dtype))[0]
 
 
-def measure(vocab_size: int, dtype: torch.dtype, device, options=PLAIN, seeds: int = SEEDS, **more) -> Contract:
+def measure(
+    vocab_size: int, dtype: torch.dtype, device, options=PLAIN, seeds: int = SEEDS, least: int | None = None, **more
+) -> Contract:
+    """The contract over some seeds; over ``least`` and all only in doubt where what is asked is which cells are read."""
     contract = Contract(dtype)
     scale = more.pop("scale", 3.0)
-    for seed in range(seeds):
+
+    def add(seed: int) -> None:
         drawn = inputs(vocab_size, dtype, device, options, seed, scale)
         losses, gradient, _ = by_kernel(drawn, options, **more)
         plain, golden = by_reference(drawn, options), by_reference(drawn, options, torch.float64)
         contract.add("loss", actual=losses, plain=plain[0], golden=golden[0], kind="output")
         contract.add("dlogits", actual=gradient, plain=plain[1], golden=golden[1], kind="gradient")
-    return contract
+
+    return pool(contract, add, least or seeds, seeds)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 2, 63, 64, 65, 512, 513])
 def test_contract_holds_at_every_size_of_the_vocabulary(vocab_size, dtype, device):
-    measure(vocab_size, dtype, device).check()
+    measure(vocab_size, dtype, device, least=1).check()
     if vocab_size > BLOCKS.block_cols:
-        measure(vocab_size, dtype, device, config=BLOCKS).check()
+        measure(vocab_size, dtype, device, least=1, config=BLOCKS).check()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
@@ -186,7 +192,7 @@ def test_rows_beyond_two_gigabytes_of_elements(device):
 def test_same_bits_each_run_in_any_order_of_programs(device):
     drawn = inputs(600, BFLOAT16, device, EVERYTHING)
     first = by_kernel(drawn, EVERYTHING)[:2]
-    for seed in range(200 if device.type == "cuda" else 3):
+    for seed in range(200 if device.type == "cuda" else 1):
         order = triton_interpreter.program_order(seed) if triton_interpreter.installed() else contextlib.nullcontext()
         with order:
             again = by_kernel(drawn, EVERYTHING)[:2]
@@ -227,7 +233,7 @@ FAULTS = {
 def _is_caught(device: torch.device, launch) -> bool:
     try:
         for options in (PLAIN, EVERYTHING):
-            measure(600, FLOAT32, device, options, seeds=2, launch=launch, config=BLOCKS).check()
+            measure(600, FLOAT32, device, options, seeds=1, launch=launch, config=BLOCKS).check()
     except ContractError:
         return True
     return False

@@ -11,6 +11,9 @@ from pytransformer.ops.attention.call import AttentionCall, check_attention
 from pytransformer.ops.backend import use_backend
 from tests.ops.attention_cases import bias_with_holes, packed_qkv, qkv, starts
 
+# It reaches torch's machinery as 'triton' does, through the registered op.
+REFERENCE = pytest.param("reference", marks=pytest.mark.slow)
+
 
 def inputs(device, requires_grad=True, **sizes):
     return [tensor.to(device).requires_grad_(requires_grad) for tensor in qkv(**sizes).values()]
@@ -43,7 +46,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["lse", "bias, sinks, dropout"])
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", REFERENCE])
 def test_opcheck_of_the_registered_ops(backend, options, device):
     options = {
         name: value.to(device).requires_grad_() if isinstance(value, torch.Tensor) else value
@@ -88,7 +91,7 @@ def test_opcheck_of_an_op_around_the_torch_path(device):
     [
         ("torch", [{"causal": True}, {"window": (3, 1)}]),
         ("triton", [{"causal": True, "return_lse": True}]),
-        ("reference", [{"softcap": 3.0, "return_lse": True}]),
+        pytest.param("reference", [{"softcap": 3.0, "return_lse": True}], marks=pytest.mark.slow),
     ],
     ids=["torch", "triton", "reference"],
 )

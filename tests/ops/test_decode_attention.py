@@ -18,6 +18,7 @@ from pytransformer.ops.decode_attention import CHOICE, by_torch, decode_attentio
 from pytransformer.ops.decode_attention.gather import widen
 from pytransformer.verification import SEEDS, Contract
 from tests.kernels.decode_contract import EDGE_LENGTHS, Decode, draw, golden
+from tests.support.draws import pool
 
 BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -120,12 +121,14 @@ def test_any_shape(data, device):
     )
     for backend in ("triton", "torch"):
         contract = Contract(case.dtype)
-        for seed in range(SEEDS):
+
+        def add(seed, backend=backend, contract=contract):
             inputs = draw(case, seed, device)
             actual = decode_attention(**inputs.tensors, **inputs.options, backend=backend)
             exact, plain = golden(inputs, case, torch.float64)[0], golden(inputs, case, case.dtype)[0]
             contract.add("out", actual=actual, plain=plain, golden=exact)
-        contract.check()
+
+        pool(contract, add, 1).check()
 
 
 # --- Errors ------------------------------------------------------------------------------------------------------------------------------

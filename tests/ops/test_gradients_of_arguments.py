@@ -3,6 +3,7 @@ refused; never is it left out in silence on one of them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,11 +178,17 @@ def test_every_op_and_each_of_its_tensors_is_here() -> None:
         assert wanted <= tried, (op.name, wanted - tried)
 
 
-def serves(call: Call, tensors: dict[str, Tensor], backend: str) -> bool:
-    """Whether a backend serves the call at all, nothing of which requires grad."""
+def drawn(name: str, device: torch.device) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {key: tensor.to(device) for key, tensor in CALLS[name].inputs().items()}
+
+
+@functools.cache
+def serves(name: str, backend: str, device: torch.device) -> bool:
+    """Whether a backend serves a call at all, nothing of which requires grad."""
     try:
         with torch.no_grad():
-            call({name: tensor.clone() for name, tensor in tensors.items()}, backend)
+            CALLS[name](drawn(name, device), backend)
     except NotImplementedError:
         return False
     return True
@@ -191,13 +198,11 @@ def serves(call: Call, tensors: dict[str, Tensor], backend: str) -> bool:
 def test_a_gradient_on_every_backend_or_a_refusal_on_every_backend(
     name: str, argument: str, device: torch.device
 ) -> None:
-    call = CALLS[name]
-    torch.manual_seed(0)
-    tensors = {key: tensor.to(device) for key, tensor in call.inputs().items()}
+    call, tensors = CALLS[name], drawn(name, device)
     for key, value in call.options.items():
         if isinstance(value, Tensor):
             call.options[key] = value.to(device)
-    backends = [backend for backend in BACKENDS if serves(call, tensors, backend)]
+    backends = [backend for backend in BACKENDS if serves(name, backend, device)]
     assert "reference" in backends
     if argument in call.refused:
         for backend in backends:

@@ -18,7 +18,7 @@ from pytransformer.ops.decode_attention.call import DecodeCall
 from pytransformer.ops.kv_append import CHOICE as APPEND
 from pytransformer.ops.kv_append import kv_append
 from pytransformer.ops.rope import rope
-from pytransformer.verification import SEEDS, Contract, measure
+from pytransformer.verification import Contract, measure
 from pytransformer.verification.cases import FLOATS
 from tests.kernels.append_contract import PLACES, Append, assert_same, call_of, copies, draw, results_of, run_reference
 from tests.kernels.decode_contract import Decode
@@ -26,6 +26,7 @@ from tests.ops import rope_cases
 from tests.ops.attention_cases import case, qkv, starts
 from tests.ops.test_attention_tiles import Memory
 from tests.ops.test_decode_attention import check_contract
+from tests.support.draws import pool
 
 # (head_dim, value head_dim): below a multiple of 8, no divisor of anything, between two of them, above what the kernels' tiles hold.
 DIMS = ((1, 1), (3, 3), (12, 20), (20, 12), (264, 264), (512, 512), (300, 12))
@@ -107,11 +108,13 @@ def test_kv_append(dims, backend, device):
     if dims == (1, 3):  # no pair to rotate
         return
     contract = Contract(torch.float32)
-    for seed in range(SEEDS if dims == (13, 12) else 2):
+
+    def add(seed):
         transformed = Append(dims=dims, with_q=True, norm=True, rotary_dim=12, interleaved=seed % 2 == 1)
         call = draw(transformed, seed, device)
         contract.add_all(append(call, backend), run_reference(call), run_reference(call, torch.float64))
-    contract.check()
+
+    pool(contract, add, 2).check()  # both layouts of pairs
 
 
 @pytest.mark.parametrize("backend", rope_cases.BACKENDS)
@@ -119,7 +122,8 @@ def test_kv_append(dims, backend, device):
 def test_rope_of_a_part_of_an_odd_head_dim(head_dim, backend, device):
     """8 features rotate; outputs and gradients."""
     contract, cpu = Contract(torch.float32), torch.device("cpu")
-    for seed in range(SEEDS):
+
+    def add(seed):
         torch.manual_seed(seed)
         tensors, options = rope_cases.draw(device, head_dim=head_dim), {"offsets": 3, "interleaved": seed % 2 == 1}
         actual = rope_cases.results(rope, tensors, torch.float32, device, backend=backend, **options)
@@ -129,7 +133,8 @@ def test_rope_of_a_part_of_an_odd_head_dim(head_dim, backend, device):
         )
         for values, kind in zip(zip(actual, plain, golden), ("output", "gradient")):
             contract.add_all(*values, kind=kind)
-    contract.check()
+
+    pool(contract, add, 2).check()  # both layouts of pairs
 
 
 def test_the_scale_is_that_of_the_head_dim_before_padding(device):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import pytransformer
 from pytransformer.interop import flash_attn
 from pytransformer.interop import torch as interop_torch
-from pytransformer.verification import SEEDS, Contract
+from pytransformer.verification import Contract
+from tests.support.draws import pool
 from tests.surfaces.surfaces import SURFACES, Surface, Tensors
 
 BATCH, SEQLEN = 2, 5
@@ -81,7 +82,8 @@ def autocast(surface: Surface) -> None:
     contract = Contract(torch.bfloat16)
     target = target_of(surface)
     low, wide = in_dtype(target, torch.bfloat16), in_dtype(target, torch.float64)
-    for seed in range(SEEDS):
+
+    def add(seed: int) -> None:
         tensors = inputs_of(surface, seed)
         by_dtype = {
             dtype: {
@@ -95,7 +97,8 @@ def autocast(surface: Surface) -> None:
         golden = outputs_of(surface, wide, by_dtype[torch.float64])
         for index, (one, other, right) in enumerate(zip(actual, plain, golden, strict=True)):
             contract.add(str(index), actual=one, plain=other, golden=right.double())
-    contract.check()
+
+    pool(contract, add, 1).check()
 
 
 def numpy_scalar(surface: Surface) -> None:

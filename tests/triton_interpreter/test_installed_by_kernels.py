@@ -47,12 +47,17 @@ def test_kernels_without_the_ops_are_hardened_too_with_the_options_chosen_before
     assert result.returncode == 0, result.stderr
 
 
-def test_the_variable_set_too_late_is_said_to_be():
+def test_the_variable_that_is_not_set_or_set_too_late_is_said_to_be():
     late = (
-        "import triton.language, os; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "import triton.language, os\n"
+        "from pytransformer import triton_interpreter\n"
+        "try:\n    triton_interpreter.install()\nexcept RuntimeError as error:\n    print(error)\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
         "try:\n    import pytransformer.kernels.rope\nexcept RuntimeError as error:\n    print(error)\n"
     )
     result = _run(late + RIGHT)
     assert result.returncode != 0
-    assert "needs TRITON_INTERPRET=1 in the environment before triton is first imported; it is '1' now" in result.stdout
+    needs = "needs TRITON_INTERPRET=1 in the environment before triton is first imported; it is"
+    assert f"{needs} 'not set' now" in result.stdout
+    assert f"{needs} '1' now" in result.stdout
     assert "TRITON_INTERPRET=1 was set after triton had been imported, too late" in result.stderr

@@ -77,7 +77,8 @@ def replace_forward(monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("acc = acc * rescale[:, None]", "acc = acc * 1.0"),
+        # As gross as the faults of tests/kernels/test_attention_faults.py.
+        pytest.param("acc = acc * rescale[:, None]", "acc = acc * 1.0", marks=pytest.mark.slow),
         ("row_sum = row_sum * rescale + tl.sum(p, 1)", "row_sum = row_sum * rescale + tl.sum(p, 1) * 1.02"),
     ],
     ids=["no rescale in the online softmax", "sums 2 % too large"],
@@ -85,7 +86,7 @@ def replace_forward(monkeypatch):
 def test_a_broken_kernel_makes_it_exit_with_1(old, new, tmp_path, replace_forward, capsys):
     broken = load_broken(tmp_path, "attention/forward", (old, new))
     replace_forward(broken.ForwardLaunch)
-    arguments = ["--op", "attention", "--backend", "triton", "--dtype", "float32", "--seeds", "2", "--jobs", "1"]
+    arguments = ["--op", "attention", "--backend", "triton", "--dtype", "float32", "--seeds", "1", "--jobs", "1"]
     assert main(["verify", *arguments]) == 1
     text = capsys.readouterr().out
     assert "FAIL attention (" in text
