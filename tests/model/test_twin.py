@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch import Tensor
 
 from pytransformer import use_backend
 from pytransformer.verification import SEEDS, Contract
@@ -26,20 +29,45 @@ EVERYWHERE = ["reference", AUTOMATIC]
 INTERPRETED_SEEDS = 3
 
 
+class Drawn:
+    """A model of a configuration with random weights, ids (batch, 11), and what its twins make of them."""
+
+    def __init__(self, name: str, seed: int, batch: int, device: torch.device) -> None:
+        self.model = make_model(CONFIGS[name], seed, device)
+        self.ids = random_ids(self.model.config, (batch, 11), seed, device)
+        self._twins = make_twin(self.model), make_twin(self.model, torch.float64)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Plain and golden."""
+        plain, golden = (twin(self.ids) for twin in self._twins)
+        return plain, golden
+
+    @functools.cached_property
+    def gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Plain and golden."""
+        plain, golden = (gradients(twin, self.ids) for twin in self._twins)
+        return plain, golden
+
+
+# The tests ask for the same models again with other backends and chunks, and change none.
+drawn = functools.cache(Drawn)
+
+
 @pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_are_those_of_the_twin(name, backend, device):
     contract = Contract(torch.float32)
     for seed in range(SEEDS):
-        model = make_model(CONFIGS[name], seed, device)
-        plain, golden = make_twin(model), make_twin(model, torch.float64)
-        ids = random_ids(model.config, (2, 11), seed, device)
+        draw = drawn(name, seed, 2, device)
+        plain, golden = draw.logits
         with use_backend(backend):
-            contract.add("logits", actual=model(ids), plain=plain(ids), golden=golden(ids))
-            actual = gradients(model, ids)
-        plain_gradients, golden_gradients = gradients(plain, ids), gradients(golden, ids)
-        assert set(actual) == set(golden_gradients)
-        contract.add_all(actual, plain_gradients, golden_gradients, kind="gradient")
+            contract.add("logits", actual=draw.model(draw.ids), plain=plain, golden=golden)
+            actual = gradients(draw.model, draw.ids)
+        plain, golden = draw.gradients
+        assert set(actual) == set(golden)
+        contract.add_all(actual, plain, golden, kind="gradient")
     contract.check()
 
 
@@ -69,6 +97,8 @@ def test_bfloat16_logits_are_as_near_as_plain_bfloat16(name, device):
     contract.check()
 
 
+# A step of a tiny model costs the same for one row and for eight: the contract's draws are rows of batches of so many models.
+WEIGHTS = 2
 # One token at a time from the start; a prompt, then tokens; a prompt in chunks (queries that follow a filled cache).
 CHUNKS = {"tokens": [1] * 11, "prompt": [7, 1, 1, 1, 1], "chunked": [4, 3, 1, 3]}
 
@@ -78,14 +108,12 @@ CHUNKS = {"tokens": [1] * 11, "prompt": [7, 1, 1, 1, 1], "chunked": [4, 3, 1, 3]
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_gives_the_logits_of_the_full_forward(name, backend, chunks, device):
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
-        model = make_model(CONFIGS[name], seed, device)
-        ids = random_ids(model.config, (2, 11), seed, device)
-        with use_backend(backend), torch.no_grad():
-            actual = cached_logits(model, ids, CHUNKS[chunks], poison=float("nan"))
-            contract.add(
-                "logits", actual=actual, plain=make_twin(model)(ids), golden=make_twin(model, torch.float64)(ids)
-            )
+    for seed in range(WEIGHTS):
+        draw = drawn(name, seed, 2 * SEEDS // WEIGHTS, device)
+        plain, golden = draw.logits
+        with use_backend(backend):
+            actual = cached_logits(draw.model, draw.ids, CHUNKS[chunks], poison=float("nan"))
+        contract.add("logits", actual=actual, plain=plain, golden=golden)
     contract.check()
 
 
