@@ -19,6 +19,7 @@ from tests.model.configs import (
     make_twin,
     random_ids,
 )
+from tests.support.draws import pool
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reference.*:RuntimeWarning")
 
@@ -27,6 +28,8 @@ AUTOMATIC = None
 EVERYWHERE = ["reference", AUTOMATIC]
 # A whole model through the interpreter takes seconds; each kernel goes through all seeds in its own tests.
 INTERPRETED_SEEDS = 3
+# The contract's draws of ids are the rows of so many batches, each with weights of its own: a pass of a tiny model costs the same for all.
+WEIGHTS = 2
 
 
 class Drawn:
@@ -59,8 +62,9 @@ drawn = functools.cache(Drawn)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_are_those_of_the_twin(name, backend, device):
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
-        draw = drawn(name, seed, 2, device)
+
+    def add(seed: int) -> None:
+        draw = drawn(name, seed, SEEDS // WEIGHTS, device)
         plain, golden = draw.logits
         with use_backend(backend):
             contract.add("logits", actual=draw.model(draw.ids), plain=plain, golden=golden)
@@ -68,7 +72,8 @@ def test_logits_and_gradients_are_those_of_the_twin(name, backend, device):
         plain, golden = draw.gradients
         assert set(actual) == set(golden)
         contract.add_all(actual, plain, golden, kind="gradient")
-    contract.check()
+
+    pool(contract, add, WEIGHTS).check()
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
@@ -97,8 +102,6 @@ def test_bfloat16_logits_are_as_near_as_plain_bfloat16(name, device):
     contract.check()
 
 
-# A step of a tiny model costs the same for one row and for eight: the contract's draws are rows of batches of so many models.
-WEIGHTS = 2
 # One token at a time from the start; a prompt, then tokens; a prompt in chunks (queries that follow a filled cache).
 CHUNKS = {"tokens": [1] * 11, "prompt": [7, 1, 1, 1, 1], "chunked": [4, 3, 1, 3]}
 
@@ -109,7 +112,7 @@ CHUNKS = {"tokens": [1] * 11, "prompt": [7, 1, 1, 1, 1], "chunked": [4, 3, 1, 3]
 def test_cached_decoding_gives_the_logits_of_the_full_forward(name, backend, chunks, device):
     contract = Contract(torch.float32)
     for seed in range(WEIGHTS):
-        draw = drawn(name, seed, 2 * SEEDS // WEIGHTS, device)
+        draw = drawn(name, seed, SEEDS // WEIGHTS, device)
         plain, golden = draw.logits
         with use_backend(backend):
             actual = cached_logits(draw.model, draw.ids, CHUNKS[chunks], poison=float("nan"))
