@@ -408,7 +408,7 @@ def test_dropout_drops_the_asked_share_scales_the_rest_and_follows_the_seed(pack
 # --- torch.compile ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [None, "triton"])
+@pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=pytest.mark.slow)])
 def test_fullgraph_forward_and_backward_with_dynamic_lengths(backend, device):
     torch._dynamo.reset()
 
