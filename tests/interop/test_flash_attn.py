@@ -257,7 +257,8 @@ def paged_case(page_size, device, dtype=torch.float32, head_dim=16):
 def test_varlen_with_a_block_table_of_any_page_size(page_size, backend, device):
     options = {"causal": True, "window_size": (4, 0)}
     contract = Contract(torch.float32)
-    for seed in range(SEEDS if backend is None else 3):
+
+    def add(seed):
         torch.manual_seed(seed)
         arguments, table, lengths, (k, v) = paged_case(page_size, device)
         with use_backend(backend):
@@ -270,7 +271,8 @@ def test_varlen_with_a_block_table_of_any_page_size(page_size, backend, device):
         )
         contract.add("out", actual=out, plain=plain[0], golden=golden[0])
         contract.add("lse", actual=lse, plain=plain[1], golden=golden[1])
-    contract.check()
+
+    pool(contract, add, SEEDS if backend is None else 2).check()
 
 
 def test_a_block_table_has_no_gradient_and_no_dropout(device):
