@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*the reference.*:RuntimeWarning
 # Softcap and ALiBi have no fused backend on every machine: the automatic choice is one of the backends under test.
 AUTOMATIC = None
 EVERYWHERE = ["reference", AUTOMATIC]
-# A whole model through the interpreter takes seconds; each kernel goes through all seeds in its own tests.
-INTERPRETED_SEEDS = 3
+# A whole model through the interpreter takes seconds, and each kernel goes through all draws in its own tests: two, in doubt all.
+INTERPRETED_DRAWS = 2
 # The contract's draws of ids are the rows of so many batches, each with weights of its own: a pass of a tiny model costs the same for all.
 WEIGHTS = 2
 
@@ -79,7 +79,8 @@ def test_logits_and_gradients_are_those_of_the_twin(name, backend, device):
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_triton_logits_and_gradients_are_those_of_the_twin(name, device):
     contract = Contract(torch.float32)
-    for seed in range(INTERPRETED_SEEDS):
+
+    def add(seed: int) -> None:
         model = make_model(TINY_CONFIGS[name], seed, device)
         plain, golden = make_twin(model), make_twin(model, torch.float64)
         ids = random_ids(model.config, (2, 6), seed, device)
@@ -87,7 +88,8 @@ def test_triton_logits_and_gradients_are_those_of_the_twin(name, device):
             contract.add("logits", actual=model(ids), plain=plain(ids), golden=golden(ids))
             actual = gradients(model, ids)
         contract.add_all(actual, gradients(plain, ids), gradients(golden, ids), kind="gradient")
-    contract.check()
+
+    pool(contract, add, INTERPRETED_DRAWS).check()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-qk-norm-head-dim"])
@@ -123,14 +125,16 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(name, backend, chu
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_triton_cached_decoding_gives_the_logits_of_the_full_forward(name, device):
     contract = Contract(torch.float32)
-    for seed in range(INTERPRETED_SEEDS):
+
+    def add(seed: int) -> None:
         model = make_model(TINY_CONFIGS[name], seed, device)
         ids = random_ids(model.config, (2, 5), seed, device)
         with use_backend("triton"), torch.no_grad():
             actual = cached_logits(model, ids, [2, 1, 2], poison=float("nan"))
         plain, golden = make_twin(model), make_twin(model, torch.float64)
         contract.add("logits", actual=actual, plain=plain(ids), golden=golden(ids))
-    contract.check()
+
+    pool(contract, add, INTERPRETED_DRAWS).check()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
