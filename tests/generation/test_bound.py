@@ -13,7 +13,7 @@ from tests.model.configs import CONFIGS, make_model, make_twin, random_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reference.*:RuntimeWarning")
 CPU = torch.device("cpu")  # binding is for CPUs alone
-WIDE = {"vocab_size": 300, "hidden_size": 256, "num_layers": 2, "num_heads": 4, "max_seqlen": 32}
+WIDE = {"vocab_size": 300, "hidden_size": 256, "num_layers": 1, "num_heads": 4, "max_seqlen": 32}
 PACKED = {"gpt2": TransformerConfig.gpt2(**WIDE), "llama": TransformerConfig.llama(**WIDE, num_kv_heads=2)}
 
 

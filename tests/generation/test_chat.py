@@ -43,7 +43,7 @@ def tokenizer(tokenizers_):
 
 @pytest.fixture(scope="module")
 def model(device) -> Transformer:
-    config = TransformerConfig.llama(vocab_size=370, hidden_size=32, num_layers=2, num_heads=2, max_seqlen=512)
+    config = TransformerConfig.llama(vocab_size=370, hidden_size=32, num_layers=1, num_heads=2, max_seqlen=512)
     return make_model(config, 0, device)
 
 

@@ -24,12 +24,11 @@ def model(device) -> Transformer:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_are_those_of_the_twin(name, device):
-    for seed in range(3):
-        model = make_model(CONFIGS[name], seed, device)
-        ids = random_ids(model.config, (3, 6), seed, device)
-        expected = make_twin(model, torch.float64).generate(ids, max_new_tokens=12)
-        for options in ({}, {"use_cache": False}):
-            assert torch.equal(model.generate(ids, 12, **options), expected)
+    model = make_model(CONFIGS[name], 0, device)
+    ids = random_ids(model.config, (6, 6), 0, device)
+    expected = make_twin(model, torch.float64).generate(ids, max_new_tokens=12)
+    for options in ({}, {"use_cache": False}):
+        assert torch.equal(model.generate(ids, 12, **options), expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -48,11 +47,11 @@ def test_every_backend_generates_the_same_tokens(name, backend, device):
 def test_each_prompt_of_a_batch_gets_what_it_gets_alone(name, options, device):
     model = make_model(CONFIGS[name], 0, device)
     prompts = [random_ids(model.config, (length,), length, device) for length in (1, 9, 4, 24, 23, 4)]
-    together = generate(model, prompts, 14, **options)
+    together = generate(model, prompts, 8, **options)
     assert together.prompt_lengths == [1, 9, 4, 24, 23, 4]
     for index, prompt in enumerate(prompts):
         for other in ({}, {"use_cache": False}):
-            alone = generate(model, prompt, 14, **options, **other)
+            alone = generate(model, prompt, 8, **options, **other)
             assert torch.equal(together.token_ids[index], alone.token_ids)
             assert together.stop_reasons[index] == alone.stop_reasons[0]
 

@@ -20,6 +20,8 @@ from tests.model.configs import CONFIGS, make_model, random_ids
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reference.*:RuntimeWarning")
 CONFIG = CONFIGS["llama"]
 LENGTHS = (1, 9, 4, 13)
+# Past every window, past the length at which RoPE changes, and for the longest prompt to the model's last position.
+TOKENS = 14
 # Between them: each kind of position and score, windows, experts, both sides of an encoder–decoder, RoPE that changes with the length.
 NAMES = ("gpt2", "mistral-window", "gemma2", "falcon-alibi", "t5", "mixtral", "longrope", "dynamic-ntk")
 
@@ -45,15 +47,15 @@ def model(device):
 def test_greedy_tokens_are_those_of_plain_decoding(name, device):
     model = make_model(GENERATING[name], 0, device)
     prompts, small = parts(model)
-    plain = generate(model, prompts, 24, eos_token_id=())
+    plain = generate(model, prompts, TOKENS, eos_token_id=())
     for draft in (PromptLookup(2, 3), small):
-        found = generate(model, prompts, 24, eos_token_id=(), draft=draft)
+        found = generate(model, prompts, TOKENS, eos_token_id=(), draft=draft)
         assert same_tokens(found, plain)
         assert plain.drafted is None and found.drafted is not None and found.accepted is not None
         assert all(0 <= kept <= count for kept, count in zip(found.accepted, found.drafted))
     changes = name in ("longrope", "dynamic-ntk")
     # The model's own proposals all stay.
-    own = generate(model, prompts, 24, eos_token_id=(), draft=DraftModel(model, 4))
+    own = generate(model, prompts, TOKENS, eos_token_id=(), draft=DraftModel(model, 4))
     assert same_tokens(own, plain)
     assert own.accepted == own.drafted and (changes or sum(own.drafted) > 0)
 
@@ -65,15 +67,15 @@ def test_rope_may_change_on_the_way(name, device):
     model, short = make_model(config, 0, device), make_model(CONFIGS["llama"], 0, device)
     assert short.config.vocab_size == config.vocab_size
     prompts = [random_ids(config, (length,), length, device) for length in (1, first - 1, 2, first + 1)]
-    plain = generate(model, prompts, 20, eos_token_id=())
+    plain = generate(model, prompts, TOKENS, eos_token_id=())
     for draft in (PromptLookup(1, 3), DraftModel(short, 3)):
-        found = generate(model, prompts, 20, eos_token_id=(), draft=draft)
+        found = generate(model, prompts, TOKENS, eos_token_id=(), draft=draft)
         assert same_tokens(found, plain) and sum(found.drafted) > 0
     for options in ({"draft": DraftModel(short, 3)}, {"draft": PromptLookup(1, 3)}):
         options |= {"temperature": 1.0, "seed": [1, 2, 3, 4]}
-        together = generate(model, prompts, 20, eos_token_id=(), **options)
+        together = generate(model, prompts, TOKENS, eos_token_id=(), **options)
         for index, prompt in enumerate(prompts):
-            alone = generate(model, prompt, 20, eos_token_id=(), **{**options, "seed": index + 1})
+            alone = generate(model, prompt, TOKENS, eos_token_id=(), **{**options, "seed": index + 1})
             assert torch.equal(together.token_ids[index], alone.token_ids)
 
 

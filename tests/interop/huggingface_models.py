@@ -25,9 +25,12 @@ from transformers import (
 )
 
 import pytransformer.interop.huggingface  # noqa: F401  (registers "pytransformer")
+from pytransformer.verification import SEEDS
 
 transformers.logging.set_verbosity_error()
 
+# The seeds of the contract go through the models in so many batches: a pass of a tiny model costs the same for all of them.
+DRAWS = 2
 VOCAB = 64
 WINDOW = 5
 DECODER = {
@@ -137,6 +140,13 @@ def inputs_for(
         if padding is not None:
             inputs["decoder_attention_mask"][1:, 5:] = 0
     return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def draws_for(family: str, index: int, device: torch.device, padding: str | None = "left") -> dict[str, Tensor]:
+    """The inputs of a share of the contract's seeds, one below the other."""
+    share = SEEDS // DRAWS
+    parts = [inputs_for(family, seed, device, padding=padding) for seed in range(index * share, (index + 1) * share)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def valid_rows(inputs: dict[str, Tensor]) -> Tensor:

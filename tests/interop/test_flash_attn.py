@@ -17,6 +17,7 @@ from pytransformer.interop import flash_attn
 from pytransformer.ops.backend import use_backend
 from pytransformer.verification import SEEDS, Contract
 from tests.interop import flash_attn_meaning as meaning
+from tests.support.draws import pool
 from tests.support.snippets import run_snippets
 
 # --- names, order, defaults: as the package has them ------------------------------------------------------------------------------------
@@ -146,9 +147,10 @@ def on_device(options, device):
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 
 
-def check_contract(case, dtype, device, seeds=SEEDS, without_lse=True):
+def check_contract(case, dtype, device, least=SEEDS, without_lse=True):
     contract = Contract(dtype)
-    for seed in range(seeds):
+
+    def add(seed):
         *tensors, dout = draw(case, dtype, seed, device)
         results = {}
         functions = {"actual": (run, dtype), "plain": (expect, dtype), "golden": (expect, torch.float64)}
@@ -164,7 +166,8 @@ def check_contract(case, dtype, device, seeds=SEEDS, without_lse=True):
                 for name, value in results[which][place].items():
                     plain, golden = results["plain"][place][name], results["golden"][place][name]
                     contract.add(f"{which} {name}", actual=value, plain=plain, golden=golden, kind=kind)
-    contract.check()
+
+    pool(contract, add, least).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -176,7 +179,7 @@ def test_contract(name, dtype, device):
 @pytest.mark.parametrize("name", ["causal", "head_dim 13", "packed, all options"])
 def test_contract_on_triton(name, device):
     with use_backend("triton"):
-        check_contract(CASES[name], torch.float16, device, seeds=4, without_lse=False)
+        check_contract(CASES[name], torch.float16, device, least=2, without_lse=False)
 
 
 # --- the packed forms -------------------------------------------------------------------------------------------------------------------
@@ -254,7 +257,8 @@ def paged_case(page_size, device, dtype=torch.float32, head_dim=16):
 def test_varlen_with_a_block_table_of_any_page_size(page_size, backend, device):
     options = {"causal": True, "window_size": (4, 0)}
     contract = Contract(torch.float32)
-    for seed in range(SEEDS if backend is None else 3):
+
+    def add(seed):
         torch.manual_seed(seed)
         arguments, table, lengths, (k, v) = paged_case(page_size, device)
         with use_backend(backend):
@@ -267,7 +271,8 @@ def test_varlen_with_a_block_table_of_any_page_size(page_size, backend, device):
         )
         contract.add("out", actual=out, plain=plain[0], golden=golden[0])
         contract.add("lse", actual=lse, plain=plain[1], golden=golden[1])
-    contract.check()
+
+    pool(contract, add, SEEDS if backend is None else 2).check()
 
 
 def test_a_block_table_has_no_gradient_and_no_dropout(device):
@@ -408,7 +413,7 @@ def test_dropout_drops_the_asked_share_scales_the_rest_and_follows_the_seed(pack
 # --- torch.compile ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [None, "triton"])
+@pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=pytest.mark.slow)])
 def test_fullgraph_forward_and_backward_with_dynamic_lengths(backend, device):
     torch._dynamo.reset()
 

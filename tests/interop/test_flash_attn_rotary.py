@@ -9,6 +9,7 @@ from pytransformer.interop.flash_attn import apply_rotary_emb
 from pytransformer.ops.backend import use_backend
 from pytransformer.verification import SEEDS, Contract
 from tests.interop import flash_attn_meaning as meaning
+from tests.support.draws import pool
 
 CASES = {
     "half": {},
@@ -55,7 +56,8 @@ def expect(x, cos, sin, options, sequences):
 @pytest.mark.parametrize("name", CASES)
 def test_contract(name, backend, dtype, device):
     contract = Contract(dtype)
-    for seed in range(SEEDS if backend is None else 4):
+
+    def add(seed):
         x, cos, sin, options, sequences = draw(CASES[name], dtype, seed, device)
         results = []
         for kind in (None, dtype, torch.float64):
@@ -72,7 +74,8 @@ def test_contract(name, backend, dtype, device):
         (out, dx), (plain, plain_dx), (golden, golden_dx) = results
         contract.add("out", actual=out, plain=plain, golden=golden)
         contract.add("dx", actual=dx, plain=plain_dx, golden=golden_dx, kind="gradient")
-    contract.check()
+
+    pool(contract, add, SEEDS if backend is None else 2).check()
 
 
 @pytest.mark.parametrize("backend", [None, "triton"])
@@ -143,8 +146,10 @@ def test_int64_cu_seqlens_and_a_tensor_as_max_seqlen(device):
     assert torch.equal(apply_rotary_emb(x, cos, sin, **options), expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("inplace", "backend"),
+    [(True, "torch"), (True, "triton"), (False, "torch"), pytest.param(False, "triton", marks=pytest.mark.slow)],
+)
 def test_fullgraph(inplace, backend, device):
     torch._dynamo.reset()
     x, cos, sin, options, _ = draw(CASES["an offset for each sequence"], torch.float32, 0, device)

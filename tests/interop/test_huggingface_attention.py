@@ -223,16 +223,23 @@ def test_autocast_computes_in_its_dtype(device):
     assert out.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("family, what", [("mistral", "model"), pytest.param("gpt2", "layers", marks=pytest.mark.slow)])
-def test_compiles_with_fullgraph_and_any_length_as_a_whole_and_by_layers(family, what, device):
+@pytest.mark.parametrize(
+    "family, what, backend",
+    [
+        ("mistral", "model", "eager"),
+        pytest.param("mistral", "model", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("gpt2", "layers", "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_with_fullgraph_and_any_length_as_a_whole_and_by_layers(family, what, backend, device):
     compiled = build(family, NAME, device, num_hidden_layers=1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     if what == "model":
-        compiled.compile(fullgraph=True, backend="aot_eager")
+        compiled.compile(fullgraph=True, backend=backend)
     else:
         for layer in compiled.model.layers if family == "mistral" else compiled.transformer.h:
-            layer.compile(fullgraph=True, backend="aot_eager")
+            layer.compile(fullgraph=True, backend=backend)
     contract = Contract(torch.float32)
     golden = in_float64(build(family, "eager", device, num_hidden_layers=1))
     plain = build(family, "eager", device, num_hidden_layers=1)

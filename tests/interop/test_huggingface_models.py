@@ -5,17 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pytransformer.verification import SEEDS, Contract
+from pytransformer.verification import Contract
 from tests.interop.huggingface_models import (
     CONFIGS,
     DECODERS,
+    DRAWS,
     ENCODER_DECODERS,
     ComputeInFloat64,
     build,
+    draws_for,
     in_float64,
     inputs_for,
     logits_and_gradients,
 )
+from tests.support.draws import pool
 
 NAME = "pytransformer"
 
@@ -29,8 +32,9 @@ def judge(family: str, device: torch.device, *, padding: str | None, checkpointi
         ours.train().gradient_checkpointing_enable(checkpointing)
         ours.enable_input_require_grads()
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
-        inputs = inputs_for(family, seed, device, padding=padding)
+
+    def add(index: int) -> None:
+        inputs = draws_for(family, index, device, padding=padding)
         with ComputeInFloat64():
             golden_logits, golden_gradients = logits_and_gradients(golden, inputs)
         plain_logits, plain_gradients = logits_and_gradients(plain, inputs)
@@ -38,7 +42,8 @@ def judge(family: str, device: torch.device, *, padding: str | None, checkpointi
         assert gradients.keys() == golden_gradients.keys()
         contract.add("logits", actual=logits, plain=plain_logits, golden=golden_logits)
         contract.add_all(gradients, plain_gradients, golden_gradients, kind="gradient")
-    contract.check()
+
+    pool(contract, add, DRAWS).check()
 
 
 @pytest.mark.parametrize("family", CONFIGS)

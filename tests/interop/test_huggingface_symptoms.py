@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache, masking_utils
@@ -20,6 +22,7 @@ from tests.interop.huggingface_models import (
     logits_and_gradients,
     valid_rows,
 )
+from tests.support.draws import pool
 
 NAME = "pytransformer"
 
@@ -95,27 +98,38 @@ def surface_mask(**call):
     return mask
 
 
+@functools.cache
+@torch.no_grad()
+def whole_prompts(family: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Prompts, and the logits of "eager" for each as a whole: plain and golden. The same for every cache."""
+    plain = build(family, "eager", device)
+    golden, found = in_float64(plain), []
+    for _ in range(SEEDS):
+        ids = tokens(device, 2, 14)
+        with ComputeInFloat64():
+            exact = golden(ids, use_cache=False).logits
+        found.append((ids, plain(ids, use_cache=False).logits, exact))
+    return found
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss"])
 def test_top_left_and_bottom_right_confused_when_a_prompt_comes_in_parts(family, static, device):
-    plain, ours = build(family, "eager", device), build(family, NAME, device)
-    golden = in_float64(plain)
-    contract = Contract(torch.float32)
-    for _ in range(SEEDS):
-        ids = tokens(device, 2, 14)
+    ours, contract = build(family, NAME, device), Contract(torch.float32)
+    for ids, expected, exact in whole_prompts(family, device):
         cache = StaticCache(ours.config, max_cache_len=20) if static else DynamicCache(config=ours.config)
         with torch.no_grad():
             parts = [ours(part, past_key_values=cache).logits for part in ids.split([5, 1, 4, 3, 1], dim=1)]
-            with ComputeInFloat64():
-                exact = golden(ids, use_cache=False).logits
-            contract.add("logits", actual=torch.cat(parts, 1), plain=plain(ids, use_cache=False).logits, golden=exact)
+        contract.add("logits", actual=torch.cat(parts, 1), plain=expected, golden=exact)
     contract.check()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_static_cache_recompiles(family, device):
     """A second generation and all but the first steps of each use what was compiled before: as many graphs as with "sdpa"."""
-    ours, eager = build(family, NAME, device), build(family, "eager", device)
+    # Tracing takes seconds a layer: one of each kind.
+    layers = {} if family == "gemma3" else {"num_hidden_layers": 1}
+    ours, eager = build(family, NAME, device, **layers), build(family, "eager", device, **layers)
     inputs = inputs_for(family, 5, device)
     inputs.pop("position_ids")
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
@@ -148,23 +162,29 @@ def packed_inputs(lengths: tuple[int, ...], device: torch.device) -> tuple[torch
     return tokens(device, 1, sum(lengths)), positions, cu_seq_lens
 
 
+@functools.cache
+def sequences_alone(family: str, device: torch.device) -> list[tuple]:
+    """Packed inputs, and what "eager" makes of each sequence by itself: plain and golden. The same for every way of packing."""
+    lengths, plain = (9, 1, 4, 7), build(family, "eager", device)
+    golden, found = in_float64(plain), []
+    for _ in range(SEEDS):
+        packed = packed_inputs(lengths, device)
+        inputs = {"input_ids": packed[0]}
+        with ComputeInFloat64():
+            exact = results_of_sequences(golden, inputs, lengths)
+        found.append((packed, results_of_sequences(plain, inputs, lengths), exact))
+    return found
+
+
 @pytest.mark.parametrize("by", ["position_ids", "cu_seq_lens", "both"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen3"])
 def test_packed_sequences_attend_to_each_other(family, by, device):
-    lengths = (9, 1, 4, 7)
-    plain, ours = build(family, "eager", device), build(family, NAME, device)
-    golden = in_float64(plain)
-    contract = Contract(torch.float32)
-    for _ in range(SEEDS):
-        ids, positions, cu_seq_lens = packed_inputs(lengths, device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ours, contract = build(family, NAME, device), Contract(torch.float32)
+    for (ids, positions, cu_seq_lens), expected, exact in sequences_alone(family, device):
         packed = {"input_ids": ids, "position_ids": positions, **(cu_seq_lens if by != "position_ids" else {})}
         if by == "cu_seq_lens":
             packed["attention_mask"] = torch.ones_like(ids)  # with it transformers looks for no packing in position_ids
         actual = results_of_sequences(ours, packed, None)
-        with ComputeInFloat64():
-            exact = results_of_sequences(golden, inputs, lengths)
-        expected = results_of_sequences(plain, inputs, lengths)
         contract.add("logits", actual=actual[0], plain=expected[0], golden=exact[0])
         contract.add("gradient", actual=actual[1], plain=expected[1], golden=exact[1], kind="gradient")
     contract.check()
@@ -272,8 +292,10 @@ def test_served_by_triton_forward_backward_and_decoding(family, device):
     plain, ours = (build(family, name, device, **small, num_attention_heads=2) for name in ("eager", NAME))
     golden = in_float64(plain)
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
-        inputs = inputs_for(family, seed, device, batch=2, length=5, padding="left" if family in DECODERS else "right")
+    padding = "left" if family in DECODERS else "right"
+
+    def add(seed: int) -> None:
+        inputs = inputs_for(family, seed, device, batch=2, length=5, padding=padding)
         with ComputeInFloat64():
             exact = logits_and_gradients(golden, inputs)
         expected = logits_and_gradients(plain, inputs)
@@ -281,7 +303,10 @@ def test_served_by_triton_forward_backward_and_decoding(family, device):
             actual = logits_and_gradients(ours, inputs)
         contract.add("logits", actual=actual[0], plain=expected[0], golden=exact[0])
         contract.add_all(actual[1], expected[1], exact[1], kind="gradient")
-    contract.check()
+
+    # Interpreted kernels are slow; with torch's the surface meets the contract with all draws (test_huggingface_models).
+    pool(contract, add, 2).check()
+    inputs = inputs_for(family, SEEDS, device, batch=2, length=5, padding=padding)
     prompts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
     with use_backend("triton"):

@@ -150,12 +150,19 @@ def test_dropout_drops_the_rate_where_it_belongs(rate, device):
     assert abs(dropped - 0.4) < 5 * math.sqrt(0.4 * 0.6 / seen[0].numel())
 
 
-@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "llama-qk-norm-head-dim"])
-def test_compiles_whole_within_the_contract(name, device):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("llama-qk-norm-head-dim", "eager"),
+        pytest.param("llama-qk-norm-head-dim", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("gpt2", "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_whole_within_the_contract(name, backend, device):
     contract = Contract(torch.float32)
     config = dataclasses.replace(CONFIGS[name], num_layers=1, layer_types=None)  # tracing takes ten seconds a layer
     model = make_model(config, 0, device)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for seed in range(SEEDS):
         ids = random_ids(model.config, (2 + seed % 2, 7 + seed), seed, device)
         plain, golden = make_twin(model), make_twin(model, torch.float64)
@@ -166,11 +173,17 @@ def test_compiles_whole_within_the_contract(name, device):
 
 
 def test_compiles_whole_over_the_triton_kernels(device):
+    """Through AOTAutograd, with the backward pass."""
     model = make_model(TINY_CONFIGS["llama-qk-norm-window"], 0, device)
     ids = random_ids(model.config, (1, 4), 0, device)
-    with use_backend("triton"), torch.no_grad():
+    with use_backend("triton"):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(ids), model(ids))
+        expected = {name: grad.clone() for name, grad in gradients(model, ids).items()}
+        actual = {name.removeprefix("_orig_mod."): grad for name, grad in gradients(compiled, ids).items()}
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 REFUSED = [

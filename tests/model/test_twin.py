@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch import Tensor
 
 from pytransformer import use_backend
 from pytransformer.verification import SEEDS, Contract
@@ -16,37 +19,68 @@ from tests.model.configs import (
     make_twin,
     random_ids,
 )
+from tests.support.draws import pool
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reference.*:RuntimeWarning")
 
 # Softcap and ALiBi have no fused backend on every machine: the automatic choice is one of the backends under test.
 AUTOMATIC = None
 EVERYWHERE = ["reference", AUTOMATIC]
-# A whole model through the interpreter takes seconds; each kernel goes through all seeds in its own tests.
-INTERPRETED_SEEDS = 3
+# A whole model through the interpreter takes seconds, and each kernel goes through all draws in its own tests: two, in doubt all.
+INTERPRETED_DRAWS = 2
+# The contract's draws of ids are the rows of so many batches, each with weights of its own: a pass of a tiny model costs the same for all.
+WEIGHTS = 2
+
+
+class Drawn:
+    """A model of a configuration with random weights, ids (batch, 11), and what its twins make of them."""
+
+    def __init__(self, name: str, seed: int, batch: int, device: torch.device) -> None:
+        self.model = make_model(CONFIGS[name], seed, device)
+        self.ids = random_ids(self.model.config, (batch, 11), seed, device)
+        self._twins = make_twin(self.model), make_twin(self.model, torch.float64)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Plain and golden."""
+        plain, golden = (twin(self.ids) for twin in self._twins)
+        return plain, golden
+
+    @functools.cached_property
+    def gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Plain and golden."""
+        plain, golden = (gradients(twin, self.ids) for twin in self._twins)
+        return plain, golden
+
+
+# The tests ask for the same models again with other backends and chunks, and change none.
+drawn = functools.cache(Drawn)
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_are_those_of_the_twin(name, backend, device):
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
-        model = make_model(CONFIGS[name], seed, device)
-        plain, golden = make_twin(model), make_twin(model, torch.float64)
-        ids = random_ids(model.config, (2, 11), seed, device)
+
+    def add(seed: int) -> None:
+        draw = drawn(name, seed, SEEDS // WEIGHTS, device)
+        plain, golden = draw.logits
         with use_backend(backend):
-            contract.add("logits", actual=model(ids), plain=plain(ids), golden=golden(ids))
-            actual = gradients(model, ids)
-        plain_gradients, golden_gradients = gradients(plain, ids), gradients(golden, ids)
-        assert set(actual) == set(golden_gradients)
-        contract.add_all(actual, plain_gradients, golden_gradients, kind="gradient")
-    contract.check()
+            contract.add("logits", actual=draw.model(draw.ids), plain=plain, golden=golden)
+            actual = gradients(draw.model, draw.ids)
+        plain, golden = draw.gradients
+        assert set(actual) == set(golden)
+        contract.add_all(actual, plain, golden, kind="gradient")
+
+    pool(contract, add, WEIGHTS).check()
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_triton_logits_and_gradients_are_those_of_the_twin(name, device):
     contract = Contract(torch.float32)
-    for seed in range(INTERPRETED_SEEDS):
+
+    def add(seed: int) -> None:
         model = make_model(TINY_CONFIGS[name], seed, device)
         plain, golden = make_twin(model), make_twin(model, torch.float64)
         ids = random_ids(model.config, (2, 6), seed, device)
@@ -54,7 +88,8 @@ def test_triton_logits_and_gradients_are_those_of_the_twin(name, device):
             contract.add("logits", actual=model(ids), plain=plain(ids), golden=golden(ids))
             actual = gradients(model, ids)
         contract.add_all(actual, gradients(plain, ids), gradients(golden, ids), kind="gradient")
-    contract.check()
+
+    pool(contract, add, INTERPRETED_DRAWS).check()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-qk-norm-head-dim"])
@@ -78,28 +113,28 @@ CHUNKS = {"tokens": [1] * 11, "prompt": [7, 1, 1, 1, 1], "chunked": [4, 3, 1, 3]
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_gives_the_logits_of_the_full_forward(name, backend, chunks, device):
     contract = Contract(torch.float32)
-    for seed in range(SEEDS):
-        model = make_model(CONFIGS[name], seed, device)
-        ids = random_ids(model.config, (2, 11), seed, device)
-        with use_backend(backend), torch.no_grad():
-            actual = cached_logits(model, ids, CHUNKS[chunks], poison=float("nan"))
-            contract.add(
-                "logits", actual=actual, plain=make_twin(model)(ids), golden=make_twin(model, torch.float64)(ids)
-            )
+    for seed in range(WEIGHTS):
+        draw = drawn(name, seed, SEEDS // WEIGHTS, device)
+        plain, golden = draw.logits
+        with use_backend(backend):
+            actual = cached_logits(draw.model, draw.ids, CHUNKS[chunks], poison=float("nan"))
+        contract.add("logits", actual=actual, plain=plain, golden=golden)
     contract.check()
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_triton_cached_decoding_gives_the_logits_of_the_full_forward(name, device):
     contract = Contract(torch.float32)
-    for seed in range(INTERPRETED_SEEDS):
+
+    def add(seed: int) -> None:
         model = make_model(TINY_CONFIGS[name], seed, device)
         ids = random_ids(model.config, (2, 5), seed, device)
         with use_backend("triton"), torch.no_grad():
             actual = cached_logits(model, ids, [2, 1, 2], poison=float("nan"))
         plain, golden = make_twin(model), make_twin(model, torch.float64)
         contract.add("logits", actual=actual, plain=plain(ids), golden=golden(ids))
-    contract.check()
+
+    pool(contract, add, INTERPRETED_DRAWS).check()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

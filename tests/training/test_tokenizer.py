@@ -103,11 +103,11 @@ def test_what_is_not_a_tokenizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize("characters", ["ab", "a", "12", "-=", " ", "\n ", "漢字", "_"])
 def test_a_line_without_spaces_takes_no_minutes(characters):
-    """The library needs 200 seconds for 300,000 times the same letter, in one word."""
-    line = "".join(random.Random(0).choices(characters, k=300_000))
+    """The library needs 200 seconds for 300,000 times the same letter, in one word, and a ninth of that for a third."""
+    line = "".join(random.Random(0).choices(characters, k=100_000))
     started = time.process_time()
     tokenizer = TextTokenizer.train([f"before {line} after"], 300)
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 7
     assert tokenizer.decode(tokenizer.encode(line)) == line
 
 

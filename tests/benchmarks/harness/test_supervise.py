@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pytransformer.benchmarks.harness import record, supervise, worker
+from pytransformer.benchmarks.harness.roofline import Ceilings
 from pytransformer.benchmarks.harness.supervise import Limits
 from tests.benchmarks.samples import ENVIRONMENT, OPTIONS, record_of, row
 
@@ -123,11 +124,19 @@ def test_the_time_that_is_left_is_handed_down(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tiny rows are for a CPU")
 def test_a_worker_without_time_leaves_all_rows_out(tmp_path, monkeypatch, capsys):
     """In this process: the ceilings are still measured twice, and every row is named as left out."""
+    measured = []
+
+    def measure(device, *, small):
+        measured.append(device.type)
+        return Ceilings(copy=1e10, read=1e10, matmul=1e11)
+
+    monkeypatch.setattr(worker, "measure_ceilings", measure)  # itself in test_timing
     monkeypatch.setenv("PYTRANSFORMER_REVISION", "here")
     out = tmp_path / "r.json"
     assert worker.main(["rope", "--grid", "tiny", "--limit-seconds", "0", "--out", str(out)]) == 0
     content = record.load(out)
     assert content["rows"] == [] and not content["complete"]
+    assert measured == ["cpu", "cpu"]
     assert content["left_out"] and "left out, the time limit was reached" in capsys.readouterr().out
     assert worker.main(["rope", "--grid", "tiny", "--out", str(out)]) == 0
     content = record.load(out)

@@ -16,7 +16,11 @@ CEILINGS = Ceilings(copy=1e11, read=1e11, matmul=1e12)
 ONCE = Options(Sampling(1, 1))
 
 
-@pytest.mark.parametrize("suite", SUITES)
+# Two wheels and an installation; tests/test_cuda_build.py makes and installs them as well.
+SLOW = {"install": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("suite", [pytest.param(suite, marks=SLOW.get(suite, ())) for suite in SUITES])
 def test_every_row_runs_and_is_right(suite, device):
     results, measurements = [], []
     with side_stream(device), warnings.catch_warnings():

@@ -11,6 +11,7 @@ from pytransformer.generation import KVCache, generate, make_cache
 from pytransformer.generation.caches import contiguous
 from pytransformer.verification import SEEDS, Contract
 from tests.model.configs import make_model, make_twin, random_ids
+from tests.support.draws import pool
 
 from .support import GENERATING, logits_through
 
@@ -51,23 +52,30 @@ def noisy_cache(config, kind, seed, *arguments, **options):
     return cache
 
 
+# The contract's draws of ids are the rows of so many batches, each with weights of its own.
+WEIGHTS = 2
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "kind"), [*itertools.product(NAMES, KINDS[:2]), ("gemma2", "paged-fp8")])
 def test_logits_are_nearer_than_those_of_keys_and_values_off_by_half_a_step(name, kind, small_pages, device):
     """The contract of 16 bits, where the plain implementation's error is that of half a step everywhere."""
     config = GENERATING[name]
-    contract = Contract(torch.bfloat16)
-    for seed in range(SEEDS):
-        model, ids = make_model(config, seed, device), random_ids(config, (1, 10), seed, device)
+    contract, rows = Contract(torch.bfloat16), SEEDS // WEIGHTS
+
+    def add(seed):
+        model, ids = make_model(config, seed, device), random_ids(config, (rows, 10), seed, device)
         memory, source = None, ()
         if config.is_encoder_decoder:
-            source = (random_ids(config.encoder, (1, 6), seed + 1, device),)
+            source = (random_ids(config.encoder, (rows, 6), seed + 1, device),)
             memory = model.encode(*source)
         golden = make_twin(model, torch.float64)(*source, ids)
-        actual = logits_through(model, make_cache(kind, config, 1, 10, device, torch.float32), ids, memory)
-        plain = logits_through(model, noisy_cache(config, kind, seed, 1, 10, device=device), ids, memory)
+        actual = logits_through(model, make_cache(kind, config, rows, 10, device, torch.float32), ids, memory)
+        plain = logits_through(model, noisy_cache(config, kind, seed, rows, 10, device=device), ids, memory)
         contract.add("logits", actual=actual, plain=plain, golden=golden)
-    contract.check()
+
+    # Where a rounding exchanges two experts the largest error of few draws says little.
+    pool(contract, add, WEIGHTS).check()
 
 
 @torch.no_grad()

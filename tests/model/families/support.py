@@ -120,13 +120,14 @@ class Pair:
         self.config: TransformerConfig = read_config(self.family, self.values)
         self.state = mapping.state_of(self.family, self.config, tensors_of(Transformer(self.config)), self.disk)
         self._golden: Any = None
+        self._ours: dict[torch.dtype, Transformer] = {}
         self._results: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def theirs(self, dtype: torch.dtype = torch.float32) -> Any:
-        """Their model; a fresh one where it has RoPE, because a dynamic one remembers the longest call."""
+        """Their model; a fresh one where RoPE changes with the length, because a dynamic one remembers the longest call."""
         if dtype == torch.float32:
-            rotates = getattr(self._model.config, "rope_parameters", None) is not None
-            return copy.deepcopy(self._model) if rotates else self._model
+            rope = str(getattr(self._model.config, "rope_parameters", None))
+            return copy.deepcopy(self._model) if "dynamic" in rope or "longrope" in rope else self._model
         config = copy.deepcopy(self._model.config)
         if dtype == torch.float64:
             with Doubles():
@@ -137,10 +138,13 @@ class Pair:
         return model.eval()
 
     def ours(self, dtype: torch.dtype = torch.float32) -> Transformer:
-        model = Transformer(self.config, dtype=dtype).eval()
-        second_names = {name: self.state[first] for name, first in model.tied_names().items()}
-        model.load_state_dict({**self.state, **second_names})
-        return model
+        """Our model, the same for all checks: none changes it."""
+        if dtype not in self._ours:
+            model = Transformer(self.config, dtype=dtype).eval()
+            second_names = {name: self.state[first] for name, first in model.tied_names().items()}
+            model.load_state_dict({**self.state, **second_names})
+            self._ours[dtype] = model
+        return self._ours[dtype]
 
     def draw(self, index: int) -> dict[str, Tensor]:
         """The inputs of a share of the contract's seeds, one below the other."""
