@@ -63,7 +63,7 @@ test-all: test gate sanitize ## all of it: the slow tests, and the kernels under
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --ignore=tests/compile --ignore=tests/cuda
 	bash tools/test_oldest_triton.sh
 
-gate-changed: $(VENV)/.dev ## the gate for what the committed figures do not know, and one launch of each kernel and architecture that they do
+gate-changed: $(VENV)/.dev ## the gate for what the committed figures do not know, and one launch of each kernel that they do
 	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 PYTRANSFORMER_COMPILE_CHANGED=1 $(BIN)/python -m pytest --timeout $(COMPILE_SECONDS) tests/compile
 
 gate-figures: $(VENV)/.dev ## commits to what the kernels compile to now (benchmarks/results/gate, docs/kernels.md)

@@ -3,33 +3,52 @@
 import json
 import re
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import pytransformer
+from tests.support.bare_process import BareProcesses
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("triton", "numpy", "rich", "matplotlib", "tokenizers", "safetensors", "transformers", "pytransformer.kernels")
 
 
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+ADDED = "import json, sys; before = set(sys.modules); import pytransformer; print(json.dumps(sorted(set(sys.modules) - before)))"
+SECONDS = "import time; start = time.perf_counter(); import pytransformer; print(time.perf_counter() - start)"
+MISSING = """
+import json, sys
+import pytransformer
+for path in json.loads(sys.argv[1]):
+    try:
+        eval(path)
+    except Exception as error:
+        print(f"{path}: {error}")
+"""
 
 
-def test_import_loads_nothing_heavy():
+@pytest.fixture(scope="module")
+def bare() -> Iterator[BareProcesses]:
+    with BareProcesses("torch") as processes:
+        yield processes
+
+
+def output(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_loads_nothing_heavy(bare):
     # torch itself may import numpy; what counts is what pytransformer adds.
-    code = "import json, sys, torch; before = set(sys.modules); import pytransformer; print(json.dumps(sorted(set(sys.modules) - before)))"
-    added = json.loads(python(code))
+    added = json.loads(output(bare.run(ADDED)))
     assert "pytransformer" in added
     assert [name for name in added if name.split(".")[0] in HEAVY or name in HEAVY] == []
 
 
-def test_import_costs_less_than_three_tenths_of_a_second():
-    code = "import time, torch; start = time.perf_counter(); import pytransformer; print(time.perf_counter() - start)"
-    assert min(float(python(code)) for _ in range(3)) < 0.3
+def test_import_costs_less_than_three_tenths_of_a_second(bare):
+    assert min(float(output(bare.run(SECONDS))) for _ in range(3)) < 0.3
 
 
 def test_every_export_exists_and_is_documented():
@@ -52,21 +71,13 @@ def attribute_paths() -> list[str]:
     return sorted({path for page in pages for path in _PATH.findall(_IMPORT.sub("", page.read_text()))})
 
 
-def test_every_path_in_the_docs_is_there_after_a_bare_import():
+def test_every_path_in_the_docs_is_there_after_a_bare_import(bare):
     """First to last and last to first, as one import makes the next path work. The functions of the package itself are tested above."""
     paths = [path for path in attribute_paths() if path.split(".")[1] not in pytransformer.__all__]
     assert any(path.startswith("pytransformer.nn.") for path in paths)
     assert any(path.startswith("pytransformer.interop.torch.") for path in paths)
     for order in (paths, paths[::-1]):
-        code = f"""
-import pytransformer
-for path in {order!r}:
-    try:
-        eval(path)
-    except Exception as error:
-        print(f"{{path}}: {{error}}")
-"""
-        assert python(code) == ""
+        assert output(bare.run(MISSING, json.dumps(order))) == ""
 
 
 def test_interfaces_that_are_not_there_are_attribute_errors():

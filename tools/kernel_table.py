@@ -79,7 +79,7 @@ tiles that every row sees whole; the others have those that the diagonal or an e
 
 The **issue ratio** compares the clocks in which a loop's instructions are issued, `instructions · warps / 4`, with those that its bytes
 of global memory take at 18.6 bytes per clock and SM (4.3 TB/s on an H200). Above 0.8 a kernel whose floor is memory waits for issue
-instead, and the gate fails unless a reason is listed in `tests/support/compile_gate.py`. Of attention, whose tiles are read again and
+instead, and the gate fails unless a reason is listed in `tests/support/limits.py`. Of attention, whose tiles are read again and
 again from L2, it says nothing. Local memory in a hot loop fails as well. The gate cannot see latency, bank conflicts or what a cache
 serves: it is no substitute for a measurement.
 """

@@ -2,7 +2,7 @@
 
 A first run compiles everything, a repeat finds what has not changed in Triton's cache. PYTRANSFORMER_COMPILE_ARCHS=90 (or 80,90)
 narrows the architectures down. PYTRANSFORMER_COMPILE_CHANGED=1 compiles what the committed figures do not know, and one launch of
-each kernel and architecture that they do.
+each kernel that they do; tests marked ``compiles`` that have passed with the same are skipped (tests/support/passed.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,36 @@ import pytest
 
 from tests.conftest import COMPILING
 
+UPDATES_FIGURES = os.environ.get("PYTRANSFORMER_UPDATE_FIGURES") == "1"
+CHANGED_ALONE = os.environ.get("PYTRANSFORMER_COMPILE_CHANGED") == "1" and not UPDATES_FIGURES
+
 collect_ignore_glob = [] if COMPILING else ["test_*.py"]
+
+
+_passed = pytest.StashKey[list[pytest.Function]]()
+
+
+def pytest_runtest_setup(item: pytest.Function) -> None:
+    if CHANGED_ALONE and item.get_closest_marker("compiles"):
+        from tests.support import passed
+
+        if passed.is_known(item):
+            pytest.skip("has passed with this compiler, code and rules")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Function, call: pytest.CallInfo[None]):
+    report = yield
+    if report.when == "call" and report.passed and item.get_closest_marker("compiles"):
+        item.session.stash.setdefault(_passed, []).append(item)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if UPDATES_FIGURES and _passed in session.stash:
+        from tests.support import passed
+
+        passed.write(session.stash[_passed])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,13 +76,8 @@ def reports(request: pytest.FixtureRequest):
     from tests.support import compile_gate, gate_figures
 
     chosen = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
-    changed_alone = os.environ.get("PYTRANSFORMER_COMPILE_CHANGED") == "1" and not _updates_figures()
-    known = gate_figures.known_keys() if changed_alone else frozenset()
+    known = gate_figures.known_keys() if CHANGED_ALONE else frozenset()
     return compile_gate.run_cases([case for case in chosen if case is not None], known=known)
-
-
-def _updates_figures() -> bool:
-    return os.environ.get("PYTRANSFORMER_UPDATE_FIGURES") == "1"
 
 
 @pytest.fixture
@@ -62,7 +86,7 @@ def record_figures():
     from tests.support import gate_figures
 
     def compare(kind, kernels, passed=None) -> None:
-        if _updates_figures():
+        if UPDATES_FIGURES:
             gate_figures.write(kind, kernels, passed or {})
             return
         wrong, changes = gate_figures.compare(kind, kernels)

@@ -13,6 +13,11 @@ from tests.support.sass import GLOBAL_128_BIT, GLOBAL_ACCESS
 WIDTH = 768
 
 
+def decided_by() -> list[str]:
+    return [launch.key for case in compile_gate.cases("activation") for launch in record(case.call, case.arch)]
+
+
+@pytest.mark.compiles
 def test_every_access_is_128_bits_wide():
     for name, report in compile_gate.run_cases(list(compile_gate.cases("activation"))).items():
         assert report.outcomes and not report.complaints

@@ -50,13 +50,24 @@ STREAMING = (
 WITHOUT_PRODUCTS = ("attention_backward_statistics_kernel",)
 
 
-@pytest.fixture(scope="session")
-def kernels() -> dict[str, Statistics]:
-    """Statistics of all kernels by "file kernel sm_90"."""
+def _nvcc_missing() -> str | None:
     try:
         builder().find_nvcc()
     except builder().BuildError as error:
-        pytest.skip(str(error))
+        return str(error)
+    return None
+
+
+pytestmark = [pytest.mark.skipif(_nvcc_missing() is not None, reason=str(_nvcc_missing())), pytest.mark.compiles]
+
+
+def decided_by() -> list[str]:
+    return cuda_sass.decided_by()
+
+
+@pytest.fixture(scope="session")
+def kernels() -> dict[str, Statistics]:
+    """Statistics of all kernels by "file kernel sm_90"."""
     return cuda_sass.statistics(cuda_sass.compile_all())
 
 

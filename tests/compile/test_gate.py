@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 
 from pytransformer.kernels.launch import COMMON_OPTIONS, device_limits
-from tests.support import compile_gate, gate_figures, sass
+from tests.support import compile_gate, gate_figures, limits, sass
 from tests.support.compile_gate import Case
 from tests.support.launch_recorder import record, record_launches
 
@@ -49,6 +51,10 @@ def _matmul(rows: int, columns: int, inner: int, **options: int) -> None:
     x, y = torch.empty(rows, 1024, dtype=torch.bfloat16), torch.empty(1024, columns, dtype=torch.bfloat16)
     out = torch.empty(rows, columns)
     _matmul_kernel[(1,)](x, y, out, 1024, M=rows, N=columns, K=inner, **COMMON_OPTIONS, **options)
+
+
+def _broken() -> None:
+    _broken_kernel[(1,)](torch.empty(16), BLOCK=16, **COMMON_OPTIONS)
 
 
 def _case(call, arch: int, *wgmma_kernels: str) -> Case:
@@ -91,14 +97,43 @@ def test_nothing_runs_and_equal_launches_count_once():
     assert record(lambda: _scale(x), 80)[0].key != launches[0].key
 
 
-def test_what_is_known_to_pass_is_compiled_once_for_each_kernel_and_architecture():
+def test_of_what_is_known_to_pass_one_launch_of_each_kernel_is_compiled():
     x = torch.empty(1024)
     cases = [_case(lambda: [_scale(x), _scale(x.half()), _scale(x.bfloat16())], arch) for arch in (80, 90)]
     launches = [launch for case in cases for launch in record(case.call, case.arch)]
-    known = frozenset(launch.key for launch in launches[:2] + launches[3:])
-    reports = compile_gate.run_cases(cases, known=known)
-    compiled = [[outcome.statistics is not None for outcome in report.outcomes] for report in reports.values()]
-    assert compiled == [[True, False, True], [True, False, False]]
+    known = frozenset(launch.key for launch in launches)
+    (checked,) = compile_gate.spot_checks(launches)
+
+    def compiled(known: frozenset[str]) -> set[str]:
+        outcomes = [
+            outcome for report in compile_gate.run_cases(cases, known=known).values() for outcome in report.outcomes
+        ]
+        assert len(outcomes) == 6
+        return {outcome.launch.key for outcome in outcomes if outcome.statistics is not None}
+
+    assert compiled(known) == {checked}
+    assert compiled(known - {launches[1].key}) == {checked, launches[1].key}
+    assert compiled(frozenset()) == known
+
+
+def test_each_architecture_of_a_kernel_has_its_turn():
+    def checked(source: int) -> set[str]:
+        names = itertools.product(("first", "second"), compile_gate.ARCHITECTURES)
+        launches = [SimpleNamespace(name=name, arch=arch, key=f"{name} {arch} {source}") for name, arch in names]
+        return {key.rsplit(" ", 1)[0] for key in compile_gate.spot_checks(launches)}
+
+    turns = [checked(source) for source in range(30)]
+    assert all({found.split()[0] for found in turn} == {"first", "second"} for turn in turns)
+    assert len(set().union(*turns)) == 6
+    assert any(len({found.split()[1] for found in turn}) == 2 for turn in turns), "not all of one at a time"
+
+
+def test_what_is_not_known_is_compiled_and_fails_beside_what_is():
+    cases = [Case("passes", lambda: _scale(torch.empty(1024)), 90), Case("fails", _broken, 90)]
+    known = frozenset(launch.key for launch in record(cases[0].call, 90))
+    passing, failing = compile_gate.run_cases(cases, known=known).values()
+    assert not passing.complaints
+    assert failing.complaints[0].startswith("_broken_kernel: does not compile")
 
 
 def test_figures_of_another_compiler_or_other_rules_are_not_known(monkeypatch, tmp_path):
@@ -141,11 +176,8 @@ def test_statistics_come_from_the_cache_the_second_time(monkeypatch):
 
 
 def test_kernel_that_does_not_compile_is_a_complaint_and_is_tried_again():
-    def call() -> None:
-        _broken_kernel[(1,)](torch.empty(16), BLOCK=16, **COMMON_OPTIONS)
-
     for _ in range(2):
-        (complaint,) = _complaints(call, 90)
+        (complaint,) = _complaints(_broken, 90)
         assert complaint.startswith("_broken_kernel: does not compile")
         assert "this_name_does_not_exist" in complaint
 
@@ -199,7 +231,7 @@ ptxas info    : Used 168 registers, used 1 barriers, 24 bytes cumulative stack s
 def test_kernels_held_to_the_issue_ratio_exist():
     """A kernel that was renamed would be held to nothing."""
     sources = [path.read_text() for path in compile_gate.KERNELS.rglob("*.py")]
-    assert all(any(f"def {name}(" in source for source in sources) for name in compile_gate.STREAMING)
+    assert all(any(f"def {name}(" in source for source in sources) for name in limits.STREAMING)
 
 
 def test_launched_kernels_are_found_in_the_source(tmp_path):

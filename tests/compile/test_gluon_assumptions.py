@@ -6,10 +6,8 @@ import re
 
 import pytest
 from triton import compile as compile_kernel
-from triton.backends.compiler import GPUTarget
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -19,6 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from pytransformer.kernels.hopper.names import async_load, async_store
+from tests.support.launch_recorder import Launch, request
+
+pytestmark = pytest.mark.compiles
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
@@ -73,16 +74,22 @@ def _kernel(source, result, x, out):
     gl.store(out + places, tiles.index(0).load(B))
 
 
-@pytest.fixture(scope="module")
-def order() -> str:
-    """The instructions of the kernel as letters, each run of one as one letter."""
+def _launch() -> Launch:
     descriptor = f"tensordesc<bf16[128,128],{SWIZZLED!r}>"
     signature = {"source": descriptor, "result": descriptor, "x": "*bf16", "out": "*bf16"}
     aligned = {(place,): [["tt.divisibility", 16]] for place in (2, 3)}
-    source = GluonASTSource(_kernel, signature, {}, aligned)
-    ptx = compile_kernel(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": True}
-    ).asm["ptx"]
+    return request(_kernel, 90, signature, {}, aligned, num_warps=8, enable_fp_fusion=True)
+
+
+def decided_by() -> list[str]:
+    return [_launch().key]
+
+
+@pytest.fixture(scope="module")
+def order() -> str:
+    """The instructions of the kernel as letters, each run of one as one letter."""
+    launch = _launch()
+    ptx = compile_kernel(launch.source(), target=launch.target, options=launch.options.__dict__).asm["ptx"]
     letters = [
         next((letter for pattern, letter in _INSTRUCTIONS.items() if re.search(pattern, line)), "")
         for line in ptx.splitlines()

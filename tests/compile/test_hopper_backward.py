@@ -22,6 +22,7 @@ from tests.support.sass import Statistics
 pytestmark = [
     pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing())),
     pytest.mark.skipif(not HAS_REDUCTIONS, reason="this Triton's TMA does not reduce"),
+    pytest.mark.compiles,
 ]
 
 NAME = "attention_backward_kernel"
@@ -41,7 +42,7 @@ def launch(dim: int, packed: bool = False, num_kv_heads: int = NUM_KV_HEADS, **o
     HopperBackward(*gradients)(*gradients)
 
 
-CASES: dict[str, dict[str, Any]] = {
+CALLS: dict[str, dict[str, Any]] = {
     "d64-causal": {"dim": 64},
     "d128-causal": {"dim": 128},
     "d128-causal-heads": {"dim": 128, "num_kv_heads": NUM_HEADS},
@@ -52,13 +53,19 @@ CASES: dict[str, dict[str, Any]] = {
 MOST = {"d64-causal": 350, "d128-causal": 440, "d128-causal-heads": 440, "d128-full-packed": 440}
 
 
+CASES = {
+    name: Case(f"hopper_backward-bfloat16-{name}", lambda given=given: launch(**given), 90, frozenset({NAME}))
+    for name, given in CALLS.items()
+}
+
+
+def decided_by() -> list[str]:
+    return [one.key for case in CASES.values() for one in record(case.call, case.arch)]
+
+
 @pytest.fixture(scope="module")
 def reports() -> dict[str, Report]:
-    cases = [
-        Case(f"hopper_backward-bfloat16-{name}", lambda given=given: launch(**given), 90, frozenset({NAME}))
-        for name, given in CASES.items()
-    ]
-    return dict(zip(CASES, run_cases(cases).values()))
+    return dict(zip(CASES, run_cases(list(CASES.values())).values()))
 
 
 def statistics(report: Report) -> Statistics:

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.compile_gate import Case, complaints, hot_loop_complaints
+from tests.support.compile_gate import Case
 from tests.support.hot_loop import BYTES_PER_CLOCK, Loop, class_of, hot_loops, innermost, read
+from tests.support.limits import complaints, hot_loop_complaints
 from tests.support.occupancy import blocks_per_sm
 from tests.support.sass import Statistics
 

@@ -13,6 +13,9 @@ from triton.compiler import ASTSource
 from pytransformer.kernels.launch import COMMON_OPTIONS
 from pytransformer.precompile import _compiling
 from tests.compile.cases import attention
+from tests.support.launch_recorder import record
+
+pytestmark = pytest.mark.compiles
 
 ARCHITECTURES = (80, 90, 100)
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -93,12 +96,21 @@ def _cast(source: str, target: str, arch: int, rounding: str | None = None) -> s
     return _ptx(_cast_kernel, (source, target), arch, ROUNDING=rounding, BLOCK=128)
 
 
+def _products_of_tf32() -> object:
+    return dict(attention.compile_cases())["attention_forward-float32-d64-tf32"]()
+
+
+def decided_by() -> list[str]:
+    """The other kernels are in this file."""
+    return [launch.key for arch in ARCHITECTURES for launch in record(_products_of_tf32, arch)]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nothing_rounds_to_tf32_before_the_tensor_core(arch, tmp_path, monkeypatch):
     """So it reads 19 bits of each operand and drops 13: had a kernel or Triton a rounding, the interpreter would have to round."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with _compiling(arch):
-        dict(attention.compile_cases())["attention_forward-float32-d64-tf32"]()
+        _products_of_tf32()
     ptx = "".join(path.read_text() for path in tmp_path.rglob("*.ptx"))
     assert re.search(r"\.tf32\.tf32|kind::tf32", ptx)
     assert "cvt.rna.tf32" not in ptx

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.support import compile_gate
+from tests.support import compile_gate, limits
 from tests.support.compile_gate import Case
 from tests.support.listed import all_kernels_of, without_match
 from tools import kernel_table
@@ -28,14 +28,14 @@ def test_every_op_that_launches_has_kernels() -> None:
 
 def test_kernels_that_are_judged_are_there(all_cases: list[Case], all_kernels: set[str]) -> None:
     """Those that stream, and those that must use the matrix instructions."""
-    assert all_kernels >= compile_gate.STREAMING
+    assert all_kernels >= limits.STREAMING
     assert all_kernels >= {kernel for case in all_cases for kernel in case.wgmma_kernels}
 
 
 def test_cases_of_the_exceptions_are_there(all_cases: list[Case]) -> None:
     names = [str(case) for case in all_cases]
-    assert not without_match((rf"^(?:{pattern})" for pattern in compile_gate.KNOWN_ISSUE_BOUND), names)
-    assert not without_match((f"^{re.escape(case)}$" for _, case in compile_gate.KNOWN_COMPLAINTS), names)
+    assert not without_match((rf"^(?:{pattern})" for pattern in limits.KNOWN_ISSUE_BOUND), names)
+    assert not without_match((f"^{re.escape(case)}$" for _, case in limits.KNOWN_COMPLAINTS), names)
 
 
 def test_a_name_that_matches_nothing_is_found() -> None:

@@ -6,6 +6,7 @@ The interpreter cannot show it: numpy's roots keep subnormals. With eps = 0 the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import triton
 from triton.compiler import CompiledKernel
 
 from tests.support.compile_gate import cases
-from tests.support.launch_recorder import record
+from tests.support.launch_recorder import Launch, record
 
 # A root, or a reciprocal, that flushes.
 FLUSHES = re.compile(r"\b(?:r?sqrt|rcp|div)\.[\w.]*\bftz\b[\w.]*")
@@ -25,16 +26,25 @@ CHOSEN = {
 }
 
 
-def _compiled(op: str) -> dict[str, CompiledKernel]:
-    found = {}
+def _launches(op: str) -> Iterator[tuple[str, Launch]]:
     for case in cases(op, (90,)):
         if re.search(CHOSEN[op], str(case)) and "backward" not in str(case):
             for launch in record(case.call, case.arch):
-                options = launch.options.__dict__
-                found[str(case)] = triton.compile(launch.source(), target=launch.target, options=options)
-    return found
+                yield str(case), launch
 
 
+def decided_by() -> list[str]:
+    return [launch.key for op in CHOSEN for _, launch in _launches(op)]
+
+
+def _compiled(op: str) -> dict[str, CompiledKernel]:
+    return {
+        name: triton.compile(launch.source(), target=launch.target, options=launch.options.__dict__)
+        for name, launch in _launches(op)
+    }
+
+
+@pytest.mark.compiles
 @pytest.mark.parametrize("launcher", list(CHOSEN))
 def test_no_root_of_a_norm_takes_a_subnormal_for_zero(launcher: str) -> None:
     compiled = _compiled(launcher)

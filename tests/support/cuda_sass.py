@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -16,7 +15,8 @@ from tests.support.hot_loop import hot_loops
 from tests.support.occupancy import cuda_blocks
 from tests.support.sass import Statistics, count_instructions
 
-FIGURES = ROOT / "benchmarks/results/gate/cuda.json"
+# What makes and reads statistics of nvcc's objects, beside the rules of all kernels.
+_READERS = ("cuda_sass.py", "cuda_blocks.cpp", "gate_figures.py", "listed.py")
 
 
 def sources() -> str:
@@ -25,16 +25,18 @@ def sources() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def _architectures() -> tuple[str, ...]:
-    """PYTRANSFORMER_COMPILE_ARCHS=90 narrows them down, as it does for the Triton kernels; PYTRANSFORMER_COMPILE_CHANGED=1 to sm_90 where
-    the committed figures are of these sources."""
-    chosen = os.environ.get("PYTRANSFORMER_COMPILE_ARCHS")
-    if chosen is None and os.environ.get("PYTRANSFORMER_COMPILE_CHANGED") == "1":
-        chosen = "90" if json.loads(FIGURES.read_text()).get("sources") == sources() else None
-    return tuple((chosen or "80,90,100").split(","))
+def decided_by() -> list[str]:
+    """What decides, beside the rules, what is found: the sources with the flags (build.py is one), nvcc, its flags out of the environment,
+    the architectures, and who reads the objects."""
+    nvcc = builder().find_nvcc()
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    appended = [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
+    readers = [(ROOT / "tests/support" / name).read_text() for name in _READERS]
+    return [sources(), release, *appended, *ARCHITECTURES, *readers]
 
 
-ARCHITECTURES = _architectures()
+# PYTRANSFORMER_COMPILE_ARCHS=90 narrows them down, as it does for the Triton kernels.
+ARCHITECTURES = tuple(os.environ.get("PYTRANSFORMER_COMPILE_ARCHS", "80,90,100").split(","))
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s*(\S+?):?$", re.MULTILINE)

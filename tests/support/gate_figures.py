@@ -6,6 +6,7 @@ meant; a kernel without figures fails: `make gate-figures` writes them.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -23,7 +24,7 @@ from tests.support.sass import GLOBAL_128_BIT, GLOBAL_ACCESS, TENSOR_MEMORY_MMA,
 
 FOLDER = ROOT / "benchmarks/results/gate"
 # What decides whether a compiled kernel passes, beside the compiler: with other rules each is compiled again.
-_RULES = ("compile_gate.py", "hot_loop.py", "occupancy.py", "sass.py")
+_RULES = ("limits.py", "hot_loop.py", "occupancy.py", "sass.py")
 WARP_MMA = re.compile(r"[HIQ]MMA")
 LOCAL_ACCESS = re.compile(r"LDL|STL")
 # A change of more than this is said.
@@ -98,10 +99,20 @@ def flat(kept: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
+def _wgmma_rules() -> list[str]:
+    """The functions of the cases' modules that say which kernels must use the matrix instructions."""
+    found = []
+    for path in sorted((ROOT / "tests/compile/cases").glob("*.py")):
+        text = path.read_text()
+        functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        found += [ast.get_source_segment(text, node) or "" for node in functions if node.name == "wgmma_kernels"]
+    return found
+
+
 def rules() -> str:
     """Of the sources of the rules, a hash."""
-    texts = [(ROOT / "tests/support" / name).read_bytes() for name in _RULES]
-    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+    texts = [(ROOT / "tests/support" / name).read_text() for name in _RULES]
+    return hashlib.sha256("".join(texts + _wgmma_rules()).encode()).hexdigest()[:16]
 
 
 def known_keys() -> frozenset[str]:

@@ -69,6 +69,14 @@ class Launch:
         return hashlib.sha256("-".join(parts).encode()).hexdigest()
 
 
+def request(
+    kernel: Any, arch: int, signature: dict[str, Any], constexprs: dict[Any, Any], attrs: Any = None, **options: Any
+) -> Launch:
+    """What compiling a kernel directly asks for, not by a launch: constants by name, ``options`` beside the backend's own."""
+    complete = make_backend(GPUTarget("cuda", arch, WARP_SIZE)).parse_options(options)
+    return Launch(kernel, arch, signature, constexprs, attrs or {}, complete)
+
+
 class _RecordingDriver:
     """As much of a driver as ``JITFunction.run`` asks before it compiles."""
 
