@@ -320,7 +320,9 @@ def emulated_plan(torch: Torch, flavor: str, defines: Sequence[str]) -> Plan:
         *(f"-idirafter{EMULATOR}/include_after", *(f"-D{define}" for define in defines)),
     ]
     kernel_flags = [*common, *sanitize, "-Wno-unknown-pragmas", "-Wno-psabi", "-x", "c++"]
-    cxx_flags = [*common, *sanitize, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch.include_flags]
+    # What runs once for each call is not worth the optimiser's time.
+    unoptimised = [] if flavor == "emulated" else ["-O0"]
+    cxx_flags = [*common, *sanitize, *unoptimised, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch.include_flags]
     link_flags = [
         *(f"-L{torch.root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"),
         *(flag for flag in sanitize if flag.startswith("-fsanitize")),
