@@ -42,9 +42,17 @@ SECONDS_OF_A_FILE, SECONDS_OF_A_BINARY = 4.0, 1.4
 FLAVORS = ("cuda", "emulated", "address", "thread")
 SANITIZE = {
     "emulated": ("-O2",),
-    "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
-    "thread": ("-O1", "-g1", "-fsanitize=thread"),
+    "address": (
+        "-O1",
+        "-finline-small-functions",
+        "-g1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+    ),
+    "thread": ("-O1", "-finline-small-functions", "-g1", "-fsanitize=thread"),
 }
+# The emulator itself has no sanitizer and tells that of the kernels what it does.
+TOLD = {"emulated": (), "address": ("-DEMULATOR_ASAN",), "thread": ("-DEMULATOR_TSAN",)}
 
 
 class BuildError(RuntimeError):
@@ -260,6 +268,9 @@ class Plan:
     info_flags: Sequence[str]
     link_flags: Sequence[str]
     extra_sources: Sequence[Path] = ()
+    # The emulator itself, and how it is compiled.
+    engine: Path | None = None
+    engine_flags: Sequence[str] = ()
     architectures: Sequence[str] = ()
     # Headers that g++ reads once for all files of a rule ("kernel", "cxx"): half the time of a small file.
     precompiled: Mapping[str, Path] = field(default_factory=dict)
@@ -304,23 +315,14 @@ def cuda_plan(torch: Torch, archs: str | None, defines: Sequence[str]) -> Plan:
 def emulated_plan(torch: Torch, flavor: str, defines: Sequence[str]) -> Plan:
     sanitize = SANITIZE[flavor]
     common = [
-        *(
-            "-std=c++20",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-DPYT_EMULATED",
-            *sanitize,
-            f"-I{CSRC}/common",
-            f"-I{EMULATOR}/include",
-        ),
-        *(
-            f"-isystem{find_cuda_headers()}",
-            f"-idirafter{EMULATOR}/include_after",
-            *(f"-D{define}" for define in defines),
-        ),
+        *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-DPYT_EMULATED"),
+        *(f"-I{CSRC}/common", f"-I{EMULATOR}/include", f"-isystem{find_cuda_headers()}"),
+        *(f"-idirafter{EMULATOR}/include_after", *(f"-D{define}" for define in defines)),
     ]
-    kernel_flags = [*common, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-x", "c++"]
-    cxx_flags = [*common, "-Wall", "-Wextra", "-Werror", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch.include_flags]
+    kernel_flags = [*common, *sanitize, "-Wno-unknown-pragmas", "-Wno-psabi", "-x", "c++"]
+    # What runs once for each call is not worth the optimiser's time.
+    unoptimised = [] if flavor == "emulated" else ["-O0"]
+    cxx_flags = [*common, *sanitize, *unoptimised, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch.include_flags]
     link_flags = [
         *(f"-L{torch.root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"),
         *(flag for flag in sanitize if flag.startswith("-fsanitize")),
@@ -329,6 +331,8 @@ def emulated_plan(torch: Torch, flavor: str, defines: Sequence[str]) -> Plan:
     info = info_defines("emulated", "none")
     return Plan(
         *(compiler, cxx_flags, compiler, kernel_flags, info, link_flags, (EMULATOR / "exports.cpp",)),
+        engine=EMULATOR / "engine/emulator.cpp",
+        engine_flags=[*common, "-O2", "-g1", *TOLD[flavor]],
         precompiled={"kernel": CSRC / "common/device.cuh", "cxx": CSRC / "common/tensor.h"},
     )
 
@@ -340,6 +344,7 @@ def ninja_file(plan: Plan, output: Path) -> str:
         f"kernel_compiler = {plan.kernel_compiler}",
         f"cxx_flags = {' '.join(plan.cxx_flags)}",
         f"kernel_flags = {' '.join(plan.kernel_flags)}",
+        f"engine_flags = {' '.join(plan.engine_flags)}",
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $cxx_flags $extra -c $in -o $out",
         "  depfile = $out.d",
@@ -350,6 +355,11 @@ def ninja_file(plan: Plan, output: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = kernel $out",
+        "rule engine",
+        "  command = $cxx -MMD -MF $out.d $engine_flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = emulator $out",
         "rule header",
         "  command = $cxx -MMD -MF $out.d $flags -x c++-header $in -o $out",
         "  depfile = $out.d",
@@ -364,6 +374,9 @@ def ninja_file(plan: Plan, output: Path) -> str:
         flags = plan.kernel_flags if rule == "kernel" else plan.cxx_flags
         lines += [f"build {rule}.h.gch: header {rule}.h", f"  flags = {' '.join(flags).removesuffix('-x c++')}"]
     objects = []
+    if plan.engine is not None:
+        objects.append("emulator.o")
+        lines.append(f"build emulator.o: engine {plan.engine}")
     for rule, sources in (("kernel", source_files(".cu")), ("cxx", [*source_files(".cpp"), *plan.extra_sources])):
         for source in sources:
             for name, macros in units(source).items():

@@ -8,20 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.emulator import builder
+from tests.support.emulator import build_program, builder
 
 SOURCE = Path(__file__).with_name("codes.cu")
 
 
 def test_every_code_has_the_bits_of_torch(tmp_path):
-    build = builder()
     try:
-        plan = build.emulated_plan(build.find_torch(), "emulated", ())
-    except build.BuildError as error:
+        program = build_program(SOURCE, "emulated", tmp_path, optimise="-O0")
+    except builder().BuildError as error:
         pytest.skip(f"the emulator cannot be built here: {error}")
-    program = tmp_path / "codes"
-    flags = [flag for flag in plan.kernel_flags if flag != "-O2"]
-    subprocess.run([plan.kernel_compiler, "-O0", *flags, str(SOURCE), "-o", str(program)], check=True)
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
     codes = torch.arange(256, dtype=torch.uint8)
     seen = set()

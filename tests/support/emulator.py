@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import os
@@ -68,6 +69,32 @@ def _runtime(name: str) -> str:
     if not os.path.isabs(path):
         raise RuntimeError(f"the C++ compiler has no {name}: install its sanitizer libraries (Debian: libgcc-12-dev)")
     return os.path.realpath(path)
+
+
+def build_program(source: Path, flavor: str, folder: Path, *, optimise: str | None = None) -> Path:
+    """A program of one source, linked with the emulator. Built by the first test process that wants it in ``folder``.
+
+    Args:
+        optimise: in place of the flavor's own -O.
+
+    Raises:
+        BuildError: something needed is missing.
+        RuntimeError: the source does not compile.
+    """
+    plan = builder().emulated_plan(builder().find_torch(), flavor, ())
+    flags = [flag for flag in plan.kernel_flags if optimise is None or not flag.startswith("-O")]
+    engine, program = folder / f"emulator-{flavor}.o", folder / f"{source.stem}-{flavor}"
+    commands = [
+        [plan.cxx, *plan.engine_flags, "-c", str(plan.engine), "-o", str(engine)],
+        [plan.kernel_compiler, *([optimise] if optimise else []), *flags, str(source), "-x", "none", str(engine), "-o", str(program)],
+    ]  # fmt: skip
+    with (folder / f"{program.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in commands if not program.exists() else ():
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise RuntimeError(f"{source.name} does not compile:\n{result.stderr}")
+    return program
 
 
 def prefix(flavor: str) -> list[str]:

@@ -14,12 +14,12 @@
 #define __shared__ static
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+// On a GPU arrays stay in registers only where everything is inlined. Here each call site would be compiled anew, with all of its checks.
+#undef __forceinline__
+#define __forceinline__ inline
 
-#include "emulator/sanitizers.h"
 #include "emulator/state.h"
 #include "emulator/runtime.h"
-#include "emulator/fiber.h"
-#include "emulator/scheduler.h"
 #include "emulator/launch.h"
-#include "emulator/tensor_core.h"
+#include "emulator/ptx.h"
 #include "emulator/cuda_names.h"

@@ -1,36 +1,25 @@
 // CUDA's own names, for the kernels: barriers, shuffles, votes, atomics, and intrinsics that the host headers lack.
 #pragma once
 
-#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace emulator {
 
-template <class T>
-struct Shuffle {
-  T in, out;
-  int source;
-};
+uint64_t shuffle_bits(unsigned mask, uint64_t value, int source, const char* what, const Location& location);
+unsigned ballot(unsigned mask, bool vote, const char* what, const Location& location);
 
 template <class T>
-EMULATOR_RUNTIME void exchange_lanes(void** lanes, unsigned mask) {
-  for (unsigned left = mask; left != 0; left &= left - 1) {
-    auto& to = *static_cast<Shuffle<T>*>(lanes[__builtin_ctz(left)]);
-    if ((mask >> to.source & 1) == 0) {
-      memset(static_cast<void*>(&to.out), 0xff, sizeof(T));  // undefined on a GPU
-    } else {
-      to.out = static_cast<Shuffle<T>*>(lanes[to.source])->in;
-    }
-  }
-}
-
-template <class T>
-EMULATOR_RUNTIME T shuffle(unsigned mask, T value, int source, const char* what, const Location& location) {
-  Shuffle<T> exchange{value, value, source};
-  warp_collective(mask, &exchange, &exchange_lanes<T>, what, location);
-  return exchange.out;
+T shuffle(unsigned mask, T value, int source, const char* what, const Location& location) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = shuffle_bits(mask, bits, source, what, location);
+  memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 // Lane `source` where it lies in the calling lane's segment of `width` lanes, else the calling lane itself.
@@ -39,47 +28,11 @@ inline int within_segment(int source, int width) {
   return source < first || source >= first + width ? lane() : source;
 }
 
-struct Vote {
-  bool in;
-  unsigned out;
-};
-
-EMULATOR_RUNTIME inline void count_votes(void** lanes, unsigned mask) {
-  unsigned result = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    if ((mask >> lane & 1) != 0) result |= static_cast<unsigned>(static_cast<Vote*>(lanes[lane])->in) << lane;
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    if ((mask >> lane & 1) != 0) static_cast<Vote*>(lanes[lane])->out = result;
-  }
-}
-
-EMULATOR_RUNTIME inline unsigned ballot(unsigned mask, bool vote, const char* what, const Location& location) {
-  Vote exchange{vote, 0};
-  warp_collective(mask, &exchange, &count_votes, what, location);
-  return exchange.out;
-}
-
-// What a warp barrier orders, for the sanitizer: two addresses per warp, alternating.
-struct WarpOrder {
-  char address[2];
-};
-
-EMULATOR_RUNTIME inline void warp_barrier(unsigned mask, const Location& location) {
-  static WarpOrder orders[kMaxThreads / 32];
-  static unsigned generations[kMaxThreads];
-  const int self = state.current;
-  void* order = &orders[self / 32].address[generations[self]++ % 2];
-  sanitizers::release(order);
-  warp_collective(mask, nullptr, +[](void**, unsigned) {}, "__syncwarp", location);
-  sanitizers::acquire(order);
-}
-
 }  // namespace emulator
 
 #define EMULATOR_HERE emulator::Location location = emulator::Location::current()
 
-inline void __syncthreads(EMULATOR_HERE) { emulator::block_barrier(0, emulator::state.num_threads, "__syncthreads", location); }
+inline void __syncthreads(EMULATOR_HERE) { emulator::block_barrier("__syncthreads", location); }
 inline void __syncwarp(unsigned mask = ~0u, EMULATOR_HERE) { emulator::warp_barrier(mask, location); }
 
 template <class T>
@@ -121,7 +74,8 @@ T atomicAdd(T* address, T value) {
     return before;
   }
 }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+// All threads of a launch run on one of the host; of a fence between the host's threads g++ warns under ThreadSanitizer.
+inline void __threadfence() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 // Loads and stores with a cache hint.
 template <class T>

@@ -1,4 +1,5 @@
-// The emulated block: its threads, its barriers, and what the scheduler knows about them.
+// What kernels and tests see of the emulated GPU: CUDA's index variables, the settings, and the calls into the emulator itself, which is
+// compiled once (runtime/emulator.cpp).
 #pragma once
 
 #include <algorithm>
@@ -22,10 +23,8 @@ struct Error : std::runtime_error {
 };
 
 inline constexpr int kMaxThreads = 1024;
-inline constexpr int kMaxBarriers = 16;
 inline constexpr int kMaxGridYZ = 65535;
 inline constexpr int kMostSharedMemory = 232448;  // of a block: sm_90's limit
-inline constexpr size_t kStackBytes = 256 * 1024;
 
 struct Options {
   int schedule = 0;            // 0: threads and blocks in order; 1: in reverse; more: a random order seeded by the number
@@ -59,84 +58,27 @@ inline Options& options() {
   return chosen;
 }
 
-enum class Status : uint8_t { ready, at_block_barrier, at_warp_barrier, done };
+// The thread that runs, counted within its block; -1: the host.
+inline int current_thread = -1;
+// The block's dynamic shared memory.
+inline unsigned char* shared_memory = nullptr;
 
-// A cp.async that has been issued and whose data has not landed.
-struct AsyncCopy {
-  void* shared;
-  const void* global;
-  int bytes;
-  bool valid;
-  int group;
-};
+inline unsigned char* dynamic_shared() { return shared_memory; }
+inline int lane() { return current_thread % 32; }
 
-struct Fiber {
-  void* stack_pointer = nullptr;
-  char* stack = nullptr;
-  void* asan_fake_stack = nullptr;
-  void* tsan_fiber = nullptr;
-  bool started = false;
-  Status status = Status::done;
-  uint3 thread_index{};
-  // What it waits for, and where in the kernel.
-  const char* waits_in = "";
-  Location location;
-  unsigned warp_mask = 0;
-  void* exchange = nullptr;
-  void (*operation)(void**, unsigned) = nullptr;
-  // Its asynchronous copies.
-  std::vector<AsyncCopy> copies;
-  int committed_groups = 0;
-};
+// Ends the launch with an error that names the running thread.
+[[noreturn]] void fail(const std::string& message);
 
-struct Barrier {
-  int arrived = 0;
-  int expected = 0;
-  unsigned generation = 0;
-  Location location;
-  uint32_t waiting[kMaxThreads / 32] = {};
-  char order[2] = {};  // addresses for the sanitizer, alternating so that a fast thread cannot meet the next use
-};
+// Runs body(argument) in every thread of a grid.
+void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void* argument, void (*body)(void*));
 
-struct State {
-  Fiber fibers[kMaxThreads];
-  Fiber main;
-  Barrier barriers[kMaxBarriers];
-  uint32_t ready[kMaxThreads / 32] = {};
-  int warp_order[kMaxThreads / 32] = {};
-  int num_threads = 0, num_warps = 0, num_done = 0;
-  int current = -1;  // thread that runs; -1: the host
-  uint64_t random = 1;
-  unsigned char* shared = nullptr;
-  void (*body)(void*) = nullptr;
-  void* argument = nullptr;
-  bool failed = false;
-  std::string error;
-  const void* main_stack = nullptr;
-  size_t main_stack_bytes = 0;
-  char block_starts = 0, block_ends = 0;  // addresses for the sanitizer
-};
+// All threads of the block meet.
+void block_barrier(const char* what, const Location& location);
 
-inline State& state = *new State;
+// The lanes named in `mask` meet, and all see what the others did before.
+void warp_barrier(unsigned mask, const Location& location);
 
-inline unsigned char* dynamic_shared() { return state.shared; }
-inline int lane() { return state.current % 32; }
-
-EMULATOR_RUNTIME inline uint32_t random_bits() {
-  state.random ^= state.random << 13;
-  state.random ^= state.random >> 7;
-  state.random ^= state.random << 17;
-  return static_cast<uint32_t>(state.random >> 11);
-}
-
-EMULATOR_RUNTIME inline std::string text(const Location& location) {
-  const std::string file = location.file_name();
-  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(location.line());
-}
-
-EMULATOR_RUNTIME inline std::string thread_name(int thread) {
-  return "thread " + std::to_string(thread) + " of block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
-         std::to_string(blockIdx.z) + ")";
-}
+// The lanes named in `mask` meet; the last to arrive runs `operation` on the exchange records of all.
+void warp_collective(unsigned mask, void* exchange, void (*operation)(void**, unsigned), const char* what, const Location& location);
 
 }  // namespace emulator

@@ -3,14 +3,16 @@
 
 #include <cstddef>
 
-#ifdef __SANITIZE_ADDRESS__
-#define EMULATOR_ASAN 1
+#ifdef EMULATOR_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+extern "C" {
+void __asan_loadN(void* address, size_t bytes);
+void __asan_storeN(void* address, size_t bytes);
+}
 #endif
 
-#ifdef __SANITIZE_THREAD__
-#define EMULATOR_TSAN 1
+#ifdef EMULATOR_TSAN
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -22,32 +24,35 @@ void __tsan_write_range(void* address, size_t bytes);
 }
 #endif
 
-// The emulator's own bookkeeping is shared by all fibers on purpose: ThreadSanitizer must not see it.
-#define EMULATOR_RUNTIME __attribute__((no_sanitize("thread")))
-
 namespace emulator::sanitizers {
 
 // Orders what was done before a release() at an address before what follows an acquire() there.
-EMULATOR_RUNTIME inline void acquire([[maybe_unused]] void* address) {
+inline void acquire([[maybe_unused]] void* address) {
 #ifdef EMULATOR_TSAN
   __tsan_acquire(address);
 #endif
 }
 
-EMULATOR_RUNTIME inline void release([[maybe_unused]] void* address) {
+inline void release([[maybe_unused]] void* address) {
 #ifdef EMULATOR_TSAN
   __tsan_release(address);
 #endif
 }
 
-// Accesses that g++ folds away from ThreadSanitizer's sight (memcpy and memset of a known size).
-EMULATOR_RUNTIME inline void will_read([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {
+// Accesses to a kernel's memory, which no compiler has put a check before.
+inline void will_read([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {
+#ifdef EMULATOR_ASAN
+  __asan_loadN(const_cast<void*>(address), bytes);
+#endif
 #ifdef EMULATOR_TSAN
   __tsan_read_range(const_cast<void*>(address), bytes);
 #endif
 }
 
-EMULATOR_RUNTIME inline void will_write([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+inline void will_write([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#ifdef EMULATOR_ASAN
+  __asan_storeN(address, bytes);
+#endif
 #ifdef EMULATOR_TSAN
   __tsan_write_range(address, bytes);
 #endif
