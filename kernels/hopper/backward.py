@@ -33,8 +33,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..attention import options
-from .forward import buffers, coordinates, find_sequence
+from .forward import buffers
 from .names import async_load, async_store
+from .places import coordinates, find_sequence
 
 BLOCK_M = gl.constexpr(64)
 BLOCK_N = gl.constexpr(128)

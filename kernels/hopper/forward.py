@@ -7,11 +7,12 @@ softmax of one tile lies beside the products of another; with two consumers one'
 4 · batch · heads · Lq · Lk · d FLOP (half if causal); q, k, v read and out, lse written once as far as L2 serves the other blocks.
 
 Tiles are walked from the last one to the first: the diagonal's, which need a mask, come first, in a loop of their own; whole tiles follow
-in one without; those at the left edge of a window come last. Tile ``i`` of the walk is in stage ``i % STAGES``, which it is the
-``i // STAGES``-th to use: that is the phase of its barriers.
+in one without; those at the left edge of a window come last. The ``n``-th tile that a block meets is in stage ``n % STAGES``, which it is
+the ``n // STAGES``-th to use: that is the phase of its barriers.
 
-Positions are local to a sequence, as in kernels/attention/tile.py. A descriptor ends where a sequence does (``boxes`` in launch.py): past
-the end a box reads zeros, never a neighbour, and writes nothing.
+There is a block for each multiprocessor, at most, and it goes from place to place (places.py): the next queries, keys and values are copied
+while the last tiles of a place are worked on and its output leaves. A block that began anew at each place would have nothing to do
+meanwhile, as no second one fits.
 """
 
 from __future__ import annotations
@@ -31,51 +32,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..attention import options
 from ..mathematics import LN2, LOG2E
 from .names import OLD, async_load, async_store
+from .places import Ground, coordinates, locate, visits, walk_of
 
 # Queries of one consumer: the rows of one wgmma.
 ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
+BLOCK_M = gl.constexpr(128)  # queries of all consumers
 # Up to so many columns of v weights are rounded when their product is next, not when they are made, as registers suffice for their float32.
 # Beyond, Triton 3.9 needs none on the stack, but for windows; it and 3.6 there swap the halves of each pair that is carried to the next
 # tile, 64 instructions, which is more than what is read from the stack once a block.
 MOST_LATE = gl.constexpr(128 if OLD else 64)
 # Of a column's number in wgmma's results those that depend on the thread: the others are the same for all, immediates of a comparison.
 LANE_BITS = gl.constexpr(6)
-# A packed tensor's descriptor has so many rows, whose last one is the last of the sequence that a box is of: see ``boxes``.
-RAGGED = gl.constexpr(2**30)
 
 # Beside them, of the same kind, what scales scores.
 UNSPECIALISED = (*options.UNSPECIALISED, "softmax_scale", "softcap")
-
-
-class Place(NamedTuple):
-    """What a block works on.
-
-    Attributes:
-        sequence, head, kv_head: which.
-        start: the block's first query, counted from the sequence's begin.
-        first, length: the sequence's first row in q, 0 where sequences are not packed, and its length there.
-        other_first, other_length: the same in k and v.
-    """
-
-    sequence: Any
-    head: Any
-    kv_head: Any
-    start: Any
-    first: Any
-    length: Any
-    other_first: Any
-    other_length: Any
-
-
-class Walk(NamedTuple):
-    """The tiles of keys that a block meets, from ``last`` down: ``count`` of them, of which the first ``high`` and those from ``low`` on
-    are cut by an edge."""
-
-    last: Any
-    count: Any
-    high: Any
-    low: Any
 
 
 class Ring(NamedTuple):
@@ -88,7 +59,8 @@ class Ring(NamedTuple):
 
 class Traits(NamedTuple):
     """The constants that say what a call is, constexprs all of them: heads that share keys, keys in a tile, features as powers of two,
-    whether a quarter of those of q and k is empty, stages, whether sequences are packed, where the window ends, and what else there is."""
+    whether a quarter of those of q and k is empty, stages, whether outputs have memory of their own or that of the queries, whether
+    sequences are packed, where the window ends, and what else there is."""
 
     HEADS_PER_KV: Any
     BLOCK_N: Any
@@ -96,6 +68,7 @@ class Traits(NamedTuple):
     BLOCK_DV: Any
     THREE_QUARTERS: Any
     STAGES: Any
+    OUT_APART: Any
     PACKED: Any
     HAS_LEFT: Any
     HAS_RIGHT: Any
@@ -104,10 +77,12 @@ class Traits(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """A block's shared memory: queries of each consumer and the barrier that says that all are there, keys, values, outputs."""
+    """A block's shared memory: queries of each consumer, with a barrier that completes when all are there and one when they may be
+    overwritten, keys, values, outputs."""
 
     q_tiles: Any
     q_full: Any
+    q_empty: Any
     k_ring: Any
     v_ring: Any
     out_tiles: Any
@@ -120,15 +95,6 @@ class Scores(NamedTuple):
     softcap: Any
     window_left: Any
     window_right: Any
-
-
-@gluon.jit
-def coordinates(sequence, first, length, row, head, PACKED: gl.constexpr):
-    """Of the box of a sequence's rows from ``row`` on."""
-    if PACKED:
-        return [RAGGED, first + length, RAGGED - length + row, head, 0]
-    else:
-        return [sequence, row, head, 0]
 
 
 @gluon.jit
@@ -150,96 +116,42 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def find_sequence(cu_seqlens_ptr, batch, tile, BLOCK: gl.constexpr):
-    """The sequence of a packed tile: the last b in [0, batch] with ``cu_seqlens[b] // BLOCK + b <= tile``; ``batch`` = past the end."""
-    low = 0
-    high = batch + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if gl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@gluon.jit
-def locate(
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
-    traits, BLOCK: gl.constexpr,
-):  # fmt: skip
-    """This block's place. Heads come in groups whose keys and values fit the L2 cache together; inside a group all work on the same tile,
-    the longest first. The rows of a packed tensor that belong to no sequence form one that has no keys."""
-    pid = gl.program_id(0)
-    group = pid // (slots_per_group * num_tiles)
-    first_slot = group * slots_per_group
-    slots_here = gl.minimum(slots_per_group, num_slots - first_slot)
-    within = pid - first_slot * num_tiles
-    tile = within // slots_here
-    if traits.HAS_RIGHT:
-        tile = num_tiles - 1 - tile
-    slot = first_slot + within % slots_here
-    sequence = slot // num_heads
-    head = slot % num_heads
-    first = 0
-    other_first = 0
-    length = seqlen_q
-    other_length = seqlen_k
-    if traits.PACKED:
-        sequence = find_sequence(cu_seqlens_q_ptr, batch, tile, BLOCK)
-        real = sequence < batch
-        first = gl.load(cu_seqlens_q_ptr + sequence)
-        end = gl.load(cu_seqlens_q_ptr + sequence + 1, mask=real, other=seqlen_q)
-        other_first = gl.load(cu_seqlens_k_ptr + sequence)
-        other_end = gl.load(cu_seqlens_k_ptr + sequence + 1, mask=real, other=other_first)
-        tile -= first // BLOCK + sequence
-        length = gl.minimum(end, seqlen_q) - first
-        other_length = gl.minimum(other_end, seqlen_k) - other_first
-    return Place(
-        sequence, head, head // traits.HEADS_PER_KV, tile * BLOCK, first, length, other_first, other_length,
-    )  # fmt: skip
-
-
-@gluon.jit
-def walk_of(place, scores, traits, BLOCK_M: gl.constexpr):
-    """The tiles that any query of the block sees, at least one, which then is hidden whole."""
-    shift = place.other_length - place.length
-    final = gl.minimum(place.start + BLOCK_M, place.length) - 1
-    begin = 0
-    inside_begin = 0
-    end_key = place.other_length
-    inside_end_key = place.other_length
-    if traits.HAS_LEFT:
-        begin = gl.maximum(place.start + shift - scores.window_left, 0) // traits.BLOCK_N
-        inside_begin = (gl.maximum(final + shift - scores.window_left, 0) + traits.BLOCK_N - 1) // traits.BLOCK_N
-    if traits.HAS_RIGHT:
-        end_key = gl.minimum(end_key, final + shift + scores.window_right + 1)
-        inside_end_key = gl.minimum(inside_end_key, place.start + shift + scores.window_right + 1)
-    end = gl.maximum(begin + 1, (gl.maximum(end_key, 0) + traits.BLOCK_N - 1) // traits.BLOCK_N)
-    inside_begin = gl.minimum(inside_begin, end)
-    inside_end = gl.minimum(gl.maximum(gl.maximum(inside_end_key, 0) // traits.BLOCK_N, inside_begin), end)
-    return Walk(end - 1, end - begin, end - inside_end, end - inside_begin)
+def copy_queries(visit, desc, memory, place, traits):
+    """Copies the queries of both consumers, as soon as they have left those of the place before."""
+    mbarrier.wait(memory.q_empty.index(0), (visit & 1) ^ 1)
+    mbarrier.expect(memory.q_full.index(0), CONSUMERS * desc.block_type.nbytes)
+    for w in gl.static_range(CONSUMERS):
+        box = coordinates(place.sequence, place.first, place.length, place.start + w * ROWS, place.head, traits.PACKED)
+        async_load(desc, box, memory.q_full.index(0), memory.q_tiles.index(w))
 
 
 @gluon.jit
 def copy_tile(i, desc, ring, place, walk, traits):
     """Copies tile i of the walk into its stage of a ring, as soon as that is free."""
-    stage = i % traits.STAGES
+    n = walk.before + i
+    stage = n % traits.STAGES
     row = (walk.last - i) * traits.BLOCK_N
     box = coordinates(place.sequence, place.other_first, place.other_length, row, place.kv_head, traits.PACKED)
-    mbarrier.wait(ring.empty.index(stage), ((i // traits.STAGES) & 1) ^ 1)
+    mbarrier.wait(ring.empty.index(stage), ((n // traits.STAGES) & 1) ^ 1)
     mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes)
     async_load(desc, box, ring.full.index(stage), ring.tiles.index(stage))
 
 
 @gluon.jit
-def produce(k_desc, v_desc, k_ring, v_ring, place, walk, traits):
-    """Copies the tiles of keys and values, in the order in which consumers need them: keys a tile ahead."""
-    copy_tile(0, k_desc, k_ring, place, walk, traits)
-    for i in range(1, walk.count):
-        copy_tile(i, k_desc, k_ring, place, walk, traits)
-        copy_tile(i - 1, v_desc, v_ring, place, walk, traits)
-    copy_tile(walk.count - 1, v_desc, v_ring, place, walk, traits)
+def produce(q_desc, k_desc, v_desc, memory, ground, scores, traits):
+    """Copies what consumers need, in the order in which they do: keys a tile ahead of values."""
+    k_ring, v_ring = memory.k_ring, memory.v_ring
+    before = 0
+    for visit in range(visits(ground)):
+        place = locate(visit, ground, traits, BLOCK_M)
+        walk = walk_of(place, before, scores, traits, BLOCK_M)
+        copy_tile(0, k_desc, k_ring, place, walk, traits)
+        copy_queries(visit, q_desc, memory, place, traits)
+        for i in range(1, walk.count):
+            copy_tile(i, k_desc, k_ring, place, walk, traits)
+            copy_tile(i - 1, v_desc, v_ring, place, walk, traits)
+        copy_tile(walk.count - 1, v_desc, v_ring, place, walk, traits)
+        before += walk.count
 
 
 @gluon.jit
@@ -328,9 +240,10 @@ def advance(
     p, out, largest, total = state
     k_ring, v_ring = memory.k_ring, memory.v_ring
     factor = exponent_factor(scores, traits)
-    stage = i % traits.STAGES
-    before = (i - 1) % traits.STAGES
-    mbarrier.wait(k_ring.full.index(stage), (i // traits.STAGES) & 1)
+    n = walk.before + i
+    stage = n % traits.STAGES
+    before = (n - 1) % traits.STAGES
+    mbarrier.wait(k_ring.full.index(stage), (n // traits.STAGES) & 1)
     products = multiplied(own, k_ring, stage, traits, S)
     weights = rounded(p, own.dtype, A)
     out_next = warpgroup_mma(weights, values(v_ring, before, traits), out, is_async=True)
@@ -347,7 +260,7 @@ def advance(
     p = gl.exp2(products * factor - shift[:, None])
     total = total * shrink + gl.sum(p, 1)
     # For the next product. It stands here as a bar: in one block with the exponentials ptxas moves the wait below in front of them.
-    mbarrier.wait(v_ring.full.index(stage), (i // traits.STAGES) & 1)
+    mbarrier.wait(v_ring.full.index(stage), (n // traits.STAGES) & 1)
     out = warpgroup_mma_wait(0, deps=[out_next])
     mbarrier.arrive(v_ring.empty.index(before), count=1)
     p = kept(p, traits, own.dtype, A)
@@ -356,15 +269,17 @@ def advance(
 
 
 @gluon.jit
-def begin(own, memory, walk, scores, seen, traits, S: gl.constexpr, A: gl.constexpr):
+def begin(visit, own, memory, walk, scores, seen, traits, S: gl.constexpr, A: gl.constexpr):
     """The first tile, which has no product beside it and is taken for cut in any case."""
     factor = exponent_factor(scores, traits)
-    k_ring = memory.k_ring
-    mbarrier.wait(memory.q_full.index(0), 0)
-    mbarrier.wait(k_ring.full.index(0), 0)
-    products = multiplied(own, k_ring, 0, traits, S)
+    k_ring, v_ring = memory.k_ring, memory.v_ring
+    stage = walk.before % traits.STAGES
+    parity = (walk.before // traits.STAGES) & 1
+    mbarrier.wait(memory.q_full.index(0), visit & 1)
+    mbarrier.wait(k_ring.full.index(stage), parity)
+    products = multiplied(own, k_ring, stage, traits, S)
     products = warpgroup_mma_wait(0, deps=[products])
-    mbarrier.arrive(k_ring.empty.index(0), count=1)
+    mbarrier.arrive(k_ring.empty.index(stage), count=1)
     products = capped(products, scores, traits)
     products = hidden(products, seen, walk.last * traits.BLOCK_N, traits, S)
     largest = gl.max(products, 1) * factor
@@ -373,18 +288,22 @@ def begin(own, memory, walk, scores, seen, traits, S: gl.constexpr, A: gl.conste
     total = gl.sum(p, 1)
     p = kept(p, traits, own.dtype, A)
     out = gl.zeros([ROWS, traits.BLOCK_DV], gl.float32, A)
-    mbarrier.wait(memory.v_ring.full.index(0), 0)
+    mbarrier.wait(v_ring.full.index(stage), parity)
     return p, out, largest, total
 
 
 @gluon.jit
-def finish(state, v_ring, walk, traits, A: gl.constexpr):
+def finish(state, memory, walk, traits, A: gl.constexpr):
     """The product of the last tile with v."""
     p, out, largest, total = state
+    v_ring = memory.v_ring
     weights = rounded(p, v_ring.tiles.dtype, A)
-    stage = (walk.count - 1) % traits.STAGES
+    stage = (walk.before + walk.count - 1) % traits.STAGES
     out_next = warpgroup_mma(weights, values(v_ring, stage, traits), out, is_async=True)
+    if traits.OUT_APART:
+        mbarrier.arrive(memory.q_empty.index(0), count=1)
     out = warpgroup_mma_wait(0, deps=[out_next])
+    mbarrier.arrive(v_ring.empty.index(stage), count=1)
     return out, largest, total
 
 
@@ -406,14 +325,33 @@ def normalised(out, largest, total, sinks_ptr, place, traits, ROWS_OF_OUT: gl.co
 
 
 @gluon.jit
-def consume(W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits):
+def store(W: gl.constexpr, out, lse, rows, out_desc, lse_ptr, memory, place, ground, traits):
+    """Writes what a consumer has made; the copy of the output goes on after it."""
+    sequence = gl.cast(place.sequence, gl.int64)
+    lse_ptr += sequence * ground.stride_lse_batch + place.head.to(gl.int64) * ground.stride_lse_head + place.first
+    gl.store(lse_ptr + rows, lse, mask=rows < place.length)
+    out_tile = memory.out_tiles.index(W)
+    if traits.OUT_APART:
+        # The copy engine may still read the output of the place before.
+        tma.store_wait(0)
+    out_tile.reshape([ROWS, traits.BLOCK_DV]).store(out.to(out_tile.dtype))
+    fence_async_shared()
+    box = coordinates(place.sequence, place.first, place.length, place.start + W * ROWS, place.head, traits.PACKED)
+    async_store(out_desc, box, out_tile)
+    if not traits.OUT_APART:
+        tma.store_wait(0)
+        mbarrier.arrive(memory.q_empty.index(0), count=1)
+
+
+@gluon.jit
+def attend(visit, W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, place, walk, ground, scores, traits):
     """The attention of 64 queries, those of consumer W. S and A are the layouts of scores and of the accumulated output."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_N, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, traits.BLOCK_DV, 16])
     own = memory.q_tiles.index(W).reshape([ROWS, traits.BLOCK_D])
     rows = place.start + W * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     seen = keys_of(rows, place, scores, traits)
-    state = begin(own, memory, walk, scores, seen, traits, S, A)
+    state = begin(visit, own, memory, walk, scores, seen, traits, S, A)
     high = gl.maximum(walk.high, 1)
     if traits.HAS_RIGHT:  # without an edge there only the first tile can be cut
         for i in range(1, high):
@@ -423,14 +361,20 @@ def consume(W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, place, walk, 
     if traits.HAS_LEFT:
         for i in range(gl.maximum(high, walk.low), walk.count):
             state = advance(i, state, own, memory, walk, scores, seen, traits, S, A, True)
-    out, largest, total = finish(state, memory.v_ring, walk, traits, A)
+    out, largest, total = finish(state, memory, walk, traits, A)
     out, lse = normalised(out, largest, total, sinks_ptr, place, traits, gl.SliceLayout(1, A))
-    gl.store(lse_ptr + rows, lse, mask=rows < place.length)
-    out_tile = memory.out_tiles.index(W)
-    out_tile.reshape([ROWS, traits.BLOCK_DV]).store(out.to(own.dtype))
-    fence_async_shared()
-    box = coordinates(place.sequence, place.first, place.length, place.start + W * ROWS, place.head, traits.PACKED)
-    async_store(out_desc, box, out_tile)
+    store(W, out, lse, rows, out_desc, lse_ptr, memory, place, ground, traits)
+
+
+@gluon.jit
+def consume(W: gl.constexpr, out_desc, lse_ptr, sinks_ptr, memory, ground, scores, traits):
+    """Consumer W, at all places of the block."""
+    before = 0
+    for visit in range(visits(ground)):
+        place = locate(visit, ground, traits, BLOCK_M)
+        walk = walk_of(place, before, scores, traits, BLOCK_M)
+        attend(visit, W, out_desc, lse_ptr, sinks_ptr, memory, place, walk, ground, scores, traits)
+        before += walk.count
     tma.store_wait(0)
 
 
@@ -441,13 +385,17 @@ def attention_forward_kernel(
     batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
     softmax_scale, softcap, window_left, window_right, traits,
 ):  # fmt: skip
-    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
-    place = locate(
+    # A tuple holds no None: in its place stands what is not read.
+    if sinks_ptr is None:
+        sinks_ptr = lse_ptr
+    if cu_seqlens_q_ptr is None:
+        cu_seqlens_q_ptr = lse_ptr
+        cu_seqlens_k_ptr = lse_ptr
+    ground = Ground(
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, num_heads, seqlen_q, seqlen_k, num_tiles, num_slots, slots_per_group,
-        traits, BLOCK_M,
+        stride_lse_batch, stride_lse_head,
     )  # fmt: skip
     scores = Scores(softmax_scale * LOG2E, softcap, window_left, window_right)
-    walk = walk_of(place, scores, traits, BLOCK_M)
     q_tiles = buffers(q_desc, CONSUMERS, ROWS, traits.BLOCK_D, traits.PACKED)
     k_ring = Ring(
         buffers(k_desc, traits.STAGES, traits.BLOCK_N, traits.BLOCK_D, traits.PACKED),
@@ -460,23 +408,14 @@ def attention_forward_kernel(
         barriers(traits.STAGES, CONSUMERS),
     )
     out_tiles = q_tiles  # queries are not needed after the last product of theirs
-    if traits.BLOCK_DV != traits.BLOCK_D:
+    if traits.OUT_APART:
         out_tiles = buffers(out_desc, CONSUMERS, ROWS, traits.BLOCK_DV, traits.PACKED)
-    q_full = barriers(1, 1)
-    mbarrier.expect(q_full.index(0), CONSUMERS * q_desc.block_type.nbytes)
-    for w in gl.static_range(CONSUMERS):
-        box = coordinates(place.sequence, place.first, place.length, place.start + w * ROWS, place.head, traits.PACKED)
-        async_load(q_desc, box, q_full.index(0), q_tiles.index(w))
-    sequence = gl.cast(place.sequence, gl.int64)
-    lse_ptr += sequence * stride_lse_batch + place.head.to(gl.int64) * stride_lse_head + place.first
-    if sinks_ptr is None:  # a tuple holds no None
-        sinks_ptr = lse_ptr
-    memory = Memory(q_tiles, q_full, k_ring, v_ring, out_tiles)
+    memory = Memory(q_tiles, barriers(1, 1), barriers(1, CONSUMERS), k_ring, v_ring, out_tiles)
     gl.warp_specialize(
         [
-            (consume, (0, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
-            (consume, (1, out_desc, lse_ptr, sinks_ptr, memory, place, walk, scores, traits)),
-            (produce, (k_desc, v_desc, k_ring, v_ring, place, walk, traits)),
+            (consume, (0, out_desc, lse_ptr, sinks_ptr, memory, ground, scores, traits)),
+            (consume, (1, out_desc, lse_ptr, sinks_ptr, memory, ground, scores, traits)),
+            (produce, (q_desc, k_desc, v_desc, memory, ground, scores, traits)),
         ],
         [4, 1],
         [240, 24],

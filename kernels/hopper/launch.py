@@ -12,16 +12,18 @@ from triton.experimental.gluon import language as gl
 
 from ..attention.options import Geometry, block_dim, geometry, maker, window_limits
 from ..attention.policy import slots_per_group
-from ..launch import COMMON_OPTIONS, interpreting
+from ..launch import COMMON_OPTIONS, device_limits, interpreting
 from ..prepared import PreparedLaunch
 from .descriptors import HostDescriptor
-from .forward import CONSUMERS, RAGGED, ROWS, Traits, attention_forward_kernel
+from .forward import BLOCK_M, ROWS, Traits, attention_forward_kernel
+from .places import RAGGED
 
 if TYPE_CHECKING:
     from pytransformer.gluon_interpreter import Schedule
     from pytransformer.ops.attention.call import AttentionCall
 
 _OPTIONS = {"num_warps": 4, **COMMON_OPTIONS}  # of each consumer: a warpgroup
+_MOST_APART = 128  # features, of which outputs find room beside queries, keys and values
 _ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that strides of a descriptor are multiples of
 # Of the dimensions before a packed tensor's own: see boxes.
 _RAGGED_STRIDE, _MOST = 2**34, 0x7FFF0000
@@ -29,17 +31,19 @@ _RAGGED_STRIDE, _MOST = 2**34, 0x7FFF0000
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile of keys, and stages of each ring."""
+    """Tile of keys, stages of each ring, and blocks that there are at most, which go from place to place."""
 
     block_n: int
     stages: int
+    blocks: int
 
 
-def hopper_config(head_dim: int, value_dim: int) -> HopperConfig:
-    """Launch policy. Shared memory decides: 64 queries for each consumer and two stages of k and v in 227 KB. At d = 128 that is 160 KB
-    with tiles of 128 keys; at d = 256, 192 KB with 64."""
+def hopper_config(head_dim: int, value_dim: int, device: torch.device) -> HopperConfig:
+    """Launch policy. Shared memory decides: 64 queries for each consumer and two stages of k and v in 227 KB. At d = 128 that is 192 KB
+    with tiles of 128 keys and memory for outputs; at d = 256, 192 KB with 64, and outputs in the place of queries. Registers, of which a
+    block takes all, leave room for one on a multiprocessor."""
     width = max(block_dim(head_dim), block_dim(value_dim))
-    return HopperConfig(128 if width <= 128 else 64, 2)
+    return HopperConfig(128 if width <= 128 else 64, 2, device_limits(device).num_sms)
 
 
 def boxes(like: torch.Tensor, block_rows: int, block_dim: int) -> HostDescriptor:
@@ -119,7 +123,7 @@ class HopperForward:
 
     def __init__(self, call: AttentionCall, *, config: HopperConfig | None = None) -> None:
         shape = geometry(call)
-        config = config or hopper_config(shape.head_dim, shape.value_dim)
+        config = config or hopper_config(shape.head_dim, shape.value_dim, call.q.device)
         out_shape = (*call.q.shape[:-1], shape.value_dim)
         self._new_out, self._new_lse = maker(call.q, out_shape), maker(call.q, shape.lse_shape, torch.float32)
         rows, block_d, block_dv = ROWS.value, block_dim(shape.head_dim), block_dim(shape.value_dim)
@@ -130,7 +134,7 @@ class HopperForward:
             boxes(call.v, config.block_n, block_dv),
             boxes(out, rows, block_dv),
         )
-        num_tiles = shape.tiles(shape.seqlen_q, CONSUMERS.value * rows)
+        num_tiles = shape.tiles(shape.seqlen_q, BLOCK_M.value)
         num_slots = shape.slots(shape.num_heads)
         left, right = window_of(call, shape)
         constants = {
@@ -140,6 +144,7 @@ class HopperForward:
             "BLOCK_DV": block_dv,
             "THREE_QUARTERS": 4 * shape.head_dim == 3 * block_d,
             "STAGES": config.stages,
+            "OUT_APART": block_d <= _MOST_APART or block_dv != block_d,
             "PACKED": shape.packed,
             "HAS_LEFT": left >= 0,
             "HAS_RIGHT": right >= 0,
@@ -150,7 +155,9 @@ class HopperForward:
         scalars = (call.softmax_scale, call.softcap, left, right)
         traits = Traits(**{name: gl.constexpr(value) for name, value in constants.items()})
         arguments = (*descriptors, None, *shape.lse_strides, None, None, None, *sizes, *scalars, traits)
-        self._launch = prepare(attention_forward_kernel, (num_tiles * num_slots,), arguments, _OPTIONS)
+        self._launch = prepare(
+            attention_forward_kernel, (min(num_tiles * num_slots, config.blocks),), arguments, _OPTIONS
+        )
 
     def __call__(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Results as :func:`..attention.forward.attention_forward` returns them, of a call that is like the first."""

@@ -142,10 +142,10 @@ def attention_traces(of: str, head_dim: int, seqlen: int, causal: bool, schedule
 def _lengths(of: str, head_dim: int, seqlen: int, causal: bool) -> tuple[int, int]:
     """(queries, keys): those of one block where the mask allows it."""
     from pytransformer.kernels.hopper.backward import BLOCK_N
-    from pytransformer.kernels.hopper.forward import CONSUMERS, ROWS
+    from pytransformer.kernels.hopper.forward import BLOCK_M
 
     if of == "forward":
-        return min(ROWS.value * CONSUMERS.value, seqlen), seqlen
+        return min(BLOCK_M.value, seqlen), seqlen
     # A causal mask is aligned to the ends: the first keys are seen by all queries only where there are as many of both.
     return seqlen, seqlen if causal else min(BLOCK_N.value, seqlen)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.gluon_interpreter import EARLY, Schedule
-from pytransformer.kernels.hopper.launch import HopperConfig, HopperForward, interpreted_in
+from pytransformer.kernels.hopper.launch import HopperConfig, HopperForward, hopper_config, interpreted_in
 from pytransformer.ops.attention.call import AttentionCall
 from pytransformer.verification import SEEDS, Contract
 from tests.kernels.attention_contract import Case, Inputs, draw
@@ -25,9 +26,12 @@ def call_of(inputs: Inputs) -> AttentionCall:
 
 
 def forward(
-    call: AttentionCall, schedule: Schedule = EARLY, config: HopperConfig | None = None
+    call: AttentionCall, schedule: Schedule = EARLY, config: HopperConfig | None = None, blocks: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the kernel in a schedule."""
+    """(out, lse) of the kernel in a schedule; by that many blocks at most, if given."""
+    if blocks is not None:
+        usual = hopper_config(call.q.shape[-1], call.v.shape[-1], call.q.device)
+        config = replace(config or usual, blocks=blocks)
     with interpreted_in(schedule):
         return HopperForward(call, config=config)(call)
 

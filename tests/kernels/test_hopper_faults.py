@@ -3,6 +3,8 @@ schedule; a tile, a mask or a sum that is wrong breaks the contract or leaves it
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from pytransformer.gluon_interpreter import LATE, Schedule
 from pytransformer.kernels.hopper import forward as kernels
-from pytransformer.kernels.hopper import launch
+from pytransformer.kernels.hopper import launch, places
 from pytransformer.triton_interpreter import KernelFault
 from pytransformer.verification import ContractError
 from tests.conftest import INTERPRETING
@@ -21,8 +23,16 @@ from tests.kernels.hopper_contract import call_of, check, forward
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="the Gluon interpreter runs only where Triton's does")
 
-SOURCE = Path(kernels.__file__).read_text().replace("from ..", "from pytransformer.kernels.")
-SOURCE = SOURCE.replace("from .names", "from pytransformer.kernels.hopper.names")
+
+def _source() -> str:
+    """Of both files, as one."""
+    text = Path(kernels.__file__).read_text().replace("from ..", "from pytransformer.kernels.")
+    text = text.replace("from .names", "from pytransformer.kernels.hopper.names")
+    without_imports = re.sub(r"^from (__future__|\.places) import .*\n", "", text, flags=re.MULTILINE)
+    return Path(places.__file__).read_text() + without_imports
+
+
+SOURCE = _source()
 SCHEDULES = (Schedule(order="first"), Schedule(order="last", copies="late", products="late"))
 
 # Statements of the protocol removed, and made wrong.
@@ -34,10 +44,15 @@ PROTOCOL = dict(
             (r"warpgroup_mma_wait\(1,", "warpgroup_mma_wait(2,", "one product too many under way"),
             (r"barriers\(traits\.STAGES, CONSUMERS\)", "barriers(traits.STAGES, 1)", "one arrival too few"),
             (r"barriers\(traits\.STAGES, 1\)", "barriers(traits.STAGES, 2)", "one arrival too many"),
-            (r"\(\(i // traits\.STAGES\) & 1\) \^ 1", "(i // traits.STAGES) & 1", "other parity"),
-            (r"(?<!\()\(i // traits\.STAGES\) & 1\)", "((i // traits.STAGES) & 1) ^ 1)", "other parity"),
-            (r"(?<=index\(0\), )0\)", "1)", "other parity"),
-            (r"CONSUMERS \* q_desc\.block_type\.nbytes", "q_desc.block_type.nbytes", "half of the bytes"),
+            (r"barriers\(1, CONSUMERS\)", "barriers(1, 1)", "one arrival too few"),
+            (r"barriers\(1, 1\)", "barriers(1, 2)", "one arrival too many"),
+            (r"\(\(n // traits\.STAGES\) & 1\) \^ 1", "(n // traits.STAGES) & 1", "other parity"),
+            (r"(?<!\()\(n // traits\.STAGES\) & 1\)", "((n // traits.STAGES) & 1) ^ 1)", "other parity"),
+            (r"(?<=parity = )\(walk", "1 ^ (walk", "other parity"),
+            (r"(?<=q_full\.index\(0\), )visit & 1", "(visit & 1) ^ 1", "other parity"),
+            (r"\(visit & 1\) \^ 1", "visit & 1", "other parity"),
+            (r"before \+= walk\.count", "before += 0", "tiles of the place before forgotten"),
+            (r"CONSUMERS \* desc\.block_type\.nbytes", "desc.block_type.nbytes", "half of the bytes"),
             (r"(?<=, )desc\.block_type\.nbytes", "2 * desc.block_type.nbytes", "twice the bytes"),
             (r"(?<= )ring\.tiles\.index\(stage\)\)", "ring.tiles.index(1 - stage))", "other stage"),
             (r"ring\.full\.index\(stage\), ring", "ring.empty.index(stage), ring", "other barrier"),
@@ -45,12 +60,14 @@ PROTOCOL = dict(
             (r"(?<=v_desc, )v_ring(?=, place)", "k_ring", "other ring"),
             (r"copy_tile\(i - 1, v_desc", "copy_tile(i, v_desc", "a tile ahead"),
             (r"(?<=async_store\(out_desc, box, )out_tile", "memory.q_tiles.index(1 - W)", "the other consumer's"),
-            (r"(?<=q_full\.index\(0\), q_tiles\.index\()w", "0", "twice the same"),
+            (r"(?<=memory\.q_tiles\.index\()w", "0", "twice the same"),
         ),
     )
 )
 
-DENSE = Case((70, 640), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16)
+# Two places for one block, with outputs in memory of their own, and in that of the queries.
+APART = Case((70, 300), dims=(64, 64), heads=(2, 1), dtype=torch.bfloat16)
+SHARED = Case((70, 130), dims=(256, 256), heads=(2, 1), dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -68,10 +85,11 @@ def test_there_are_enough_of_them() -> None:
 @pytest.mark.parametrize("name", PROTOCOL)
 def test_a_fault_in_the_protocol_is_reported(name: str, broken) -> None:
     broken(PROTOCOL[name])
-    call = call_of(draw(DENSE, 0, torch.device("cpu")))
+    calls = [call_of(draw(case, 0, torch.device("cpu"))) for case in (APART, SHARED)]
     for schedule in SCHEDULES:
         with pytest.raises(KernelFault, match=r"broken\.py:\d+ in "):
-            forward(call, schedule)
+            for call in calls:
+                forward(call, schedule, blocks=1)
 
 
 CAUSAL = Case((100, 300), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, options={"causal": True})
@@ -84,15 +102,18 @@ QUARTERS = Case((70, 70), dims=(96, 96), heads=(1, 1), dtype=torch.bfloat16)
 SOFTCAP = Case((70, 70), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, options={"softcap": 1.0})
 SINKS = Case((70, 200), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16, options={"sinks": torch.ones(1)})
 
+# Some of three blocks go to a place more than others.
+BY_THREE = functools.partial(forward, blocks=3)
+
 # Text, what is put in its place wherever it stands, and calls in which that matters.
 NUMBERS: dict[str, tuple[str, str, Sequence[Case]]] = {
     "causal mask off by one": ("rows + (shift + scores.window_right)", "rows + (shift + scores.window_right + 1)", (CAUSAL,)),
     "lengths aligned top-left": ("last, rows + (shift + ", "last, rows + (", (CAUSAL,)),
     "end of the keys not masked": ("place.other_length - 1, -1)", "place.other_length + 99, -1)", (ENDS,)),
     "left edge off by one": ("(shift - scores.window_left) if", "(shift - scores.window_left + 1) if", (WINDOW,)),
-    "values of the other stage": ("before = (i - 1) % traits", "before = i % traits", (WINDOW,)),
+    "values of the other stage": ("before = (n - 1) % traits", "before = n % traits", (WINDOW,)),
     "tile of the diagonal taken for whole": ("end - inside_end, end", "0 * inside_end, end", (CAUSAL,)),
-    "tile of the left edge taken for whole": ("end - inside_begin)", "end - begin)", (WINDOW,)),
+    "tile of the left edge taken for whole": ("end - inside_begin, before)", "end - begin, before)", (WINDOW,)),
     "last tile forgotten": ("return Walk(end - 1, ", "return Walk(end - 2, ", (ENDS,)),
     "first tile forgotten": ("end - begin, end - inside_end", "end - begin - 1, end - inside_end", (ENDS,)),
     "rows that see nothing not guarded": ('gl.where(largest == float("-inf"), 0.0, largest)', "largest", (MORE_QUERIES,)),
@@ -113,8 +134,10 @@ NUMBERS: dict[str, tuple[str, str, Sequence[Case]]] = {
     "softcap of half the score": ("scores.factor * 2.0 / scores.softcap", "scores.factor / scores.softcap", (SOFTCAP,)),
     "sink in base e": ("gl.float32) * LOG2E", "gl.float32)", (SINKS,)),
     "values walked the other way": (
-        "(i - 1, v_desc, v_ring, place, walk,", "(i - 1, v_desc, v_ring, place, Walk(2 * (i - 1), 1, 1, 1),", (ENDS,)
+        "(i - 1, v_desc, v_ring, place, walk,", "(i - 1, v_desc, v_ring, place, Walk(2 * (i - 1), 1, 1, 1, walk.before),", (ENDS,)
     ),
+    "a place left out": ("number(rounds) < count", "number(rounds) < count - 1", (GROUPS,)),
+    "a place gone to twice": ("turn = gl.program_id(0)", "turn = gl.program_id(0) // 2", (GROUPS,)),
     "two blocks with one tile": ("tile = within // slots_here", "tile = within // slots_here // 2", (MORE_QUERIES,)),
 }  # fmt: skip
 
@@ -126,13 +149,14 @@ def test_a_broken_kernel_is_caught(name: str, broken, poison_empty: None) -> Non
     broken(SOURCE.replace(text, replacement))
     with pytest.raises((ContractError, KernelFault)):
         for case in cases:
-            check(case, least=1, most=1)
+            check(case, BY_THREE, least=1, most=1)
 
 
 def test_a_copy_that_is_not_broken_passes(broken, poison_empty: None) -> None:
     """Else the tests above would show nothing."""
     broken(SOURCE)
     for schedule in (*SCHEDULES, LATE):
-        forward(call_of(draw(DENSE, 0, torch.device("cpu"))), schedule)
+        forward(call_of(draw(APART, 0, torch.device("cpu"))), schedule, blocks=1)
+        forward(call_of(draw(SHARED, 0, torch.device("cpu"))), schedule, blocks=1)
     for case in (CAUSAL, MORE_QUERIES, WINDOW, ENDS, GROUPS, PACKED, QUARTERS, SOFTCAP, SINKS):
-        check(case, least=1, most=1)
+        check(case, BY_THREE, least=1, most=1)

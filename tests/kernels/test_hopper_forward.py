@@ -58,25 +58,27 @@ GRID: dict[str, list[Any]] = {
     "options": list(OPTIONS),
     "heads": [(1, 1), (2, 1), (2, 2)],
     "dtype": [torch.bfloat16, torch.float16],
+    # A block for all places, two or three places for some of three, one for each.
+    "blocks": [1, 3, 132],
 }
 
 
 def grid_cases() -> list[Any]:
     cases = []
     for choice in covering(GRID):
-        window, options, schedule = (choice.pop(name) for name in ("window", "options", "schedule"))
+        window, options, schedule, blocks = (choice.pop(name) for name in ("window", "options", "schedule", "blocks"))
         lengths, dims, heads = choice["lengths"], choice["dims"], choice["heads"]
         shape = "packed" + str(len(lengths)) if isinstance(lengths[0], tuple) else f"{lengths[0]}x{lengths[1]}"
-        name = f"{shape}-d{dims[0]}-dv{dims[1]}-heads{heads[0]}/{heads[1]}-{window}-{options}"
+        name = f"{shape}-d{dims[0]}-dv{dims[1]}-heads{heads[0]}/{heads[1]}-{window}-{options}-{blocks}"
         options = {**WINDOWS[window], **OPTIONS[options]}
-        cases.append(pytest.param(Case(**choice, options=options, differentiable=()), schedule, id=name))
+        cases.append(pytest.param(Case(**choice, options=options, differentiable=()), schedule, blocks, id=name))
     return cases
 
 
 @pytest.mark.parametrize("least", [1, pytest.param(SEEDS, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("case", "schedule"), grid_cases())
-def test_contract(case: Case, schedule: Schedule, least: int) -> None:
-    check(case, functools.partial(forward, schedule=schedule), least)
+@pytest.mark.parametrize(("case", "schedule", "blocks"), grid_cases())
+def test_contract(case: Case, schedule: Schedule, blocks: int, least: int) -> None:
+    check(case, functools.partial(forward, schedule=schedule, blocks=blocks), least)
 
 
 PACKED = ((70, 130), (0, 9), (130, 200))
@@ -93,14 +95,14 @@ def test_every_schedule_gives_the_same_bits(case: Case) -> None:
     call = call_of(draw(case, 0, torch.device("cpu")))
     out, lse = forward(call, SCHEDULES[0])
     for schedule in SCHEDULES[1:]:
-        again, lse_again = forward(call, schedule)
+        again, lse_again = forward(call, schedule, blocks=1)
         assert torch.equal(out, again), schedule
         assert torch.equal(lse, lse_again), schedule
 
 
 def test_three_stages_keep_the_contract() -> None:
     case = Case((70, 600), dims=(64, 64), heads=(1, 1), dtype=torch.bfloat16)
-    check(case, functools.partial(forward, schedule=LATE, config=HopperConfig(64, 3)))
+    check(case, functools.partial(forward, schedule=LATE, config=HopperConfig(64, 3, 2)))
 
 
 def test_large_logits_keep_the_contract() -> None:
