@@ -191,7 +191,7 @@ def _product(span: Span) -> str:
     """What is multiplied: ``q·k2``; of a first operand in registers nothing is known but that the threads made it."""
     left, _ = span.label.split(" × ")
     variable = left.partition("[")[0]
-    name = variable.rpartition(".")[2] if "." in variable else variable.partition("_")[0]
+    name = variable.rpartition(".")[2].partition("_")[0]
     return f"p·{span.tile}" if left == "registers" and span.tile[:1] == "v" else f"{name}·{span.tile}"
 
 

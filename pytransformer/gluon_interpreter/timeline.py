@@ -311,13 +311,13 @@ def _variable(label: str) -> str:
 
 
 def _short(variables: Set[str]) -> dict[str, str]:
-    """``k`` for ``k_ring.tiles``; for ``memory.k`` too, where it is one of several in the same tuple."""
-    beginnings = collections.Counter(re.split("[._]", variable)[0] for variable in variables)
-    short = {}
-    for variable in variables:
-        beginning = re.split("[._]", variable)[0]
-        short[variable] = beginning if beginnings[beginning] == 1 else variable.rpartition(".")[2]
-    return short
+    """``k`` for ``k_ring.tiles``, ``q`` for ``memory.q_tiles``: the shortest word that begins a part and no other variable's."""
+    words = {variable: {part.partition("_")[0] for part in variable.split(".")} for variable in variables}
+    uses = collections.Counter(word for found in words.values() for word in found)
+    return {
+        variable: min((word for word in found if uses[word] == 1), key=len, default=variable.rpartition(".")[2])
+        for variable, found in words.items()
+    }
 
 
 def _merged(spans: Iterator[Span]) -> Iterator[Span]:
