@@ -256,7 +256,8 @@ def _install_arithmetic(active: _Interpreter) -> None:
     def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
         active.replace(owner, name, wrapper(getattr(owner, name)))
 
-    for name in ("binary_op", "unary_op", "ternary_op"):
+    wrap(builder, "binary_op", arithmetic.binary_op)
+    for name in ("unary_op", "ternary_op"):
         wrap(builder, name, arithmetic.through_float32)
     for name, wrapper in arithmetic.FUNCTIONS.items():
         wrap(builder, name, wrapper)
