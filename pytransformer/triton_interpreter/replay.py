@@ -236,7 +236,7 @@ def _twin(tensor: Any) -> Any:
 
 
 def truth(member: Method) -> Method:
-    """``tl.tensor.__bool__``: a kernel means the value; Triton's own code, which is recorded, asks in this way whether there is a tensor."""
+    """``tl.tensor.__bool__``: a kernel means the value; Triton's code, which is recorded, whether there is a tensor."""
 
     def method(self: Any) -> bool:
         return _state.recorder is not None or bool(member(self))
