@@ -232,11 +232,11 @@ def binary_op_sanitize_overflow_impl(original: Method) -> Method:
 
     @functools.wraps(original)
     def method(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
-        if type(self) is not TritonSemantic or binary_op.__name__ not in _CHECKED:
+        if binary_op.__name__ not in _CHECKED:
             original(self, lhs, rhs, binary_op)
         elif lhs.dtype.int_bitwidth < 64 and self.builder.options.sanitize_overflow:
 
-            def complain(left: Any, right: Any) -> None:
+            def complain(left: Any, right: Any, name: str, dtype: Any) -> None:
                 original(self, tl.tensor(left, lhs_type), tl.tensor(right, rhs_type), binary_op)
 
             lhs_type, rhs_type = lhs.type, rhs.type
@@ -246,7 +246,7 @@ def binary_op_sanitize_overflow_impl(original: Method) -> Method:
 
 
 def create_overflow_check(
-    builder: Any, lhs: Any, rhs: Any, name: str, dtype: Any, complain: Callable[[Any, Any], None]
+    builder: Any, lhs: Any, rhs: Any, name: str, dtype: Any, complain: Callable[[Any, Any, str, Any], None]
 ) -> None:
     """The check for overflow in one step of NumPy; where it finds one, the original says so in its words."""
     exact = _CHECKED[name](lhs.data, rhs.data, dtype=np.int64)
@@ -254,7 +254,7 @@ def create_overflow_check(
         np.minimum.reduce(exact, axis=None) < dtype.get_int_min_value()
         or np.maximum.reduce(exact, axis=None) > dtype.get_int_max_value()
     ):
-        complain(lhs, rhs)
+        complain(lhs, rhs, name, dtype)
 
 
 def patch_attr() -> Method:
@@ -266,7 +266,7 @@ def patch_attr() -> Method:
         if member not in made:
             # Without the question whether there is a _semantic.
             asks = getattr(member, "__code__", None) is asks_for_semantic
-            made[member] = replay.replayed(vars(member)["__wrapped__"] if asks else member)
+            made[member] = replay.REPLAY.replayed(vars(member)["__wrapped__"] if asks else member)
         scope.set_attr(owner, name, made[member])
 
     return _patch_attr

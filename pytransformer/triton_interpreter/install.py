@@ -466,8 +466,8 @@ def _install_language(active: _Interpreter) -> None:
     def patch_tensor(tensor: Any, scope: Any) -> None:
         patch_lang_tensor(tensor, scope)
         # NumPy 2.4 makes no integer of an array that has a dimension, as 3.6 asks of it.
-        scope.set_attr(tensor, "__index__", replay.of_elements(lambda self: int(self.handle.data.item())))
-        scope.set_attr(tensor, "__bool__", replay.truth(tensor.__bool__))
+        scope.set_attr(tensor, "__index__", replay.REPLAY.of_elements(lambda self: int(self.handle.data.item())))
+        scope.set_attr(tensor, "__bool__", replay.REPLAY.truth(tensor.__bool__))
 
     def patch_lang_once(fn: Any) -> Any:
         # The stock interpreter points the language at itself anew in every call of a device function, and leaves it so: tl.sum

@@ -34,7 +34,7 @@ _MOST = 1 << 15
 @functools.cache
 def _factory(source: str) -> Callable[..., Plan]:
     """What makes a plan of this text; most plans differ in their constants alone."""
-    names: dict[str, Any] = {"new": object.__new__, "tensor": tl.tensor}
+    names: dict[str, Any] = {}
     exec(source, names)
     made: Callable[..., Plan] = names["make"]
     return made
@@ -98,27 +98,34 @@ class _Recorder:
         target = f"({', '.join(targets)},)" if isinstance(result, tuple) else targets[0]
         self._steps.append(f"{target} = builder.{name}({', '.join(given)})")
 
-    def plan(self, result: Any) -> Plan | None:
-        """What was noted as a function of the builder and of the tensors that are passed, or None if it cannot be replayed."""
+    def plan(self, result: Any, kind: type) -> Plan | None:
+        """What was noted as a function of the builder and of the tensors that are passed, or None if it cannot be replayed.
+
+        Args:
+            result: of the builtin.
+            kind: the class of its tensors.
+        """
         made = () if result is None else result if isinstance(result, tuple) else (result,)
-        if not self.replayable or not all(type(tensor) is tl.tensor for tensor in made):
+        if not self.replayable or not all(type(tensor) is kind for tensor in made):
             return None
         tensors = [f"t{place}" for place in range(len(self._tensors))]
         lines = [f"h{place} = t{place}.handle" for place in range(len(tensors))] + self._steps
         outputs = [self._output(tensor, f"o{number}", lines) for number, tensor in enumerate(made)]
         returned = f"({', '.join(outputs)},)" if isinstance(result, tuple) else "".join(outputs)
         body = "\n        ".join([*lines, f"return {returned}"])
-        constants = ", ".join(f"k{place}" for place in range(len(self._constants)))
-        source = f"def make({constants}):\n    def plan({', '.join(['builder', *tensors])}):\n        {body}\n    return plan\n"
-        return _factory(source)(*self._constants)
+        names = ", ".join(["new", "tensor", *(f"k{place}" for place in range(len(self._constants)))])
+        source = (
+            f"def make({names}):\n    def plan({', '.join(['builder', *tensors])}):\n        {body}\n    return plan\n"
+        )
+        return _factory(source)(object.__new__, kind, *self._constants)
 
     def _output(self, tensor: Any, name: str, lines: list[str]) -> str:
         for passed, number in zip(self._tensors, itertools.count()):
             if tensor is passed:
                 return f"t{number}"
         lines.append(f"{name} = new(tensor)")
-        lines.append(f"{name}.handle = {self._name(tensor.handle)}")
-        lines += [f"{name}.{key} = {self._constant(value)}" for key, value in vars(tensor).items() if key != "handle"]
+        for key, value in vars(tensor).items():
+            lines.append(f"{name}.{key} = {self._name(value)}")
         return name
 
 
@@ -140,7 +147,8 @@ def _constant_key(value: Any) -> tuple[Any, ...] | None:
         return _sequence_key(kind, value)
     if isinstance(value, tl.dtype):
         return kind, value.name
-    return (kind, value) if isinstance(value, enum.Enum) else None
+    frozen = getattr(kind, "__dataclass_params__", None)  # Gluon's layouts
+    return (kind, value) if isinstance(value, enum.Enum) or (frozen is not None and frozen.frozen) else None
 
 
 def _sequence_key(kind: type, values: Iterable[Any]) -> tuple[Any, ...] | None:
@@ -148,108 +156,111 @@ def _sequence_key(kind: type, values: Iterable[Any]) -> tuple[Any, ...] | None:
     return None if None in keys else (kind, keys)
 
 
-class _State:
-    """The plans of all builtins under each of the builder's options, and the recorder while one is recorded."""
+class Replay:
+    """Plans of the builtins of a semantic, under each of its builder's options, and the recorder while one is recorded.
 
-    def __init__(self) -> None:
+    Args:
+        semantic: of Triton; its builder does what it is asked for at once.
+        tensor: the class of its tensors.
+        finish: what becomes of a builtin's result.
+    """
+
+    def __init__(self, semantic: Any, tensor: type, finish: Callable[[Any], Any] = lambda result: result) -> None:
+        self._semantic = semantic
+        self._tensor = tensor
+        self._finish = finish
         self.recorder: _Recorder | None = None
         # Options' hashes cost more than asking whether they are still the same.
-        self.options: Any = None
-        self.plans: dict[Any, Plan | None] = {}
+        self._options: Any = None
+        self._plans: dict[Any, Plan | None] = {}
         self._by_options: dict[Any, dict[Any, Plan | None]] = {}
 
-    def enter(self, options: Any) -> None:
-        """Plans of these options from now on."""
-        self.options = options
-        self.plans = self._by_options.setdefault(options, {})
+    def replayed(self, member: Method) -> Method:
+        """A builtin of Triton as one that a kernel calls."""
+        semantic, tensor, finish = self._semantic, self._tensor, self._finish
 
+        def builtin(*args: Any, **kwargs: Any) -> Any:
+            if self.recorder is not None:  # a builtin that another one uses
+                kwargs["_semantic"] = semantic
+                return finish(member(*args, **kwargs))
+            if kwargs:
+                kwargs.pop("_semantic", None)
+            builder = semantic.builder
+            if builder.options is not self._options:
+                self._options = builder.options
+                self._plans = self._by_options.setdefault(builder.options, {})
+            key: list[Any] = [member]
+            tensors = []
+            for arg in (*args, *kwargs, *kwargs.values()) if kwargs else args:
+                kind = type(arg)
+                if kind is tensor:
+                    tensors.append(arg)
+                    key.append(arg.type.name)
+                elif kind in _PLAIN:
+                    key += (kind, arg)
+                else:
+                    part = _constant_key(arg)
+                    if part is None:
+                        return finish(member(*args, **kwargs, _semantic=semantic))
+                    key.append(part)
+            found = tuple(key)
+            try:
+                plan = self._plans[found]
+            except KeyError:
+                return self._record(found, member, args, kwargs, tensors)
+            if plan is None:
+                return finish(member(*args, **kwargs, _semantic=semantic))
+            return plan(builder, *tensors)
 
-_state = _State()
+        return builtin
 
-
-def replayed(member: Method) -> Method:
-    """A builtin of Triton as one that a kernel in the interpreter calls."""
-    state, semantic, tensor = _state, interpreter.interpreter_semantic, tl.tensor
-
-    def builtin(*args: Any, **kwargs: Any) -> Any:
-        if state.recorder is not None:  # a builtin that another one uses
-            kwargs["_semantic"] = semantic
-            return member(*args, **kwargs)
-        if kwargs:
-            kwargs.pop("_semantic", None)
+    def _record(self, key: Any, member: Method, args: Any, kwargs: dict[str, Any], tensors: list[Any]) -> Any:
+        semantic, kind = self._semantic, self._tensor
+        # Handles of their own, so that x * x and x * y have one plan.
+        twins = [_twin(tensor) for tensor in tensors]
+        left = iter(twins)
+        given = [next(left) if type(arg) is kind else arg for arg in args]
+        named = {name: next(left) if type(arg) is kind else arg for name, arg in kwargs.items()}
         builder = semantic.builder
-        if builder.options is not state.options:
-            state.enter(builder.options)
-        key: list[Any] = [member]
-        tensors = []
-        for arg in (*args, *kwargs, *kwargs.values()) if kwargs else args:
-            kind = type(arg)
-            if kind is tensor:
-                tensors.append(arg)
-                key.append(arg.type.name)
-            elif kind in _PLAIN:
-                key += (kind, arg)
-            else:
-                part = _constant_key(arg)
-                if part is None:
-                    return member(*args, **kwargs, _semantic=semantic)
-                key.append(part)
-        found = tuple(key)
+        self.recorder = semantic.builder = recorder = _Recorder(builder, twins)
         try:
-            plan = state.plans[found]
-        except KeyError:
-            return _record(found, member, args, kwargs, tensors)
-        if plan is None:
-            return member(*args, **kwargs, _semantic=semantic)
-        return plan(builder, *tensors)
+            result = self._finish(member(*given, **named, _semantic=semantic))
+        finally:
+            self.recorder, semantic.builder = None, builder
+        if len(self._plans) >= _MOST:
+            self._plans.clear()
+        self._plans[key] = recorder.plan(result, kind)
+        originals = {id(twin): tensor for twin, tensor in zip(twins, tensors)}
+        if isinstance(result, tuple):
+            return type(result)(originals.get(id(item), item) for item in result)
+        return originals.get(id(result), result)
 
-    return builtin
+    def truth(self, member: Method) -> Method:
+        """``tl.tensor.__bool__``: a kernel means the value; Triton's code, which is recorded, whether there is a tensor."""
 
+        def method(tensor: Any) -> bool:
+            return self.recorder is not None or bool(member(tensor))
 
-def _record(key: Any, member: Method, args: Any, kwargs: dict[str, Any], tensors: list[Any]) -> Any:
-    semantic = interpreter.interpreter_semantic
-    # Handles of their own, so that x * x and x * y have one plan.
-    twins = [_twin(tensor) for tensor in tensors]
-    left = iter(twins)
-    given = [next(left) if type(arg) is tl.tensor else arg for arg in args]
-    named = {name: next(left) if type(arg) is tl.tensor else arg for name, arg in kwargs.items()}
-    builder = semantic.builder
-    _state.recorder = semantic.builder = recorder = _Recorder(builder, twins)
-    try:
-        result = member(*given, **named, _semantic=semantic)
-    finally:
-        _state.recorder, semantic.builder = None, builder
-    if len(_state.plans) >= _MOST:
-        _state.plans.clear()
-    _state.plans[key] = recorder.plan(result)
-    originals = {id(twin): tensor for twin, tensor in zip(twins, tensors)}
-    if isinstance(result, tuple):
-        return type(result)(originals.get(id(item), item) for item in result)
-    return originals.get(id(result), result)
+        return method
+
+    def of_elements(self, member: Method) -> Method:
+        """A method of tensors that depends on their elements: what calls it while it is recorded is not replayed."""
+
+        def method(tensor: Any) -> Any:
+            if self.recorder is not None:
+                self.recorder.replayable = False
+            return member(tensor)
+
+        return method
 
 
 def _twin(tensor: Any) -> Any:
-    twin = object.__new__(tl.tensor)
-    vars(twin).update(vars(tensor))
-    twin.handle = _Handle(tensor.handle.data, tensor.handle.dtype, tensor.handle.attr)
+    """The tensor with a handle of its own."""
+    handle = tensor.handle
+    twin = object.__new__(type(tensor))
+    own = _Handle(handle.data, handle.dtype, handle.attr)
+    vars(twin).update({name: own if value is handle else value for name, value in vars(tensor).items()})
     return twin
 
 
-def truth(member: Method) -> Method:
-    """``tl.tensor.__bool__``: a kernel means the value; Triton's code, which is recorded, whether there is a tensor."""
-
-    def method(self: Any) -> bool:
-        return _state.recorder is not None or bool(member(self))
-
-    return method
-
-
-def of_elements(member: Method) -> Method:
-    """A method of tensors that depends on their elements: what calls it while it is recorded is not replayed."""
-
-    def method(self: Any) -> Any:
-        if _state.recorder is not None:
-            _state.recorder.replayable = False
-        return member(self)
-
-    return method
+REPLAY = Replay(interpreter.interpreter_semantic, tl.tensor)

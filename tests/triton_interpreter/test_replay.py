@@ -111,6 +111,6 @@ def test_a_known_combination_is_not_walked_through_again(monkeypatch: pytest.Mon
     def recorded(*args: object) -> None:
         raise AssertionError(f"recorded again: {args[1]}")
 
-    monkeypatch.setattr(replay, "_record", recorded)
+    monkeypatch.setattr(replay.REPLAY, "_record", recorded)
     added[(1,)](-x, out, 1.0, BLOCK=8)
     assert torch.equal(out, 1 - x)
