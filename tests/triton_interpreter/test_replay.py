@@ -33,7 +33,12 @@ def quotient(X, OUT, BY: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(OUT + at, x / BY)
 
 
-@pytest.mark.parametrize("by", [(0.0, -0.0), (-0.0, 0.0), (float("nan"), 1.0), (2, 2.0), (True, 1.5)])
+NUMBERS = [(float("nan"), 1.0), (2, 2.0), (True, 1.5)]
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):  # earlier ones make 0 of -0 in constants
+    NUMBERS += [(0.0, -0.0), (-0.0, 0.0)]
+
+
+@pytest.mark.parametrize("by", NUMBERS)
 def test_equal_numbers_of_python_are_not_one_constant(by: tuple[float, float]) -> None:
     x = torch.tensor([1.0, -1.0, 3.0, 0.5])
     for divisor in (*by, *by):
