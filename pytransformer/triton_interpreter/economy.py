@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -285,6 +285,54 @@ def patch_builtin(is_builtin: Callable[[Any], bool], patch_attr: Method) -> Meth
                 patch_attr(pkg, name, member, builder, scope)
 
     return _patch_builtin
+
+
+class _Changes:
+    """What a launch has changed of the language, so that another can do it again.
+
+    Args:
+        made: (owner, name, value before), in their order; a name may have been changed more than once.
+    """
+
+    def __init__(self, made: Iterable[tuple[Any, str, Any]]) -> None:
+        first: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        for owner, name, before in made:
+            first.setdefault((id(owner), name), (owner, name, before))
+        self._changes = [(owner, name, before, getattr(owner, name)) for owner, name, before in first.values()]
+
+    def fit(self) -> bool:
+        """Whether all is as it was before."""
+        absent = interpreter._MISSING
+        return all(getattr(owner, name, absent) is before for owner, name, before, _ in self._changes)
+
+    def make(self) -> None:
+        """Changes it again."""
+        for owner, name, _, after in self._changes:
+            setattr(owner, name, after)
+
+    def restore(self) -> None:
+        """Undoes it."""
+        for owner, name, before, _ in self._changes:
+            if before is interpreter._MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+def patch_lang(original: Method) -> Callable[[Any, Any], Any]:
+    """``_patch_lang``, of a function and of what decides about the changes, that remembers them: there are two hundred in each launch."""
+    known: dict[Any, _Changes] = {}
+
+    def _patch_lang(fn: Any, key: Any) -> Any:
+        changes = known.get(key)
+        if changes is not None and changes.fit():  # no launch around this one
+            changes.make()
+            return changes
+        scope = original(fn)
+        known[key] = _Changes(scope._changes)
+        return scope
+
+    return _patch_lang
 
 
 def get_np_dtype(original: Method) -> Method:

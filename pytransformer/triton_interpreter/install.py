@@ -461,7 +461,7 @@ def _install_grid(active: _Interpreter) -> None:
 
 def _install_language(active: _Interpreter) -> None:
     """One repair (loaded integers as loop bounds), and savings of time, which together pay for all the checks."""
-    patch_lang_tensor, patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+    patch_lang_tensor, patch_lang = interpreter._patch_lang_tensor, economy.patch_lang(interpreter._patch_lang)
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         patch_lang_tensor(tensor, scope)
@@ -478,7 +478,7 @@ def _install_language(active: _Interpreter) -> None:
             modules = frozenset(id(value) for value in names.values() if value is tl or value is tl.core)
             active.launch.modules[id(names)] = modules
         if modules not in active.launch.patched:
-            active.launch.patched[modules] = patch_lang(fn)
+            active.launch.patched[modules] = patch_lang(fn, (modules, *active.launch.patched))
         return active.launch
 
     economy.install(active.replace)
