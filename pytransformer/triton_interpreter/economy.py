@@ -1,7 +1,7 @@
-"""Savings of time in Triton's front end, which the interpreter walks through anew in every operation of every program.
+"""Savings of time in Triton's front end and around it, beside those of :mod:`.replay`.
 
-They change no value: types and shapes that were made once are used again, and operands of one shape are not broadcast.
-Together they halve the time of a kernel of small tiles, whose operations cost less than the making of their types.
+They change no value: types and shapes that were made once are used again, operands of one shape are not broadcast, and a launch
+repeats the changes to the language that another one made.
 """
 
 from __future__ import annotations
