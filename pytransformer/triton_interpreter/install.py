@@ -160,6 +160,7 @@ def install(
     if _active is None:
         _check_triton()
     uninstall()
+    language.restore()  # what a launch of the stock interpreter has left would be recorded
     active = _Interpreter(_Options(bounds, races, poison, tf32, debug))
     try:
         _install_arithmetic(active)
