@@ -25,7 +25,7 @@ from pytransformer.triton_interpreter.reductions import _SELECTIONS
 from . import operations
 from .functions import as_steps, now
 from .tasks import Steps
-from .values import SEMANTIC, Handle, Tensor, as_tensor, scalar
+from .values import REPLAY, SEMANTIC, Handle, Tensor, scalar
 
 _FUNCTIONS = (JITFunction, interpreter.InterpretedFunction)
 # Reductions that the hardened interpreter makes as a GPU does.
@@ -128,9 +128,7 @@ def _translate(value: Any) -> Any:
 
 
 def _builtin(member: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
-        return as_tensor(member(*args, _semantic=SEMANTIC, **kwargs))
-
+    call = REPLAY.replayed(member)
     call.__name__ = getattr(member, "__name__", "builtin")
     return call
 

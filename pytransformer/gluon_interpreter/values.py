@@ -18,6 +18,8 @@ from triton.experimental.gluon.language import _core as core
 from triton.experimental.gluon.language._semantic import GluonSemantic
 from triton.runtime import interpreter
 
+from pytransformer.triton_interpreter.replay import Replay
+
 from .faults import MissingWaitError
 from .machine import machine
 from .source import MARK, line
@@ -69,16 +71,13 @@ class Builder(interpreter.InterpreterBuilder):  # type: ignore[misc]
         """The same elements."""
         return Handle(arg.data, arg.dtype)
 
+    def create_of_kind(self, arg: Any, kind: Any) -> Any:
+        """The elements as integers that know whether they have a sign."""
+        return Handle(arg.data.astype(interpreter._get_np_dtype(kind)), kind)
+
     def create_set_auto_layout(self, layout: Any, arg: Any) -> Any:
         """The same elements."""
         return Handle(arg.data, arg.dtype)
-
-
-def _operator(member: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: Tensor, *args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
-        return as_tensor(member(self, *args, _semantic=SEMANTIC, **kwargs))
-
-    return method
 
 
 def as_tensor(value: Any) -> Any:
@@ -144,12 +143,6 @@ class Tensor(gl.tensor):  # type: ignore[misc]
     __str__ = __repr__
 
 
-for _name in dir(gl.tensor):
-    _member = getattr(gl.tensor, _name)
-    if getattr(_member, core.GLUON_BUILTIN, False):
-        setattr(Tensor, _name, _operator(_member))
-
-
 class Semantic(GluonSemantic):  # type: ignore[misc]
     """``GluonSemantic`` over arrays; what it reads from the compiler's values, mostly layouts that MLIR infers, is found here."""
 
@@ -169,8 +162,7 @@ class Semantic(GluonSemantic):  # type: ignore[misc]
         kind = dst_ty.scalar
         if not kind.is_int() or kind.is_int_signed() or kind.is_bool():
             return result
-        data = result.handle.data.astype(interpreter._get_np_dtype(kind))
-        return Tensor(Handle(data, kind), result.type)
+        return Tensor(self.builder.create_of_kind(result.handle, kind), result.type)
 
     def expand_dims(self, input: Any, axis: int) -> Any:
         """A dimension of length 1; the layout must be a slice of the result's."""
@@ -192,18 +184,15 @@ class Semantic(GluonSemantic):  # type: ignore[misc]
         """The dimensions in another order."""
         order = [core._unwrap_if_constexpr(dim) for dim in dims]
         layout = _permuted(input.type.layout, order)
-        handle = Handle(np.transpose(input.handle.data, order), input.dtype)
-        return self._block(handle, input.dtype, [input.shape[dim] for dim in order], layout)
+        return self._block(
+            self.builder.create_trans(input.handle, order), input.dtype, [input.shape[dim] for dim in order], layout
+        )
 
     def binary_op_sanitize_overflow_impl(self, lhs: Any, rhs: Any, binary_op: Any) -> None:
         """Whether integers overflow; as the hardened interpreter does, in one step."""
         kind = lhs.type.scalar
-        if kind.int_bitwidth >= 64:
-            return
-        function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[binary_op.__name__]
-        exact = function(lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
-        if exact.size and (exact.max() > kind.get_int_max_value() or exact.min() < kind.get_int_min_value()):
-            raise OverflowError(f"{kind} overflows in {binary_op.__name__} at {line()}")
+        if kind.int_bitwidth < 64:
+            self.builder.create_overflow_check(lhs.handle, rhs.handle, binary_op.__name__, kind, _overflows)
 
     def reduce(self, input: Any, axis: int | None, combine: Any, keep_dims: bool, generic: Callable[..., Any]) -> Any:
         """A reduction along an axis, or of all elements; ``generic`` makes its data."""
@@ -240,6 +229,10 @@ class Semantic(GluonSemantic):  # type: ignore[misc]
         raise NotImplementedError(f"the Gluon interpreter does not infer the layout of this operation, at {line()}")
 
 
+def _overflows(lhs: Any, rhs: Any, name: str, kind: Any) -> None:
+    raise OverflowError(f"{kind} overflows in {name} at {line()}")
+
+
 def _permuted(layout: Any, order: list[int]) -> Any:
     """The layout of a tensor whose dimensions are put in another order."""
     if isinstance(layout, (gl.AutoLayout, gl.CoalescedLayout)):
@@ -252,6 +245,18 @@ def _permuted(layout: Any, order: list[int]) -> Any:
 
 
 SEMANTIC = Semantic(Builder())
+REPLAY = Replay(SEMANTIC, Tensor, as_tensor)
+
+
+def _operators() -> None:
+    for name in dir(gl.tensor):
+        member = getattr(gl.tensor, name)
+        if getattr(member, core.GLUON_BUILTIN, False):
+            setattr(Tensor, name, REPLAY.replayed(member))
+    Tensor.__index__ = REPLAY.of_elements(Tensor.__index__)  # type: ignore[method-assign]
+
+
+_operators()
 
 
 def scalar(value: int | float | bool, kind: Any) -> Tensor:

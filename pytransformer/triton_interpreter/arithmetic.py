@@ -41,7 +41,7 @@ def narrow(value: Any) -> Any:
 
 
 # What the interpreter keeps the bits of such floats in.
-_BITS = frozenset((np.dtype(np.uint16), np.dtype(np.uint8)))
+_BITS = frozenset((np.dtype(np.uint16).num, np.dtype(np.uint8).num))
 # These move or combine bits without reading them as numbers, so bfloat16 needs no detour.
 _BITWISE = (np.where, np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
@@ -51,7 +51,7 @@ def through_float32(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def method(builder: Any, *args: Any) -> Any:
-        if not any(isinstance(arg, interpreter.TensorHandle) and arg.data.dtype in _BITS for arg in args):
+        if not any(isinstance(arg, interpreter.TensorHandle) and arg.data.dtype.num in _BITS for arg in args):
             return original(builder, *args)  # most: this is asked in every operation
         if any(args[-1] is op for op in _BITWISE):
             return original(builder, *args)
@@ -59,6 +59,26 @@ def through_float32(original: Callable[..., Any]) -> Callable[..., Any]:
         if not any(is_bfloat16(arg) for arg in args):
             return original(builder, *args)
         return narrow(original(builder, *[widen(arg) for arg in args]))
+
+    return method
+
+
+def binary_op(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``InterpreterBuilder.binary_op``, at once for two arrays of one type that NumPy has, as most are."""
+    general = through_float32(original)
+    kinds = (np.float32, np.float64, np.float16, np.int8, np.int16, np.int32, np.int64, np.uint32, np.uint64)
+    plain = frozenset(np.dtype(kind).num for kind in kinds)
+    handle = interpreter.TensorHandle
+
+    @functools.wraps(original)
+    def method(builder: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        a, b, dtype = lhs.data, rhs.data, lhs.dtype
+        if a.dtype.num != b.dtype.num or a.dtype.num not in plain:
+            return general(builder, lhs, rhs, op)
+        result = op(a, b)
+        if result.itemsize > 1 and result.dtype.num != a.dtype.num:
+            return general(builder, lhs, rhs, op)
+        return handle(result, dtype.scalar)
 
     return method
 

@@ -18,6 +18,8 @@ from . import formats
 from .errors import UnsupportedTritonError
 from .formats import Array
 
+# Asked in every operation: numbers of types compare faster than types.
+_UINT8, _UINT16 = np.dtype(np.uint8).num, np.dtype(np.uint16).num
 _FLOAT32_TO_FLOAT8 = ("fp8e4nv", "fp8e5")
 _FLOAT8 = (*_FLOAT32_TO_FLOAT8, "fp8e4b15")
 
@@ -28,14 +30,16 @@ def is_bfloat16(value: Any) -> bool:
     """
     return (
         isinstance(value, interpreter.TensorHandle)
+        and value.data.dtype.num == _UINT16
         and value.dtype.scalar == tl.bfloat16
-        and value.data.dtype == np.uint16
     )
 
 
 def is_float8(value: Any) -> bool:
     """Whether ``value`` is an interpreter's tensor of an 8-bit float type."""
-    return isinstance(value, interpreter.TensorHandle) and value.data.dtype == np.uint8 and value.dtype.scalar.is_fp8()
+    return (
+        isinstance(value, interpreter.TensorHandle) and value.data.dtype.num == _UINT8 and value.dtype.scalar.is_fp8()
+    )
 
 
 def float32_values(value: Any) -> Array:
@@ -85,11 +89,23 @@ def _cast(source: Any, target: Any) -> Any:
 
 def cast_impl(original: Callable[..., Any]) -> Callable[..., Any]:
     """``InterpreterBuilder.cast_impl`` with bfloat16 rounded once, and floats to integers as a GPU converts them."""
+    # (type, NumPy's type, type that is wanted) that the stock interpreter does right: what the elements become.
+    plain: dict[tuple[str, int, str], np.dtype[Any]] = {}
 
     @functools.wraps(original)
     def method(builder: Any, source: Any, target_type: Any) -> Any:
-        cast = _cast(source, target_type.scalar)
-        return original(builder, source, target_type) if cast is None else cast
+        target, data = target_type.scalar, source.data
+        key = (source.dtype.name, data.dtype.num, target.name)
+        dtype = plain.get(key)
+        if dtype is not None:
+            return _handle(data.astype(dtype), target)
+        cast = _cast(source, target)
+        if cast is not None:
+            return cast
+        cast = original(builder, source, target_type)
+        if key[0] != "bf16":
+            plain[key] = cast.data.dtype
+        return cast
 
     return method
 

@@ -1,20 +1,22 @@
-"""Savings of time in Triton's front end, which the interpreter walks through anew in every operation of every program.
+"""Savings of time in Triton's front end and around it, beside those of :mod:`.replay`.
 
-They change no value: types and shapes that were made once are used again, and operands of one shape are not broadcast.
-Together they halve the time of a kernel of small tiles, whose operations cost less than the making of their types.
+They change no value: types and shapes that were made once are used again, operands of one shape are not broadcast, and a launch
+repeats the changes to the language that another one made.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+
+from . import replay
 
 Method = Callable[..., Any]
 
@@ -183,54 +185,89 @@ def computation_type_impl(original: Method) -> Method:
     return method
 
 
-def handle_post_init(original: Method) -> Method:
-    """``TensorHandle.__post_init__`` whose check passes without three more calls."""
+def handle_init(original: Method) -> Method:
+    """``TensorHandle.__init__`` without the calls that its default and its check cost."""
 
     @functools.wraps(original)
-    def __post_init__(self: Any) -> None:
-        size = self.data.itemsize
-        if size != 1 and size * 8 > getattr(self.dtype, "primitive_bitwidth", 64):
-            original(self)
+    def __init__(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
+        self.data = data
+        self.dtype = dtype
+        self.attr = {} if attr is None else attr
+        size = data.itemsize
+        if size != 1 and size * 8 > getattr(dtype, "primitive_bitwidth", 64):
+            self.__post_init__()
 
-    return __post_init__
+    return __init__
+
+
+def create_expand_dims(builder: Any, arg: Any, axis: int) -> Any:
+    """A dimension of length 1, by an index."""
+    data = arg.data
+    if not 0 <= axis <= data.ndim:
+        return interpreter.TensorHandle(np.expand_dims(data, axis), arg.dtype.scalar)
+    return interpreter.TensorHandle(data[(*(slice(None),) * axis, None)], arg.dtype.scalar)
+
+
+def create_addptr(original: Method) -> Method:
+    """``InterpreterBuilder.create_addptr`` that asks once how large a type's elements are, and scales offsets in one step."""
+    sizes: dict[str, int] = {}
+
+    @functools.wraps(original)
+    def method(builder: Any, ptr: Any, offset: Any) -> Any:
+        dtype = ptr.dtype
+        size = sizes.get(dtype.name)
+        if size is None:
+            size = sizes[dtype.name] = max(1, ptr.get_element_ty().primitive_bitwidth // 8)
+        scaled = np.multiply(offset.data, size, dtype=np.uint64, casting="unsafe")
+        return interpreter.TensorHandle(ptr.data + scaled, dtype)
+
+    return method
 
 
 _CHECKED = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def binary_op_sanitize_overflow_impl(original: Method) -> Method:
-    """The check for overflow in one step of NumPy; where it finds one, the original says so in its words."""
+    """The check for overflow as a step of the builder's (:func:`create_overflow_check`), so that it is replayed with the others."""
 
     @functools.wraps(original)
     def method(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
-        dtype = lhs.dtype
-        if dtype.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
-            return
-        operation = _CHECKED.get(binary_op.__name__)
-        if operation is not None:
-            exact = operation(lhs.handle.data, rhs.handle.data, dtype=np.int64)
-            if exact.size == 0 or (
-                dtype.get_int_min_value() <= exact.min() and exact.max() <= dtype.get_int_max_value()
-            ):
-                return
-        original(self, lhs, rhs, binary_op)
+        if binary_op.__name__ not in _CHECKED:
+            original(self, lhs, rhs, binary_op)
+        elif lhs.dtype.int_bitwidth < 64 and self.builder.options.sanitize_overflow:
+
+            def complain(left: Any, right: Any, name: str, dtype: Any) -> None:
+                original(self, tl.tensor(left, lhs_type), tl.tensor(right, rhs_type), binary_op)
+
+            lhs_type, rhs_type = lhs.type, rhs.type
+            self.builder.create_overflow_check(lhs.handle, rhs.handle, binary_op.__name__, lhs.dtype, complain)
 
     return method
 
 
+def create_overflow_check(
+    builder: Any, lhs: Any, rhs: Any, name: str, dtype: Any, complain: Callable[[Any, Any, str, Any], None]
+) -> None:
+    """The check for overflow in one step of NumPy; where it finds one, the original says so in its words."""
+    exact = _CHECKED[name](lhs.data, rhs.data, dtype=np.int64)
+    if exact.size and (
+        np.minimum.reduce(exact, axis=None) < dtype.get_int_min_value()
+        or np.maximum.reduce(exact, axis=None) > dtype.get_int_max_value()
+    ):
+        complain(lhs, rhs, name, dtype)
+
+
 def patch_attr() -> Method:
-    """``_patch_attr`` whose builtins replace their ``_semantic`` without a copy of all arguments by name."""
+    """``_patch_attr`` whose builtins are replayed (:mod:`.replay`), and made once and not in every launch."""
     asks_for_semantic = tl.core.builtin(lambda: None).__code__
+    made: dict[Method, Method] = {}
 
     def _patch_attr(owner: Any, name: str, member: Method, builder: Any, scope: Any) -> None:
-        if getattr(member, "__code__", None) is asks_for_semantic:
-            member = vars(member)["__wrapped__"]  # without the question whether there is a _semantic
-
-        def builtin(*args: Any, **kwargs: Any) -> Any:
-            kwargs["_semantic"] = interpreter.interpreter_semantic
-            return member(*args, **kwargs)
-
-        scope.set_attr(owner, name, builtin)
+        if member not in made:
+            # Without the question whether there is a _semantic.
+            asks = getattr(member, "__code__", None) is asks_for_semantic
+            made[member] = replay.REPLAY.replayed(vars(member)["__wrapped__"] if asks else member)
+        scope.set_attr(owner, name, made[member])
 
     return _patch_attr
 
@@ -250,6 +287,54 @@ def patch_builtin(is_builtin: Callable[[Any], bool], patch_attr: Method) -> Meth
     return _patch_builtin
 
 
+class _Changes:
+    """What a launch has changed of the language, so that another can do it again.
+
+    Args:
+        made: (owner, name, value before), in their order; a name may have been changed more than once.
+    """
+
+    def __init__(self, made: Iterable[tuple[Any, str, Any]]) -> None:
+        first: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        for owner, name, before in made:
+            first.setdefault((id(owner), name), (owner, name, before))
+        self._changes = [(owner, name, before, getattr(owner, name)) for owner, name, before in first.values()]
+
+    def fit(self) -> bool:
+        """Whether all is as it was before."""
+        absent = interpreter._MISSING
+        return all(getattr(owner, name, absent) is before for owner, name, before, _ in self._changes)
+
+    def make(self) -> None:
+        """Changes it again."""
+        for owner, name, _, after in self._changes:
+            setattr(owner, name, after)
+
+    def restore(self) -> None:
+        """Undoes it."""
+        for owner, name, before, _ in self._changes:
+            if before is interpreter._MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+def patch_lang(original: Method) -> Callable[[Any, Any], Any]:
+    """``_patch_lang``, of a function and of what decides about the changes, that remembers them: there are two hundred in each launch."""
+    known: dict[Any, _Changes] = {}
+
+    def _patch_lang(fn: Any, key: Any) -> Any:
+        changes = known.get(key)
+        if changes is not None and changes.fit():  # no launch around this one
+            changes.make()
+            return changes
+        scope = original(fn)
+        known[key] = _Changes(scope._changes)
+        return scope
+
+    return _patch_lang
+
+
 def get_np_dtype(original: Method) -> Method:
     """``_get_np_dtype``, which builds its table of all types in every call, several times in every operation."""
     found: dict[str, Any] = {}
@@ -267,7 +352,8 @@ def get_np_dtype(original: Method) -> Method:
 def install(replace: Callable[[Any, str, Any], None]) -> None:
     """Puts all of them in place by ``replace(owner, name, value)``."""
     for owner, name, wrapper in (
-        (interpreter.TensorHandle, "__post_init__", handle_post_init),
+        (interpreter.TensorHandle, "__init__", handle_init),
+        (interpreter.InterpreterBuilder, "create_addptr", create_addptr),
         (tl.core.tensor, "__init__", tensor_init),
         (tl.core.block_type, "__init__", block_type_init),
         (TritonSemantic, "broadcast_impl_value", broadcast_impl_value),
@@ -278,6 +364,8 @@ def install(replace: Callable[[Any, str, Any], None]) -> None:
     ):
         replace(owner, name, wrapper(getattr(owner, name)))
     attr = patch_attr()
+    replace(interpreter.InterpreterBuilder, "create_expand_dims", create_expand_dims)
+    replace(interpreter.InterpreterBuilder, "create_overflow_check", create_overflow_check)
     replace(interpreter, "_get_np_dtype", get_np_dtype(interpreter._get_np_dtype))
     replace(interpreter, "_patch_attr", attr)
     replace(interpreter, "_patch_builtin", patch_builtin(tl.core.is_builtin, attr))

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from . import arithmetic, assembly, casts, economy, language, reductions
+from . import arithmetic, assembly, casts, economy, language, reductions, replay
 from .errors import KernelFault, UnsupportedTritonError
 from .memory import Access, LaunchMemory, named_tensors, strip
 
@@ -160,6 +160,7 @@ def install(
     if _active is None:
         _check_triton()
     uninstall()
+    language.restore()  # what a launch of the stock interpreter has left would be recorded
     active = _Interpreter(_Options(bounds, races, poison, tf32, debug))
     try:
         _install_arithmetic(active)
@@ -256,7 +257,8 @@ def _install_arithmetic(active: _Interpreter) -> None:
     def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
         active.replace(owner, name, wrapper(getattr(owner, name)))
 
-    for name in ("binary_op", "unary_op", "ternary_op"):
+    wrap(builder, "binary_op", arithmetic.binary_op)
+    for name in ("unary_op", "ternary_op"):
         wrap(builder, name, arithmetic.through_float32)
     for name, wrapper in arithmetic.FUNCTIONS.items():
         wrap(builder, name, wrapper)
@@ -460,12 +462,13 @@ def _install_grid(active: _Interpreter) -> None:
 
 def _install_language(active: _Interpreter) -> None:
     """One repair (loaded integers as loop bounds), and savings of time, which together pay for all the checks."""
-    patch_lang_tensor, patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+    patch_lang_tensor, patch_lang = interpreter._patch_lang_tensor, economy.patch_lang(interpreter._patch_lang)
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         patch_lang_tensor(tensor, scope)
         # NumPy 2.4 makes no integer of an array that has a dimension, as 3.6 asks of it.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        scope.set_attr(tensor, "__index__", replay.REPLAY.of_elements(lambda self: int(self.handle.data.item())))
+        scope.set_attr(tensor, "__bool__", replay.REPLAY.truth(tensor.__bool__))
 
     def patch_lang_once(fn: Any) -> Any:
         # The stock interpreter points the language at itself anew in every call of a device function, and leaves it so: tl.sum
@@ -476,7 +479,7 @@ def _install_language(active: _Interpreter) -> None:
             modules = frozenset(id(value) for value in names.values() if value is tl or value is tl.core)
             active.launch.modules[id(names)] = modules
         if modules not in active.launch.patched:
-            active.launch.patched[modules] = patch_lang(fn)
+            active.launch.patched[modules] = patch_lang(fn, (modules, *active.launch.patched))
         return active.launch
 
     economy.install(active.replace)

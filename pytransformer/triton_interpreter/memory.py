@@ -114,7 +114,8 @@ class Region:
         """Numbers of the units that elements of ``size`` bytes at ``addresses`` consist of."""
         if size < self.unit:
             self._refine(size)
-        first = (addresses - np.uint64(self.begin)).astype(np.int64) // self.unit
+        # Units are powers of two: a shift is cheaper than a division.
+        first = ((addresses - np.uint64(self.begin)) >> np.uint64(self.unit.bit_length() - 1)).view(np.int64)
         if size == self.unit:
             return first
         return (first[:, None] + np.arange(size // self.unit)).ravel()
@@ -146,6 +147,8 @@ class Region:
             if earlier is access and access is not Access.STORE:
                 continue
             before = owners[units]
+            if not before.any():
+                continue
             foreign = (before != _NOBODY) & ~order.precedes(before)
             if foreign.any():
                 return earlier, int(before[foreign][0])
@@ -158,7 +161,10 @@ class Region:
             owners[units] = order.stretch
         else:
             before = owners[units]
-            owners[units] = np.where((before == _NOBODY) | order.precedes(before), order.stretch, _SEVERAL)
+            if before.any():
+                owners[units] = np.where((before == _NOBODY) | order.precedes(before), order.stretch, _SEVERAL)
+            else:
+                owners[units] = order.stretch
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ class LaunchMemory:
         active = pointers.ravel() if mask.all() else np.broadcast_to(pointers, mask.shape)[mask]
         if active.size == 0:
             return
-        lowest, highest = int(active.min()), int(active.max())
+        lowest, highest = int(np.minimum.reduce(active)), int(np.maximum.reduce(active))
         tag = lowest >> ADDRESS_BITS
         if tag == highest >> ADDRESS_BITS:
             self._access_argument(tag, strip(active), size, access, program)
@@ -269,7 +275,7 @@ class LaunchMemory:
 
 
 def _check_bounds(argument: Argument, addresses: Addresses, size: int, access: Access, program: Program) -> None:
-    lowest, highest = int(addresses.min()), int(addresses.max())
+    lowest, highest = int(np.minimum.reduce(addresses)), int(np.maximum.reduce(addresses))
     if argument.elements is not None or lowest < argument.begin or highest + size > argument.end:
         wrong = argument.outside(addresses, size)
         if wrong.any():
@@ -280,8 +286,9 @@ def _check_bounds(argument: Argument, addresses: Addresses, size: int, access: A
                 f"{first - argument.begin} bytes from the start of '{argument.name}' "
                 f"({argument.end - argument.begin} bytes{', in a hole of the view' if between else ''})"
             )
-    misaligned = (addresses & np.uint64(size - 1)) != 0
-    if misaligned.any():
+    # One bit of one address is enough.
+    if int(np.bitwise_or.reduce(addresses)) & (size - 1):
+        misaligned = (addresses & np.uint64(size - 1)) != 0
         first = int(addresses[misaligned][0])
         raise MisalignedAccessError(
             f"misaligned {access.value} in program {_name(program)}: {_lanes(int(misaligned.sum()))}, the first is "
