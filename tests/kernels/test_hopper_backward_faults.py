@@ -25,10 +25,8 @@ pytestmark = [
     pytest.mark.skipif(not HAS_REDUCTIONS, reason="this Triton's TMA does not reduce"),
 ]
 
-_PACKAGE = "pytransformer.kernels.hopper"
 SOURCE = Path(kernels.__file__).read_text().replace("from ..", "from pytransformer.kernels.")
-SOURCE = SOURCE.replace("from .forward", f"from {_PACKAGE}.forward")
-SOURCE = SOURCE.replace("from .names", f"from {_PACKAGE}.names")
+SOURCE = SOURCE.replace("from .", "from pytransformer.kernels.hopper.")
 
 # Statements of the protocol removed, and made wrong.
 PROTOCOL = dict(
