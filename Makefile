@@ -42,7 +42,7 @@ venv: $(VENV)/.dev ## the virtual environment with the development tools
 demo: $(VENV)/.run ## verify the kernels, train a small model on real text, draw, generate (≤ 10 minutes on 2 cores)
 	@PATH="$$PWD/$(BIN):$$PATH" RUN=$(RUN) bash tools/demo.sh
 
-test: $(VENV)/.dev ## the tests, without a GPU: Triton's kernels interpreted, the CUDA kernels emulated under sanitizers (half an hour on 2 cores)
+test: $(VENV)/.dev ## the tests, without a GPU: Triton's kernels interpreted, the CUDA kernels emulated under sanitizers (20 minutes on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/compile --ignore=tests/cuda
 	$(TEST_ENV) $(BIN)/python -m tests.support.emulator --flavor address -n $(WORKERS) -m "not slow" $(EMULATED)
 
@@ -64,7 +64,7 @@ test-all: test gate sanitize ## all of it: the slow tests, and the kernels under
 	bash tools/test_oldest_triton.sh
 
 gate-changed: $(VENV)/.dev ## the gate for what the committed figures do not know, and one launch of each kernel that they do
-	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 PYTRANSFORMER_COMPILE_CHANGED=1 $(BIN)/python -m pytest --timeout $(COMPILE_SECONDS) tests/compile
+	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 PYTRANSFORMER_COMPILE_CHANGED=1 $(BIN)/python -m pytest --timeout $(COMPILE_SECONDS) -n $(WORKERS) --dist loadfile tests/compile
 
 gate-figures: $(VENV)/.dev ## commits to what the kernels compile to now (benchmarks/results/gate, docs/kernels.md)
 	$(TEST_ENV) PYTRANSFORMER_TEST_COMPILE=1 PYTRANSFORMER_UPDATE_FIGURES=1 $(BIN)/python -m pytest --timeout $(COMPILE_SECONDS) tests/compile
