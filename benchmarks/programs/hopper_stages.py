@@ -210,11 +210,13 @@ STAGES = {
     ),
     "whole": Stage(
         {
-            "d128 causal": _whole(1016, 1016, 8, 8, 128, True),
-            "d64": _whole(1000, 1528, 8, 8, 64, False),
             "d128 causal, grouped, fewer queries": _whole(504, 1016, 8, 2, 128, True),
+            # 192 places: more than there are blocks, of which some go on to a second one.
+            "d128 causal, two places for a block": _whole(1016, 1016, 12, 12, 128, True),
+            "d64, two places for a block": _whole(1000, 1528, 12, 12, 64, False),
         },
-        "what no stage before has: two consumers that share stages, the product with v, its operand in registers, the store",
+        "what no stage before has: two consumers that share stages, the product with v, its operand in registers, the store; "
+        "where one place is right and two are not, q_empty and the phases that go on",
     ),
     "backward": Stage(
         {"d128": _backward(1016, 8, 128), "d64": _backward(1016, 8, 64)},
