@@ -39,8 +39,8 @@ ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
 BLOCK_M = gl.constexpr(128)  # queries of all consumers
 # Up to so many columns of v weights are rounded when their product is next, not when they are made, as registers suffice for their float32.
-# Beyond, Triton 3.9 needs none on the stack, but for windows; it and 3.6 there swap the halves of each pair that is carried to the next
-# tile, 64 instructions, which is more than what is read from the stack once a block.
+# Carried to the next tile in 16 bits, Triton 3.6 swaps the halves of each pair, 64 instructions at 128 columns, and 3.9 does with a window:
+# more than what is read from the stack once a place. Beyond 128 columns float32 would double what is on the stack.
 MOST_LATE = gl.constexpr(128 if OLD else 64)
 # Of a column's number in wgmma's results those that depend on the thread: the others are the same for all, immediates of a comparison.
 LANE_BITS = gl.constexpr(6)
@@ -221,7 +221,7 @@ def rounded(p, dtype: gl.constexpr, A: gl.constexpr):
 @gluon.jit
 def kept(p, traits, dtype: gl.constexpr, A: gl.constexpr):
     """Weights as they are carried to the next tile."""
-    if traits.BLOCK_DV > MOST_LATE and not traits.HAS_LEFT:
+    if traits.BLOCK_DV > 128 or (traits.BLOCK_DV > MOST_LATE and not traits.HAS_LEFT):
         p = rounded(p, dtype, A)
     return p
 
