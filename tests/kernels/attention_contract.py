@@ -232,7 +232,7 @@ def contract_of(
         contract.add_all(actual, plain, golden)
         contract.add_all(gradients, plain_gradients, golden_gradients, kind="gradient")
 
-    return pool(contract, add, least or seeds, seeds)
+    return pool(contract, add, least, seeds)
 
 
 def covering(factors: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

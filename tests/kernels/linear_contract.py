@@ -104,4 +104,4 @@ def measure(
             kind = "gradient" if name.startswith("grad") else "output"
             contract.add(name, actual=value, plain=plain[name], golden=golden[name], kind=kind)
 
-    return pool(contract, add, least or seeds, seeds)
+    return pool(contract, add, least, seeds)

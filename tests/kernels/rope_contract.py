@@ -99,4 +99,4 @@ def measure(
             assert values[0].is_contiguous() and values[0].dtype == case.dtype
             contract.add(name, actual=values[0], plain=values[1], golden=values[2])
 
-    return pool(contract, add, least or seeds, seeds)
+    return pool(contract, add, least, seeds)
