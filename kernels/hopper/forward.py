@@ -37,7 +37,7 @@ from .places import Ground, coordinates, locate, visits, walk_of
 # Queries of one consumer: the rows of one wgmma.
 ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
-BLOCK_M = gl.constexpr(128)  # queries of all consumers
+BLOCK_M = gl.constexpr(CONSUMERS.value * ROWS.value)
 # Up to so many columns of v weights are rounded when their product is next, not when they are made, as registers suffice for their float32.
 # Carried to the next tile in 16 bits, Triton 3.6 swaps the halves of each pair, 64 instructions at 128 columns, and 3.9 does with a window:
 # more than what is read from the stack once a place. Beyond 128 columns float32 would double what is on the stack.

@@ -106,7 +106,7 @@ def test_it_takes_a_sixth_fewer_instructions_than_the_portable_kernel(reports) -
 
 
 def _hot_loops(name: str) -> list[list[Instruction]]:
-    (launch,) = record(lambda: HopperForward(CALLS[name])(CALLS[name]), 90)
+    (launch,) = record(CASES[name].call, CASES[name].arch)
     return budget.loops_of(launch)
 
 
