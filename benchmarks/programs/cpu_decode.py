@@ -26,6 +26,7 @@ from pytransformer.benchmarks.harness.paths import RESULTS
 from pytransformer.benchmarks.programs import cpu
 from pytransformer.generation import Step, generate
 from pytransformer.nn import Linear
+from pytransformer.nn.packed_weight import product_of_pieces, reorder
 
 RESULT = RESULTS / "cpu/decode.json"
 PROMPT = 32
@@ -124,7 +125,7 @@ def chains(model: Transformer) -> dict[str, Run]:
     inputs = [torch.randn(1, weight.shape[1]) for weight in weights]
     found: dict[str, Run] = {}
 
-    def add(name: str, pack: Callable[[Tensor], Tensor], product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def add(name: str, pack: Callable[[Tensor], Any], product: Callable[[Tensor, Any, Tensor], Tensor]) -> None:
         try:
             packed = [pack(weight) for weight in weights]
             product(inputs[0], packed[0], weights[0])
@@ -156,6 +157,7 @@ def chains(model: Transformer) -> dict[str, Run]:
         lambda w: mkl._mkl_reorder_linear_weight(w, 1),
         lambda x, packed, w: mkl._mkl_linear(x, packed, w, None, 1),
     )
+    add("in pieces", lambda w: product_of_pieces(reorder("pieces", w, 1), w, None), lambda x, product, _: product(x))
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pytransformer.model.transformer import EncoderDecoder, Transformer
-from pytransformer.nn.linear import MAX_PACKED_ROWS
+from pytransformer.nn.packed_weight import MAX_PACKED_ROWS
 
 from . import graphs
 from .bound import bind

@@ -1,44 +1,32 @@
 """A linear layer that may hold its weight a second time, in a layout that suits products with few rows on a CPU; and one in row blocks.
 
-Decoding one token at a time reads every weight once per token and does two operations with it, so its speed is the speed of reading
-memory. A weight that was reordered for the purpose ("prepacked") is read nearly as fast as memory allows: on AMD's CPUs 1.5 to 2
-times as fast as ``F.linear`` reads a plain row-major one, on Intel's as fast for one row and twice as fast for eight. Packing costs a few
-decoded tokens' time and a copy of the weight.
+The layouts are in packed_weight.py. Packing costs a few decoded tokens' time and a copy of the weight; on AMD's CPUs one row is then
+multiplied in half of the time of ``F.linear``, on Intel's in the same, and eight rows in half of it on both.
 """
 
 from __future__ import annotations
 
-import functools
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Beyond so many rows a matrix product is limited by arithmetic, and a layout for few rows no longer pays.
-MAX_PACKED_ROWS = 16
-# A weight this small stays in a core's cache between tokens, whatever its layout.
-MIN_PACKED_ELEMENTS = 1 << 16
+from .packed_weight import (
+    ACTIVATIONS,
+    FUSED,
+    PackedWeight,
+    Product,
+    is_intel,
+    library_product,
+    product_of_one_row,
+    why_not_packed,
+    works,
+)
+
 # From so many rows on it pays to let oneDNN reorder a plain weight within the call.
 _MIN_FUSED_ROWS = 64
-# What oneDNN does to a product before it leaves the registers, in the words of torch's op.
-_FUSED: dict[str | None, tuple[str, list[float], str]] = {
-    None: ("none", [], ""),
-    "relu": ("relu", [], ""),
-    "gelu": ("gelu", [], "none"),
-    "gelu_tanh": ("gelu", [], "tanh"),
-    "silu": ("swish", [], ""),
-}
-# Those that a product takes in.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 class Linear(nn.Linear):
@@ -215,138 +203,36 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
-class PackedWeight:
-    """A weight (out_features, in_features) reordered for inputs of ``rows`` rows; others are served too, but no faster than plainly.
-
-    One float32 row goes through MKL on a single thread, where a call costs 4 µs against oneDNN's 30, and on Intel's CPUs: there all of
-    GPT-2's products take 21 ms with two threads, and oneDNN's 28. On AMD's MKL stays on one thread, and oneDNN takes 0.6 to 0.8 of its
-    time. Both ops are those that torch's compiler emits when it freezes weights for a CPU; they are not a public interface, so
-    :func:`why_not_packed` tries them before they are relied on.
-    """
-
-    def __init__(self, weight: Tensor, rows: int) -> None:
-        self.library = _library(rows, weight.dtype)
-        self.rows = rows
-        with torch.no_grad():
-            self._reordered = _reorder(self.library, weight.detach().contiguous(), rows)
-        self._product = _product(self.library)
-        self._version = weight._version
-        self._pointer = weight.data_ptr()
-        self._dtype = weight.dtype
-        self._checksum = _checksum(weight)
-
-    def serves(self, rows: int) -> bool:
-        """Whether this is what would be packed now for so many rows: the number of threads may have changed."""
-        return self.rows == rows and self.library == _library(rows, self._dtype)
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether ``weight`` is still the tensor that was packed, with the bits that were packed."""
-        same = weight._version == self._version and weight.data_ptr() == self._pointer and weight.dtype == self._dtype
-        return same and _checksum(weight) == self._checksum
-
-    def product(self, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Callable[[Tensor], Tensor]:
-        """The layer, and an activation, as a function of x alone, which checks nothing."""
-        product, reordered, rows = self._product, self._reordered, self.rows
-        if self.library == "onednn":
-            name, numbers, algorithm = _FUSED[activation]
-            return lambda x: product(x, reordered, bias, name, numbers, algorithm)
-        if activation is None:
-            return lambda x: product(x, reordered, weight, bias, rows)
-        activate = ACTIVATIONS[activation]
-        return lambda x: activate(product(x, reordered, weight, bias, rows))
-
-
-def _plain_product(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Callable[[Tensor], Tensor]:
+def _plain_product(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Product:
     """A product, and an activation if there is one, from a weight that is not packed."""
-    if activation is None:
-        by_linear: Callable[[Tensor], Tensor] = functools.partial(F.linear, weight=weight, bias=bias)
-        # MKL's, before which the bias is copied to every row. On AMD's CPUs that takes 10 % longer, and bfloat16 is oneDNN's anyway.
-        if _is_intel() or weight.dtype != torch.float32:
-            return by_linear
-    else:
-        activate = ACTIVATIONS[activation]
-        by_linear = lambda x: activate(F.linear(x, weight, bias))  # noqa: E731
-    if why_not_packed(weight) is not None or not _works("onednn", weight.dtype):
-        return by_linear
+    activate = None if activation is None else ACTIVATIONS[activation]
+    one_row, many_rows = product_of_one_row(weight, bias), _product_of_many_rows(weight, bias, activation)
+    in_features = weight.shape[1]
+    least = _MIN_FUSED_ROWS * in_features
+
+    def product(x: Tensor) -> Tensor:
+        if many_rows is not None and x.numel() >= least:
+            return many_rows(x)
+        is_one_row = one_row is not None and x.numel() == in_features
+        y = one_row(x) if is_one_row else F.linear(x, weight, bias)  # type: ignore[misc]
+        return y if activate is None else activate(y)
+
+    return product
+
+
+def _product_of_many_rows(weight: Tensor, bias: Tensor | None, activation: str | None) -> Product | None:
+    """The same for so many rows that oneDNN reorders the weight within the call, where it is faster or takes in the activation."""
+    if activation is None and (is_intel() or weight.dtype != torch.float32):
+        # F.linear is MKL's, before which the bias is copied to every row: 10 % longer on AMD's CPUs. bfloat16 is oneDNN's anyway.
+        return None
+    if why_not_packed(weight) is not None or not works("onednn", weight.dtype):
+        return None
     # With AVX2 oneDNN's tanh takes longer than a pass of torch's over the product.
     is_apart = activation == "gelu_tanh" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    product, (name, numbers, algorithm) = _product("onednn"), _FUSED[None if is_apart else activation]
-    least = _MIN_FUSED_ROWS * weight.shape[1]
+    product, (name, numbers, algorithm) = library_product("onednn"), FUSED[None if is_apart else activation]
 
     def by_onednn(x: Tensor) -> Tensor:
-        if x.numel() < least:
-            return by_linear(x)
         y: Tensor = product(x, weight, bias, name, numbers, algorithm)
         return torch.ops.aten.gelu_(y, approximate="tanh") if is_apart else y
 
     return by_onednn
-
-
-def why_not_packed(weight: Tensor, rows: int = 1) -> str | None:
-    """The reason why :meth:`Linear.pack` would leave this weight as it is, or ``None``."""
-    if weight.device.type != "cpu":
-        return f"packing is for CPUs, the weight is on {weight.device}"
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"packing is for float32 and bfloat16, the weight is {weight.dtype}"
-    if not 1 <= rows <= MAX_PACKED_ROWS:
-        return f"packing is for 1 to {MAX_PACKED_ROWS} rows, got {rows}"
-    if weight.numel() < MIN_PACKED_ELEMENTS:
-        return f"packing is for weights of at least {MIN_PACKED_ELEMENTS} elements, this one has {weight.numel()}"
-    if weight.is_inference():
-        return "the weight was made under torch.inference_mode(), which does not count writes"
-    if not _works(_library(rows, weight.dtype), weight.dtype):
-        return f"this build of torch packs no {weight.dtype} weights"
-    return None
-
-
-def _library(rows: int, dtype: torch.dtype) -> str:
-    """The faster of the libraries that serve; "onednn" where none does."""
-    mkl_is_faster = rows == 1 and (torch.get_num_threads() == 1 or _is_intel())
-    return "mkl" if (mkl_is_faster or not _works("onednn", dtype)) and rows == 1 and _works("mkl", dtype) else "onednn"
-
-
-@functools.cache
-def _is_intel() -> bool:
-    """Whether the CPU says that it is Intel's; torch does not tell."""
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        return "GenuineIntel" in platform.processor()
-
-
-def _reorder(library: str, weight: Tensor, rows: int) -> Tensor:
-    ops = torch.ops.mkl._mkl_reorder_linear_weight if library == "mkl" else torch.ops.mkldnn._reorder_linear_weight
-    reordered: Tensor = ops(weight, rows)
-    return reordered
-
-
-def _product(library: str) -> Any:
-    op = torch.ops.mkl._mkl_linear if library == "mkl" else torch.ops.mkldnn._linear_pointwise
-    return op.default
-
-
-@functools.cache
-def _works(library: str, dtype: torch.dtype) -> bool:
-    """Whether this build of torch packs with ``library`` ("mkl" or "onednn") and multiplies rightly, found by trying it."""
-    if library == "mkl" and dtype != torch.float32:
-        return False
-    try:
-        with torch.no_grad():
-            weight = torch.eye(16, dtype=dtype).roll(3, dims=0)
-            x = torch.arange(16, dtype=dtype)[None]
-            reordered = _reorder(library, weight, 1)
-            tail: tuple[Any, ...] = (weight, None, 1) if library == "mkl" else (None, "none", [], "")
-            result = _product(library)(x, reordered, *tail)
-            return torch.equal(result, F.linear(x, weight))
-    except (AttributeError, RuntimeError):  # NotImplementedError is a RuntimeError
-        return False
-
-
-def _checksum(weight: Tensor) -> int:
-    """A number that a single write to the weight, or an exchange of rows, changes; read at the speed of memory."""
-    rows = weight.detach().contiguous()
-    words_fit = rows.shape[1] * rows.dtype.itemsize % 8 == 0 and rows.data_ptr() % 8 == 0
-    narrow = torch.int32 if rows.dtype.itemsize == 4 else torch.int16
-    sums = rows.view(torch.int64 if words_fit else narrow).sum(dim=1)
-    places = torch.arange(1, 2 * len(sums), 2)  # odd factors lose no bit of a sum, modulo 2^64
-    return int((sums * places).sum())

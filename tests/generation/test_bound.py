@@ -7,7 +7,7 @@ import torch
 
 from pytransformer import TransformerConfig, use_backend
 from pytransformer.generation import bound, generate
-from pytransformer.nn.linear import why_not_packed
+from pytransformer.nn.packed_weight import why_not_packed
 from pytransformer.verification import SEEDS, Contract
 from tests.model.configs import CONFIGS, make_model, make_twin, random_ids
 

@@ -10,7 +10,7 @@ import torch
 from pytransformer import Transformer, TransformerConfig, use_backend
 from pytransformer.generation import Sampler, generate, prepare_for_decoding, release
 from pytransformer.nn import Linear
-from pytransformer.nn.linear import why_not_packed
+from pytransformer.nn.packed_weight import why_not_packed
 from tests.model.configs import CONFIGS, TINY_CONFIGS, make_model, make_twin, random_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reference.*:RuntimeWarning")

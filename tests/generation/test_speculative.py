@@ -11,7 +11,7 @@ import torch
 from pytransformer import TransformerConfig
 from pytransformer.generation import DraftModel, PromptLookup, Sampler, generate, generate_stream, run, speculative
 from pytransformer.generation.drafts import ModelDrafter, NgramIndex
-from pytransformer.nn import linear
+from pytransformer.nn import packed_weight
 from pytransformer.training.tokenizer import TextTokenizer
 from tests.generation.caches.support import GENERATING
 from tests.generation.test_sampling import chi_square, limited
@@ -318,7 +318,7 @@ def test_a_draft_model_proposes_what_it_says_itself(model, monkeypatch, device):
 
 @pytest.mark.parametrize("pack_weights", [True, False, None])
 def test_a_model_that_is_its_own_draft_proposes_by_its_present_weights(pack_weights, monkeypatch):
-    monkeypatch.setattr(linear, "MIN_PACKED_ELEMENTS", 1)
+    monkeypatch.setattr(packed_weight, "MIN_PACKED_ELEMENTS", 1)
     model = make_model(CONFIG, 0, "cpu")
     generate(model, [[3, 1, 4]], 2, pack_weights=True)
     with torch.no_grad():

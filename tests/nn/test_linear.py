@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pytransformer.nn import FeedForward, Linear, RowBlocks, linear
+from pytransformer.nn import FeedForward, Linear, RowBlocks, linear, packed_weight
 from pytransformer.verification import SEEDS, Contract
 
 needs_packing = pytest.mark.skipif(
-    linear.why_not_packed(torch.zeros(256, 256)) is not None, reason="this build of torch packs no weights"
+    packed_weight.why_not_packed(torch.zeros(256, 256)) is not None, reason="this build of torch packs no weights"
 )
 
 
 def packs(dtype):
     """Whether weights of this dtype are packed here: oneDNN multiplies bfloat16 only on a CPU with AVX-512 or better."""
-    return linear.why_not_packed(torch.zeros(256, 256, dtype=dtype)) is None
+    return packed_weight.why_not_packed(torch.zeros(256, 256, dtype=dtype)) is None
 
 
 CPU = torch.device("cpu")  # packing is for CPUs alone
@@ -50,24 +50,24 @@ def test_packed_results_are_as_near_as_plain_ones(rows, dtype, bias):
 
 
 @needs_packing
-@pytest.mark.parametrize(("packed", "library"), [(True, "onednn"), (True, "mkl"), (False, "onednn")])
-@pytest.mark.parametrize("activation", linear.ACTIVATIONS)
+@pytest.mark.parametrize(("packed", "library"), [(True, "onednn"), (True, "mkl"), (True, "pieces"), (False, "onednn")])
+@pytest.mark.parametrize("activation", packed_weight.ACTIVATIONS)
 def test_an_activation_inside_the_product_is_as_near_as_behind_it(activation, packed, library, monkeypatch):
-    """Plain weights with few rows and with many; packed ones by both libraries."""
-    if linear._works(library, torch.float32):
-        monkeypatch.setattr(linear, "_library", lambda rows, dtype: library)
+    """Plain weights with few rows and with many; packed ones in each layout."""
+    if packed_weight.works(library, torch.float32):
+        monkeypatch.setattr(packed_weight, "library_for", lambda rows, dtype: library)
     contract = Contract(torch.float32)
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         module = Linear(300, 257, device=CPU)
         assert module.pack()
         product = module.product(activation, packed=packed)
-        for rows in (1, 70):
-            x, activate = torch.randn(2, rows, 300), linear.ACTIVATIONS[activation]
+        for batch, rows in ((1, 1), (2, 1), (2, 70)):
+            x, activate = torch.randn(batch, rows, 300), packed_weight.ACTIVATIONS[activation]
             with torch.no_grad():
                 golden = activate(F.linear(x.double(), module.weight.double(), module.bias.double()))
                 plain = activate(F.linear(x, module.weight, module.bias))
-                contract.add(f"{rows} rows", actual=product(x), plain=plain, golden=golden)
+                contract.add(f"{batch} times {rows} rows", actual=product(x), plain=plain, golden=golden)
     contract.check()
 
 
@@ -77,16 +77,18 @@ def test_an_activation_inside_the_product_is_as_near_as_behind_it(activation, pa
 @pytest.mark.parametrize("is_intel", [True, False])
 def test_plain_products_of_many_rows_are_the_faster_librarys(is_intel, capability, monkeypatch):
     """Rows that do not lie beside each other, too; none of the three ways is taken for what it does not serve."""
-    monkeypatch.setattr(linear, "_is_intel", lambda: is_intel)
+    monkeypatch.setattr(linear, "is_intel", lambda: is_intel)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    real, names = linear._product("onednn"), []
-    monkeypatch.setattr(linear, "_product", lambda library: lambda *given: names.append(given[3]) or real(*given))
+    real, names = packed_weight.library_product("onednn"), []
+    monkeypatch.setattr(
+        linear, "library_product", lambda library: lambda *given: names.append(given[3]) or real(*given)
+    )
     contract, module = Contract(torch.float32), Linear(300, 513, device=CPU)
     blocks = RowBlocks(list(module.weight.split([256, 257])), module.bias)
     products = {
         "plain": (module.product(packed=False), lambda y: y),
         "blocks": (blocks.product(packed=False), lambda y: y),
-        "gelu": (module.product("gelu_tanh", packed=False), linear.ACTIVATIONS["gelu_tanh"]),
+        "gelu": (module.product("gelu_tanh", packed=False), packed_weight.ACTIVATIONS["gelu_tanh"]),
     }
     for seed in range(SEEDS):
         torch.manual_seed(seed)
@@ -158,27 +160,78 @@ def threads():
 
 
 @needs_packing
-@torch.no_grad()
 @pytest.mark.parametrize("is_intel", [True, False])
-def test_the_library_follows_the_threads_and_the_cpu(threads, is_intel, monkeypatch):
-    """On AMD's CPUs MKL's packed product runs on one thread whatever there is, so several take oneDNN."""
-    monkeypatch.setattr(linear, "_is_intel", lambda: is_intel)
+def test_the_layout_follows_the_cpu_and_the_rows(is_intel, monkeypatch):
+    """MKL multiplies a row with a weight on one thread, but on Intel's CPUs; as a batch of pieces it takes all."""
+    monkeypatch.setattr(packed_weight, "is_intel", lambda: is_intel)
+    for rows, library in ((1, "mkl" if is_intel else "pieces"), (2, "onednn")):
+        if packed_weight.works(library, torch.float32):
+            module = Linear(300, 257, device=CPU)
+            assert module.pack(rows) and module._packed.library == library
+    assert packed_weight.library_for(1, torch.bfloat16) == "onednn"
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not packed_weight.works("pieces", torch.float32), reason="this build of torch is without MKL")
+@pytest.mark.parametrize("in_features", [304, 300, 257], ids=["8 pieces", "4 pieces", "one"])
+def test_a_row_by_pieces_has_its_bits_from_any_number_of_threads(in_features, threads, monkeypatch):
+    monkeypatch.setattr(packed_weight, "library_for", lambda rows, dtype: "pieces")
     contract = Contract(torch.float32)
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        module = Linear(300, 257, device=CPU)
-        x = torch.randn(1, 300)
-        golden = F.linear(x.double(), module.weight.double(), module.bias.double())
+        module, x = Linear(in_features, 2500, device=CPU), torch.randn(1, in_features)
+        assert module.pack()
+        results = []
         for count in (1, 2):
             threads(count)
-            assert module.pack()
-            if count > 1 and not is_intel and linear._works("onednn", torch.float32):
-                assert module._packed.library == "onednn"
-            elif (count == 1 or is_intel) and linear._works("mkl", torch.float32):
-                assert module._packed.library == "mkl"
-            plain = F.linear(x, module.weight, module.bias)
-            contract.add(f"{count} threads", actual=module.product()(x), plain=plain, golden=golden)
+            results.append(module.product()(x))
+        assert torch.equal(*results)
+        golden = F.linear(x.double(), module.weight.double(), module.bias.double())
+        contract.add("row", actual=results[0], plain=F.linear(x, module.weight, module.bias), golden=golden)
     contract.check()
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not packed_weight.works("pieces", torch.float32), reason="this build of torch is without MKL")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out_features", [320, 323, 257], ids=["whole blocks", "and three rows", "and one"])
+def test_one_row_with_a_plain_weight_is_a_batch_of_blocks(out_features, bias, threads, monkeypatch):
+    """Where threads are to be had and MKL would use one; what is written to the weight later is seen."""
+    monkeypatch.setattr(packed_weight, "is_intel", lambda: False)
+    threads(1)
+    weight = torch.nn.Parameter(torch.zeros(out_features, 300))
+    assert packed_weight.product_of_one_row(weight, None) is None
+    threads(2)
+    assert packed_weight.product_of_one_row(weight[:8], None) is None  # small
+    assert packed_weight.product_of_one_row(weight.t(), None) is None  # rows that do not lie one behind the other
+    contract = Contract(torch.float32)
+    module = Linear(300, out_features, bias=bias, device=CPU)
+    product = module.product(packed=False)
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        module.reset_parameters()
+        for x in (torch.randn(1, 300), torch.randn(1, 1, 300), torch.randn(300, 2).t()[1:]):
+            golden = F.linear(x.double(), module.weight.double(), None if not bias else module.bias.double())
+            plain, actual = F.linear(x, module.weight, module.bias), product(x)
+            assert actual.shape == plain.shape
+            contract.add(f"{x.ndim} dimensions", actual=actual, plain=plain, golden=golden)
+    contract.check()
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not packed_weight.works("pieces", torch.float32), reason="this build of torch is without MKL")
+@pytest.mark.parametrize("asks", [True, False], ids=["asked for", "refused"])
+def test_a_large_packed_weight_lies_in_memory_of_its_own(asks, monkeypatch):
+    """In huge pages where the system gives them; one that refuses makes no difference but for the time."""
+    if not asks:
+        monkeypatch.setattr(packed_weight.mmap, "MADV_HUGEPAGE", -1, raising=False)
+    monkeypatch.setattr(packed_weight, "library_for", lambda rows, dtype: "pieces")
+    module, x = Linear(1024, 1024, bias=False, device=CPU), torch.ones(1, 1024)
+    module.weight.copy_(torch.arange(1024.0)[:, None].expand(1024, 1024) / 1024)
+    assert module.pack() and torch.equal(module.product()(x)[0], torch.arange(1024.0))
+    twin = copy.deepcopy(module)
+    module.unpack()
+    assert twin.pack() and torch.equal(twin.product()(x)[0], torch.arange(1024.0))
 
 
 def test_the_forward_pass_is_torchs(packed):
@@ -215,16 +268,17 @@ def test_what_is_not_packed_says_why():
         (torch.zeros(256, 256), 17, "packing is for 1 to 16 rows, got 17"),
         (torch.zeros(8, 8), 1, "packing is for weights of at least 65536 elements, this one has 64"),
     ):
-        assert linear.why_not_packed(weight, rows) == reason
+        assert packed_weight.why_not_packed(weight, rows) == reason
     with torch.inference_mode():
-        assert "inference_mode" in linear.why_not_packed(torch.zeros(256, 256))
+        assert "inference_mode" in packed_weight.why_not_packed(torch.zeros(256, 256))
     assert Linear(8, 8, device=CPU).pack() is False
 
 
 def test_without_the_libraries_everything_is_plain(monkeypatch):
-    monkeypatch.setattr(linear, "_works", lambda library, dtype: False)
+    for module in (linear, packed_weight):
+        monkeypatch.setattr(module, "works", lambda library, dtype: False)
     module = Linear(256, 256, device=CPU)
-    assert module.pack() is False and "this build of torch packs no" in linear.why_not_packed(module.weight)
+    assert module.pack() is False and "this build of torch packs no" in packed_weight.why_not_packed(module.weight)
     with torch.no_grad():
         assert torch.equal(module.product()(torch.ones(1, 256)), module(torch.ones(1, 256)))
 
@@ -234,7 +288,7 @@ def test_a_library_that_is_missing_or_wrong_is_not_used(monkeypatch):
         raise AttributeError("no such op")
 
     for broken in (missing, lambda library, weight, rows: weight + 1):
-        monkeypatch.setattr(linear, "_reorder", broken)
-        linear._works.cache_clear()
-        assert not linear._works("onednn", torch.float32)
-    linear._works.cache_clear()
+        monkeypatch.setattr(packed_weight, "reorder", broken)
+        packed_weight.works.cache_clear()
+        assert not packed_weight.works("onednn", torch.float32)
+    packed_weight.works.cache_clear()

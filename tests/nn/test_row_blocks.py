@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-from pytransformer.nn import Linear, RowBlocks, linear
+from pytransformer.nn import Linear, RowBlocks, packed_weight
 
 ROWS = (6, 4, 5)
 needs_packing = pytest.mark.skipif(
-    linear.why_not_packed(torch.zeros(256, 256)) is not None, reason="this build of torch packs no weights"
+    packed_weight.why_not_packed(torch.zeros(256, 256)) is not None, reason="this build of torch packs no weights"
 )
 
 
@@ -81,11 +81,11 @@ def test_packed_products_are_those_of_packed_blocks(dtype, bias):
     biases = [None, None] if blocks.bias is None else blocks.bias.split((256, 512))
     x = torch.randn(1, 1, 256, dtype=dtype)
     torch.testing.assert_close(blocks.product()(x), blocks(x))
-    if linear.why_not_packed(blocks.blocks[0]) is not None:  # bfloat16 on a CPU without AVX-512
+    if packed_weight.why_not_packed(blocks.blocks[0]) is not None:  # bfloat16 on a CPU without AVX-512
         assert not blocks.pack() and not blocks.is_packed
         return
     assert blocks.pack() and blocks.is_packed
-    apart = [linear.PackedWeight(block, 1).product(block, part)(x) for block, part in zip(blocks.blocks, biases)]
+    apart = [packed_weight.PackedWeight(block, 1).product(block, part)(x) for block, part in zip(blocks.blocks, biases)]
     assert torch.equal(blocks.product()(x), torch.cat(apart, dim=-1))
     before = blocks._packed
     assert blocks.pack() and blocks._packed is before
