@@ -52,12 +52,32 @@ class KVCache(SequenceCache):
         require_memory(predict_bytes(kind, config, batch, capacity, dtype), self.lengths.device, f"the {kind} KV cache")
         shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
         self.k_cache, self.v_cache, self.k_scale, self.v_scale = new_part(shape, device, dtype, quantised)
+        self._spans: dict[tuple[int, int, bool], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
         self._layers = self._first_rows(batch)
 
-    def _first_rows(self, batch: int) -> list[ContiguousLayer]:
+    def _first_rows(self, batch: int) -> list[DirectLayer]:
         """Each layer's part, of so many sequences."""
         part = self.part.map(lambda tensor: tensor[:, :batch])
-        return [ContiguousLayer(self, *part.map(operator.itemgetter(index))) for index in range(self.config.num_layers)]
+        return [
+            DirectLayer(self, index, part.map(operator.itemgetter(index))) for index in range(self.config.num_layers)
+        ]
+
+    def spans(self, first: int, end: int, *, by_head: bool = False) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values of the places from ``first`` to before ``end``, layer by layer.
+
+        (batch, tokens, num_kv_heads, head_dim) each, or ``by_head`` (batch, num_kv_heads, tokens, head_dim). Made for all layers at once
+        and kept for as long as the lengths stay: one by one, views are a fifth of a step's calls.
+        """
+        key = first, end, by_head
+        if key not in self._spans:
+            parts = (tensor[:, : self.batch].narrow(2, first, end - first) for tensor in (self.k_cache, self.v_cache))
+            k, v = ((part.transpose(2, 3) if by_head else part).unbind(0) for part in parts)
+            self._spans[key] = k, v
+        return self._spans[key]
+
+    def _set_lengths(self, lengths: Tensor) -> None:
+        super()._set_lengths(lengths)
+        self._spans = {}
 
     @property
     def part(self) -> CachePart:
@@ -184,9 +204,7 @@ class ContiguousLayer:
 
     def _write(self, k: Tensor, v: Tensor) -> None:
         """A direct step's new keys and values, normalised and rotated."""
-        places = slice(self._cache.max_length, self._cache.max_length + k.shape[1])
-        self.k_cache[:, places] = k
-        self.v_cache[:, places] = v
+        raise NotImplementedError
 
     def attend(
         self,
@@ -201,12 +219,6 @@ class ContiguousLayer:
     ) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
         cache, seqlen = self._cache, q.shape[1]
-        plain = alibi_slopes is None and bias is None and sinks is None and softcap == 0.0
-        if cache.is_direct and seqlen == 1 and plain:
-            end = cache.max_length + 1
-            return self._attend_to(q, slice(0 if window[0] < 0 else max(end - 1 - window[0], 0), end), softmax_scale)
-        if cache.is_direct and cache.max_length and plain:
-            return self._attend_causally(q, window[0], softmax_scale)
         table = self._read_table()
         if cache.max_length == 0 and not self.scales and not table:
             # Prefill: the new tokens are all there is, so this is ordinary causal attention. Padding on the right is seen by padding only.
@@ -241,25 +253,57 @@ class ContiguousLayer:
         assert isinstance(result, Tensor)
         return result
 
-    def _attend_to(self, q: Tensor, keys: slice, softmax_scale: float | None) -> Tensor:
-        """One query per sequence, which sees all of these keys; the queries that share a key head are rows of one matrix."""
-        batch, _, num_heads, head_dim = q.shape
-        k, v = self.k_cache[:, keys].transpose(1, 2), self.v_cache[:, keys].transpose(1, 2)
-        grouped = q.reshape(batch, k.shape[1], num_heads // k.shape[1], head_dim)
-        return F.scaled_dot_product_attention(grouped, k, v, scale=softmax_scale).view(q.shape)
 
-    def _attend_causally(self, q: Tensor, left: int, softmax_scale: float | None) -> Tensor:
-        """Several queries per sequence, each of which sees the keys up to its own; ``left`` of them before it (-1 = all)."""
-        batch, seqlen, num_heads, head_dim = q.shape
-        end = self._cache.max_length + seqlen
+class DirectLayer(ContiguousLayer):
+    """One layer of a :class:`KVCache`, which a bound step writes and reads by plain slices (:meth:`KVCache.choose_path`)."""
+
+    def __init__(self, cache: KVCache, index: int, part: CachePart) -> None:
+        super().__init__(cache, *part)
+        self._rows = cache
+        self._index = index
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        start = self._rows.max_length
+        keys, values = self._rows.spans(start, start + k.shape[1])
+        keys[self._index].copy_(k)
+        values[self._index].copy_(v)
+
+    def attend(self, q: Tensor, **options: Any) -> Tensor:
+        """See :class:`pytransformer.nn.LayerCache`."""
+        cache, seqlen = self._rows, q.shape[1]
+        if not cache.is_direct or has_terms(options) or (cache.max_length == 0 and seqlen > 1):
+            return super().attend(q, **options)
+        end, left = cache.max_length + seqlen, options["window"][0]
         first = 0 if left < 0 else max(end - seqlen - left, 0)
-        k, v = self.k_cache[:, first:end].transpose(1, 2), self.v_cache[:, first:end].transpose(1, 2)
-        group = num_heads // k.shape[1]
-        mask = self._cache.causal_mask(seqlen, first, left, q.dtype)
-        if group == 1:
-            return F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, attn_mask=mask, scale=softmax_scale
-            ).transpose(1, 2)
-        grouped = q.transpose(1, 2).reshape(batch, k.shape[1], group * seqlen, head_dim)
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(group, 1), scale=softmax_scale)
-        return out.reshape(batch, num_heads, seqlen, head_dim).transpose(1, 2)
+        keys, values = cache.spans(first, end, by_head=True)
+        k, v = keys[self._index], values[self._index]
+        if seqlen == 1:
+            return _attend_alone(q, k, v, options["softmax_scale"])
+        return _attend_causally(q, k, v, cache.causal_mask(seqlen, first, left, q.dtype), options["softmax_scale"])
+
+
+def has_terms(options: dict[str, Any]) -> bool:
+    """Whether anything is done to the scores beside the window."""
+    return options["softcap"] != 0.0 or any(options[name] is not None for name in ("alibi_slopes", "bias", "sinks"))
+
+
+def _attend_alone(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Tensor:
+    """One query (batch, 1, heads, head_dim) per sequence, which sees all keys (batch, kv heads, keys, head_dim).
+
+    The queries that share a key head are rows of one matrix.
+    """
+    batch, _, num_heads, head_dim = q.shape
+    grouped = q.reshape(batch, k.shape[1], num_heads // k.shape[1], head_dim)
+    return F.scaled_dot_product_attention(grouped, k, v, scale=softmax_scale).view(q.shape)
+
+
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float | None) -> Tensor:
+    """Several queries per sequence, under a mask (queries, keys)."""
+    batch, seqlen, num_heads, head_dim = q.shape
+    group = num_heads // k.shape[1]
+    if group == 1:
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=softmax_scale)
+        return attended.transpose(1, 2)
+    grouped = q.transpose(1, 2).reshape(batch, k.shape[1], group * seqlen, head_dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(group, 1), scale=softmax_scale)
+    return out.reshape(batch, num_heads, seqlen, head_dim).transpose(1, 2)

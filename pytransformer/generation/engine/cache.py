@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytransformer.generation.caches.contiguous import has_terms
 from pytransformer.generation.caches.paged import PagedCache, PagedLayer, PageGroup
 from pytransformer.generation.caches.part import CachePart
 
@@ -107,11 +108,6 @@ class EngineCache(PagedCache):
         return EngineLayer(self, group, *part)
 
 
-def _has_terms(options: dict[str, Any]) -> bool:
-    """Whether anything is done to the scores beside the window."""
-    return options["softcap"] != 0.0 or any(options[name] is not None for name in ("alibi_slopes", "bias", "sinks"))
-
-
 def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Integers of the host as int64 on the device, without waiting for it."""
     host = torch.tensor(numbers, device="cpu")
@@ -140,7 +136,7 @@ class EngineLayer(PagedLayer):
 
     def attend(self, q: Tensor, **options: Any) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
-        if self._paged.is_direct and not _has_terms(options):
+        if self._paged.is_direct and not has_terms(options):
             step = self._paged.direct(self._group)
             return step.attend(q, self.k_cache, self.v_cache, options["softmax_scale"])
         if self._paged.starts is None:
