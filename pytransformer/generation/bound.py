@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytransformer.model.block import Block
@@ -116,11 +115,13 @@ def _bound_norm(module: LayerNorm | RMSNorm) -> Callable[..., Any]:
         return module
     shape, weight = module.normalized_shape, module.weight
     norm: Callable[[Tensor], Tensor]
+    # Those of torch.nn.functional are Python before they are these.
     if isinstance(module, RMSNorm):
-        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
-        norm = functools.partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=eps)
+        rms_norm, eps = torch.rms_norm, torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        norm = lambda x: rms_norm(x, shape, weight, eps)  # noqa: E731
     else:
-        norm = functools.partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=module.bias, eps=module.eps)
+        layer_norm, bias, eps = torch.layer_norm, module.bias, module.eps
+        norm = lambda x: layer_norm(x, shape, weight, bias, eps)  # noqa: E731
 
     def add_and_norm(x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if residual is None:

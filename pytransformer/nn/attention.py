@@ -319,8 +319,9 @@ class Attention(nn.Module):
                 raise ValueError("this module was made with memory_size, for cross-attention alone: pass memory")
             projected = self.q_proj(x), *self.kv_proj(memory).chunk(2, dim=-1)
         elif memory is None:
-            qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-            q, k, v = qkv.split(heads, dim=-2)
+            qkv = self.qkv_proj(x)
+            # Not unflatten and split, which torch wraps in Python: they take four times as long where a token is all there is.
+            q, k, v = qkv.view(*qkv.shape[:-1], -1, self.head_dim).split_with_sizes(heads, -2)
             return q, k, v
         elif isinstance(self.qkv_proj, RowBlocks) and len(self.qkv_proj.rows) == 3:
             q = self.qkv_proj.some_rows(x, 0, 1)
