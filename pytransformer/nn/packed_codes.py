@@ -3,14 +3,19 @@
 4 bits: bfloat16 inputs; the kernel computes (code - 8) · scale + zero and adds up in float32, takes scale and zero in bfloat16 and rounds
 the sum to it.
 
-8 bits: oneDNN multiplies whole numbers of 8 bits, four times as many at once as floats. An input of 8 bits would lose too much, so it is
-handed over as two, which the kernel takes as two rows beside each other and reads the weight once for both:
+8 bits, on a CPU that adds products of whole numbers in 32 bits (VNNI): oneDNN multiplies them, four times as many at once as floats. An
+input of 8 bits would lose too much, so it is handed over as two, two rows beside each other, for which the weight is read once:
 
     x ≈ s · (high + low / 254),   s = max |x| / 127,   high and low whole numbers from -127 to 127
 
-That is 16 bits of the row's largest magnitude: more than bfloat16 holds of any value above a hundredth of it. Sums of products of whole
-numbers are exact where the CPU adds them up in 32 bits (VNNI). One that has only AVX2 stops at 16 bits; there torch's own kernel for 8-bit
-weights serves, which takes and gives bfloat16. With VNNI that takes half again the time of oneDNN's on the chain of a GPT-2's weights.
+That is 16 bits of the row's largest magnitude: more than bfloat16 holds of any value above a hundredth of it, and all sums are exact.
+
+8 bits, on other CPUs, whose sums stop at 16 bits:
+
+* One row: a weighted sum of rows of a table of bytes, as recommenders sum up their embeddings in "bags". x are the weights; a table holds
+  the codes of some outputs for every input, and is a bag. FBGEMM compiles the loop for the CPU, widens codes in registers and adds up in
+  float32: all products of GPT-2 124M in 10 ms with two threads, where the next kernel takes 19 (docs/lab-notes.md).
+* Several rows: torch's kernel for 8-bit weights, which takes and gives bfloat16.
 """
 
 from __future__ import annotations
@@ -23,12 +28,16 @@ from torch import Tensor
 
 from pytransformer.reference import dequantize
 
+from .packed_weight import large_memory
+
 # A step with more rows than these is faster as a product of whole blocks in float32.
 MAX_PACKED_ROWS = 16
 _ROWS_OF_TILE = 16
 _LOW = 254.0
 # The 8-bit kernel without VNNI reads rows in whole vectors of these many numbers, behind the end of others too.
 _WHOLE_COLUMNS = 32
+# Outputs of a bag: their sums stay in registers while the codes pass. Of 32 to 192 the fastest with AVX2.
+_OUTPUTS_OF_BAG = 96
 Product = Callable[[Tensor], Tensor]
 # x (rows, in_features) and the bias, or None -> (rows, out_features) of any floating dtype.
 _Multiply = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -37,8 +46,9 @@ _Multiply = Callable[[Tensor, "Tensor | None"], Tensor]
 class PackedCodes:
     """A packed copy of codes, as of :func:`pytransformer.quantized_linear`."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, rows: int = 1) -> None:
         self._source = _identity(weight, scale)
+        self._is_for_one_row = rows == 1
         self._rows = weight.shape[0]
         weight, scale = weight.detach(), scale.detach()
         self._multiply: _Multiply
@@ -46,8 +56,14 @@ class PackedCodes:
             self._multiply = _multiply_int4(weight, scale, zero_point)
         elif _adds_in_32_bits():
             self._multiply = _multiply_int8(weight, scale)
+        elif rows == 1 and _has_bags():
+            self._multiply = _multiply_int8_by_bags(weight, scale)
         else:
             self._multiply = _multiply_int8_in_bfloat16(weight, scale)
+
+    def serves(self, rows: int) -> bool:
+        """Whether this is what would be packed now for so many rows; it multiplies others too."""
+        return self._is_for_one_row == (rows == 1)
 
     def is_of(self, weight: Tensor, scale: Tensor) -> bool:
         """Whether these are still the tensors that were packed, and nothing that torch has counted was written to them."""
@@ -126,6 +142,50 @@ def _multiply_int8_in_bfloat16(weight: Tensor, scale: Tensor) -> _Multiply:
     return multiply
 
 
+def _multiply_int8_by_bags(weight: Tensor, scale: Tensor) -> _Multiply:
+    """One row by FBGEMM's sums of table rows, in float32; several by :func:`_multiply_int8_in_bfloat16`."""
+    out_features, in_features = weight.shape
+    table = _table_of_bags(weight)
+    bags = len(table) // in_features
+    indices, starts = _places(bags, in_features)
+    scales = scale.float()
+    several = _multiply_int8_in_bfloat16(weight, scale)
+    sum_up = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
+
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+        if len(x) != 1:
+            return several(x, bias)
+        weights = x.float().expand(bags, in_features).reshape(-1)
+        y: Tensor = sum_up(table, indices, starts, False, 0, False, weights)
+        y = y.view(1, -1)[:, :out_features]
+        return y * scales if bias is None else torch.addcmul(bias, y, scales)
+
+    return multiply
+
+
+def _table_of_bags(weight: Tensor) -> Tensor:
+    """Codes (out_features, in_features) as rows of bytes: for each bag of outputs one row an input, and behind its codes scale and offset.
+
+    A byte b of a row stands for 1 · b - 128, so that it is a code from -128 to 127 plus 128.
+    """
+    out_features, in_features = weight.shape
+    bags = -(-out_features // _OUTPUTS_OF_BAG)
+    table = large_memory((bags, in_features, _OUTPUTS_OF_BAG + 8), torch.uint8)
+    table[..., _OUTPUTS_OF_BAG:] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+    for bag, codes in enumerate(torch.split(weight, _OUTPUTS_OF_BAG)):
+        # -128 is the byte 0 and 127 the byte 255: the sign bit the other way round.
+        table[bag, :, : len(codes)] = codes.t().view(torch.uint8) ^ 128
+        table[bag, :, len(codes) : _OUTPUTS_OF_BAG] = 0  # behind the last output
+    return table.view(-1, _OUTPUTS_OF_BAG + 8)
+
+
+@functools.lru_cache(maxsize=16)
+def _places(bags: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """All rows of a table in order, and where each bag begins: one for all layers of a shape."""
+    count = bags * in_features
+    return torch.arange(count, dtype=torch.int32), torch.arange(0, count, in_features, dtype=torch.int32)
+
+
 def _multiply_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> _Multiply:
     """By torch's kernel for 4-bit weights, in bfloat16."""
     out_features = weight.shape[0]
@@ -157,6 +217,12 @@ def _works(dtype: torch.dtype) -> bool:
         return _adds_in_32_bits() or _is_right(*_small_int8(), _multiply_int8_in_bfloat16)
     weight = (torch.arange(16 * 16) * 37 % 256).to(torch.uint8).view(16, 16)
     return _is_right(weight, torch.eye(32)[3:5], lambda weight, scale: _multiply_int4(weight, scale[:, None], None))
+
+
+@functools.cache
+def _has_bags() -> bool:
+    """Whether torch has FBGEMM's sums for this CPU; elsewhere the same op is a loop over single numbers."""
+    return "fbgemm" in torch.backends.quantized.supported_engines and _is_right(*_small_int8(), _multiply_int8_by_bags)
 
 
 @functools.cache

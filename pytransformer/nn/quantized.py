@@ -116,10 +116,11 @@ class QuantizedLinear(nn.Module):
 
     def pack(self, rows: int = 1) -> bool:
         """Packs the codes for inputs of few rows on a CPU, unless that has been done; returns whether a packed copy is there now."""
-        if self._packed is None or not self._packed.is_of(self.weight, self.scale):
+        packed = self._packed
+        if packed is None or not packed.serves(rows) or not packed.is_of(self.weight, self.scale):
             self._packed = None
             if why_not_packed(self.weight, rows) is None:
-                self._packed = PackedCodes(self.weight, self.scale, self.zero_point)
+                self._packed = PackedCodes(self.weight, self.scale, self.zero_point, rows)
         return self._packed is not None
 
     @property

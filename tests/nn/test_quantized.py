@@ -109,6 +109,38 @@ def test_an_input_of_two_whole_numbers_is_off_by_half_a_step_of_the_lower_one(ro
     assert not packed_codes._multiply_int8(codes, scale)(torch.zeros(rows, 96), None).any()
 
 
+@pytest.mark.skipif(not packed_codes._has_bags(), reason="this build of torch, or this CPU, is without FBGEMM's sums")
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out_features", [40, 96, 97, 192])
+def test_a_row_times_bags_of_codes_is_rounded_as_a_sum_in_float32(out_features, bias_dtype):
+    """The least and the largest code among them, and the row's numbers of one sign, as behind a ReLU, or of both."""
+    torch.manual_seed(0)
+    codes, scale = torch.randint(-128, 128, (out_features, 160), dtype=torch.int8), torch.rand(out_features)
+    codes[0], codes[-1] = -128, 127
+    bias = None if bias_dtype is None else torch.randn(out_features).to(bias_dtype)
+    multiply = packed_codes._multiply_int8_by_bags(codes, scale)
+    for x in (torch.randn(1, 160), torch.rand(1, 160), torch.zeros(1, 160)):
+        terms = x.double() * codes.double()
+        exact = terms.sum(1) * scale.double() + (0.0 if bias is None else bias.double())
+        # Each step adds a product with a byte up to 255 and takes 128 times x off again.
+        passed = (terms.cumsum(1).abs() + 384 * x.abs()).sum(1) * scale + exact.abs()
+        y = multiply(x, bias)
+        assert y.dtype == torch.float32 and y.shape == (1, out_features)
+        assert ((y[0] - exact).abs() <= 2**-23 * passed).all()
+    several = torch.randn(3, 160)
+    assert torch.equal(multiply(several, bias), packed_codes._multiply_int8_in_bfloat16(codes, scale)(several, bias))
+
+
+@packs
+def test_codes_are_packed_for_one_row_or_for_several():
+    _, layer = draw(8, 64)
+    assert layer.pack(1) and layer._packed.serves(1) and not layer._packed.serves(2)
+    first = layer._packed
+    assert layer.pack(4) and layer._packed is not first
+    first = layer._packed
+    assert layer.pack(3) and layer._packed is first
+
+
 def test_widths_that_a_kernel_would_read_beyond(monkeypatch):
     monkeypatch.setattr(packed_codes, "_adds_in_32_bits", lambda: False)
     assert "multiple of 32 in_features, got 40" in why_not_packed(torch.zeros(16, 40, dtype=torch.int8))
