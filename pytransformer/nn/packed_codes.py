@@ -12,9 +12,8 @@ That is 16 bits of the row's largest magnitude: more than bfloat16 holds of any 
 
 8 bits, on other CPUs, whose sums stop at 16 bits:
 
-* One row: a weighted sum of rows of a table of bytes, as recommenders sum up their embeddings in "bags". x are the weights; a table holds
-  the codes of some outputs for every input, and is a bag. FBGEMM compiles the loop for the CPU, widens codes in registers and adds up in
-  float32: all products of GPT-2 124M in 10 ms with two threads, where the next kernel takes 19 (docs/lab-notes.md).
+* One row: FBGEMM's sums over tables of bytes (bags.py), in float32. All products of GPT-2 124M take 10 ms with two threads, by the next
+  kernel 19.
 * Several rows: torch's kernel for 8-bit weights, which takes and gives bfloat16.
 """
 
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from pytransformer.reference import dequantize
 
+from . import bags
 from .packed_weight import large_memory
 
 # A step with more rows than these is faster as a product of whole blocks in float32.
@@ -36,8 +36,6 @@ _ROWS_OF_TILE = 16
 _LOW = 254.0
 # The 8-bit kernel without VNNI reads rows in whole vectors of these many numbers, behind the end of others too.
 _WHOLE_COLUMNS = 32
-# Outputs of a bag: their sums stay in registers while the codes pass. Of 32 to 192 the fastest with AVX2.
-_OUTPUTS_OF_BAG = 96
 Product = Callable[[Tensor], Tensor]
 # x (rows, in_features) and the bias, or None -> (rows, out_features) of any floating dtype.
 _Multiply = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -145,45 +143,25 @@ def _multiply_int8_in_bfloat16(weight: Tensor, scale: Tensor) -> _Multiply:
 def _multiply_int8_by_bags(weight: Tensor, scale: Tensor) -> _Multiply:
     """One row by FBGEMM's sums of table rows, in float32; several by :func:`_multiply_int8_in_bfloat16`."""
     out_features, in_features = weight.shape
-    table = _table_of_bags(weight)
-    bags = len(table) // in_features
-    indices, starts = _places(bags, in_features)
+    count = bags.bags_of(out_features)
+    table = large_memory((count, in_features, bags.OUTPUTS + 8), torch.uint8)
+    # A code plus 128 is a byte, the sign bit the other way round. Behind each row's bytes: their scale and what is added, float32.
+    bags.fill(table, weight.view(torch.uint8) ^ 128)
+    table[..., bags.OUTPUTS :] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+    table = table.view(-1, bags.OUTPUTS + 8)
+    indices, starts = bags.places(count, in_features)
     scales = scale.float()
     several = _multiply_int8_in_bfloat16(weight, scale)
-    sum_up = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
+    sum_up, repeated = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default, bags.repeated
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         if len(x) != 1:
             return several(x, bias)
-        weights = x.float().expand(bags, in_features).reshape(-1)
-        y: Tensor = sum_up(table, indices, starts, False, 0, False, weights)
+        y: Tensor = sum_up(table, indices, starts, False, 0, False, repeated(x.float(), count))
         y = y.view(1, -1)[:, :out_features]
         return y * scales if bias is None else torch.addcmul(bias, y, scales)
 
     return multiply
-
-
-def _table_of_bags(weight: Tensor) -> Tensor:
-    """Codes (out_features, in_features) as rows of bytes: for each bag of outputs one row an input, and behind its codes scale and offset.
-
-    A byte b of a row stands for 1 · b - 128, so that it is a code from -128 to 127 plus 128.
-    """
-    out_features, in_features = weight.shape
-    bags = -(-out_features // _OUTPUTS_OF_BAG)
-    table = large_memory((bags, in_features, _OUTPUTS_OF_BAG + 8), torch.uint8)
-    table[..., _OUTPUTS_OF_BAG:] = torch.tensor([1.0, -128.0]).view(torch.uint8)
-    for bag, codes in enumerate(torch.split(weight, _OUTPUTS_OF_BAG)):
-        # -128 is the byte 0 and 127 the byte 255: the sign bit the other way round.
-        table[bag, :, : len(codes)] = codes.t().view(torch.uint8) ^ 128
-        table[bag, :, len(codes) : _OUTPUTS_OF_BAG] = 0  # behind the last output
-    return table.view(-1, _OUTPUTS_OF_BAG + 8)
-
-
-@functools.lru_cache(maxsize=16)
-def _places(bags: int, in_features: int) -> tuple[Tensor, Tensor]:
-    """All rows of a table in order, and where each bag begins: one for all layers of a shape."""
-    count = bags * in_features
-    return torch.arange(count, dtype=torch.int32), torch.arange(0, count, in_features, dtype=torch.int32)
 
 
 def _multiply_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> _Multiply:
@@ -221,8 +199,8 @@ def _works(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _has_bags() -> bool:
-    """Whether torch has FBGEMM's sums for this CPU; elsewhere the same op is a loop over single numbers."""
-    return "fbgemm" in torch.backends.quantized.supported_engines and _is_right(*_small_int8(), _multiply_int8_by_bags)
+    """Whether a row is multiplied with bags of codes here."""
+    return bags.has_bags() and _is_right(*_small_int8(), _multiply_int8_by_bags)
 
 
 @functools.cache

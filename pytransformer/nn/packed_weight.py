@@ -1,14 +1,15 @@
 """A weight a second time, in a layout that a CPU reads fast for products with few rows, and the products themselves.
 
 Decoding one token at a time reads every weight once and does two operations with each number, so it can be as fast as memory. Plain
-libraries are not: MKL multiplies one row on one thread on AMD's CPUs. Three layouts (all products of GPT-2 124M, docs/lab-notes.md):
+libraries are not: MKL multiplies one row on one thread on AMD's CPUs. Four layouts (all products of GPT-2 124M, docs/lab-notes.md):
 
 * "pieces": the transposed weight in pieces of its columns, whose products with pieces of the row are one batch, and their sum. MKL takes
   the problems of a batch to all threads, and reads each at the full speed of memory. For one float32 row, but not on Intel's CPUs.
 * "mkl": as MKL packs it, for one float32 row on Intel's CPUs, where its own threads are no worse and a call costs 4 µs.
+* "bags": tables for FBGEMM's weighted sums (bags.py), for one bfloat16 row where oneDNN has no product, which asks for AVX-512.
 * "onednn": as oneDNN packs it, for several rows, and for bfloat16.
 
-The ops of the last two are those that torch's compiler emits when it freezes weights for a CPU; they are not a public interface, so
+The ops of "mkl" and "onednn" are those that torch's compiler emits when it freezes weights for a CPU; they are not a public interface, so
 :func:`why_not_packed` tries them before they are relied on.
 """
 
@@ -26,6 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import bags
 
 # Beyond so many rows a matrix product is limited by arithmetic, and a layout for few rows no longer pays.
 MAX_PACKED_ROWS = 16
@@ -82,6 +85,8 @@ class PackedWeight:
         if self.library == "mkl":
             by_mkl = library_product("mkl")
             product: Product = lambda x: by_mkl(x, reordered, weight, bias, rows)  # noqa: E731
+        elif self.library == "bags":
+            product = _product_of_bags(reordered, weight, bias)
         else:
             product = product_of_pieces(reordered, weight, bias)
         if activation is None:
@@ -111,13 +116,12 @@ def library_for(rows: int, dtype: torch.dtype) -> str:
     """The fastest of the layouts that serve; "onednn" where none does."""
     if rows == 1 and dtype == torch.float32:
         first = "mkl" if is_intel() else "pieces"
-        if works(first, dtype):
-            return first
-    return "onednn"
+        return first if works(first, dtype) else "onednn"
+    return "bags" if rows == 1 and not works("onednn", dtype) and works("bags", dtype) else "onednn"
 
 
 def product_of_one_row(weight: Tensor, bias: Tensor | None) -> Product | None:
-    """The layer as a function of one row, from the weight as it is, where that is faster than ``F.linear``; x as of :func:`_row_of`.
+    """The layer as a function of one row, from the weight as it is, where that is faster than ``F.linear``.
 
     A batch over blocks of rows, as "pieces" is one over blocks of columns: 0.65 of the time of ``F.linear`` with two threads.
     """
@@ -146,6 +150,11 @@ def reorder(library: str, weight: Tensor, rows: int) -> Tensor:
         count = math.gcd(in_features, _PIECES)
         pieces = large_memory((count, in_features // count, out_features), weight.dtype)
         return pieces.copy_(weight.t().view(count, -1, out_features))
+    if library == "bags":
+        # One row more, for a bias.
+        tables = large_memory((bags.bags_of(len(weight)), weight.shape[1] + 1, bags.OUTPUTS), weight.dtype)
+        bags.fill(tables[:, :-1], weight)
+        return tables
     ops = torch.ops.mkl._mkl_reorder_linear_weight if library == "mkl" else torch.ops.mkldnn._reorder_linear_weight
     reordered: Tensor = ops(weight, rows)
     return reordered
@@ -162,6 +171,8 @@ def works(library: str, dtype: torch.dtype) -> bool:
     """Whether this build of torch has this layout's products for this dtype and they are right, found by trying."""
     if library == "pieces":
         return dtype == torch.float32 and bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+    if library == "bags":
+        return dtype == torch.bfloat16 and bags.has_bags()
     if library == "mkl" and dtype != torch.float32:
         return False
     try:
@@ -199,6 +210,25 @@ def product_of_pieces(pieces: Tensor, weight: Tensor, bias: Tensor | None) -> Pr
         parts = bmm(x.reshape(count, 1, length), pieces).view(count, out_features)
         y = mm(ones, parts) if bias is None else addmm(bias, ones, parts)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
+
+    return product
+
+
+def _product_of_bags(tables: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
+    """The layer by tables (bags, in_features + 1, outputs) for one row, and plainly for others."""
+    out_features, in_features = weight.shape
+    # As a row of the table it is added before the sum is rounded to 16 bits.
+    bags.fill(tables[:, -1:], weight.new_zeros(out_features, 1) if bias is None else bias.detach()[:, None])
+    count, length, _ = tables.shape
+    table, (indices, starts) = tables.view(count * length, -1), bags.places(count, length)
+    one = tables.new_ones(1)
+    sum_up, repeated, linear, cat = torch.embedding_bag, bags.repeated, F.linear, torch.cat
+
+    def product(x: Tensor) -> Tensor:
+        if x.numel() != in_features:
+            return linear(x, weight, bias)
+        y = sum_up(table, indices, starts, False, 0, False, repeated(cat((x.reshape(-1), one)), count))[0]
+        return y.view(-1)[:out_features].view(*x.shape[:-1], out_features)
 
     return product
 

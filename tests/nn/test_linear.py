@@ -17,9 +17,9 @@ needs_packing = pytest.mark.skipif(
 )
 
 
-def packs(dtype):
-    """Whether weights of this dtype are packed here: oneDNN multiplies bfloat16 only on a CPU with AVX-512 or better."""
-    return packed_weight.why_not_packed(torch.zeros(256, 256, dtype=dtype)) is None
+def packs(dtype, rows=1):
+    """Whether weights of this dtype are packed here: oneDNN multiplies rows of bfloat16 only on a CPU with AVX-512 or better."""
+    return packed_weight.why_not_packed(torch.zeros(256, 256, dtype=dtype), rows) is None
 
 
 CPU = torch.device("cpu")  # packing is for CPUs alone
@@ -34,7 +34,7 @@ def test_packed_results_are_as_near_as_plain_ones(rows, dtype, bias):
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         module = Linear(300, 257, bias=bias, device=CPU, dtype=dtype)
-        assert module.pack(rows) == module.is_packed == packs(dtype)
+        assert module.pack(rows) == module.is_packed == packs(dtype, rows)
         product = module.product()
         # The number of rows that was packed for, and another one, which is served as well.
         for name, count in (("rows", rows), ("other rows", rows + 1)):
@@ -168,7 +168,33 @@ def test_the_layout_follows_the_cpu_and_the_rows(is_intel, monkeypatch):
         if packed_weight.works(library, torch.float32):
             module = Linear(300, 257, device=CPU)
             assert module.pack(rows) and module._packed.library == library
-    assert packed_weight.library_for(1, torch.bfloat16) == "onednn"
+    onednn = packed_weight.works("onednn", torch.bfloat16)
+    bags = packed_weight.works("bags", torch.bfloat16) and not onednn
+    assert packed_weight.library_for(1, torch.bfloat16) == ("bags" if bags else "onednn")
+    assert packed_weight.library_for(2, torch.bfloat16) == "onednn"
+    assert (packed_weight.why_not_packed(torch.zeros(256, 256, dtype=torch.bfloat16), 2) is None) == onednn
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not packed_weight.works("bags", torch.bfloat16), reason="this build of torch is without FBGEMM")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out_features", [257, 288], ids=["room in the last bag", "whole bags"])
+def test_a_row_of_bfloat16_is_rounded_once_behind_its_bias(out_features, bias, monkeypatch):
+    """By bags, which every CPU of x86 has; a row alone gives what it gives beside others, to a bit of bfloat16."""
+    monkeypatch.setattr(packed_weight, "library_for", lambda rows, dtype: "bags")
+    contract, module = Contract(torch.bfloat16), Linear(300, out_features, bias=bias, device=CPU, dtype=torch.bfloat16)
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        module.reset_parameters()
+        assert module.pack()
+        product = module.product("relu")
+        for shape in ((300,), (1, 300), (1, 1, 300), (3, 300)):
+            x = torch.randn(shape, dtype=torch.bfloat16)
+            golden = F.linear(x.double(), module.weight.double(), None if not bias else module.bias.double()).relu()
+            plain, actual = F.linear(x, module.weight, module.bias).relu(), product(x)
+            assert actual.shape == plain.shape
+            contract.add(f"{len(shape)} dimensions of {shape[0]}", actual=actual, plain=plain, golden=golden)
+    contract.check()
 
 
 @torch.no_grad()
