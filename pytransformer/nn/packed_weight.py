@@ -200,16 +200,17 @@ def product_of_pieces(pieces: Tensor, weight: Tensor, bias: Tensor | None) -> Pr
     """The layer by pieces (count, in_features / count, out_features) for one row, and plainly for others."""
     count, length, out_features = pieces.shape
     in_features = count * length
-    ones = torch.ones(1, count)
-    # The sum of the pieces is a product too: with the bias in one call it takes less time than a sum and an addition.
-    bmm, mm, addmm, linear = torch.bmm, torch.mm, torch.addmm, F.linear
+    ones = torch.ones(1, 1, count)
+    addend = None if bias is None else bias.view(1, 1, out_features)
+    # The sum of the parts is a batch too: its code is still in the caches, and it takes in the bias.
+    bmm, baddbmm, linear = torch.bmm, torch.baddbmm, F.linear
 
     def product(x: Tensor) -> Tensor:
         if x.numel() != in_features:
             return linear(x, weight, bias)
-        parts = bmm(x.reshape(count, 1, length), pieces).view(count, out_features)
-        y = mm(ones, parts) if bias is None else addmm(bias, ones, parts)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
+        parts = bmm(x.reshape(count, 1, length), pieces).view(1, count, out_features)
+        y = bmm(ones, parts) if addend is None else baddbmm(addend, ones, parts)
+        return y if x.ndim == 3 else y.view(*x.shape[:-1], out_features)
 
     return product
 
