@@ -28,7 +28,7 @@ from torch import Tensor
 from pytransformer.reference import dequantize
 
 from . import bags
-from .packed_weight import large_memory
+from .packed_weight import Product, large_memory
 
 # A step with more rows than these is faster as a product of whole blocks in float32.
 MAX_PACKED_ROWS = 16
@@ -36,7 +36,6 @@ _ROWS_OF_TILE = 16
 _LOW = 254.0
 # The 8-bit kernel without VNNI reads rows in whole vectors of these many numbers, behind the end of others too.
 _WHOLE_COLUMNS = 32
-Product = Callable[[Tensor], Tensor]
 # x (rows, in_features) and the bias, or None -> (rows, out_features) of any floating dtype.
 _Multiply = Callable[[Tensor, "Tensor | None"], Tensor]
 
@@ -46,22 +45,18 @@ class PackedCodes:
 
     def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, rows: int = 1) -> None:
         self._source = _identity(weight, scale)
-        self._is_for_one_row = rows == 1
-        self._rows = weight.shape[0]
+        self._rows, self._dtype = weight.shape[0], weight.dtype
         weight, scale = weight.detach(), scale.detach()
         self._multiply: _Multiply
         if weight.dtype != torch.int8:
             self._multiply = _multiply_int4(weight, scale, zero_point)
-        elif _adds_in_32_bits():
-            self._multiply = _multiply_int8(weight, scale)
-        elif rows == 1 and _has_bags():
-            self._multiply = _multiply_int8_by_bags(weight, scale)
         else:
-            self._multiply = _multiply_int8_in_bfloat16(weight, scale)
+            self._make = _for_int8(rows)
+            self._multiply = self._make(weight, scale)
 
     def serves(self, rows: int) -> bool:
         """Whether this is what would be packed now for so many rows; it multiplies others too."""
-        return self._is_for_one_row == (rows == 1)
+        return self._dtype != torch.int8 or self._make is _for_int8(rows)
 
     def is_of(self, weight: Tensor, scale: Tensor) -> bool:
         """Whether these are still the tensors that were packed, and nothing that torch has counted was written to them."""
@@ -98,6 +93,13 @@ def why_not_packed(weight: Tensor, rows: int = 1) -> str | None:
 
 def _identity(weight: Tensor, scale: Tensor) -> tuple[int, ...]:
     return weight.data_ptr(), weight._version, scale.data_ptr(), scale._version
+
+
+def _for_int8(rows: int) -> Callable[[Tensor, Tensor], _Multiply]:
+    """The fastest way to multiply so many rows with 8-bit codes on this CPU."""
+    if _adds_in_32_bits():
+        return _multiply_int8
+    return _multiply_int8_by_bags if rows == 1 and _has_bags() else _multiply_int8_in_bfloat16
 
 
 def _multiply_int8(weight: Tensor, scale: Tensor) -> _Multiply:

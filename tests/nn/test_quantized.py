@@ -132,11 +132,16 @@ def test_a_row_times_bags_of_codes_is_rounded_as_a_sum_in_float32(out_features, 
 
 
 @packs
-def test_codes_are_packed_for_one_row_or_for_several():
-    _, layer = draw(8, 64)
-    assert layer.pack(1) and layer._packed.serves(1) and not layer._packed.serves(2)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("has_vnni", [True, False])
+def test_codes_are_packed_anew_only_where_another_number_of_rows_has_another_kernel(has_vnni, bits, monkeypatch):
+    monkeypatch.setattr(packed_codes, "_adds_in_32_bits", lambda: has_vnni)
+    _, layer = draw(bits, 64)
+    assert layer.pack(1)
     first = layer._packed
-    assert layer.pack(4) and layer._packed is not first
+    assert layer.pack(4)
+    is_other = bits == 8 and not has_vnni and packed_codes._has_bags()
+    assert (layer._packed is not first) == is_other
     first = layer._packed
     assert layer.pack(3) and layer._packed is first
 
