@@ -230,6 +230,7 @@ def test_one_row_with_a_plain_weight_is_a_batch_of_blocks(out_features, bias, th
     threads(2)
     assert packed_weight.product_of_one_row(weight[:8], None) is None  # small
     assert packed_weight.product_of_one_row(weight.t(), None) is None  # rows that do not lie one behind the other
+    assert packed_weight.product_of_one_row(torch.zeros(3, 1 << 15), None) is None  # fewer rows than blocks
     contract = Contract(torch.float32)
     module = Linear(300, out_features, bias=bias, device=CPU)
     product = module.product(packed=False)
