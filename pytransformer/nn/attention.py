@@ -321,7 +321,7 @@ class Attention(nn.Module):
         elif memory is None:
             qkv = self.qkv_proj(x)
             # Not unflatten and split, which torch wraps in Python: they take four times as long where a token is all there is.
-            q, k, v = qkv.view(*qkv.shape[:-1], -1, self.head_dim).split_with_sizes(heads, -2)
+            q, k, v = qkv.view(*qkv.shape[:-1], sum(heads), self.head_dim).split_with_sizes(heads, -2)
             return q, k, v
         elif isinstance(self.qkv_proj, RowBlocks) and len(self.qkv_proj.rows) == 3:
             q = self.qkv_proj.some_rows(x, 0, 1)
