@@ -257,20 +257,21 @@ class ContiguousLayer:
 class DirectLayer(ContiguousLayer):
     """One layer of a :class:`KVCache`, which a bound step writes and reads by plain slices (:meth:`KVCache.choose_path`)."""
 
+    _cache: KVCache
+
     def __init__(self, cache: KVCache, index: int, part: CachePart) -> None:
         super().__init__(cache, *part)
-        self._rows = cache
         self._index = index
 
     def _write(self, k: Tensor, v: Tensor) -> None:
-        start = self._rows.max_length
-        keys, values = self._rows.spans(start, start + k.shape[1])
+        start = self._cache.max_length
+        keys, values = self._cache.spans(start, start + k.shape[1])
         keys[self._index].copy_(k)
         values[self._index].copy_(v)
 
     def attend(self, q: Tensor, **options: Any) -> Tensor:
         """See :class:`pytransformer.nn.LayerCache`."""
-        cache, seqlen = self._rows, q.shape[1]
+        cache, seqlen = self._cache, q.shape[1]
         if not cache.is_direct or has_terms(options) or (cache.max_length == 0 and seqlen > 1):
             return super().attend(q, **options)
         end, left = cache.max_length + seqlen, options["window"][0]
