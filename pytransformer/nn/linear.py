@@ -18,6 +18,7 @@ from .packed_weight import (
     FUSED,
     PackedWeight,
     Product,
+    for_one_row,
     is_intel,
     library_product,
     product_of_one_row,
@@ -205,16 +206,15 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 def _plain_product(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Product:
     """A product, and an activation if there is one, from a weight that is not packed."""
+    few_rows = for_one_row(product_of_one_row(weight, bias), weight, bias)
+    many_rows = _product_of_many_rows(weight, bias, activation)
     activate = None if activation is None else ACTIVATIONS[activation]
-    one_row, many_rows = product_of_one_row(weight, bias), _product_of_many_rows(weight, bias, activation)
-    in_features = weight.shape[1]
-    least = _MIN_FUSED_ROWS * in_features
+    least = _MIN_FUSED_ROWS * weight.shape[1]
 
     def product(x: Tensor) -> Tensor:
         if many_rows is not None and x.numel() >= least:
             return many_rows(x)
-        is_one_row = one_row is not None and x.numel() == in_features
-        y = one_row(x) if is_one_row else F.linear(x, weight, bias)  # type: ignore[misc]
+        y = few_rows(x)
         return y if activate is None else activate(y)
 
     return product

@@ -45,18 +45,15 @@ class PackedCodes:
 
     def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, rows: int = 1) -> None:
         self._source = _identity(weight, scale)
-        self._rows, self._dtype = weight.shape[0], weight.dtype
+        self._rows = weight.shape[0]
         weight, scale = weight.detach(), scale.detach()
-        self._multiply: _Multiply
-        if weight.dtype != torch.int8:
-            self._multiply = _multiply_int4(weight, scale, zero_point)
-        else:
-            self._make = _for_int8(rows)
-            self._multiply = self._make(weight, scale)
+        # Of 4 bits there is one way.
+        self._make = _for_int8(rows) if weight.dtype == torch.int8 else None
+        self._multiply = _multiply_int4(weight, scale, zero_point) if self._make is None else self._make(weight, scale)
 
     def serves(self, rows: int) -> bool:
         """Whether this is what would be packed now for so many rows; it multiplies others too."""
-        return self._dtype != torch.int8 or self._make is _for_int8(rows)
+        return self._make is None or self._make is _for_int8(rows)
 
     def is_of(self, weight: Tensor, scale: Tensor) -> bool:
         """Whether these are still the tensors that were packed, and nothing that torch has counted was written to them."""
