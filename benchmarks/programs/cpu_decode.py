@@ -157,7 +157,7 @@ def chains(model: Transformer) -> dict[str, Run]:
         lambda w: mkl._mkl_reorder_linear_weight(w, 1),
         lambda x, packed, w: mkl._mkl_linear(x, packed, w, None, 1),
     )
-    add("in pieces", lambda w: product_of_pieces(reorder("pieces", w, 1), None), lambda x, product, _: product(x))
+    add("in pieces", lambda w: product_of_pieces(reorder("pieces", w, 1), w, None), lambda x, product, _: product(x))
     return found
 
 

@@ -18,7 +18,6 @@ from .packed_weight import (
     FUSED,
     PackedWeight,
     Product,
-    for_one_row,
     is_intel,
     library_product,
     product_of_one_row,
@@ -206,15 +205,16 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 def _plain_product(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Product:
     """A product, and an activation if there is one, from a weight that is not packed."""
-    few_rows = for_one_row(product_of_one_row(weight, bias), weight, bias)
-    many_rows = _product_of_many_rows(weight, bias, activation)
     activate = None if activation is None else ACTIVATIONS[activation]
-    least = _MIN_FUSED_ROWS * weight.shape[1]
+    one_row, many_rows = product_of_one_row(weight, bias), _product_of_many_rows(weight, bias, activation)
+    in_features = weight.shape[1]
+    least = _MIN_FUSED_ROWS * in_features
 
     def product(x: Tensor) -> Tensor:
         if many_rows is not None and x.numel() >= least:
             return many_rows(x)
-        y = few_rows(x)
+        is_one_row = one_row is not None and x.numel() == in_features
+        y = one_row(x) if is_one_row else F.linear(x, weight, bias)  # type: ignore[misc]
         return y if activate is None else activate(y)
 
     return product

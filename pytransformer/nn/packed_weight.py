@@ -86,9 +86,9 @@ class PackedWeight:
             by_mkl = library_product("mkl")
             product: Product = lambda x: by_mkl(x, reordered, weight, bias, rows)  # noqa: E731
         elif self.library == "bags":
-            product = for_one_row(_product_of_bags(reordered, weight, bias), weight, bias)
+            product = _product_of_bags(reordered, weight, bias)
         else:
-            product = for_one_row(product_of_pieces(reordered, bias), weight, bias)
+            product = product_of_pieces(reordered, weight, bias)
         if activation is None:
             return product
         activate = ACTIVATIONS[activation]
@@ -196,23 +196,18 @@ def is_intel() -> bool:
         return "GenuineIntel" in platform.processor()
 
 
-def for_one_row(one_row: Product | None, weight: Tensor, bias: Tensor | None) -> Product:
-    """A layer by a function that is for one row, if there is one, and plainly for others."""
-    if one_row is None:
-        return functools.partial(F.linear, weight=weight, bias=bias)
-    in_features, linear = weight.shape[1], F.linear
-    return lambda x: one_row(x) if x.numel() == in_features else linear(x, weight, bias)
-
-
-def product_of_pieces(pieces: Tensor, bias: Tensor | None) -> Product:
-    """The layer as a function of one row, by pieces (count, in_features / count, out_features)."""
+def product_of_pieces(pieces: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
+    """The layer by pieces (count, in_features / count, out_features) for one row, and plainly for others."""
     count, length, out_features = pieces.shape
+    in_features = count * length
     ones = torch.ones(1, 1, count)
     addend = None if bias is None else bias.view(1, 1, out_features)
     # The sum of the parts is a batch too: its code is still in the caches, and it takes in the bias.
-    bmm, baddbmm = torch.bmm, torch.baddbmm
+    bmm, baddbmm, linear = torch.bmm, torch.baddbmm, F.linear
 
     def product(x: Tensor) -> Tensor:
+        if x.numel() != in_features:
+            return linear(x, weight, bias)
         parts = bmm(x.reshape(count, 1, length), pieces).view(1, count, out_features)
         y = bmm(ones, parts) if addend is None else baddbmm(addend, ones, parts)
         return y if x.ndim == 3 else y.view(*x.shape[:-1], out_features)
@@ -221,16 +216,18 @@ def product_of_pieces(pieces: Tensor, bias: Tensor | None) -> Product:
 
 
 def _product_of_bags(tables: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
-    """The layer as a function of one row, by tables (bags, in_features + 1, outputs)."""
-    out_features = len(weight)
+    """The layer by tables (bags, in_features + 1, outputs) for one row, and plainly for others."""
+    out_features, in_features = weight.shape
     # As a row of the table it is added before the sum is rounded to 16 bits.
     bags.fill(tables[:, -1:], weight.new_zeros(out_features, 1) if bias is None else bias.detach()[:, None])
     count, length, _ = tables.shape
     table, (indices, starts) = tables.view(count * length, -1), bags.places(count, length)
     one = tables.new_ones(1)
-    sum_up, repeated, cat = torch.embedding_bag, bags.repeated, torch.cat
+    sum_up, repeated, linear, cat = torch.embedding_bag, bags.repeated, F.linear, torch.cat
 
     def product(x: Tensor) -> Tensor:
+        if x.numel() != in_features:
+            return linear(x, weight, bias)
         y = sum_up(table, indices, starts, False, 0, False, repeated(cat((x.reshape(-1), one)), count))[0]
         return y.view(-1)[:out_features].view(*x.shape[:-1], out_features)
 
